@@ -1,0 +1,1 @@
+"""One distributed-training technique a file. `python -m recipes` lists them."""

@@ -1,0 +1,344 @@
+"""`@recipe`: turns a training function into a command that composes once, checks, freezes and launches, or is a rank.
+
+The same file plays both parts. Started by a person it composes the config with Hydra, writes it into the run directory
+and has a launcher start the ranks; started by a launcher (RANK is set) it is one of those ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from lockstep import data, files, world
+from lockstep.errors import UserError
+from lockstep.run import Run
+from lockstep.schema import Config, check_values, from_yaml, to_yaml
+
+RUN_DIRECTORY = "LOCKSTEP_RUN_DIR"  # set by launchers that start ranks for a run that is already frozen
+JOIN_SECONDS = 60.0  # to reach rank 0 before the config, and with it timeout_seconds, is known
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training function and how it wants to be started.
+
+    Attributes:
+        train: the function, given a Run.
+        target: how to start it again: a module name, or the path of a script.
+        ranks: the only number of ranks it runs on; None: any.
+        next_command: what the final summary suggests.
+    """
+
+    train: Callable[[Run], None]
+    target: str
+    ranks: int | None
+    next_command: str
+
+    @property
+    def name(self) -> str:
+        return Path(self.target).stem if self.target.endswith(".py") else self.target.rpartition(".")[2]
+
+    @property
+    def doc(self) -> str:
+        return sys.modules[self.train.__module__].__doc__ or ""
+
+    def __call__(self, run: Run) -> None:
+        self.train(run)
+
+    def main(self) -> NoReturn:
+        """Be the command: exit with the run's exit code, 2 for a mistake of the user's."""
+        try:
+            place = world.discover(os.environ)
+            code = submit(self) if place is None else None
+        except UserError as error:
+            code = complain(error)
+        if code is not None:
+            sys.stdout.flush()
+            sys.exit(code)
+        assert place is not None
+        be_a_rank(self, place)
+
+
+def recipe(train: Callable[[Run], None] | None = None, *, ranks: int | None = None, next_command: str = "") -> Any:
+    """Make a recipe of a training function: `@recipe` or `@recipe(ranks=1)`, then `train.main()` under `__main__`."""
+
+    def make(function: Callable[[Run], None]) -> Recipe:
+        spec = function.__globals__.get("__spec__")  # `python -m recipes.ddp` names the module here, not in __name__
+        target = spec.name if spec else os.path.abspath(function.__globals__["__file__"])
+        return Recipe(function, target, ranks, next_command)
+
+    return make(train) if train else make
+
+
+def complain(error: UserError) -> int:
+    """Show a user's mistake as the one line it is; return the exit code for it."""
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+
+
+# The submitting process -------------------------------------------------------------------------------------------
+
+
+def submit(recipe: Recipe) -> int:
+    """Compose, check, freeze and launch, once for every point of a sweep; return the exit code.
+
+    Raises:
+        UserError: nothing was created.
+    """
+    from lockstep.compose import compose  # Hydra: a submitting process needs it, a rank does not
+
+    codes = [0]
+
+    def launch(config: Config) -> None:
+        device, backend = world.resolve_device(config.device, config.backend)
+        nproc = config.nproc or recipe.ranks or world.default_nproc(device)
+        world.check_nproc(nproc, device, backend)
+        complete(config, recipe, nproc)
+        launcher = importlib.import_module(config.launcher)
+        out = freeze(config, recipe)
+        started = time.perf_counter()
+        code = launcher.launch(recipe.target, {RUN_DIRECTORY: str(out)}, nproc=nproc)
+        if code:
+            note_failure(out, recipe.name, nproc, time.perf_counter() - started)
+        codes.append(code)
+        if code == 128 + signal.SIGINT:  # Ctrl-C ends a sweep, not just one point of it
+            raise KeyboardInterrupt
+
+    try:
+        compose(recipe, launch)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    return max(codes)
+
+
+def complete(config: Config, recipe: Recipe, world_size: int) -> None:
+    """Check all that can be checked before anything is created, and fill in what follows from the data set.
+
+    Raises:
+        UserError: a value is out of its range, does not fit another one, or is not supported yet.
+    """
+    check_values(config)
+    refuse_what_is_not_there_yet(config)
+    if recipe.ranks not in (None, world_size):
+        raise UserError(
+            f"recipes.{recipe.name} runs on {recipe.ranks} rank, not {world_size}; set nproc={recipe.ranks}"
+        )
+    if config.batch_size % world_size:
+        below = config.batch_size // world_size * world_size
+        nearest = [str(size) for size in (below, below + world_size) if size]
+        raise UserError(
+            f"batch_size={config.batch_size}: the global batch must divide by {world_size} ranks; nearest that do: {', '.join(nearest)}"
+        )
+    if len(config.data.mean) != 3 or len(config.data.std) != 3:
+        raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
+    classes, images = data.check(config.data)
+    if images is not None and config.batch_size > images:
+        raise UserError(
+            f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"
+        )
+    config.data.num_classes = classes
+    config.model.num_classes = config.model.num_classes or classes
+    if config.model.num_classes < classes:
+        raise UserError(
+            f"model.num_classes={config.model.num_classes}: {config.data.name} has {classes} classes; allowed are numbers from {classes} up"
+        )
+    config.model.image_size = config.model.image_size or config.data.image_size
+
+
+def refuse_what_is_not_there_yet(config: Config) -> None:
+    """Refuse keys whose part of the suite has not landed, rather than ignore them."""
+    if config.precision == "fp16":
+        raise UserError("precision=fp16: not yet, it needs loss scaling; allowed now are fp32, bf16, fp64")
+    if config.accumulate != 1:
+        raise UserError(f"accumulate={config.accumulate}: not yet; allowed now is 1")
+    if config.checkpoint.every is not None:
+        raise UserError(f"checkpoint.every={config.checkpoint.every}: not yet; allowed now is null")
+    if config.resume not in ("auto", "never"):
+        raise UserError(f"resume={config.resume}: not yet; allowed now are auto and never")
+    if config.monitor.name == "wandb":
+        raise UserError("monitor=wandb: not yet; allowed now are csv and tensorboard")
+    if config.cluster is not None:
+        raise UserError("cluster: not yet; leave out +cluster=… to run on this machine")
+
+
+def freeze(config: Config, recipe: Recipe) -> Path:
+    """Make the run directory and put the config into it; return its absolute path."""
+    out = files.make_run_directory(config.out, recipe.name)
+    files.write_atomically(out / "config.yaml", to_yaml(config))
+    return out
+
+
+def note_failure(out: Path, recipe: str, world_size: int, wall_seconds: float) -> None:
+    """Leave a result.json behind for a run whose ranks could not."""
+    if not (out / "result.json").exists():
+        result = {"recipe": recipe, "status": "failed", "world_size": world_size, "wall_seconds": wall_seconds}
+        files.write_json(out / "result.json", result)
+
+
+# A rank -----------------------------------------------------------------------------------------------------------
+
+
+def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
+    """Join the others, train, and leave with the exit code.
+
+    A rank's last line is os._exit: gloo's threads can abort the interpreter's own exit after all has gone well
+    (pytorch issue 190489).
+    """
+    # Ctrl-C must end a rank that waits in a collective, where Python's handler would only run after it.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    started, code, out = time.perf_counter(), 0, None
+    console = os.dup(2)
+    try:
+        config, out, store = frozen_config(recipe, place)
+        if place.rank:
+            redirect_output(out / "ranks" / f"{place.rank}.log")
+        train(recipe, config, out, store, place)
+        dist.destroy_process_group()
+    except SystemExit as leaving:  # --help and the like
+        code = leaving.code if isinstance(leaving.code, int) else 0
+    except BaseException as error:
+        code = 2 if isinstance(error, UserError) else 1
+        tell(error, place, out, console)
+        if out is not None and place.rank == 0:
+            note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def train(recipe: Recipe, config: Config, out: Path, store: dist.Store, place: world.Place) -> None:
+    """Join the process group and run the recipe's function."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    here = world.join(
+        store,
+        place.rank,
+        place.world_size,
+        device=config.device,
+        backend=config.backend,
+        timeout_seconds=config.timeout_seconds,
+        threads=config.threads,
+        tf32=config.tf32,
+        local_rank=int(local_rank) if local_rank is not None else None,
+    )
+    if here.rank == 0:
+        files.write_json(out / "environment.json", files.environment(here.hosts, str(here.device), here.backend))
+    recipe.train(Run(recipe.name, config, here, out, recipe.next_command))
+
+
+def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dist.Store]:
+    """The run's config and directory, and the store where the ranks meet.
+
+    A launcher of ours has put both on disk. Where the ranks were started by hand there is nothing yet: rank 0 composes,
+    checks and makes the directory, and tells the others over the store.
+    """
+    if RUN_DIRECTORY in os.environ:
+        out = Path(os.environ[RUN_DIRECTORY])
+        config = from_yaml((out / "config.yaml").read_text())
+        return config, out, world.open_store(place, config.timeout_seconds)
+    asked = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("timeout_seconds=")]
+    seconds = float(asked[-1]) if asked and asked[-1].isdecimal() else JOIN_SECONDS
+    store = world.open_store(place, seconds)
+    if place.rank == 0:
+        told = compose_by_hand(recipe, place.world_size)
+        store.set("run", json.dumps(told))
+    else:
+        try:
+            store.wait(["run"], timedelta(seconds=seconds))
+        except (dist.DistStoreError, dist.DistNetworkError):
+            raise UserError(f"rank 0 sent no config within {seconds:g} s: is it running the same command?") from None
+        told = json.loads(store.get("run"))
+    if "config" in told:
+        return from_yaml(told["config"]), Path(told["out"]), store
+    farewell(store, place)
+    if "error" not in told:
+        raise SystemExit(0)
+    # Rank 0 says it; the others too where torchrun shows one rank's words and picks the rank itself.
+    raise UserError(told["error"] if place.rank == 0 or place.agent_store else "rank 0 refused the config")
+
+
+def compose_by_hand(recipe: Recipe, world_size: int) -> dict[str, str]:
+    """Compose, check and freeze, on rank 0 of ranks that were started by hand; return what the others need.
+
+    Returns:
+        `config` and `out`, or `error`, or nothing where Hydra has only printed something (--help, --cfg).
+    """
+    from lockstep.compose import compose
+
+    told: dict[str, str] = {}
+
+    def keep(config: Config) -> None:
+        complete(config, recipe, world_size)
+        world.resolve_device(config.device, config.backend)
+        told.update(config=to_yaml(config), out=str(freeze(config, recipe)))
+
+    try:
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            raise UserError("--multirun: a sweep starts its own ranks; run it with python, not inside torchrun")
+        compose(recipe, keep)
+    except UserError as error:
+        return {"error": str(error)}
+    except SystemExit:
+        return {}
+    return told
+
+
+def farewell(store: dist.Store, place: world.Place) -> None:
+    """Let rank 0, which may serve the store, outlive the moment in which the others read from it."""
+    store.set(f"read/{place.rank}", "")
+    if place.rank == 0:
+        with contextlib.suppress(dist.DistStoreError, dist.DistNetworkError):
+            store.wait([f"read/{rank}" for rank in range(place.world_size)], timedelta(seconds=5))
+
+
+def redirect_output(log: Path) -> None:
+    """Send all this process prints, C++ included, to its log: of many ranks only rank 0 speaks on the console."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def tell(error: BaseException, place: world.Place, out: Path | None, console: int) -> None:
+    """Put an error into the rank's log, and before the user exactly once.
+
+    Args:
+        console: a descriptor of the stderr this process was started with.
+    """
+    mistake = isinstance(error, UserError)
+    text = f"error: {error}\n" if mistake else "".join(traceback.format_exception(error))
+    if out is not None:
+        with (out / "ranks" / f"{place.rank}.log").open("a") as log:
+            log.write(text)
+    secondary = place.world_size > 1 and lost_a_peer(error)
+    if secondary:
+        time.sleep(2)  # another rank broke first; it, or the launcher that sees it dead, is to be heard first
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # An agent started this rank, reads this file, and shows the first failing rank's.
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+        get_error_handler().record_exception(error)  # type: ignore[arg-type]
+        return
+    if secondary:
+        text = f"rank {place.rank} stopped because another rank did: {str(error).splitlines()[0]}\n"
+    elif not mistake:
+        text = f"rank {place.rank} failed\n{text}"
+    os.write(console, text.encode())
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an exception only says that another rank has gone."""
+    signs = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "NCCL error")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -1,0 +1,204 @@
+"""Hydra, run once: from `conf/` and the command line to a checked Config, with its errors said in one line.
+
+Hydra only composes. It does not change the working directory, makes no output directory and configures no logging.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from lockstep.errors import UserError
+from lockstep.schema import ClusterConfig, Config, walk
+
+if TYPE_CHECKING:
+    from lockstep.app import Recipe
+
+
+def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
+    """Compose the command line's config and call `use` with it; with `--multirun`, once for each point.
+
+    Raises:
+        UserError: an unknown key or option, a wrong type, a syntax error.
+        SystemExit: Hydra was asked to print something (--help, --cfg, …) and has.
+    """
+    check_cluster_words(sys.argv[1:])
+    register(recipe)
+    directory, name = config_source(recipe)
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: `explain` words them
+    found: list[UserError] = []
+
+    def task(composed: DictConfig) -> None:
+        if found:
+            return
+        try:
+            use(to_config(composed))
+        except UserError as error:
+            found.append(error)  # kept out of Hydra, whose job runner would log it with a traceback
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise explain(error) from None
+    if found:
+        raise found[0]
+
+
+def check_cluster_words(words: list[str]) -> None:
+    """`cluster` is no part of the defaults, so it is added with a plus, and its keys exist only then."""
+    if any(word.startswith("+cluster=") for word in words):
+        return
+    for word in words:
+        if word.startswith("cluster="):
+            raise UserError(f"{word}: a cluster is added, not changed; write +{word}")
+        if word.lstrip("+~").startswith("cluster."):
+            raise UserError(f"{word}: there is no cluster to set it on; add +cluster=slurm, or leave it out")
+
+
+def register(recipe: Recipe) -> None:
+    """Tell Hydra the schema, and the texts that `--help` shows."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    store.store(group="cluster", name="schema", node=ClusterConfig)
+    OmegaConf.register_new_resolver("recipe_name", lambda: recipe.name, replace=True)
+    OmegaConf.register_new_resolver("recipe_help", lambda: recipe.doc.strip(), replace=True)
+    OmegaConf.register_new_resolver("group_help", group_help, replace=True)
+    OmegaConf.register_new_resolver("key_help", key_help, replace=True)
+
+
+def config_source(recipe: Recipe) -> tuple[Path, str]:
+    """(config directory, config name) of a recipe: `conf/<name>.yaml` beside its file or its package.
+
+    A recipe copied into another project needs no YAML of its own: it then starts from `conf/base.yaml`.
+    """
+    module = sys.modules[recipe.train.__module__]
+    here = Path(module.__file__ or ".").resolve().parent
+    for directory in (here / "conf", here.parent / "conf"):
+        if (directory / f"{recipe.name}.yaml").is_file():
+            return directory, recipe.name
+    import conf  # the installed package of YAML files
+
+    return Path(next(iter(conf.__path__))), "base"
+
+
+def to_config(composed: DictConfig) -> Config:
+    """Hydra's composed tree as a Config, after holding a cluster file to `cluster.*`.
+
+    Raises:
+        UserError: a cluster file sets something else, or a value does not resolve.
+    """
+    # `+key=value` adds to any node, typed or not; a key that no one reads is a mistake, not an addition.
+    known = {name for name, _, _ in walk(Config())} | {f"cluster.{name}" for name, _, _ in walk(ClusterConfig())}
+    for name in leaves(composed):
+        if name not in known:
+            raise unknown_key(name, "")
+    try:
+        config = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise explain(error) from None
+    assert isinstance(config, Config)
+    hydra_config = HydraConfig.get()
+    if hydra_config.mode == RunMode.MULTIRUN:
+        root = Path(config.out) if config.out else Path(hydra_config.sweep.dir)
+        config.out = str(root / hydra_config.sweep.subdir)
+    if config.cluster is not None:
+        check_cluster_file(composed, list(hydra_config.overrides.task))
+    return config
+
+
+def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted key of every value below a node."""
+    for name in node:
+        child = node._get_node(name)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from leaves(child, f"{prefix}{name}.")
+        elif not (prefix == "" and name == "cluster"):
+            yield f"{prefix}{name}"
+
+
+def check_cluster_file(composed: DictConfig, overrides: list[str]) -> None:
+    """Compose again without the cluster: nothing of the science may change by where it runs."""
+    rest = [override for override in overrides if not override.lstrip("+~").startswith("cluster")]
+    loader = GlobalHydra.instance().config_loader()
+    name = HydraConfig.get().job.config_name
+    bare = loader.load_configuration(config_name=name, overrides=rest, run_mode=RunMode.RUN)
+    for key in composed:
+        if key != "cluster" and composed[key] != bare[key]:
+            raise UserError(
+                f"the cluster file sets {key}: it may set cluster.* only, so that a run means the same everywhere"
+            )
+
+
+def key_help() -> str:
+    """Every key with its default, what it does and what is allowed, for `--help`."""
+    lines = []
+    for name, value, rule in walk(Config()):
+        shown = value if isinstance(value, str) else json.dumps(value)
+        allowed = f" [{'|'.join(rule['choices'])}]" if rule["choices"] else ""
+        lines.append(f"{f'{name}={shown}':36} {rule['help']}{allowed}")
+    return "\n".join(lines)
+
+
+def group_help() -> str:
+    """Every config group with its options, for `--help`."""
+    loader = GlobalHydra.instance().config_loader()
+    groups = {group: options(loader.get_group_options(group)) for group in loader.list_groups("") if group != "hydra"}
+    return "\n".join(f"{group:8} {', '.join(names)}" for group, names in groups.items() if names)
+
+
+def options(names: list[str]) -> list[str]:
+    """A group's options in the order a person expects (resnet50 before resnet101), without the schema they start from."""
+    return sorted(set(names) - {"schema"}, key=lambda name: (len(name), name))
+
+
+def explain(error: Exception) -> UserError:
+    """Word an error of Hydra's or OmegaConf's as one line: the value, what is allowed, the key to change."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(error)
+    missing = re.search(r"Key '(\S+)' (?:is )?not in '(\w+)'", str(cause))
+    override = re.search(
+        r"(?:Could not override|merging override|Could not append|parsing override) '?([^'\n]+)'?", text
+    )
+    if missing:
+        full = re.search(r"full_key: (\S+)", str(cause))
+        wrong = full.group(1) if full else missing.group(1)
+        where = re.search(r"In '(\S+)'", text)
+        return unknown_key(wrong, f" in {where.group(1)}.yaml" if where else "")
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return UserError(f"{group}={option}: no such option; allowed are {', '.join(options(error.options))}")
+    if override and cause is not error:
+        return UserError(f"{override.group(1)}: {first_line(cause)}")
+    if override and "Could not override" in text:
+        return unknown_key(override.group(1), "")
+    return UserError(" ".join(text.split()))
+
+
+def unknown_key(name: str, where: str) -> UserError:
+    """Name the nearest keys that do exist."""
+    keys = [key for key, _, _ in walk(Config())] + [f"cluster.{key}" for key, _, _ in walk(ClusterConfig())]
+    groups = ["model", "data", "optim", "monitor"]
+    near = difflib.get_close_matches(name, keys + groups, n=1, cutoff=0.5) or [
+        key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return UserError(f"unknown key {name}{where}; {hint}--help lists all keys")
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0]

@@ -1,0 +1,89 @@
+"""Files of a run directory, written so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lockstep.errors import UserError
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write beside `path`, flush to disk, then rename: after a crash there is the old file or the new, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def make_run_directory(out: str | None, recipe: str) -> Path:
+    """Create the run directory, `out` or outputs/<recipe>/<time>, with `ranks/` in it.
+
+    Raises:
+        UserError: `out` holds something already, or cannot be made.
+    """
+    wanted = Path(out).expanduser() if out else Path("outputs", recipe, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    wanted = wanted.absolute()
+    if out and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        raise UserError(f"out={out}: not empty, and holds no checkpoint to resume from; name a new folder or empty it")
+    path, again = wanted, 1
+    while True:
+        try:
+            # A second run in the same second gets a name of its own.
+            path.mkdir(parents=True, exist_ok=out is not None)
+            break
+        except FileExistsError:
+            again += 1
+            path = wanted.with_name(f"{wanted.name}-{again}")
+        except OSError as error:
+            raise UserError(f"out={path}: cannot be made ({error.strerror}); name a folder you can write to") from None
+    (path / "ranks").mkdir()
+    return path
+
+
+def environment(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
+    """What a run ran on. Variables are picked by name, because a dump of all of them would publish tokens."""
+    import torch
+
+    packages = ("lockstep", "torch", "torchvision", "numpy", "hydra-core", "omegaconf")
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    keep = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_NTASKS")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "git_commit": git_commit(),
+        "hosts": hosts,
+        "cores": len(os.sched_getaffinity(0)),
+        "device": device,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backend": backend,
+        "environment": {name: os.environ[name] for name in keep if name in os.environ},
+    }
+
+
+def git_commit() -> str | None:
+    """The working directory's commit, with `-dirty` where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,120 @@
+"""Numbers of a run: exact evaluation over any number of ranks, step times, peak memory."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from lockstep.data import Batch, EvalSampler
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss and accuracy over the whole evaluation set."""
+
+    loss: float
+    accuracy: float
+    count: int
+
+
+@torch.no_grad()
+def evaluate(
+    forward: Callable[[Tensor], Tensor], batches: Iterator[Batch], sampler: EvalSampler, device: torch.device
+) -> Evaluation:
+    """Evaluate `forward` (images → logits [N, C]) over this rank's batches and combine all ranks' sums.
+
+    Each rank writes its batches' sums into their own rows of a table of zeros, and one all-reduce adds the tables.
+    Adding zero is exact, so every rank then holds the very table that one process would have made, and adds its rows
+    in the same order: the same metric to the last bit on any number of ranks.
+
+    Raises:
+        RuntimeError: a sample was lost or counted twice.
+    """
+    table = torch.zeros(sampler.batches(), 3, dtype=torch.float64)
+    for number, batch in zip(sampler.numbers(), batches, strict=True):
+        logits = forward(batch.images)
+        table[number, 0] = cross_entropy(logits.double(), batch.labels, reduction="sum").item()
+        table[number, 1] = (logits.argmax(1) == batch.labels).sum().item()
+        table[number, 2] = len(batch.labels)
+    table = table.to(device)
+    dist.all_reduce(table)
+    loss, correct, count = table.cpu().sum(0).tolist()
+    if count != sampler.size:
+        raise RuntimeError(f"evaluation counted {count:g} samples of {sampler.size}")
+    return Evaluation(loss / count, correct / count, int(count))
+
+
+def sync_buffers(module: nn.Module) -> None:
+    """Give every rank rank 0's buffers, as DistributedDataParallel does before each training forward.
+
+    Local BatchNorm leaves each rank with its own running statistics; evaluated as they are, the metric would be a mix
+    of as many models as there are ranks.
+    """
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
+
+
+class StepTimer:
+    """Seconds of each step, from batch to batch, without evaluation, logging and saving.
+
+    On CUDA the CPU runs ahead of the device, so events on the stream are read instead of the clock, when all is over.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.cuda = device.type == "cuda"
+        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._seconds: list[float] = []
+        self._begun: float | torch.cuda.Event = 0.0
+
+    def start(self) -> None:
+        if self.cuda:
+            self._begun = torch.cuda.Event(enable_timing=True)
+            self._begun.record()
+        else:
+            self._begun = time.perf_counter()
+
+    def stop(self) -> None:
+        if isinstance(self._begun, float):
+            self._seconds.append(time.perf_counter() - self._begun)
+        else:
+            ended = torch.cuda.Event(enable_timing=True)
+            ended.record()
+            self._marks.append((self._begun, ended))
+
+    def seconds(self) -> list[float]:
+        """Every step's seconds, warm-up left out: the first 5 steps, or the first of a run of fewer than 10."""
+        if self._marks:
+            torch.cuda.synchronize()
+            self._seconds += [begun.elapsed_time(ended) / 1000 for begun, ended in self._marks]
+            self._marks.clear()
+        return self._seconds[5:] if len(self._seconds) >= 10 else self._seconds[1:] or self._seconds
+
+
+def percentile(values: list[float], percent: int) -> float:
+    """The value below which `percent` % of the values lie."""
+    if len(values) < 2:
+        return values[0] if values else 0.0
+    return statistics.quantiles(values, n=100, method="inclusive")[percent - 1]
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """This rank's peak: memory torch allocated on the GPU, or the process's resident set on CPU (it is the device)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def gather_numbers(value: float, device: torch.device) -> list[float]:
+    """One number from every rank, in rank order, on every rank."""
+    mine = torch.tensor([value], dtype=torch.float64, device=device)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    return [tensor.item() for tensor in everyone]

@@ -1,0 +1,128 @@
+"""What a person sees of a run, and `ranks/<rank>.log`: rank 0 speaks on the console, every rank into its log."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from lockstep.metrics import Evaluation
+from lockstep.schema import Config
+from lockstep.world import World
+
+PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of progress at most this often
+
+
+class Report:
+    """The start-up summary, the progress display and the final summary of one run."""
+
+    def __init__(self, recipe: str, config: Config, world: World, out: Path, next_command: str) -> None:
+        self.recipe, self.config, self.world, self.out = recipe, config, world, out
+        self.next_command = next_command
+        self.speaks = world.rank == 0
+        self.log = (out / "ranks" / f"{world.rank}.log").open("a", buffering=1)
+        self.console = Console(quiet=not self.speaks, highlight=False)
+        self.last_line = time.monotonic()
+        self.accuracy = ""
+        self.progress: Progress | None = None
+
+    def line(self, text: str) -> None:
+        """One line into this rank's log, and from rank 0 onto the console."""
+        self.log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        if self.speaks:
+            self.console.print(text, soft_wrap=True, markup=False)
+
+    def start(self, *, parameters: tuple[int, int], images: tuple[int, int], steps: tuple[int, int]) -> None:
+        """Say what is about to be trained, with what and where."""
+        config, world = self.config, self.world
+        hosts = len(set(world.hosts))
+        share = config.batch_size // world.world_size
+        frozen = f", {parameters[0] - parameters[1]:,} of them frozen" if parameters[0] != parameters[1] else ""
+        self.line(
+            f"{self.recipe}: {count(world.world_size, 'rank')} on {count(hosts, 'host')} · {world.device.type} · "
+            f"{world.backend} · {config.precision} · {count(world.threads, 'thread')} a rank"
+        )
+        self.line(f"  model  {config.model.name}, {config.model.norm} norm, {parameters[0]:,} parameters{frozen}")
+        self.line(
+            f"  data   {config.data.name}, {config.model.image_size} × {config.model.image_size} pixels, "
+            f"{images[0]:,} images to train on, {images[1]:,} to evaluate"
+        )
+        self.line(
+            f"  batch  {config.batch_size} = {count(world.world_size, 'rank')} × {share}; "
+            f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
+        )
+        self.line(f"  run    {short(self.out)}")
+        self.total_steps, self.steps_per_epoch = steps[1], steps[0]
+        if self.speaks and self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} steps  {task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("", total=self.total_steps, epoch=1, numbers="")
+
+    def step(self, step: int, loss: float, images_per_second: float) -> None:
+        """Show a logged step."""
+        numbers = f"loss {loss:.4f}  {self.accuracy}{images_per_second:,.0f} images/s"
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        if self.progress:
+            self.progress.update(self.task, completed=step, epoch=epoch, numbers=numbers)
+        elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            self.last_line = time.monotonic()
+            self.line(f"step {step}/{self.total_steps}  epoch {epoch}  {numbers}")
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Show an evaluation: a line each, because these are what a person scrolls back to."""
+        self.accuracy = f"accuracy {result.accuracy:.2%}  "
+        self.last_line = time.monotonic()
+        self.line(
+            f"step {step}/{self.total_steps}  epoch {step / self.steps_per_epoch:.4g}  "
+            f"eval loss {result.loss:.4f}  accuracy {result.accuracy:.2%}"
+        )
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Show the run in numbers and what to try next."""
+        if self.progress:
+            self.progress.stop()
+        memory = ", ".join(f"{size / 2**20:,.0f}" for size in result["peak_memory_bytes_by_rank"])
+        rows = {
+            "accuracy": f"{result['eval_accuracy']:.2%} of {self.config.data.name}'s evaluation images",
+            "speed": f"{result['images_per_second']:,.0f} images/s "
+            f"({1000 * result['step_seconds_p50']:.0f} ms a step, 95 % within {1000 * result['step_seconds_p95']:.0f} ms)",
+            "time": f"{result['wall_seconds']:.1f} s for {result['steps']:,} steps",
+            "memory": f"{memory} MiB at peak, by rank",
+            "written": f"{short(self.out)}/: model.pt, result.json, metrics.jsonl, config.yaml, ranks/",
+        }
+        if self.next_command:
+            rows["next"] = self.next_command
+        self.log.write("".join(f"{name:9} {text}\n" for name, text in rows.items()))
+        if self.console.is_terminal:
+            table = Table.grid(padding=(0, 2))
+            for name, text in rows.items():
+                table.add_row(f"[bold]{name}[/]", text)
+            self.console.print(Panel(Group(table), title=f"{self.recipe} finished", border_style="green", expand=False))
+        else:
+            self.console.print(f"{self.recipe} finished", markup=False)
+            for name, text in rows.items():
+                self.console.print(f"  {name:9} {text}", soft_wrap=True, markup=False)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def short(path: Path) -> str:
+    """A path as a person would type it: relative to the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative

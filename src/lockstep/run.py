@@ -1,0 +1,274 @@
+"""What a recipe is handed: its config, its place among the ranks, and the loop `run.steps(...)`."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lockstep import data, metrics
+from lockstep.data import Batch
+from lockstep.errors import UserError
+from lockstep.files import write_atomically, write_json
+from lockstep.models import count_parameters
+from lockstep.monitor import open_monitors
+from lockstep.report import Report
+from lockstep.schema import Config, OptimConfig
+from lockstep.world import World
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Run:
+    """One run of one recipe, seen from one rank.
+
+    Attributes:
+        config: every key the user can set.
+        world: rank, world_size, device and backend.
+        out: the run directory, the same on all ranks.
+    """
+
+    def __init__(self, recipe: str, config: Config, world: World, out: Path, next_command: str = "") -> None:
+        self.recipe, self.config, self.world, self.out = recipe, config, world, out
+        self.device, self.device_ids = world.device, world.device_ids
+        self.started = time.perf_counter()
+        # All ranks draw the same weights; where a recipe also needs different numbers per rank, steps() reseeds.
+        torch.manual_seed(config.seed)
+        torch.autograd.set_detect_anomaly(config.detect_anomaly)
+        assert config.model.image_size is not None, "the app fills in what the data set says"
+        self.train_set, self.eval_set = data.load(config.data, config.model.image_size, config.seed)
+        self.steps_per_epoch = len(self.train_set) // config.batch_size
+        if self.steps_per_epoch == 0:
+            raise UserError(
+                f"batch_size={config.batch_size}: the training set has only {len(self.train_set)} images; allowed are 1…{len(self.train_set)}"
+            )
+        self.total_steps = config.epochs * self.steps_per_epoch
+        if config.max_steps is not None:
+            self.total_steps = min(self.total_steps, config.max_steps)
+        self.step = 0  # optimizer updates done
+        self.monitors = open_monitors(config.monitor.name, out) if world.rank == 0 else []
+        self.report = Report(self.recipe, config, world, out, next_command)
+        self._loss: Tensor | None = None
+
+    # What recipes call ------------------------------------------------------------------------------------------
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """Move a model to this rank's device in the configured dtype and memory format; compile it if asked to."""
+        model = model.to(device=self.device, dtype=DTYPES[self.config.precision])
+        if self.config.channels_last:
+            model = model.to(memory_format=torch.channels_last)
+        if self.config.compile:
+            model.compile()  # in place: the state_dict keeps its names
+        return model
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The context for forward and loss: bf16 or fp16 where the precision says so, else nothing."""
+        if self.config.precision in AUTOCAST:
+            return torch.autocast(self.device.type, AUTOCAST[self.config.precision])
+        return contextlib.nullcontext()
+
+    def record(self, *, loss: Tensor) -> None:
+        """Hand over this step's loss, the mean over this rank's share of the global batch.
+
+        Detached, because a kept loss keeps its whole graph; read only at logged steps, because reading waits for the GPU.
+        """
+        self._loss = loss.detach()
+
+    def steps(self, *, model: nn.Module, optimizer: Optimizer) -> Iterator[Batch]:
+        """Yield this rank's share of every global batch, on its device, until training is over.
+
+        Between two batches it sets the learning rate, logs, evaluates at the end of an epoch, and keeps time.
+
+        Yields:
+            Batch: images [batch_size / world_size, 3, H, W], normalised, in the model's dtype; labels int64.
+        """
+        module = unwrap(model)
+        schedule = LambdaLR(optimizer, lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch))
+        timer = metrics.StepTimer(self.device)
+        batches = iter(self._train_loader())
+        self.report.start(
+            parameters=count_parameters(module),
+            images=(len(self.train_set), len(self.eval_set)),
+            steps=(self.steps_per_epoch, self.total_steps),
+        )
+        logged_at, logged_step = time.perf_counter(), self.step
+        torch.manual_seed(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
+        model.train()
+        while self.step < self.total_steps:
+            timer.start()
+            yield self._prepare(next(batches))
+            lr = schedule.get_last_lr()[0]
+            schedule.step()
+            timer.stop()
+            self.step += 1
+            last = self.step == self.total_steps
+            if self.step % self.config.log_every == 0 or last:
+                loss = self._mean_loss()
+                now = time.perf_counter()
+                speed = (self.step - logged_step) * self.config.batch_size / (now - logged_at)
+                logged_at, logged_step = now, self.step
+                self._log(loss=loss, lr=lr, images_per_second=round(speed, 1))
+                self.report.step(self.step, loss, speed)
+            if last or self._epoch_ends_with_evaluation():
+                paused = time.perf_counter()
+                model.eval()
+                result = self._evaluate(module)
+                model.train()  # evaluation switched BatchNorm and dropout off: back on before the next batch
+                self._log(eval_loss=result.loss, eval_accuracy=result.accuracy)
+                self.report.evaluation(self.step, result)
+                logged_at += time.perf_counter() - paused
+        self._finish(module, loss, result, timer.seconds())
+
+    # What happens between two batches ---------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> int:
+        """Epochs completed."""
+        return self.step // self.steps_per_epoch
+
+    def _train_loader(self) -> Iterator[Batch]:
+        config, world = self.config, self.world
+        sampler = data.StepSampler(
+            len(self.train_set),
+            config.batch_size,
+            config.seed,
+            world.rank,
+            world.world_size,
+            self.step,
+            self.total_steps,
+        )
+        samples = data.Samples(self.train_set, config.seed, config.data.augment)
+        return iter(data.loader(samples, sampler, self._workers(), self.device.type == "cuda"))
+
+    def _workers(self) -> int:
+        """Processes that decode images; images in memory are faster without."""
+        if self.config.data.workers is not None:
+            return self.config.data.workers
+        return max(1, self.world.threads) if self.config.data.name == "imagefolder" else 0
+
+    def _prepare(self, batch: Batch) -> Batch:
+        """To the device as bytes, then to normalised floats of the model's size and memory format."""
+        dtype = DTYPES[self.config.precision]
+        images = batch.images.to(self.device, non_blocking=True).to(dtype).div_(255)
+        mean = torch.tensor(self.config.data.mean, dtype=dtype, device=self.device).view(3, 1, 1)
+        std = torch.tensor(self.config.data.std, dtype=dtype, device=self.device).view(3, 1, 1)
+        images = images.sub_(mean).div_(std)
+        size = self.config.model.image_size
+        if images.shape[-1] != size:
+            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
+        if self.config.channels_last:
+            images = images.contiguous(memory_format=torch.channels_last)
+        return Batch(images, batch.labels.to(self.device, non_blocking=True))
+
+    def _mean_loss(self) -> float:
+        """The loss over the global batch: the mean over ranks, whose shares are equal.
+
+        Raises:
+            UserError: the recipe did not call run.record(loss=...) in this step.
+        """
+        if self._loss is None:
+            raise UserError(f"{self.recipe}: no loss to log; call run.record(loss=loss) in every step")
+        total = self._loss.double()
+        self._loss = None
+        dist.all_reduce(total)
+        return total.item() / self.world.world_size
+
+    def _epoch_ends_with_evaluation(self) -> bool:
+        every = self.config.eval_every * self.steps_per_epoch
+        return every > 0 and self.step % every == 0
+
+    def _evaluate(self, module: nn.Module) -> metrics.Evaluation:
+        # The bare module: DistributedDataParallel's forward communicates, and ranks may have unequal batches here.
+        metrics.sync_buffers(module)
+        sampler = data.EvalSampler(
+            len(self.eval_set), self.config.eval_batch_size, self.world.rank, self.world.world_size
+        )
+        samples = data.Samples(self.eval_set, self.config.seed, augment=False)
+        batches = map(self._prepare, data.loader(samples, sampler, self._workers(), self.device.type == "cuda"))
+        with self.autocast():
+            return metrics.evaluate(module, batches, sampler, self.device)
+
+    def _log(self, **scalars: float) -> None:
+        where = {"step": self.step, "epoch": self.epoch, "samples_seen": self.step * self.config.batch_size}
+        for monitor in self.monitors:
+            monitor.log(where | scalars)
+
+    def _finish(self, module: nn.Module, loss: float, result: metrics.Evaluation, seconds: list[float]) -> None:
+        memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
+        for monitor in self.monitors:
+            monitor.close()
+        if self.world.rank == 0:
+            export(module, self.out / "model.pt")
+            parameters, trainable = count_parameters(module)
+            median = metrics.percentile(seconds, 50)
+            result_json: dict[str, Any] = {
+                "recipe": self.recipe,
+                "status": "finished",
+                "world_size": self.world.world_size,
+                "backend": self.world.backend,
+                "device": self.device.type,
+                "precision": self.config.precision,
+                "steps": self.step,
+                "epochs": self.epoch,
+                "samples_seen": self.step * self.config.batch_size,
+                "train_loss": loss,
+                "eval_loss": result.loss,
+                "eval_accuracy": result.accuracy,
+                "images_per_second": self.config.batch_size / median,
+                "step_seconds_p50": median,
+                "step_seconds_p95": metrics.percentile(seconds, 95),
+                "peak_memory_bytes": int(max(memory)),
+                "peak_memory_bytes_by_rank": [int(m) for m in memory],
+                "parameters": parameters,
+                "trainable_parameters": trainable,
+                "resumed_from": None,
+                "wall_seconds": time.perf_counter() - self.started,
+                "checkpoint_stall_seconds": 0.0,
+            }
+            write_json(self.out / "result.json", result_json)
+            self.report.finish(result_json)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The module that a data-parallel wrapper holds."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def lr_factor(config: OptimConfig, total_steps: int) -> Any:
+    """step → factor on optim.lr: a linear warm-up, then constant or a half cosine down to 0.
+
+    It spans all epochs even where max_steps ends the run earlier, so that a shorter run is a prefix of the longer one.
+    Source: https://arxiv.org/abs/1608.03983 (cosine), https://arxiv.org/abs/1706.02677 (warm-up).
+    """
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        if config.schedule == "constant":
+            return 1.0
+        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    return factor
+
+
+def export(module: nn.Module, path: Path) -> None:
+    """Write a plain state_dict on the CPU, for `load_state_dict(torch.load(path, weights_only=True))` anywhere."""
+    import io
+
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())

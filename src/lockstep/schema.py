@@ -1,0 +1,147 @@
+"""Every key a user can set, with its type, its default and what it does.
+
+Hydra composes `conf/` against these dataclasses, so a misspelt key or a wrong type fails by name before anything starts.
+A rank reads the frozen `config.yaml` back through the same classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lockstep.errors import UserError
+
+
+def key(default: Any, help: str, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+    """A config key: its default, one line of help, and what `check_values` holds it to."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    name: str = key("resnet18", "architecture", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
+    num_classes: int | None = key(None, "outputs of the last layer (null: the data set's classes)", minimum=1)
+    image_size: int | None = key(None, "side of the square input in pixels (null: the data set's)", minimum=8)
+    norm: str = key("batch", "normalisation layer", ("batch", "group"))
+    init: str = key("kaiming", "weight initialisation", ("kaiming", "xavier"))
+
+
+@dataclass
+class DataConfig:
+    name: str = key("digits", "data set", ("digits", "synthetic", "cifar10", "imagefolder"))
+    root: str | None = key(None, "folder that holds the data (cifar10, imagefolder)")
+    num_classes: int | None = key(None, "classes (null: counted)", minimum=1)
+    image_size: int = key(8, "side of the square images in pixels, before model.image_size resizes them", minimum=1)
+    mean: list[float] = key([0.5, 0.5, 0.5], "mean of each channel, images scaled to 0…1")
+    std: list[float] = key([0.5, 0.5, 0.5], "standard deviation of each channel, images scaled to 0…1")
+    augment: bool = key(True, "augment the training images, seeded by (seed, epoch, sample)")
+    workers: int | None = key(None, "DataLoader processes a rank (null: none for data in memory)", minimum=0)
+    size: int = key(1024, "synthetic: number of training images", minimum=1)
+    download: bool = key(False, "cifar10: fetch it into data.root if it is not there")
+    check_files: int = key(
+        10_000, "imagefolder: files whose first and last bytes are looked at before a run", minimum=0
+    )
+
+
+@dataclass
+class OptimConfig:
+    name: str = key("sgd", "optimizer", ("sgd", "adamw"))
+    lr: float = key(0.02, "peak learning rate", minimum=0)
+    momentum: float = key(0.9, "sgd: momentum", minimum=0)
+    weight_decay: float = key(5e-4, "weight decay", minimum=0)
+    schedule: str = key("cosine", "learning rate after the warm-up", ("constant", "cosine"))
+    warmup_steps: int = key(15, "steps in which the learning rate rises from 0 to optim.lr", minimum=0)
+
+
+@dataclass
+class CheckpointConfig:
+    every: int | None = key(None, "steps between two checkpoints (null: none)", minimum=1)
+    keep: int = key(2, "checkpoints kept", minimum=1)
+
+
+@dataclass
+class MonitorConfig:
+    name: str = key("csv", "where the curves go, besides metrics.jsonl", ("csv", "tensorboard", "wandb"))
+
+
+@dataclass
+class ClusterConfig:
+    launcher: str = key("launchers.slurm", "module that starts the ranks")
+    nodes: int = key(1, "nodes", minimum=1)
+    gpus_per_node: int = key(0, "GPUs on each node", minimum=0)
+    tasks_per_node: int | None = key(None, "ranks on each node (null: one a GPU)", minimum=1)
+    partition: str | None = key(None, "partition to submit to")
+    account: str | None = key(None, "account to charge")
+    time_minutes: int = key(60, "time limit in minutes", minimum=1)
+    follow: bool = key(True, "follow the job's log until it ends; false: return at once")
+
+
+@dataclass
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig | None = None
+    batch_size: int = key(96, "global batch: images the optimizer sees in one step, over all ranks", minimum=1)
+    epochs: int = key(15, "passes over the training set", minimum=1)
+    max_steps: int | None = key(None, "end after this many steps, if epochs does not end first", minimum=1)
+    accumulate: int = key(1, "micro-batches a step", minimum=1)
+    seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
+    precision: str = key("fp32", "arithmetic (fp64: for proofs)", ("fp32", "bf16", "fp16", "fp64"))
+    tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")
+    compile: bool = key(False, "torch.compile the model")
+    channels_last: bool = key(False, "NHWC memory format for images and weights")
+    detect_anomaly: bool = key(False, "name the operation whose backward made a NaN (slow)")
+    nproc: int | None = key(None, "ranks on this machine (null: one per GPU, else 2)", minimum=1)
+    device: str = key("auto", "where the ranks compute", ("auto", "cpu", "cuda"))
+    backend: str = key("auto", "collectives (auto: nccl on cuda, gloo on cpu)", ("auto", "gloo", "nccl"))
+    threads: int | None = key(None, "CPU threads a rank (null: the cores divided among the host's ranks)", minimum=1)
+    timeout_seconds: int = key(300, "longest wait for another rank, at the start and in a collective", minimum=1)
+    eval_every: int = key(1, "epochs between two evaluations (0: only at the end)", minimum=0)
+    eval_batch_size: int = key(128, "images in one evaluation batch", minimum=1)
+    log_every: int = key(10, "steps between two lines of metrics.jsonl", minimum=1)
+    resume: str = key("auto", "auto: continue what is in `out`; never; or a PATH to start from")
+    out: str | None = key(None, "run directory (null: outputs/<recipe>/<time>)")
+    launcher: str = key("launchers.torchrun", "module that starts the ranks where there is no cluster")
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Yield (dotted key, value, metadata) for every leaf of a config object."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{prefix}{entry.name}.")
+        elif entry.metadata:
+            yield f"{prefix}{entry.name}", value, dict(entry.metadata)
+
+
+def check_values(config: Config) -> None:
+    """Hold every key to its own choices and minimum; raise UserError naming the key, its value and what is allowed."""
+    for name, value, rule in walk(config):
+        if rule["choices"] and value not in rule["choices"]:
+            raise UserError(f"{name}={value}: allowed are {', '.join(rule['choices'])}")
+        if rule["minimum"] is not None and value is not None and value < rule["minimum"]:
+            raise UserError(f"{name}={value}: allowed are numbers from {rule['minimum']} up")
+
+
+def to_yaml(config: Config) -> str:
+    """The frozen form of a config: plain YAML, nothing left to resolve."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def from_yaml(text: str) -> Config:
+    """Read `to_yaml`'s text back through the schema.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: a key or a type that the schema does not know.
+    """
+    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]

@@ -1,0 +1,229 @@
+"""Who am I among the ranks, and on which device: from the launcher's environment to a process group.
+
+Every launcher gives every rank torchrun's environment (https://docs.pytorch.org/docs/stable/elastic/run.html):
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Nothing else is needed to join.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from lockstep.errors import UserError
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a launcher says about this process."""
+
+    rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    agent_store: bool  # torchrun's agent holds the store at master_port, so rank 0 must not
+    attempt: int  # how often the agent has restarted the ranks
+
+
+def discover(env: Mapping[str, str]) -> Place | None:
+    """Read this process's place from its environment; None where no launcher started it.
+
+    Raises:
+        UserError: the variables are incomplete or contradict each other.
+    """
+    if "RANK" not in env:
+        if "WORLD_SIZE" in env:
+            raise UserError(
+                f"WORLD_SIZE={env['WORLD_SIZE']} is set but RANK is not: set RANK to 0…WORLD_SIZE−1 in each process, "
+                "or unset WORLD_SIZE"
+            )
+        return None
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise UserError(
+            f"RANK={env['RANK']} is set but not {', '.join(missing)}: a rank needs all four, or none of them"
+        )
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not env[name].isdecimal():
+            raise UserError(f"{name}={env[name]}: allowed are whole numbers from 0 up")
+        numbers[name] = int(env[name])
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise UserError(
+            f"RANK={env['RANK']}: allowed are 0…{numbers['WORLD_SIZE'] - 1} (WORLD_SIZE={env['WORLD_SIZE']})"
+        )
+    if not 0 < numbers["MASTER_PORT"] < 2**16:
+        raise UserError(f"MASTER_PORT={env['MASTER_PORT']}: allowed are 1…65535")
+    return Place(
+        rank=numbers["RANK"],
+        world_size=numbers["WORLD_SIZE"],
+        master_addr=env["MASTER_ADDR"],
+        master_port=numbers["MASTER_PORT"],
+        agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+    )
+
+
+def open_store(place: Place, timeout_seconds: float) -> dist.Store:
+    """Connect to the key-value store where ranks meet; rank 0 serves it unless torchrun's agent already does.
+
+    Raises:
+        UserError: the port is taken, or nobody answers there.
+    """
+    serves = place.rank == 0 and not place.agent_store
+    try:
+        store = dist.TCPStore(
+            place.master_addr,
+            place.master_port,
+            is_master=serves,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,  # it would wait for all ranks without saying who is missing; check_in names them
+        )
+    except (RuntimeError, ValueError) as error:  # DistNetworkError among them
+        where = f"MASTER_ADDR={place.master_addr} MASTER_PORT={place.master_port}"
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
+            raise UserError(
+                f"{where}: the port is in use on {socket.gethostname()}; set MASTER_PORT to a free one"
+            ) from None
+        raise UserError(
+            f"rank {place.rank} could not reach rank 0 at {where} within {timeout_seconds:g} s: "
+            "start rank 0, or correct the address, or raise timeout_seconds"
+        ) from None
+    # An agent keeps its store over restarts: a new attempt must not read the old one's keys.
+    return dist.PrefixStore(f"lockstep/{place.attempt}", store)
+
+
+def check_in(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> list[str]:
+    """Wait until every rank is there; return each rank's host name, in rank order.
+
+    init_process_group would wait as well, but its time-out does not say which rank it waited for.
+
+    Raises:
+        UserError: some ranks did not come; all the ranks that did come get their numbers.
+    """
+    store.set(f"host/{rank}", socket.gethostname())
+    if rank == 0:
+        keys = [f"host/{r}" for r in range(world_size)]
+        with contextlib.suppress(dist.DistStoreError):
+            store.wait(keys, timedelta(seconds=timeout_seconds))
+        hosts = [store.get(key).decode() if store.check([key]) else None for key in keys]
+        store.set("hosts", json.dumps(hosts))
+    try:
+        # Rank 0 answers when its own wait is over; the others may have come a moment before it.
+        store.wait(["hosts"], timedelta(seconds=timeout_seconds + 30))
+    except (dist.DistStoreError, dist.DistNetworkError):
+        raise UserError(
+            f"rank 0 did not join within timeout_seconds={timeout_seconds:g}: is it running, with the same MASTER_ADDR?"
+        ) from None
+    hosts = json.loads(store.get("hosts"))
+    missing = [r for r, host in enumerate(hosts) if host is None]
+    if missing:
+        raise UserError(
+            f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {world_size} did not join within "
+            f"timeout_seconds={timeout_seconds:g}: start {'them' if len(missing) > 1 else 'it'}, "
+            "or set WORLD_SIZE to the number of processes you start"
+        )
+    return hosts
+
+
+def resolve_device(device: str, backend: str) -> tuple[str, str]:
+    """Turn `auto` into what this machine has: ("cuda" | "cpu", "nccl" | "gloo").
+
+    Raises:
+        UserError: cuda was asked for and is not there, or nccl for the CPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device here; allowed are device=cpu and device=auto")
+    if backend == "auto":
+        backend = "nccl" if device == "cuda" else "gloo"
+    if backend == "nccl" and device == "cpu":
+        raise UserError(
+            "backend=nccl: it carries CUDA tensors only; with device=cpu allowed are backend=gloo and backend=auto"
+        )
+    return device, backend
+
+
+def default_nproc(device: str) -> int:
+    """Ranks to start on this machine when nobody says: one per GPU, or 2 on CPU."""
+    return torch.cuda.device_count() if device == "cuda" else 2
+
+
+def check_nproc(nproc: int, device: str, backend: str) -> None:
+    """Refuse more NCCL ranks than GPUs: two ranks on one GPU dead-lock or fail inside NCCL."""
+    if device == "cuda" and backend == "nccl" and nproc > torch.cuda.device_count():
+        raise UserError(
+            f"nproc={nproc}: this machine has {torch.cuda.device_count()} CUDA devices and a rank needs one of its own; "
+            f"allowed are 1…{torch.cuda.device_count()} (or backend=gloo, whose ranks may share a device)"
+        )
+
+
+@dataclass(frozen=True)
+class World:
+    """All the ranks of one run, seen from one of them."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    hosts: list[str]  # host name of every rank
+    device: torch.device
+    backend: str
+    threads: int
+
+    @property
+    def device_ids(self) -> list[int] | None:
+        """What DistributedDataParallel wants: this rank's device, or None on CPU."""
+        return [self.device.index] if self.device.type == "cuda" else None
+
+
+def join(
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    *,
+    device: str,
+    backend: str,
+    timeout_seconds: float,
+    threads: int | None = None,
+    tf32: bool = True,
+    local_rank: int | None = None,
+) -> World:
+    """Become a rank: check in, bind the device, set the threads, create the default process group.
+
+    Raises:
+        UserError: a rank is missing, or this host lacks the device.
+    """
+    device, backend = resolve_device(device, backend)
+    hosts = check_in(store, rank, world_size, timeout_seconds)
+    mine = [r for r, host in enumerate(hosts) if host == hosts[rank]]
+    if local_rank is None:
+        local_rank = mine.index(rank)
+    # Every rank would otherwise start a thread per core. Counted by host, not by agent, so that each way of starting
+    # the same ranks gives each the same threads and with them the same bits.
+    threads = threads or max(1, len(os.sched_getaffinity(0)) // len(mine))
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+    timeout = timedelta(seconds=timeout_seconds)
+    group_store = dist.PrefixStore("group", store)
+    if device == "cuda":
+        where = torch.device("cuda", local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(where)
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
+        # Binding the device makes NCCL connect at once, so a broken link shows here and not in the first backward.
+        bound = where if backend == "nccl" else None
+        dist.init_process_group(
+            backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout, device_id=bound
+        )
+    else:
+        where = torch.device("cpu")
+        dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
+    return World(rank, world_size, local_rank, hosts, where, backend, threads)

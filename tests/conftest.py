@@ -1,0 +1,20 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """GPU tests run wherever a GPU is found, and are left out by name, not silently passed, where none is."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    # Ranks are forked from this process, and a fork must not inherit a running thread pool.
+    torch.set_num_threads(1)
