@@ -13,6 +13,8 @@ import sys
 import tempfile
 from collections.abc import Mapping
 
+USER_ERROR = 2  # the exit code of a rank whose last words are one line
+
 
 def launch(target: str, environment: Mapping[str, str], *, nproc: int) -> int:
     """Run `nproc` ranks of `target` to their end; return 0, the failing rank's exit code, or 128 + a signal.
@@ -65,25 +67,19 @@ def show(error: Exception) -> int:
     failures = error.failures  # type: ignore[attr-defined]
 
     def order(rank: int) -> tuple[bool, bool, int]:
-        """A rank that a signal killed comes first: the others then failed because it was gone. SIGTERM is the agent's."""
+        """A rank that a signal killed comes first: the others failed because it was gone. SIGTERM is the agent's."""
         code = failures[rank].exitcode
         return not (code < 0 and code != -signal.SIGTERM), code == -signal.SIGTERM, failures[rank].timestamp
 
     rank = min(failures, key=order)
     failure = failures[rank]
+    log = f"ranks/{rank}.log"
     if failure.exitcode < 0:
-        print(
-            f"rank {rank} was killed by {failure.signal_name()}; its last words are in ranks/{rank}.log",
-            file=sys.stderr,
-        )
+        print(f"rank {rank} was killed by {failure.signal_name()}; its last words are in {log}", file=sys.stderr)
         return 128 - failure.exitcode
-    if not isinstance(failure.message, dict):
-        print(
-            f"rank {rank} ended with exit code {failure.exitcode} and said nothing; see ranks/{rank}.log",
-            file=sys.stderr,
-        )
-    elif failure.exitcode == 2:  # a mistake of the user's: "UserError: one line"
-        print(f"error: {failure.message['message'].partition(': ')[2]}", file=sys.stderr)
+    if isinstance(failure.message, dict):
+        text = failure.message["extraInfo"]["py_callstack"].rstrip()
+        print(text if failure.exitcode == USER_ERROR else f"rank {rank} failed\n{text}", file=sys.stderr)
     else:
-        print(f"rank {rank} failed\n{failure.message['extraInfo']['py_callstack'].rstrip()}", file=sys.stderr)
+        print(f"rank {rank} ended with exit code {failure.exitcode} and said nothing; see {log}", file=sys.stderr)
     return failure.exitcode

@@ -1,11 +1,11 @@
 """DistributedDataParallel: a process per device, each with the whole model and its share of every batch.
 
 Rank r computes the gradients of its batch_size / world_size images. While the backward pass is still running, DDP
-all-reduces the gradients that are ready, bucket by bucket: every rank sends its bucket around, and all of them end with
-the mean over ranks. The shares are equal, so that mean is the gradient of the mean loss over the global batch, and since
-all ranks start with the same weights and apply the same update, they stay equal without ever sending a weight. BatchNorm
-is the exception: each rank normalises by its own share (`model.norm=group` does not, and then this recipe computes
-exactly what recipes.single does).
+all-reduces the gradients that are ready, bucket by bucket: every rank sends its bucket around, and all of them end
+with the mean over ranks. The shares are equal, so that mean is the gradient of the mean loss over the global batch,
+and since all ranks start with the same weights and apply the same update, they stay equal without ever sending a
+weight. BatchNorm is the exception: each rank normalises by its own share (`model.norm=group` does not, and then this
+recipe computes exactly what recipes.single does).
 
     python -m recipes.ddp                              two ranks on this machine, or one per GPU
     torchrun --nproc-per-node=2 -m recipes.ddp         the same run, started by hand
@@ -16,7 +16,7 @@ Source: https://arxiv.org/abs/2006.15704 (the design and the bucketing)
 
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Run, recipe
 from lockstep.models import build_model
@@ -28,7 +28,9 @@ def train(run: Run) -> None:
     model = DistributedDataParallel(model, device_ids=run.device_ids)
     optim = run.config.optim
     if optim.name == "sgd":
-        optimizer = SGD(model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        optimizer: Optimizer = SGD(
+            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
     else:
         optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
 

@@ -1,7 +1,8 @@
 """One process, one device: the loop that every other recipe is read against.
 
-Each step takes one global batch, computes the loss and its gradients, and updates the weights. All that is the same for
-every technique (data order, learning-rate schedule, evaluation, logging) happens inside `run.steps`, between two batches.
+Each step takes one global batch, computes the loss and its gradients, and updates the weights. All that is the same
+for every technique (data order, learning-rate schedule, evaluation, logging) happens inside `run.steps`, between two
+batches.
 
     python -m recipes.single
 
@@ -10,7 +11,7 @@ Source: https://docs.pytorch.org/tutorials/beginner/introyt/trainingyt.html
 """
 
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW
+from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Run, recipe
 from lockstep.models import build_model
@@ -21,7 +22,9 @@ def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
     optim = run.config.optim
     if optim.name == "sgd":
-        optimizer = SGD(model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+        optimizer: Optimizer = SGD(
+            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
     else:
         optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
 

@@ -6,7 +6,6 @@ and has a launcher start the ranks; started by a launcher (RANK is set) it is on
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -16,8 +15,8 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import torch.distributed as dist
@@ -107,7 +106,7 @@ def submit(recipe: Recipe) -> int:
         nproc = config.nproc or recipe.ranks or world.default_nproc(device)
         world.check_nproc(nproc, device, backend)
         complete(config, recipe, nproc)
-        launcher = importlib.import_module(config.launcher)
+        launcher = load_launcher(config.launcher)
         out = freeze(config, recipe)
         started = time.perf_counter()
         code = launcher.launch(recipe.target, {RUN_DIRECTORY: str(out)}, nproc=nproc)
@@ -122,6 +121,16 @@ def submit(recipe: Recipe) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     return max(codes)
+
+
+def load_launcher(name: str) -> ModuleType:
+    """Import the module that a config names to start the ranks."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith(str(error.name)):
+            raise  # the launcher is there, and something it needs is not
+        raise UserError(f"launcher={name}: no such module; allowed are launchers.torchrun, or one of yours") from None
 
 
 def complete(config: Config, recipe: Recipe, world_size: int) -> None:
@@ -140,7 +149,8 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
         below = config.batch_size // world_size * world_size
         nearest = [str(size) for size in (below, below + world_size) if size]
         raise UserError(
-            f"batch_size={config.batch_size}: the global batch must divide by {world_size} ranks; nearest that do: {', '.join(nearest)}"
+            f"batch_size={config.batch_size}: the global batch must divide by {world_size} ranks; "
+            f"nearest that do: {', '.join(nearest)}"
         )
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
@@ -153,7 +163,8 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
     config.model.num_classes = config.model.num_classes or classes
     if config.model.num_classes < classes:
         raise UserError(
-            f"model.num_classes={config.model.num_classes}: {config.data.name} has {classes} classes; allowed are numbers from {classes} up"
+            f"model.num_classes={config.model.num_classes}: {config.data.name} has {classes} classes; "
+            f"allowed are numbers from {classes} up"
         )
     config.model.image_size = config.model.image_size or config.data.image_size
 
@@ -252,17 +263,13 @@ def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dis
     seconds = float(asked[-1]) if asked and asked[-1].isdecimal() else JOIN_SECONDS
     store = world.open_store(place, seconds)
     if place.rank == 0:
-        told = compose_by_hand(recipe, place.world_size)
-        store.set("run", json.dumps(told))
-    else:
-        try:
-            store.wait(["run"], timedelta(seconds=seconds))
-        except (dist.DistStoreError, dist.DistNetworkError):
-            raise UserError(f"rank 0 sent no config within {seconds:g} s: is it running the same command?") from None
-        told = json.loads(store.get("run"))
+        store.set("run", json.dumps(compose_by_hand(recipe, place.world_size)))
+    elif not world.wait_for(store, ["run"], seconds):
+        raise UserError(f"rank 0 sent no config within {seconds:g} s: is it running the same command?")
+    told = json.loads(store.get("run"))
     if "config" in told:
         return from_yaml(told["config"]), Path(told["out"]), store
-    farewell(store, place)
+    world.farewell(store, place.rank, place.world_size)
     if "error" not in told:
         raise SystemExit(0)
     # Rank 0 says it; the others too where torchrun shows one rank's words and picks the rank itself.
@@ -295,14 +302,6 @@ def compose_by_hand(recipe: Recipe, world_size: int) -> dict[str, str]:
     return told
 
 
-def farewell(store: dist.Store, place: world.Place) -> None:
-    """Let rank 0, which may serve the store, outlive the moment in which the others read from it."""
-    store.set(f"read/{place.rank}", "")
-    if place.rank == 0:
-        with contextlib.suppress(dist.DistStoreError, dist.DistNetworkError):
-            store.wait([f"read/{rank}" for rank in range(place.world_size)], timedelta(seconds=5))
-
-
 def redirect_output(log: Path) -> None:
     """Send all this process prints, C++ included, to its log: of many ranks only rank 0 speaks on the console."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -326,10 +325,11 @@ def tell(error: BaseException, place: world.Place, out: Path | None, console: in
     if secondary:
         time.sleep(2)  # another rank broke first; it, or the launcher that sees it dead, is to be heard first
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        # An agent started this rank, reads this file, and shows the first failing rank's.
-        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
-        get_error_handler().record_exception(error)  # type: ignore[arg-type]
+        # An agent started this rank and reads this file; our launcher, or torchrun's summary, shows the first failing
+        # rank's. The format is torch.distributed.elastic's (multiprocessing/errors/error_handler.py).
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
         return
     if secondary:
         text = f"rank {place.rank} stopped because another rank did: {str(error).splitlines()[0]}\n"

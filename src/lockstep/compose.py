@@ -10,7 +10,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -123,7 +123,7 @@ def to_config(composed: DictConfig) -> Config:
 
 def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
     """The dotted key of every value below a node."""
-    for name in node:
+    for name in map(str, node):
         child = node._get_node(name)
         if isinstance(child, DictConfig) and not child._is_none():
             yield from leaves(child, f"{prefix}{name}.")
@@ -137,11 +137,9 @@ def check_cluster_file(composed: DictConfig, overrides: list[str]) -> None:
     loader = GlobalHydra.instance().config_loader()
     name = HydraConfig.get().job.config_name
     bare = loader.load_configuration(config_name=name, overrides=rest, run_mode=RunMode.RUN)
-    for key in composed:
+    for key in map(str, composed):
         if key != "cluster" and composed[key] != bare[key]:
-            raise UserError(
-                f"the cluster file sets {key}: it may set cluster.* only, so that a run means the same everywhere"
-            )
+            raise UserError(f"the cluster file sets {key}: it may set cluster.* only; a run means the same everywhere")
 
 
 def key_help() -> str:
@@ -161,8 +159,8 @@ def group_help() -> str:
     return "\n".join(f"{group:8} {', '.join(names)}" for group, names in groups.items() if names)
 
 
-def options(names: list[str]) -> list[str]:
-    """A group's options in the order a person expects (resnet50 before resnet101), without the schema they start from."""
+def options(names: Iterable[str]) -> list[str]:
+    """A group's options, resnet50 before resnet101, without the schema they start from."""
     return sorted(set(names) - {"schema"}, key=lambda name: (len(name), name))
 
 

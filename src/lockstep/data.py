@@ -1,7 +1,7 @@
 """Data whose order is a pure function of (seed, epoch), cut into global batches, sliced by rank.
 
-Step k of an epoch takes global batch k of the epoch's order and rank r takes the r-th equal slice of that batch. So what
-the optimizer sees does not depend on the number of ranks, and one integer (steps done) says where to go on.
+Step k of an epoch takes global batch k of the epoch's order and rank r takes the r-th equal slice of that batch. So
+what the optimizer sees does not depend on the number of ranks, and one integer (steps done) says where to go on.
 Images stay uint8 until they are on the device: a quarter of the bytes to copy.
 """
 
@@ -52,7 +52,7 @@ def rank_slice(order: Tensor, step: int, batch_size: int, rank: int, world_size:
 
 
 class StepSampler(Sampler[tuple[int, Tensor]]):
-    """Yields (epoch, this rank's sample numbers) for every step from `start` to `stop`, over as many epochs as it takes.
+    """Yields (epoch, this rank's sample numbers) for every step from `start` to `stop`, over all the epochs they span.
 
     The last size % batch_size samples of an epoch's order are dropped, which are different ones each epoch.
     One sampler spans all epochs: DataLoader workers then go on working across the end of an epoch.
@@ -283,7 +283,7 @@ def digits() -> tuple[Images, Images]:
 
 
 def synthetic(config: DataConfig, seed: int) -> tuple[Images, Images]:
-    """`data.size` images of noise with random labels, and a quarter as many to evaluate: for measuring, not learning."""
+    """`data.size` images of noise with random labels, a quarter as many to evaluate: for measuring, not learning."""
     classes = config.num_classes or 10
     generator = torch.Generator().manual_seed(seed)
 
@@ -333,7 +333,7 @@ def read_cifar_binary(file: Path) -> tuple[np.ndarray, np.ndarray]:
     content = np.fromfile(file, np.uint8)
     if len(content) == 0 or len(content) % CIFAR_RECORD:
         raise UserError(
-            f"{file}: {len(content)} bytes is not a multiple of {CIFAR_RECORD}, so it is truncated or no CIFAR-10 batch; "
+            f"{file}: {len(content)} bytes is not a multiple of {CIFAR_RECORD}: truncated, or no CIFAR-10 batch; "
             "fetch it again into data.root"
         )
     records = content.reshape(-1, CIFAR_RECORD)
@@ -411,7 +411,8 @@ def check(config: DataConfig) -> tuple[int, int | None]:
     if config.name == "cifar10":
         if config.download and not (root / CIFAR_PICKLES).is_dir():
             download_cifar10(root)
-        for file in sum(cifar10_files(root), []):
+        train_files, test_files = cifar10_files(root)
+        for file in train_files + test_files:
             if file.suffix == ".bin":
                 read_cifar_binary(file)
             else:

@@ -5,6 +5,7 @@ Models here know one device and nothing of ranks: parallelism is applied from ou
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 from torch import nn
@@ -23,7 +24,8 @@ def build_model(config: ModelConfig) -> nn.Module:
     """
     from torchvision.models import resnet  # 0.9 s to import: paid by the ranks, not by the process that starts them
 
-    assert config.num_classes is not None and config.image_size is not None, "the app fills in what the data set says"
+    assert config.num_classes is not None, "the app fills in what the data set says"
+    assert config.image_size is not None, "the app fills in what the data set says"
     model = getattr(resnet, config.name)(num_classes=config.num_classes, norm_layer=norm_layer(config.norm))
     if config.image_size <= SMALL_IMAGE:
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
@@ -32,7 +34,7 @@ def build_model(config: ModelConfig) -> nn.Module:
     return model
 
 
-def norm_layer(name: str) -> type[nn.Module] | partial[nn.Module]:
+def norm_layer(name: str) -> Callable[[int], nn.Module]:
     """The layer torchvision calls with a channel count: BatchNorm, or GroupNorm, which no other sample can influence.
 
     GroupNorm(32) is Wu & He's (https://arxiv.org/abs/1803.08494); every ResNet width is a multiple of 32.

@@ -95,10 +95,11 @@ class Report:
         if self.progress:
             self.progress.stop()
         memory = ", ".join(f"{size / 2**20:,.0f}" for size in result["peak_memory_bytes_by_rank"])
+        milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
         rows = {
             "accuracy": f"{result['eval_accuracy']:.2%} of {self.config.data.name}'s evaluation images",
-            "speed": f"{result['images_per_second']:,.0f} images/s "
-            f"({1000 * result['step_seconds_p50']:.0f} ms a step, 95 % within {1000 * result['step_seconds_p95']:.0f} ms)",
+            "speed": f"{result['images_per_second']:,.0f} images/s ({milliseconds[0]} ms a step, "
+            f"95 % within {milliseconds[1]} ms)",
             "time": f"{result['wall_seconds']:.1f} s for {result['steps']:,} steps",
             "memory": f"{memory} MiB at peak, by rank",
             "written": f"{short(self.out)}/: model.pt, result.json, metrics.jsonl, config.yaml, ranks/",

@@ -48,11 +48,13 @@ class Run:
         torch.manual_seed(config.seed)
         torch.autograd.set_detect_anomaly(config.detect_anomaly)
         assert config.model.image_size is not None, "the app fills in what the data set says"
-        self.train_set, self.eval_set = data.load(config.data, config.model.image_size, config.seed)
+        self.image_size = config.model.image_size
+        self.train_set, self.eval_set = data.load(config.data, self.image_size, config.seed)
         self.steps_per_epoch = len(self.train_set) // config.batch_size
         if self.steps_per_epoch == 0:
+            size = len(self.train_set)
             raise UserError(
-                f"batch_size={config.batch_size}: the training set has only {len(self.train_set)} images; allowed are 1…{len(self.train_set)}"
+                f"batch_size={config.batch_size}: the training set has only {size} images; allowed are 1…{size}"
             )
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
@@ -82,7 +84,8 @@ class Run:
     def record(self, *, loss: Tensor) -> None:
         """Hand over this step's loss, the mean over this rank's share of the global batch.
 
-        Detached, because a kept loss keeps its whole graph; read only at logged steps, because reading waits for the GPU.
+        Detached, because a kept loss keeps its whole graph; read at logged steps only, because reading waits for the
+        GPU.
         """
         self._loss = loss.detach()
 
@@ -109,7 +112,7 @@ class Run:
         while self.step < self.total_steps:
             timer.start()
             yield self._prepare(next(batches))
-            lr = schedule.get_last_lr()[0]
+            lr = float(schedule.get_last_lr()[0])
             schedule.step()
             timer.stop()
             self.step += 1
@@ -165,7 +168,7 @@ class Run:
         mean = torch.tensor(self.config.data.mean, dtype=dtype, device=self.device).view(3, 1, 1)
         std = torch.tensor(self.config.data.std, dtype=dtype, device=self.device).view(3, 1, 1)
         images = images.sub_(mean).div_(std)
-        size = self.config.model.image_size
+        size = self.image_size
         if images.shape[-1] != size:
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         if self.config.channels_last:

@@ -1,6 +1,6 @@
 """Every key a user can set, with its type, its default and what it does.
 
-Hydra composes `conf/` against these dataclasses, so a misspelt key or a wrong type fails by name before anything starts.
+Hydra composes `conf/` against these dataclasses: a misspelt key or a wrong type fails by name before anything starts.
 A rank reads the frozen `config.yaml` back through the same classes.
 """
 
@@ -18,7 +18,7 @@ from lockstep.errors import UserError
 def key(default: Any, help: str, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
     """A config key: its default, one line of help, and what `check_values` holds it to."""
     metadata = {"help": help, "choices": choices, "minimum": minimum}
-    if isinstance(default, list):
+    if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
@@ -38,8 +38,8 @@ class DataConfig:
     root: str | None = key(None, "folder that holds the data (cifar10, imagefolder)")
     num_classes: int | None = key(None, "classes (null: counted)", minimum=1)
     image_size: int = key(8, "side of the square images in pixels, before model.image_size resizes them", minimum=1)
-    mean: list[float] = key([0.5, 0.5, 0.5], "mean of each channel, images scaled to 0…1")
-    std: list[float] = key([0.5, 0.5, 0.5], "standard deviation of each channel, images scaled to 0…1")
+    mean: list[float] = key((0.5, 0.5, 0.5), "mean of each channel, images scaled to 0…1")
+    std: list[float] = key((0.5, 0.5, 0.5), "standard deviation of each channel, images scaled to 0…1")
     augment: bool = key(True, "augment the training images, seeded by (seed, epoch, sample)")
     workers: int | None = key(None, "DataLoader processes a rank (null: none for data in memory)", minimum=0)
     size: int = key(1024, "synthetic: number of training images", minimum=1)

@@ -6,10 +6,10 @@ RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Nothing else is needed t
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -78,6 +78,12 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
         UserError: the port is taken, or nobody answers there.
     """
     serves = place.rank == 0 and not place.agent_store
+    where = f"MASTER_ADDR={place.master_addr} MASTER_PORT={place.master_port}"
+    if not serves and not answers(place.master_addr, place.master_port, timeout_seconds):
+        raise UserError(
+            f"rank {place.rank} could not reach rank 0 at {where} within {timeout_seconds:g} s: "
+            "start rank 0, or correct the address, or raise timeout_seconds"
+        )
     try:
         store = dist.TCPStore(
             place.master_addr,
@@ -87,17 +93,37 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
             wait_for_workers=False,  # it would wait for all ranks without saying who is missing; check_in names them
         )
     except (RuntimeError, ValueError) as error:  # DistNetworkError among them
-        where = f"MASTER_ADDR={place.master_addr} MASTER_PORT={place.master_port}"
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error):
-            raise UserError(
-                f"{where}: the port is in use on {socket.gethostname()}; set MASTER_PORT to a free one"
-            ) from None
-        raise UserError(
-            f"rank {place.rank} could not reach rank 0 at {where} within {timeout_seconds:g} s: "
-            "start rank 0, or correct the address, or raise timeout_seconds"
-        ) from None
+        text = str(error).lower()
+        if "eaddrinuse" in text or "address already in use" in text:
+            raise UserError(f"{where}: the port is in use on {socket.gethostname()}; set a free MASTER_PORT") from None
+        raise UserError(f"{where}: no store there ({str(error).splitlines()[0]}); set another MASTER_PORT") from None
     # An agent keeps its store over restarts: a new attempt must not read the old one's keys.
     return dist.PrefixStore(f"lockstep/{place.attempt}", store)
+
+
+def answers(host: str, port: int, timeout_seconds: float) -> bool:
+    """Wait until something listens at host:port. TCPStore would wait too, and print a page of C++ when it gives up."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, deadline - time.monotonic())).close()
+            return True
+        except OSError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.1)
+
+
+def wait_for(store: dist.Store, keys: list[str], timeout_seconds: float) -> bool:
+    """Whether all keys were set within the time. Asks again and again, because Store.wait logs C++ warnings."""
+    deadline = time.monotonic() + timeout_seconds
+    pause = 0.001
+    while not store.check(keys):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, 0.02)
+    return True
 
 
 def check_in(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> list[str]:
@@ -111,26 +137,30 @@ def check_in(store: dist.Store, rank: int, world_size: int, timeout_seconds: flo
     store.set(f"host/{rank}", socket.gethostname())
     if rank == 0:
         keys = [f"host/{r}" for r in range(world_size)]
-        with contextlib.suppress(dist.DistStoreError):
-            store.wait(keys, timedelta(seconds=timeout_seconds))
-        hosts = [store.get(key).decode() if store.check([key]) else None for key in keys]
-        store.set("hosts", json.dumps(hosts))
-    try:
-        # Rank 0 answers when its own wait is over; the others may have come a moment before it.
-        store.wait(["hosts"], timedelta(seconds=timeout_seconds + 30))
-    except (dist.DistStoreError, dist.DistNetworkError):
-        raise UserError(
-            f"rank 0 did not join within timeout_seconds={timeout_seconds:g}: is it running, with the same MASTER_ADDR?"
-        ) from None
+        wait_for(store, keys, timeout_seconds)
+        store.set("hosts", json.dumps([store.get(key).decode() if store.check([key]) else None for key in keys]))
+    # Rank 0 answers when its own wait is over; the others may have come a moment before it.
+    if not wait_for(store, ["hosts"], timeout_seconds + 30):
+        raise UserError(f"rank 0 did not join within timeout_seconds={timeout_seconds:g}: start it, or look at its log")
     hosts = json.loads(store.get("hosts"))
     missing = [r for r, host in enumerate(hosts) if host is None]
     if missing:
+        farewell(store, rank, world_size - len(missing))
+        ranks, them = ("ranks", "them") if len(missing) > 1 else ("rank", "it")
         raise UserError(
-            f"{'ranks' if len(missing) > 1 else 'rank'} {', '.join(map(str, missing))} of {world_size} did not join within "
-            f"timeout_seconds={timeout_seconds:g}: start {'them' if len(missing) > 1 else 'it'}, "
-            "or set WORLD_SIZE to the number of processes you start"
+            f"{ranks} {', '.join(map(str, missing))} of {world_size} did not join within "
+            f"timeout_seconds={timeout_seconds:g}: start {them}, or set WORLD_SIZE to the number of processes you start"
         )
     return hosts
+
+
+def farewell(store: dist.Store, rank: int, readers: int) -> None:
+    """Let rank 0, which may serve the store, outlive the moment in which the other readers read from it."""
+    store.add("read", 1)
+    if rank == 0:
+        deadline = time.monotonic() + 5
+        while store.add("read", 0) < readers and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 def resolve_device(device: str, backend: str) -> tuple[str, str]:
@@ -160,9 +190,10 @@ def default_nproc(device: str) -> int:
 def check_nproc(nproc: int, device: str, backend: str) -> None:
     """Refuse more NCCL ranks than GPUs: two ranks on one GPU dead-lock or fail inside NCCL."""
     if device == "cuda" and backend == "nccl" and nproc > torch.cuda.device_count():
+        count = torch.cuda.device_count()
         raise UserError(
-            f"nproc={nproc}: this machine has {torch.cuda.device_count()} CUDA devices and a rank needs one of its own; "
-            f"allowed are 1…{torch.cuda.device_count()} (or backend=gloo, whose ranks may share a device)"
+            f"nproc={nproc}: this machine has {count} CUDA devices and a rank needs one of its own; "
+            f"allowed are 1…{count} (or backend=gloo, whose ranks may share a device)"
         )
 
 
