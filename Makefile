@@ -1,0 +1,38 @@
+# Everything starts here, and needs nothing before it: `make demo` trains, `make test` proves.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-all check format bench clean help
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/installed  ## train ResNet-18 on real digits with two ranks, about a minute
+	@$(BIN)/python -m recipes.ddp
+
+test: .venv/installed  ## the tests: no network, no GPU needed
+	$(BIN)/pytest -m "not slow"
+
+test-all: .venv/installed  ## the longest runs as well
+	$(BIN)/pytest
+
+check: .venv/installed  ## lint, format, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/installed  ## put the code into the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: .venv/installed  ## the benchmarks, as paired ratios
+	$(BIN)/python -m benchmarks.startup
+
+clean:  ## remove the environment and all runs
+	rm -rf .venv outputs
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "installing into .venv (torch with CUDA is 5 GB; a few minutes)"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv || (apt-get install -y -q python3-venv && $(PYTHON) -m venv .venv)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@

@@ -1,0 +1,57 @@
+"""The GPU path, wherever a GPU is found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.harness import command
+
+pytestmark = pytest.mark.gpu
+
+
+def result(out: Path) -> dict[str, object]:
+    return json.loads((out / "result.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_one_rank_over_nccl_trains(tmp_path: Path) -> None:
+    words = ["nproc=1", "epochs=3", "out=run", "precision=bf16", "channels_last=true"]
+    done = command("-m", "recipes.ddp", *words, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = result(tmp_path / "run")
+    assert (found["backend"], found["device"]) == ("nccl", "cuda")
+    assert found["peak_memory_bytes"] > 2**26  # type: ignore[operator]
+
+
+def test_two_ranks_share_one_gpu_over_gloo_and_compute_what_one_does(tmp_path: Path) -> None:
+    proof = ["precision=fp64", "model.norm=group", "max_steps=10", "log_every=1"]
+    runs = {
+        "two": ["-m", "recipes.ddp", "nproc=2", "backend=gloo"],
+        "one": ["-m", "recipes.single"],
+    }
+    curves = {}
+    for name, words in runs.items():
+        done = command(*words, *proof, f"out={name}", cwd=tmp_path, timeout=240)
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        curves[name] = [line["loss"] for line in lines if "loss" in line]
+    assert len(curves["one"]) == 10
+    assert curves["two"] == pytest.approx(curves["one"], rel=1e-8)
+
+
+def test_more_nccl_ranks_than_gpus_are_refused(tmp_path: Path) -> None:
+    count = torch.cuda.device_count()
+    done = command("-m", "recipes.ddp", f"nproc={count + 1}", f"batch_size={(count + 1) * 8}", cwd=tmp_path)
+    assert done.returncode == 2
+    assert f"nproc={count + 1}: this machine has {count} CUDA devices" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compile_trains(tmp_path: Path) -> None:
+    words = ["compile=true", "max_steps=20", "out=run", "precision=bf16"]
+    done = command("-m", "recipes.single", *words, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert result(tmp_path / "run")["status"] == "finished"

@@ -1,0 +1,134 @@
+"""Rules of the house: who may import whom, recipes that differ by their technique alone, a README that runs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT, clean_environment, command
+
+HEAVY = {"lightning", "deepspeed", "ray", "wandb", "hydra", "sklearn", "tensorboard", "torchvision"}
+# The lines of single.py that a technique replaces by its own; every other line of single.py stands in every recipe.
+REPLACES: dict[str, list[str]] = {
+    "ddp": ['@recipe(ranks=1, next_command="python -m recipes.ddp     the same training, shared by two ranks")'],
+}
+
+
+def imports(path: Path) -> set[str]:
+    """The top-level names of all modules a file imports, inside functions too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            found.add(node.module.partition(".")[0])
+    return found
+
+
+def python_files(folder: str) -> list[Path]:
+    files = sorted((ROOT / folder).rglob("*.py"))
+    assert files, f"{folder}/ holds no Python: this test would check nothing"
+    return files
+
+
+def test_recipes_never_import_launchers() -> None:
+    for path in python_files("recipes"):
+        assert "launchers" not in imports(path), path
+
+
+def test_launchers_import_nothing_of_training() -> None:
+    own = {"torchrun.py": {"torch"}, "lightning.py": {"lightning", "torch"}, "slurm.py": {"submitit"}}
+    for path in python_files("launchers"):
+        assert not imports(path) & ({"recipes", "torch", "lightning", "submitit"} - own.get(path.name, set())), path
+        trained = re.findall(r"lockstep\.(run|data|models|metrics|app)", path.read_text())
+        assert not trained, path
+
+
+def test_the_library_imports_neither() -> None:
+    for path in python_files("src/lockstep"):
+        assert not imports(path) & {"recipes", "launchers"}, path
+
+
+def test_a_recipe_loads_no_heavy_package_before_it_needs_one() -> None:
+    """What `import recipes.ddp` loads is what every rank waits for."""
+    script = f"import sys, recipes.ddp; print(sorted({HEAVY!r} & set(sys.modules)))"
+    said = command("-c", script)
+    assert said.stdout.strip() == "[]", said.stdout + said.stderr
+
+
+def code_lines(name: str) -> list[str]:
+    """A recipe's lines of code, unparsed, so that comments and layout do not count."""
+    tree = ast.parse((ROOT / "recipes" / f"{name}.py").read_text())
+    body = tree.body[1:] if ast.get_docstring(tree) else tree.body
+    # An import of more names is still the import that single.py has.
+    statements = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
+    return [line.strip() for node in statements for line in ast.unparse(node).splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("name", REPLACES)
+def test_a_recipe_without_its_technique_is_single(name: str) -> None:
+    base, mine = code_lines("single"), code_lines(name)
+    assert len(base) >= 15
+    rest = iter(mine)
+    missing = [line for line in base if line not in mine]
+    assert missing == list(map(normal, REPLACES[name]))
+    # What is left of single.py stands in the recipe in the same order.
+    assert all(any(line == other for other in rest) for line in base if line not in missing)
+    assert len(mine) > len(base) - len(missing), "a technique adds something"
+
+
+def normal(line: str) -> str:
+    """A line as ast.unparse writes it."""
+    return ast.unparse(ast.parse(line + "\ndef f(): pass")).splitlines()[0] if line.startswith("@") else line
+
+
+def test_every_recipe_is_compared() -> None:
+    recipes = {path.stem for path in (ROOT / "recipes").glob("[!_]*.py")} - {"single", "verify", "compare", "doctor"}
+    assert recipes == set(REPLACES)
+    assert recipes
+
+
+def test_every_recipe_opens_with_command_expectation_and_source() -> None:
+    for path in (ROOT / "recipes").glob("[!_]*.py"):
+        doc = ast.get_docstring(ast.parse(path.read_text())) or ""
+        for part in (f"python -m recipes.{path.stem}", "Expect: ", "Source: https://"):
+            assert part in doc, f"{path.name} lacks {part!r}"
+
+
+def readme_commands() -> list[str]:
+    """Every command of the README's console blocks; `#` starts a comment."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.join(shlex.split(line[2:], comments=True)) for line in lines if line.startswith("$ ")]
+
+
+TRAINS = "-m recipes."
+SHORT = ["max_steps=2", "data.augment=false"]  # a README command trains for a minute; that it starts and ends is tested
+
+
+@pytest.mark.parametrize("line", [line for line in readme_commands() if not line.startswith("make ")])
+def test_every_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line)
+    if TRAINS in line and "--help" not in words and "--cfg" not in words:
+        words += SHORT
+    words[0] = {"python": sys.executable, "torchrun": str(Path(sys.executable).parent / "torchrun")}.get(
+        words[0], words[0]
+    )
+    done = subprocess.run(
+        words, cwd=tmp_path, env=clean_environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_s_make_targets_exist() -> None:
+    makes = [line.split()[1] for line in readme_commands() if line.startswith("make ")]
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= set(makes)
+    for target in makes:
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target

@@ -1,0 +1,195 @@
+"""What a run leaves behind, and what `run.steps` does between two batches."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lockstep.data import Batch
+from lockstep.errors import UserError
+from lockstep.run import Run, lr_factor
+from lockstep.schema import OptimConfig
+from lockstep.world import World
+from recipes import ddp, single
+from tests.harness import complete, compose_config, run_ranks, train
+
+RESULT_KEYS = """
+    recipe status world_size backend device precision steps epochs samples_seen train_loss eval_loss eval_accuracy
+    images_per_second step_seconds_p50 step_seconds_p95 peak_memory_bytes parameters trainable_parameters resumed_from
+    wall_seconds checkpoint_stall_seconds
+""".split()
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two ranks over one epoch and a little more."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    train(ddp.train, folder, 2, "batch_size=96", "max_steps=16", "log_every=5", "monitor=tensorboard")
+    return folder
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_result_has_its_fields_and_they_agree(out: Path) -> None:
+    result = json.loads((out / "result.json").read_text())
+    assert set(RESULT_KEYS) <= set(result)
+    assert (result["recipe"], result["status"], result["world_size"]) == ("ddp", "finished", 2)
+    assert (result["steps"], result["epochs"], result["samples_seen"]) == (16, 1, 16 * 96)
+    assert result["images_per_second"] == pytest.approx(96 / result["step_seconds_p50"])
+    assert result["step_seconds_p50"] <= result["step_seconds_p95"]
+    assert result["peak_memory_bytes"] == max(result["peak_memory_bytes_by_rank"]) > 2**26
+    assert result["train_loss"] == lines(out)[-2]["loss"]
+
+
+def test_a_line_of_metrics_a_logged_step_and_an_evaluation(out: Path) -> None:
+    steps = [line["step"] for line in lines(out) if "loss" in line]
+    assert steps == [5, 10, 15, 16]
+    evaluations = [(line["step"], line["epoch"]) for line in lines(out) if "eval_loss" in line]
+    assert evaluations == [(14, 1), (16, 1)], "after the epoch's 14 steps, and at the end"
+
+
+def test_tensorboard_gets_the_same_curve(out: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    curve = [(event.step, event.value) for event in events.Scalars("loss")]
+    expected = [(line["step"], line["loss"]) for line in lines(out) if "loss" in line]
+    assert [step for step, _ in curve] == [step for step, _ in expected]
+    assert [value for _, value in curve] == pytest.approx([value for _, value in expected], rel=1e-6)
+
+
+def test_metrics_csv_has_a_row_a_line(tmp_path: Path) -> None:
+    train(single.train, tmp_path / "run", 1, "batch_size=96", "max_steps=2", "log_every=1")
+    rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + len(lines(tmp_path / "run"))
+    assert rows[0].startswith("step,epoch")
+
+
+def test_the_exported_weights_need_nothing_of_ours(out: Path) -> None:
+    from torchvision.models import resnet18
+
+    state = torch.load(out / "model.pt", weights_only=True)
+    assert all(tensor.device.type == "cpu" for tensor in state.values())
+    plain = resnet18(num_classes=10)
+    plain.conv1, plain.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()  # type: ignore[assignment]
+    plain.load_state_dict(state)
+
+
+def test_environment_holds_versions_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lockstep.files import environment
+
+    monkeypatch.setenv("WANDB_API_KEY", "secret-token")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    found = environment(["a", "b"], "cpu", "gloo")
+    assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["environment"]["SLURM_JOB_ID"] == "17"
+    assert "secret-token" not in json.dumps(found)
+
+
+def test_the_learning_rate_warms_up_and_falls_to_zero() -> None:
+    factor = lr_factor(OptimConfig(warmup_steps=4), 104)
+    assert [factor(step) for step in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert factor(54) == pytest.approx(0.5)
+    assert factor(104) == pytest.approx(0.0)
+    assert lr_factor(OptimConfig(warmup_steps=0, schedule="constant"), 10)(9) == 1.0
+
+
+def drive(world: World, config: Any, out: str, body: Any) -> Any:
+    return body(Run("test", config, world, Path(out)))
+
+
+def in_run(body: Any, tmp_path: Path, *overrides: str) -> Any:
+    """Call body(run) on one rank and return what it returns."""
+    config = compose_config(single.train, "batch_size=96", *overrides)
+    complete(config, single.train, 1)
+    (tmp_path / "ranks").mkdir()
+    return run_ranks(drive, 1, config, str(tmp_path), body)[0]
+
+
+def modes_and_rates(run: Run) -> tuple[list[bool], list[float], list[tuple[int, ...]]]:
+    model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    modes, rates, shapes = [], [], []
+    for batch in run.steps(model=model, optimizer=optimizer):
+        modes.append(model.training)
+        rates.append(optimizer.param_groups[0]["lr"])
+        shapes.append(tuple(batch.images.shape))
+        optimizer.step()
+        run.record(loss=model(batch.images).sum())
+    return modes, rates, shapes
+
+
+def test_the_model_is_back_in_train_mode_after_each_evaluation(tmp_path: Path) -> None:
+    """Evaluation switches BatchNorm and dropout off; forgotten, the second epoch would train without them."""
+    modes, rates, shapes = in_run(modes_and_rates, tmp_path, "epochs=3", "optim.warmup_steps=2")
+    assert modes == [True] * 42
+    assert rates[:3] == [0.5, 1.0, 1.0]
+    assert all(0 < later < earlier for earlier, later in pairwise(rates[2:]))
+    assert set(shapes) == {(96, 3, 8, 8)}
+
+
+def first_batch(run: Run) -> Batch:
+    model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(3 * run.image_size**2, 10)))
+    return next(run.steps(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)))
+
+
+def test_batches_come_normalised_resized_and_in_the_model_s_dtype(tmp_path: Path) -> None:
+    batch = in_run(first_batch, tmp_path, "precision=fp64", "model.image_size=16", "channels_last=true")
+    assert (batch.images.dtype, batch.images.shape) == (torch.float64, (96, 3, 16, 16))
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert abs(batch.images.mean().item()) < 0.2
+    assert abs(batch.images.std().item() - 1) < 0.2
+    assert batch.labels.dtype == torch.int64
+
+
+def autocast_dtypes(run: Run) -> tuple[torch.dtype, torch.dtype]:
+    layer = run.place(nn.Linear(4, 4))
+    with run.autocast():
+        return layer(torch.zeros(1, 4)).dtype, layer.weight.dtype
+
+
+def test_bf16_computes_in_bf16_on_fp32_weights(tmp_path: Path) -> None:
+    assert in_run(autocast_dtypes, tmp_path, "precision=bf16") == (torch.bfloat16, torch.float32)
+
+
+def forget_the_loss(run: Run) -> str:
+    model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    try:
+        for _ in run.steps(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)):
+            pass
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_step_without_a_recorded_loss_is_refused(tmp_path: Path) -> None:
+    assert "call run.record(loss=loss)" in in_run(forget_the_loss, tmp_path, "log_every=1")
+
+
+def compiled(run: Run) -> tuple[list[str], bool]:
+    model = run.place(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    inputs = torch.randn(2, 4)
+    same = torch.allclose(model(inputs), model[1](model[0](inputs)), atol=1e-6)  # type: ignore[index]
+    return list(model.state_dict()), same and model._compiled_call_impl is not None
+
+
+def test_a_compiled_model_keeps_its_names_and_its_numbers(tmp_path: Path) -> None:
+    assert in_run(compiled, tmp_path, "compile=true") == (["0.weight", "0.bias"], True)
+
+
+def test_every_switch_of_the_arithmetic_trains(tmp_path: Path) -> None:
+    """Each switch does its work in the real recipe; that it still learns is the loss."""
+    for number, switch in enumerate(("precision=bf16", "channels_last=true", "optim=adamw", "model.init=xavier")):
+        out = tmp_path / str(number)
+        train(single.train, out, 1, "batch_size=96", "max_steps=4", switch)
+        assert math.isfinite(json.loads((out / "result.json").read_text())["train_loss"])
