@@ -2,8 +2,8 @@
 
     python -m benchmarks.startup [PAIRS]
 
-Both start two ranks, load the digits, take one step of ResNet-18, evaluate and save the weights. Ours composes and checks
-a config, writes a run directory and prints its summaries as well. Wall time of the whole command, start to exit.
+Both start two ranks, load the digits, take one step of ResNet-18, evaluate and save the weights. Ours composes and
+checks a config, writes a run directory and prints its summaries as well. Wall time of the whole command, start to exit.
 """
 
 import statistics

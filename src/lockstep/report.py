@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,7 @@ class Report:
             "written": f"{short(self.out)}/: model.pt, result.json, metrics.jsonl, config.yaml, ranks/",
         }
         if self.next_command:
-            rows["next"] = self.next_command
+            rows["next"] = self.next_command.replace("python", interpreter(), 1)
         self.log.write("".join(f"{name:9} {text}\n" for name, text in rows.items()))
         if self.console.is_terminal:
             table = Table.grid(padding=(0, 2))
@@ -121,6 +123,11 @@ class Report:
 def count(number: int, noun: str) -> str:
     """`1 rank`, `2 ranks`."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def interpreter() -> str:
+    """What to type for `python`: this interpreter's path where the plain name is another one's."""
+    return "python" if shutil.which("python") == sys.executable else short(Path(sys.executable))
 
 
 def short(path: Path) -> str:
