@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Run, recipe
+from lockstep.accumulate import micro_batches
 from lockstep.models import build_model
 
 
@@ -29,12 +30,13 @@ def train(run: Run) -> None:
         optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
 
     for batch in run.steps(model=model, optimizer=optimizer):
-        with run.autocast():
-            loss = cross_entropy(model(batch.images), batch.labels)
-        loss.backward()
+        for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
+            with run.autocast():
+                loss = cross_entropy(model(micro.images), micro.labels)
+            (loss * micro.weight).backward()
+            run.record(loss=loss, weight=micro.weight)
         optimizer.step()
         optimizer.zero_grad()
-        run.record(loss=loss)
 
 
 if __name__ == "__main__":

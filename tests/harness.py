@@ -111,7 +111,7 @@ def _train(world: World, target: str, config: str, out: str) -> None:
     recipe = import_module(target).train
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
-    recipe.train(Run(recipe.name, from_yaml(config), world, Path(out)))
+    recipe(Run(recipe.name, from_yaml(config), world, Path(out)))
 
 
 def command(

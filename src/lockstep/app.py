@@ -24,7 +24,7 @@ import torch.distributed as dist
 from lockstep import data, files, world
 from lockstep.errors import UserError
 from lockstep.run import Run
-from lockstep.schema import Config, check_values, from_yaml, to_yaml
+from lockstep.schema import Config, check_values, from_yaml, to_yaml, walk
 
 RUN_DIRECTORY = "LOCKSTEP_RUN_DIR"  # set by launchers that start ranks for a run that is already frozen
 JOIN_SECONDS = 60.0  # to reach rank 0 before the config, and with it timeout_seconds, is known
@@ -56,6 +56,7 @@ class Recipe:
 
     def __call__(self, run: Run) -> None:
         self.train(run)
+        run.finish()
 
     def main(self) -> NoReturn:
         """Be the command: exit with the run's exit code, 2 for a mistake of the user's."""
@@ -145,13 +146,10 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
         raise UserError(
             f"recipes.{recipe.name} runs on {recipe.ranks} rank, not {world_size}; set nproc={recipe.ranks}"
         )
-    if config.batch_size % world_size:
-        below = config.batch_size // world_size * world_size
-        nearest = [str(size) for size in (below, below + world_size) if size]
-        raise UserError(
-            f"batch_size={config.batch_size}: the global batch must divide by {world_size} ranks; "
-            f"nearest that do: {', '.join(nearest)}"
-        )
+    check_batch(config, world_size)
+    for name, value, rule in walk(config):
+        if rule["only"] and recipe.name not in rule["only"] and value != rule["default"]:
+            raise UserError(f"{name}={value}: recipes.{recipe.name} does not use it; {' and '.join(rule['only'])} do")
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
     classes, images = data.check(config.data)
@@ -169,12 +167,37 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
     config.model.image_size = config.model.image_size or config.data.image_size
 
 
+def check_batch(config: Config, world_size: int) -> None:
+    """Hold the global batch to the ranks, pipelines and micro-batches it is cut into.
+
+    Raises:
+        UserError: it does not divide, or a share is smaller than its number of micro-batches.
+    """
+    if world_size % config.stages:
+        raise UserError(
+            f"stages={config.stages}: a pipeline takes a rank for each stage, and {world_size} ranks do not divide "
+            f"into such pipelines; set nproc to a multiple of stages"
+        )
+    shards = world_size // config.stages
+    pieces = shards * config.micro_batches
+    if config.batch_size % pieces:
+        below = config.batch_size // pieces * pieces
+        nearest = ", ".join(str(size) for size in (below, below + pieces) if size)
+        what = f"{shards} ranks" if config.stages == 1 else f"{shards} pipelines"
+        if config.micro_batches > 1:
+            what += f" × micro_batches={config.micro_batches}"
+        raise UserError(
+            f"batch_size={config.batch_size}: the global batch must divide by {what}; nearest that do: {nearest}"
+        )
+    share = config.batch_size // shards
+    if config.accumulate > share:
+        raise UserError(f"accumulate={config.accumulate}: a rank's share is only {share} images; allowed are 1…{share}")
+
+
 def refuse_what_is_not_there_yet(config: Config) -> None:
     """Refuse keys whose part of the suite has not landed, rather than ignore them."""
     if config.precision == "fp16":
         raise UserError("precision=fp16: not yet, it needs loss scaling; allowed now are fp32, bf16, fp64")
-    if config.accumulate != 1:
-        raise UserError(f"accumulate={config.accumulate}: not yet; allowed now is 1")
     if config.checkpoint.every is not None:
         raise UserError(f"checkpoint.every={config.checkpoint.every}: not yet; allowed now is null")
     if config.resume not in ("auto", "never"):
@@ -246,7 +269,7 @@ def train(recipe: Recipe, config: Config, out: Path, store: dist.Store, place: w
     )
     if here.rank == 0:
         files.write_json(out / "environment.json", files.environment(here.hosts, str(here.device), here.backend))
-    recipe.train(Run(recipe.name, config, here, out, recipe.next_command))
+    recipe(Run(recipe.name, config, here, out, recipe.next_command))
 
 
 def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dist.Store]:

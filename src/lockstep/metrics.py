@@ -41,9 +41,10 @@ def evaluate(
     table = torch.zeros(sampler.batches(), 3, dtype=torch.float64)
     for number, batch in zip(sampler.numbers(), batches, strict=True):
         logits = forward(batch.images)
-        table[number, 0] = cross_entropy(logits.double(), batch.labels, reduction="sum").item()
-        table[number, 1] = (logits.argmax(1) == batch.labels).sum().item()
-        table[number, 2] = len(batch.labels)
+        labels = batch.labels.to(logits.device)  # a model split over devices answers on its last one
+        table[number, 0] = cross_entropy(logits.double(), labels, reduction="sum").item()
+        table[number, 1] = (logits.argmax(1) == labels).sum().item()
+        table[number, 2] = len(labels)
     table = table.to(device)
     dist.all_reduce(table)
     loss, correct, count = table.cpu().sum(0).tolist()
@@ -62,40 +63,49 @@ def sync_buffers(module: nn.Module) -> None:
         dist.broadcast(buffer, src=0)
 
 
-class StepTimer:
-    """Seconds of each step, from batch to batch, without evaluation, logging and saving.
+class Stopwatch:
+    """Seconds of the intervals between start() and stop().
 
     On CUDA the CPU runs ahead of the device, so events on the stream are read instead of the clock, when all is over.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self._marks: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.device = device
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: list[float] = []
         self._begun: float | torch.cuda.Event = 0.0
 
     def start(self) -> None:
-        if self.cuda:
-            self._begun = torch.cuda.Event(enable_timing=True)
-            self._begun.record()
-        else:
-            self._begun = time.perf_counter()
+        self._begun = self._now()
 
     def stop(self) -> None:
-        if isinstance(self._begun, float):
-            self._seconds.append(time.perf_counter() - self._begun)
+        ended = self._now()
+        if isinstance(ended, float):
+            assert isinstance(self._begun, float)
+            self._seconds.append(ended - self._begun)
         else:
-            ended = torch.cuda.Event(enable_timing=True)
-            ended.record()
-            self._marks.append((self._begun, ended))
+            assert not isinstance(self._begun, float)
+            self._events.append((self._begun, ended))
+
+    def _now(self) -> float | torch.cuda.Event:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     def seconds(self) -> list[float]:
-        """Every step's seconds, warm-up left out: the first 5 steps, or the first of a run of fewer than 10."""
-        if self._marks:
-            torch.cuda.synchronize()
-            self._seconds += [begun.elapsed_time(ended) / 1000 for begun, ended in self._marks]
-            self._marks.clear()
-        return self._seconds[5:] if len(self._seconds) >= 10 else self._seconds[1:] or self._seconds
+        """The length of every interval so far."""
+        if self._events:
+            torch.cuda.synchronize(self.device)
+            self._seconds += [begun.elapsed_time(ended) / 1000 for begun, ended in self._events]
+            self._events.clear()
+        return self._seconds
+
+
+def warmed_up(steps: list[float]) -> list[float]:
+    """Step times without the warm-up: without the first 5 steps, or the first one of a run of fewer than 10."""
+    return steps[5:] if len(steps) >= 10 else steps[1:] or steps
 
 
 def percentile(values: list[float], percent: int) -> float:

@@ -32,6 +32,7 @@ class Report:
         self.console = Console(quiet=not self.speaks, highlight=False)
         self.last_line = time.monotonic()
         self.accuracy = ""
+        self.notes: list[str] = []
         self.progress: Progress | None = None
 
     def line(self, text: str) -> None:
@@ -44,7 +45,7 @@ class Report:
         """Say what is about to be trained, with what and where."""
         config, world = self.config, self.world
         hosts = len(set(world.hosts))
-        share = config.batch_size // world.world_size
+        shards = world.world_size // config.stages
         frozen = f", {parameters[0] - parameters[1]:,} of them frozen" if parameters[0] != parameters[1] else ""
         self.line(
             f"{self.recipe}: {count(world.world_size, 'rank')} on {count(hosts, 'host')} · {world.device.type} · "
@@ -56,7 +57,7 @@ class Report:
             f"{images[0]:,} images to train on, {images[1]:,} to evaluate"
         )
         self.line(
-            f"  batch  {config.batch_size} = {count(world.world_size, 'rank')} × {share}; "
+            f"  batch  {config.batch_size} = {count(shards, 'share')} × {config.batch_size // shards}; "
             f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
         )
         self.line(f"  run    {short(self.out)}")
@@ -106,6 +107,9 @@ class Report:
             "memory": f"{memory} MiB at peak, by rank",
             "written": f"{short(self.out)}/: model.pt, result.json, metrics.jsonl, config.yaml, ranks/",
         }
+        for note in self.notes:
+            name, _, text = note.partition(": ")
+            rows[name] = text
         if self.next_command:
             rows["next"] = self.next_command.replace("python", interpreter(), 1)
         self.log.write("".join(f"{name:9} {text}\n" for name, text in rows.items()))

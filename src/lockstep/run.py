@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -38,10 +37,17 @@ class Run:
         config: every key the user can set.
         world: rank, world_size, device and backend.
         out: the run directory, the same on all ranks.
+        shards: in how many equal shares a global batch is cut: one a rank, or one a pipeline.
+        shard: which of them is this rank's.
     """
 
-    def __init__(self, recipe: str, config: Config, world: World, out: Path, next_command: str = "") -> None:
+    def __init__(
+        self, recipe: str, config: Config, world: World, out: Path, next_command: str = "", shards: int | None = None
+    ) -> None:
         self.recipe, self.config, self.world, self.out = recipe, config, world, out
+        # The stages of a pipeline work on the same images; they are neighbouring ranks.
+        self.shards = shards or world.world_size // config.stages
+        self.shard = world.rank // config.stages % self.shards
         self.device, self.device_ids = world.device, world.device_ids
         self.started = time.perf_counter()
         # All ranks draw the same weights; where a recipe also needs different numbers per rank, steps() reseeds.
@@ -63,6 +69,8 @@ class Run:
         self.monitors = open_monitors(config.monitor.name, out) if world.rank == 0 else []
         self.report = Report(self.recipe, config, world, out, next_command)
         self._loss: Tensor | None = None
+        self._notes: dict[str, Any] = {}
+        self._timer = metrics.Stopwatch(self.device)
 
     # What recipes call ------------------------------------------------------------------------------------------
 
@@ -81,28 +89,42 @@ class Run:
             return torch.autocast(self.device.type, AUTOCAST[self.config.precision])
         return contextlib.nullcontext()
 
-    def record(self, *, loss: Tensor) -> None:
-        """Hand over this step's loss, the mean over this rank's share of the global batch.
+    def record(self, *, loss: Tensor, weight: float = 1.0) -> None:
+        """Hand over a mean loss; of several in one step, each with its share of this rank's images as its weight.
 
         Detached, because a kept loss keeps its whole graph; read at logged steps only, because reading waits for the
         GPU.
         """
-        self._loss = loss.detach()
+        part = loss.detach() * weight
+        self._loss = part if self._loss is None else self._loss + part
 
-    def steps(self, *, model: nn.Module, optimizer: Optimizer) -> Iterator[Batch]:
+    def note(self, text: str, **values: Any) -> None:
+        """Add what a technique has to say of itself: `values` to result.json, `text` to the final summary."""
+        self._notes |= values
+        if text:
+            self.report.notes.append(text)
+
+    def steps(
+        self, *, model: nn.Module, optimizer: Optimizer, whole: Callable[[], nn.Module] | None = None
+    ) -> Iterator[Batch]:
         """Yield this rank's share of every global batch, on its device, until training is over.
 
         Between two batches it sets the learning rate, logs, evaluates at the end of an epoch, and keeps time.
 
+        Args:
+            model: what is trained, wrapped or not.
+            optimizer: what updates it; its learning rate is set from here.
+            whole: called on all ranks together, returns the complete model on each, for evaluation and export; needed
+                where a rank holds only a part of it.
+
         Yields:
-            Batch: images [batch_size / world_size, 3, H, W], normalised, in the model's dtype; labels int64.
+            Batch: images [batch_size / shards, 3, H, W], normalised, in the model's dtype; labels int64.
         """
-        module = unwrap(model)
+        self._whole = whole or (lambda: unwrap(model))
         schedule = LambdaLR(optimizer, lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch))
-        timer = metrics.StepTimer(self.device)
         batches = iter(self._train_loader())
         self.report.start(
-            parameters=count_parameters(module),
+            parameters=count_parameters(self._whole()),
             images=(len(self.train_set), len(self.eval_set)),
             steps=(self.steps_per_epoch, self.total_steps),
         )
@@ -110,29 +132,42 @@ class Run:
         torch.manual_seed(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
         model.train()
         while self.step < self.total_steps:
-            timer.start()
+            self._timer.start()
             yield self._prepare(next(batches))
             lr = float(schedule.get_last_lr()[0])
             schedule.step()
-            timer.stop()
+            self._timer.stop()
             self.step += 1
             last = self.step == self.total_steps
             if self.step % self.config.log_every == 0 or last:
-                loss = self._mean_loss()
+                self._train_loss = loss = self._mean_loss()
                 now = time.perf_counter()
                 speed = (self.step - logged_step) * self.config.batch_size / (now - logged_at)
                 logged_at, logged_step = now, self.step
                 self._log(loss=loss, lr=lr, images_per_second=round(speed, 1))
                 self.report.step(self.step, loss, speed)
+            else:
+                self._loss = None
             if last or self._epoch_ends_with_evaluation():
                 paused = time.perf_counter()
                 model.eval()
-                result = self._evaluate(module)
+                self._evaluation = result = self._evaluate(self._whole().eval())
                 model.train()  # evaluation switched BatchNorm and dropout off: back on before the next batch
                 self._log(eval_loss=result.loss, eval_accuracy=result.accuracy)
                 self.report.evaluation(self.step, result)
                 logged_at += time.perf_counter() - paused
-        self._finish(module, loss, result, timer.seconds())
+
+    def finish(self) -> None:
+        """Export the weights and write result.json, when the recipe's function has returned."""
+        module = self._whole()
+        memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
+        for monitor in self.monitors:
+            monitor.close()
+        if self.world.rank == 0:
+            export(module, self.out / "model.pt")
+            result = self._result(module, memory)
+            write_json(self.out / "result.json", result)
+            self.report.finish(result)
 
     # What happens between two batches ---------------------------------------------------------------------------
 
@@ -142,13 +177,13 @@ class Run:
         return self.step // self.steps_per_epoch
 
     def _train_loader(self) -> Iterator[Batch]:
-        config, world = self.config, self.world
+        config = self.config
         sampler = data.StepSampler(
             len(self.train_set),
             config.batch_size,
             config.seed,
-            world.rank,
-            world.world_size,
+            self.shard,
+            self.shards,
             self.step,
             self.total_steps,
         )
@@ -176,17 +211,22 @@ class Run:
         return Batch(images, batch.labels.to(self.device, non_blocking=True))
 
     def _mean_loss(self) -> float:
-        """The loss over the global batch: the mean over ranks, whose shares are equal.
+        """The loss over the global batch: the mean over the ranks that have one, whose shares are equal.
+
+        Of a pipeline only the last stage has one.
 
         Raises:
-            UserError: the recipe did not call run.record(loss=...) in this step.
+            UserError: no rank called run.record(loss=...) in this step.
         """
-        if self._loss is None:
-            raise UserError(f"{self.recipe}: no loss to log; call run.record(loss=loss) in every step")
-        total = self._loss.double()
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        if self._loss is not None:
+            total[0], total[1] = self._loss.double().to(self.device), 1
         self._loss = None
         dist.all_reduce(total)
-        return total.item() / self.world.world_size
+        loss, count = total.tolist()
+        if not count:
+            raise UserError(f"{self.recipe}: no loss to log; call run.record(loss=loss) in every step")
+        return loss / count
 
     def _epoch_ends_with_evaluation(self) -> bool:
         every = self.config.eval_every * self.steps_per_epoch
@@ -208,45 +248,41 @@ class Run:
         for monitor in self.monitors:
             monitor.log(where | scalars)
 
-    def _finish(self, module: nn.Module, loss: float, result: metrics.Evaluation, seconds: list[float]) -> None:
-        memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
-        for monitor in self.monitors:
-            monitor.close()
-        if self.world.rank == 0:
-            export(module, self.out / "model.pt")
-            parameters, trainable = count_parameters(module)
-            median = metrics.percentile(seconds, 50)
-            result_json: dict[str, Any] = {
-                "recipe": self.recipe,
-                "status": "finished",
-                "world_size": self.world.world_size,
-                "backend": self.world.backend,
-                "device": self.device.type,
-                "precision": self.config.precision,
-                "steps": self.step,
-                "epochs": self.epoch,
-                "samples_seen": self.step * self.config.batch_size,
-                "train_loss": loss,
-                "eval_loss": result.loss,
-                "eval_accuracy": result.accuracy,
-                "images_per_second": self.config.batch_size / median,
-                "step_seconds_p50": median,
-                "step_seconds_p95": metrics.percentile(seconds, 95),
-                "peak_memory_bytes": int(max(memory)),
-                "peak_memory_bytes_by_rank": [int(m) for m in memory],
-                "parameters": parameters,
-                "trainable_parameters": trainable,
-                "resumed_from": None,
-                "wall_seconds": time.perf_counter() - self.started,
-                "checkpoint_stall_seconds": 0.0,
-            }
-            write_json(self.out / "result.json", result_json)
-            self.report.finish(result_json)
+    def _result(self, module: nn.Module, memory: list[float]) -> dict[str, Any]:
+        """The run in numbers."""
+        parameters, trainable = count_parameters(module)
+        seconds = metrics.warmed_up(self._timer.seconds())
+        median = metrics.percentile(seconds, 50)
+        return {
+            "recipe": self.recipe,
+            "status": "finished",
+            "world_size": self.world.world_size,
+            "backend": self.world.backend,
+            "device": self.device.type,
+            "precision": self.config.precision,
+            "steps": self.step,
+            "epochs": self.epoch,
+            "samples_seen": self.step * self.config.batch_size,
+            "train_loss": self._train_loss,
+            "eval_loss": self._evaluation.loss,
+            "eval_accuracy": self._evaluation.accuracy,
+            "images_per_second": self.config.batch_size / median,
+            "step_seconds_p50": median,
+            "step_seconds_p95": metrics.percentile(seconds, 95),
+            "peak_memory_bytes": int(max(memory)),
+            "peak_memory_bytes_by_rank": [int(m) for m in memory],
+            "parameters": parameters,
+            "trainable_parameters": trainable,
+            "resumed_from": None,
+            "wall_seconds": time.perf_counter() - self.started,
+            "checkpoint_stall_seconds": 0.0,
+        } | self._notes
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The module that a data-parallel wrapper holds."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The module that a wrapper like DistributedDataParallel holds under the name `module`."""
+    inner = getattr(model, "module", None)
+    return inner if isinstance(inner, nn.Module) else model
 
 
 def lr_factor(config: OptimConfig, total_steps: int) -> Any:

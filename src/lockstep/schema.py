@@ -15,12 +15,17 @@ from omegaconf import OmegaConf
 from lockstep.errors import UserError
 
 
-def key(default: Any, help: str, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
-    """A config key: its default, one line of help, and what `check_values` holds it to."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum}
+def key(
+    default: Any, help: str, choices: tuple[str, ...] = (), minimum: float | None = None, only: tuple[str, ...] = ()
+) -> Any:
+    """A config key: its default, one line of help, what `check_values` holds it to, and the recipes that use it."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "only": only, "default": default}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+SPLIT = ("model_parallel", "pipeline_parallel")
 
 
 @dataclass
@@ -94,6 +99,24 @@ class Config:
     epochs: int = key(15, "passes over the training set", minimum=1)
     max_steps: int | None = key(None, "end after this many steps, if epochs does not end first", minimum=1)
     accumulate: int = key(1, "micro-batches a step", minimum=1)
+    accumulate_by: str = key("chunk", "how the micro-batches are cut", ("chunk", "unbind"), only=("grad_accumulation",))
+    replicas: int | None = key(
+        None, "copies of the model (null: one a GPU; 2 on CPU)", minimum=1, only=("data_parallel",)
+    )
+    cut: Any = key(
+        "layer3", "first layer of each further part: a name, a list, or balanced (by measured cost)", only=SPLIT
+    )
+    micro_batches: int = key(1, "micro-batches that a global batch is piped through in", minimum=1, only=SPLIT)
+    devices: list[str] | None = key(
+        None, "devices of the parts (null: the GPUs, or cpu twice)", only=("model_parallel",)
+    )
+    stages: int = key(1, "ranks that a model is cut over", minimum=1, only=("pipeline_parallel",))
+    schedule: str = key(
+        "1f1b",
+        "order of the micro-batches' forwards and backwards",
+        ("gpipe", "1f1b", "interleaved", "zero_bubble"),
+        only=("pipeline_parallel",),
+    )
     seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
     precision: str = key("fp32", "arithmetic (fp64: for proofs)", ("fp32", "bf16", "fp16", "fp64"))
     tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")
