@@ -1,7 +1,7 @@
 """lockstep: the library behind the recipes."""
 
-from lockstep.app import recipe
+from lockstep.app import Proof, recipe
 from lockstep.errors import UserError
 from lockstep.run import Run
 
-__all__ = ["Run", "UserError", "recipe"]
+__all__ = ["Proof", "Run", "UserError", "recipe"]

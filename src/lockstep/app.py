@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -31,6 +31,21 @@ JOIN_SECONDS = 60.0  # to reach rank 0 before the config, and with it timeout_se
 
 
 @dataclass(frozen=True)
+class Proof:
+    """What a recipe must compute the same as recipes.single, and under which settings that can be exact.
+
+    Attributes:
+        settings: {dotted key: value}, for this recipe and for `single` alike.
+        own: further settings for this recipe alone, those that bring its technique to bear.
+        note: what would make it differ, for the reader of the table.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A training function and how it wants to be started.
 
@@ -39,12 +54,16 @@ class Recipe:
         target: how to start it again: a module name, or the path of a script.
         ranks: the only number of ranks it runs on; None: any.
         next_command: what the final summary suggests.
+        check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
+        proof: what `recipes.verify` holds it to; None: nothing.
     """
 
     train: Callable[[Run], None]
     target: str
-    ranks: int | None
-    next_command: str
+    ranks: int | None = None
+    next_command: str = ""
+    check: Callable[[Config, int], None] | None = None
+    proof: Proof | None = None
 
     @property
     def name(self) -> str:
@@ -72,13 +91,16 @@ class Recipe:
         be_a_rank(self, place)
 
 
-def recipe(train: Callable[[Run], None] | None = None, *, ranks: int | None = None, next_command: str = "") -> Any:
-    """Make a recipe of a training function: `@recipe` or `@recipe(ranks=1)`, then `train.main()` under `__main__`."""
+def recipe(train: Callable[[Run], None] | None = None, **options: Any) -> Any:
+    """Make a recipe of a training function: `@recipe` or `@recipe(ranks=1)`, then `train.main()` under `__main__`.
+
+    The options are Recipe's attributes.
+    """
 
     def make(function: Callable[[Run], None]) -> Recipe:
         spec = function.__globals__.get("__spec__")  # `python -m recipes.ddp` names the module here, not in __name__
         target = spec.name if spec else os.path.abspath(function.__globals__["__file__"])
-        return Recipe(function, target, ranks, next_command)
+        return Recipe(function, target, **options)
 
     return make(train) if train else make
 
@@ -165,6 +187,8 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
             f"allowed are numbers from {classes} up"
         )
     config.model.image_size = config.model.image_size or config.data.image_size
+    if recipe.check:
+        recipe.check(config, config.batch_size // (world_size // config.stages))
 
 
 def check_batch(config: Config, world_size: int) -> None:

@@ -40,8 +40,8 @@ class Batch(NamedTuple):
 
 def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     """The order of an epoch's samples: a permutation of 0…size−1 that depends on (seed, epoch) alone."""
-    generator = torch.Generator().manual_seed(int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0]))
-    return torch.randperm(size, generator=generator)
+    state = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1)  # (seed, epoch) pairs never collide
+    return torch.randperm(size, generator=torch.Generator().manual_seed(int(state[0])))
 
 
 def rank_slice(order: Tensor, step: int, batch_size: int, rank: int, world_size: int) -> Tensor:
@@ -110,7 +110,7 @@ def uniform(seed: int, epoch: int, samples: Tensor, draws: int) -> Tensor:
     A counter-based generator: no state that a worker, a rank or a resume could get out of step. SplitMix64
     (https://doi.org/10.1145/2660193.2660195) over the key (seed, epoch), the sample and the draw.
     """
-    base = np.random.SeedSequence([seed, epoch]).generate_state(1, np.uint64)[0]
+    base = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1, np.uint64)[0]
     counter = samples.numpy().astype(np.uint64)[:, None] * np.uint64(draws) + np.arange(1, draws + 1, dtype=np.uint64)
     z = base + counter * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -177,7 +177,8 @@ class ImageFolder:
 
     def __init__(self, root: Path, size: int) -> None:
         self.size = size
-        self.paths, labels, self.classes = list_folder(root)
+        self.paths, labels, names = list_folder(root)
+        self.classes = len(names)
         self.labels = torch.tensor(labels)
 
     def __len__(self) -> int:
@@ -200,6 +201,8 @@ class ImageFolder:
             raise UserError(
                 f"{path}: not a readable image ({str(error).splitlines()[0]}); replace it or take it out of data.root"
             ) from None
+        image = image[0] if image.ndim == 4 else image  # of an animation, the first frame
+        image = transforms.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
         _, height, width = image.shape
         if draws is None:
             side = round(min(height, width) * 224 / 256)
@@ -351,18 +354,20 @@ def read_cifar_pickle(file: Path) -> tuple[np.ndarray, np.ndarray]:
         raise UserError(
             f"{file}: not a CIFAR-10 batch ({type(error).__name__}: {error}); fetch it again into data.root"
         ) from None
-    if images.dtype != np.uint8 or images.ndim != 2 or images.shape != (len(labels), CIFAR_RECORD - 1):
+    whole = labels.dtype.kind in "iu" and labels.ndim == 1 and labels.size > 0
+    if not whole or images.dtype != np.uint8 or images.shape != (labels.size, CIFAR_RECORD - 1):
         raise UserError(
-            f"{file}: {len(labels)} labels with data {images.dtype} {images.shape} is no CIFAR-10 batch "
-            f"(uint8, N × {CIFAR_RECORD - 1}); fetch it again into data.root"
+            f"{file}: labels {labels.dtype} {labels.shape} with data {images.dtype} {images.shape} is no CIFAR-10 "
+            f"batch (uint8, N × {CIFAR_RECORD - 1}); fetch it again into data.root"
         )
     _check_cifar_labels(file, labels)
     return images, labels.astype(np.uint8)
 
 
 def _check_cifar_labels(file: Path, labels: np.ndarray) -> None:
-    if labels.min() < 0 or labels.max() > 9:
-        raise UserError(f"{file}: label {labels.max()} where CIFAR-10 has 0…9; this is another file, check data.root")
+    wrong = labels[(labels < 0) | (labels > 9)]
+    if wrong.size:
+        raise UserError(f"{file}: label {wrong[0]} where CIFAR-10 has 0…9; this is another file, check data.root")
 
 
 class _ArrayUnpickler(pickle.Unpickler):
@@ -376,8 +381,8 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
 
 
-def list_folder(root: Path) -> tuple[list[Path], list[int], int]:
-    """(image paths, their labels, number of classes) of `root/<class>/`; classes and files in sorted order."""
+def list_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
+    """(image paths, their labels, the classes' names) of `root/<class>/`; classes and files in sorted order."""
     if not root.is_dir():
         raise UserError(f"{root}: no such folder; data.root must hold train/<class>/ and val/<class>/ with images")
     classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
@@ -394,7 +399,7 @@ def list_folder(root: Path) -> tuple[list[Path], list[int], int]:
             )
         paths += found
         labels += [label] * len(found)
-    return paths, labels, len(classes)
+    return paths, labels, classes
 
 
 def check(config: DataConfig) -> tuple[int, int | None]:
@@ -409,7 +414,7 @@ def check(config: DataConfig) -> tuple[int, int | None]:
         return 10, 1437
     root = _root(config)
     if config.name == "cifar10":
-        if config.download and not (root / CIFAR_PICKLES).is_dir():
+        if config.download and not any((root / folder).is_dir() for folder in (CIFAR_BINARIES, CIFAR_PICKLES)):
             download_cifar10(root)
         train_files, test_files = cifar10_files(root)
         for file in train_files + test_files:
@@ -421,12 +426,14 @@ def check(config: DataConfig) -> tuple[int, int | None]:
     paths, _, classes = list_folder(root / "train")
     val_paths, _, val_classes = list_folder(root / "val")
     if classes != val_classes:
+        odd = ", ".join(sorted(set(classes) ^ set(val_classes)))
         raise UserError(
-            f"{root}: train/ has {classes} classes and val/ has {val_classes}; data.root needs the same in both"
+            f"{root}: train/ has {len(classes)} classes, val/ {len(val_classes)}, and they differ in {odd}; "
+            "data.root needs the same in both"
         )
     for path in (paths + val_paths)[: config.check_files]:
         _check_ends(path)
-    return classes, len(paths)
+    return len(classes), len(paths)
 
 
 def download_cifar10(root: Path) -> None:
@@ -457,11 +464,14 @@ def _check_ends(path: Path) -> None:
     The name does not decide: ImageNet itself has a PNG that is called .JPEG, and files with bytes after the end mark.
     """
     ends = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}
-    with path.open("rb") as stream:
-        head = stream.read(2)
-        stream.seek(0, 2)
-        stream.seek(max(0, stream.tell() - 4096))
-        tail = stream.read()
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(2)
+            stream.seek(0, 2)
+            stream.seek(max(0, stream.tell() - 4096))
+            tail = stream.read()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); replace it or take it out of data.root") from None
     known = path.suffix.lower() in (".jpg", ".jpeg", ".png")
     if known and (head not in ends or ends[head] not in tail):
         raise UserError(

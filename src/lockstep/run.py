@@ -83,6 +83,11 @@ class Run:
             model.compile()  # in place: the state_dict keeps its names
         return model
 
+    def to_model(self, images: Tensor) -> Tensor:
+        """Floats of the dtype, device and memory format that the model takes."""
+        images = images.to(self.device, DTYPES[self.config.precision])
+        return images.contiguous(memory_format=torch.channels_last) if self.config.channels_last else images
+
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context for forward and loss: bf16 or fp16 where the precision says so, else nothing."""
         if self.config.precision in AUTOCAST:
@@ -198,17 +203,14 @@ class Run:
 
     def _prepare(self, batch: Batch) -> Batch:
         """To the device as bytes, then to normalised floats of the model's size and memory format."""
-        dtype = DTYPES[self.config.precision]
-        images = batch.images.to(self.device, non_blocking=True).to(dtype).div_(255)
-        mean = torch.tensor(self.config.data.mean, dtype=dtype, device=self.device).view(3, 1, 1)
-        std = torch.tensor(self.config.data.std, dtype=dtype, device=self.device).view(3, 1, 1)
+        images = batch.images.to(self.device, non_blocking=True).to(DTYPES[self.config.precision]).div_(255)
+        mean = images.new_tensor(self.config.data.mean).view(3, 1, 1)
+        std = images.new_tensor(self.config.data.std).view(3, 1, 1)
         images = images.sub_(mean).div_(std)
         size = self.image_size
         if images.shape[-1] != size:
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        if self.config.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        return Batch(images, batch.labels.to(self.device, non_blocking=True))
+        return Batch(self.to_model(images), batch.labels.to(self.device, non_blocking=True))
 
     def _mean_loss(self) -> float:
         """The loss over the global batch: the mean over the ranks that have one, whose shares are equal.

@@ -1,0 +1,83 @@
+"""Gradient accumulation: a batch too large for the memory, in micro-batches whose gradients add up before the update.
+
+backward() adds to .grad, so running it once a micro-batch and updating once at the end gives the batch's gradient, if
+each piece counts for what it is: a mean loss over n of N images is weighted by n / N. (Without a weight the gradient is
+as many times too large as there are pieces; 1 / pieces is wrong as soon as the last piece is ragged.) Only one piece's
+activations are alive at a time. Under DDP every backward would all-reduce; `no_sync` keeps the gradients on the rank
+until the last piece, so that they cross the network once a step. BatchNorm sees micro-batches, not the batch.
+
+Two ways to cut, `accumulate_by=chunk` and `accumulate_by=unbind`. Both are views that copy nothing. (`unbind` takes a
+tensor, so `unbind(batch.chunk(n))`, found in many notes, raises a TypeError: chunk returns a tuple.)
+
+    python -m recipes.grad_accumulation accumulate=4
+
+Expect: an accuracy of 0.97 or more on the digits, in about two minutes on two CPU cores.
+Source: https://docs.pytorch.org/docs/stable/notes/ddp.html, https://arxiv.org/abs/1711.00141
+"""
+
+import contextlib
+
+from torch.nn.functional import cross_entropy
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+
+from lockstep import Run, UserError, recipe
+from lockstep.data import Batch
+from lockstep.memory import saved_bytes
+from lockstep.models import build_model
+from lockstep.schema import Config
+
+
+def cut(batch: Batch, count: int, by: str) -> list[Batch]:
+    """The batch in `count` micro-batches, or a few less where chunk's rounding up makes fewer do."""
+    if by == "chunk":  # pieces of ceil(N / count) images, the last one smaller
+        return [Batch(*piece) for piece in zip(batch.images.chunk(count), batch.labels.chunk(count), strict=True)]
+    images, labels = (tensor.unflatten(0, (count, -1)) for tensor in batch)  # [N, …] to [count, N / count, …]
+    return [Batch(*piece) for piece in zip(images.unbind(), labels.unbind(), strict=True)]
+
+
+def check(config: Config, share: int) -> None:
+    """unbind makes equal pieces or none."""
+    if config.accumulate_by == "unbind" and share % config.accumulate:
+        raise UserError(
+            f"accumulate={config.accumulate}: must divide a rank's {share} images with accumulate_by=unbind; "
+            "set another number, or accumulate_by=chunk"
+        )
+
+
+@recipe(check=check, next_command="python -m recipes.ddp     the same batch in one piece: compare the memory")
+def train(run: Run) -> None:
+    model = run.place(build_model(run.config.model))
+    model = DistributedDataParallel(model, device_ids=run.device_ids)
+    optim = run.config.optim
+    if optim.name == "sgd":
+        optimizer: Optimizer = SGD(
+            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
+        )
+    else:
+        optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+
+    for batch in run.steps(model=model, optimizer=optimizer):
+        pieces = cut(batch, run.config.accumulate, run.config.accumulate_by)
+        for number, micro in enumerate(pieces):
+            weight = len(micro.labels) / len(batch.labels)
+            last = number == len(pieces) - 1
+            # The forward belongs inside as well: it arms the hooks with which backward synchronises.
+            with contextlib.nullcontext() if last else model.no_sync():
+                with run.autocast():
+                    loss = cross_entropy(model(micro.images), micro.labels)
+                (loss * weight).backward()
+            run.record(loss=loss, weight=weight)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    piece, whole = saved_bytes(model.module, pieces[0].images), saved_bytes(model.module, batch.images)
+    run.note(
+        f"kept: {piece / 2**20:.1f} MiB for backward by a micro-batch, {whole / 2**20:.1f} MiB by the whole share",
+        saved_bytes_micro_batch=piece,
+        saved_bytes_batch=whole,
+    )
+
+
+if __name__ == "__main__":
+    train.main()
