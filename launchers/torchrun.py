@@ -13,8 +13,6 @@ import sys
 import tempfile
 from collections.abc import Mapping
 
-USER_ERROR = 2  # the exit code of a rank whose last words are one line
-
 
 def launch(target: str, environment: Mapping[str, str], *, nproc: int) -> int:
     """Run `nproc` ranks of `target` to their end; return 0, the failing rank's exit code, or 128 + a signal.
@@ -79,7 +77,7 @@ def show(error: Exception) -> int:
         return 128 - failure.exitcode
     if isinstance(failure.message, dict):
         text = failure.message["extraInfo"]["py_callstack"].rstrip()
-        print(text if failure.exitcode == USER_ERROR else f"rank {rank} failed\n{text}", file=sys.stderr)
+        print(text if text.startswith("error: ") else f"rank {rank} failed\n{text}", file=sys.stderr)
     else:
         print(f"rank {rank} ended with exit code {failure.exitcode} and said nothing; see {log}", file=sys.stderr)
     return failure.exitcode

@@ -26,7 +26,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-from lockstep import Run, recipe
+from lockstep import Proof, Run, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.models import build_model
 
@@ -79,7 +79,11 @@ class HostDataParallel(nn.Module):
         return parameters | buffers
 
 
-@recipe(ranks=1, next_command="python -m recipes.ddp     a process per device instead: no GIL, no first device")
+@recipe(
+    proof=Proof({"model.norm": "group"}, note="BatchNorm normalises by each replica's chunk"),
+    ranks=1,
+    next_command="python -m recipes.ddp     a process per device instead: no GIL, no first device",
+)
 def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
     if run.device.type == "cuda":

@@ -18,12 +18,15 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from lockstep import Run, recipe
+from lockstep import Proof, Run, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.models import build_model
 
 
-@recipe(next_command="python -m recipes.single     the same training in one process, to compare with")
+@recipe(
+    proof=Proof({"model.norm": "group"}, note="BatchNorm normalises by each rank's share"),
+    next_command="python -m recipes.single     the same training in one process, to compare with",
+)
 def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
     model = DistributedDataParallel(model, device_ids=run.device_ids)

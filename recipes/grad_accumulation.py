@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from lockstep import Run, UserError, recipe
+from lockstep import Proof, Run, UserError, recipe
 from lockstep.data import Batch
 from lockstep.memory import saved_bytes
 from lockstep.models import build_model
@@ -45,7 +45,11 @@ def check(config: Config, share: int) -> None:
         )
 
 
-@recipe(check=check, next_command="python -m recipes.ddp     the same batch in one piece: compare the memory")
+@recipe(
+    proof=Proof({"model.norm": "group"}, {"accumulate": 4}, "BatchNorm sees micro-batches"),
+    check=check,
+    next_command="python -m recipes.ddp     the same batch in one piece: compare the memory",
+)
 def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
     model = DistributedDataParallel(model, device_ids=run.device_ids)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-from lockstep import Run, UserError, recipe
+from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.idle import PartClock
 from lockstep.models import build_model
@@ -74,7 +74,12 @@ def check(config: Config, share: int) -> None:
     check_cut(config.model, config.cut, len(config.devices or "ab"))
 
 
-@recipe(ranks=1, check=check, next_command="python -m recipes.pipeline_parallel     the same cut, with both parts busy")
+@recipe(
+    proof=Proof({"model.norm": "batch"}),
+    ranks=1,
+    check=check,
+    next_command="python -m recipes.pipeline_parallel     the same cut, with both parts busy",
+)
 def train(run: Run) -> None:
     devices = pick_devices(run)
     model = run.place(build_model(run.config.model))

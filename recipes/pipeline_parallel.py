@@ -36,7 +36,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, Sche
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-from lockstep import Run, UserError, recipe
+from lockstep import Proof, Run, UserError, recipe
 from lockstep.metrics import Stopwatch, gather_numbers
 from lockstep.models import build_model
 from lockstep.schema import Config
@@ -162,6 +162,7 @@ def wanted_cut(config: Config) -> Any:
 
 
 @recipe(
+    proof=Proof({"model.norm": "group"}, {"stages": 2, "micro_batches": 5}, "BatchNorm sees micro-batches"),
     check=check,
     next_command="python -m recipes.model_parallel     the same cut without the pipeline: one part always waits",
 )

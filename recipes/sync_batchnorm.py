@@ -14,14 +14,16 @@ Expect: an accuracy of 0.97 or more on the digits, in one to two minutes on two 
 Source: https://arxiv.org/abs/1502.03167 (BatchNorm), https://arxiv.org/abs/1803.08904 (synchronising it)
 """
 
+from rich.table import Table
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
-from lockstep import Run, UserError, recipe
+from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
-from lockstep.batchnorm import convert_sync_batchnorm
+from lockstep.batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.models import build_model
+from lockstep.proof import difference, trace, with_values
 from lockstep.schema import Config
 
 
@@ -32,13 +34,18 @@ def check(config: Config, share: int) -> None:
 
 
 @recipe(
-    check=check, next_command="python -m recipes.sync_batchnorm demonstrate=true     what it is good for, in numbers"
+    proof=Proof({"model.norm": "batch"}),
+    check=check,
+    next_command="python -m recipes.sync_batchnorm demonstrate=true     what it is good for, in numbers",
 )
 def train(run: Run) -> None:
+    if run.config.demonstrate:
+        demonstrate(run)
+        return
     model = run.place(build_model(run.config.model))
     model = convert_sync_batchnorm(model)  # before the wrap: DDP hooks the parameters it finds
     # The running statistics are equal on all ranks already: rank 0 need not broadcast them before every forward.
-    model = DistributedDataParallel(model, device_ids=run.device_ids, broadcast_buffers=False)
+    model = DistributedDataParallel(model, device_ids=run.device_ids, **NO_BUFFER_SYNC)
     optim = run.config.optim
     if optim.name == "sgd":
         optimizer: Optimizer = SGD(
@@ -55,6 +62,36 @@ def train(run: Run) -> None:
             run.record(loss=loss, weight=micro.weight)
         optimizer.step()
         optimizer.zero_grad()
+
+
+def demonstrate(run: Run) -> None:
+    """2 images a rank, for 60 steps: one process on the whole batch, and the ranks with and without synchronising."""
+    from recipes import ddp, single
+
+    values = {"batch_size": 2 * run.world.world_size, "max_steps": 60, "log_every": 1, "eval_every": 0}
+    calm = {
+        "model.image_size": 16,
+        "optim.lr": 0.01,
+        "optim.momentum": 0.0,
+        "optim.schedule": "constant",
+        "optim.warmup_steps": 0,
+    }
+    config = with_values(run.config, values | calm | {"precision": "fp64", "demonstrate": False})
+    variants = {"one process": single.train, "synchronised": train, "each rank alone": ddp.train}
+    traces = {name: trace(run, each, config, name.replace(" ", "-")) for name, each in variants.items()}
+    reference = traces["one process"]
+    if reference is None:
+        return  # not rank 0
+    table = Table(title=f"{config.batch_size} images a step, 2 a rank, {config.max_steps} steps", title_justify="left")
+    for column in ("BatchNorm", "loss after 1, 20, 60 steps", "running statistics off by", "accuracy", "ms a step"):
+        table.add_column(column)
+    for name, found in traces.items():
+        assert found is not None
+        losses = ", ".join(f"{found.losses[step]:.3f}" for step in (0, 19, 59))
+        off = difference(found.buffers, reference.buffers)
+        milliseconds = 1000 * found.result["step_seconds_p50"]
+        table.add_row(name, losses, f"{off:.1e}", f"{found.result['eval_accuracy']:.1%}", f"{milliseconds:.0f}")
+    run.report.console.print(table)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep import batchnorm
-from lockstep.batchnorm import SyncBatchNorm, convert_sync_batchnorm
+from lockstep.batchnorm import NO_BUFFER_SYNC, SyncBatchNorm, convert_sync_batchnorm
 from lockstep.errors import UserError
 from lockstep.models import build_model
 from lockstep.schema import ModelConfig
@@ -422,7 +422,7 @@ def train_resnet(model: nn.Module, share: Callable[[Tensor], Tensor]) -> Results
 def rank_of_resnet(world: World, convert: bool, whole: Results) -> float:
     """The largest difference of any weight or buffer from `whole`, relative to the largest value in it."""
     model = convert_sync_batchnorm(resnet18()) if convert else resnet18()
-    model = DistributedDataParallel(model, broadcast_buffers=False)
+    model = DistributedDataParallel(model, **NO_BUFFER_SYNC)
     ours = train_resnet(model, lambda batch: batch.chunk(2)[world.rank])
     assert ours.keys() == whole.keys()
     return max(((ours[name] - whole[name]).abs().max() / whole[name].abs().max()).item() for name in whole)

@@ -268,7 +268,7 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
     except SystemExit as leaving:  # --help and the like
         code = leaving.code if isinstance(leaving.code, int) else 0
     except BaseException as error:
-        code = 2 if isinstance(error, UserError) else 1
+        code = error.exit_code if isinstance(error, UserError) else 1
         tell(error, place, out, console)
         if out is not None and place.rank == 0:
             note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)

@@ -6,9 +6,9 @@ torch's own layer refuses CPU tensors, and DistributedDataParallel refuses a CPU
 try or test it without GPUs. `convert_sync_batchnorm` is the one function to call, on any device, before the wrap:
 
     model = convert_sync_batchnorm(model.to(device))
-    model = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+    model = DistributedDataParallel(model, device_ids=device_ids, **NO_BUFFER_SYNC)
 
-`broadcast_buffers=False` because every rank already holds the same running statistics, to the last bit: sending rank
+NO_BUFFER_SYNC because every rank already holds the same running statistics, to the last bit: sending rank
 0's before each forward would be waste, and between process groups that normalise apart it would be wrong. (torch 2.15
 still takes the name, and warns that the new one is `forward_sync_buffers`.)
 
@@ -53,6 +53,7 @@ torch/nn/modules/_functions.py, whose SyncBatchNorm makes the same two collectiv
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import chain
 from typing import Any
 
@@ -63,8 +64,16 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import batch_norm
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from lockstep.errors import UserError
+
+# DDP's argument for "do not send rank 0's buffers before each forward", which torch 2.15 gave another name.
+NO_BUFFER_SYNC: dict[str, Any] = {
+    "forward_sync_buffers"
+    if "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+    else "broadcast_buffers": False
+}
 
 
 class SyncBatchNorm(_BatchNorm):

@@ -1,4 +1,4 @@
-"""The one exception a user is meant to see."""
+"""The exceptions a user is meant to see."""
 
 
 class UserError(Exception):
@@ -7,6 +7,17 @@ class UserError(Exception):
     The text names the value that was given, what is allowed, and the key or variable to change.
     """
 
+    exit_code = 2
+
     def __str__(self) -> str:
         # DataLoader re-raises a worker's exception with the worker's whole traceback as its text; the line is its last.
         return super().__str__().rpartition("UserError: ")[2].strip()
+
+
+class CheckFailed(UserError):
+    """A check that the user asked for found something wrong: one line as well, and the exit code is 1."""
+
+    exit_code = 1
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)

@@ -24,10 +24,10 @@ PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of pro
 class Report:
     """The start-up summary, the progress display and the final summary of one run."""
 
-    def __init__(self, recipe: str, config: Config, world: World, out: Path, next_command: str) -> None:
+    def __init__(self, recipe: str, config: Config, world: World, out: Path, next_command: str, quiet: bool) -> None:
         self.recipe, self.config, self.world, self.out = recipe, config, world, out
         self.next_command = next_command
-        self.speaks = world.rank == 0
+        self.speaks = world.rank == 0 and not quiet
         self.log = (out / "ranks" / f"{world.rank}.log").open("a", buffering=1)
         self.console = Console(quiet=not self.speaks, highlight=False)
         self.last_line = time.monotonic()

@@ -21,7 +21,7 @@ from lockstep.data import Batch
 from lockstep.errors import UserError
 from lockstep.files import write_atomically, write_json
 from lockstep.models import count_parameters
-from lockstep.monitor import open_monitors
+from lockstep.monitor import Monitor, open_monitors
 from lockstep.report import Report
 from lockstep.schema import Config, OptimConfig
 from lockstep.world import World
@@ -42,7 +42,14 @@ class Run:
     """
 
     def __init__(
-        self, recipe: str, config: Config, world: World, out: Path, next_command: str = "", shards: int | None = None
+        self,
+        recipe: str,
+        config: Config,
+        world: World,
+        out: Path,
+        next_command: str = "",
+        shards: int | None = None,
+        quiet: bool = False,
     ) -> None:
         self.recipe, self.config, self.world, self.out = recipe, config, world, out
         # The stages of a pipeline work on the same images; they are neighbouring ranks.
@@ -66,8 +73,11 @@ class Run:
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.step = 0  # optimizer updates done
-        self.monitors = open_monitors(config.monitor.name, out) if world.rank == 0 else []
-        self.report = Report(self.recipe, config, world, out, next_command)
+        self.monitors: list[Monitor] = []
+        self.report = Report(self.recipe, config, world, out, next_command, quiet)
+        self.keep_gradients = False
+        self.first_gradients: dict[str, Tensor] = {}
+        self._whole: Callable[[], nn.Module] | None = None
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
@@ -125,11 +135,15 @@ class Run:
         Yields:
             Batch: images [batch_size / shards, 3, H, W], normalised, in the model's dtype; labels int64.
         """
-        self._whole = whole or (lambda: unwrap(model))
+        self._whole = whole = whole or (lambda: unwrap(model))
+        if self.world.rank == 0:
+            self.monitors = open_monitors(self.config.monitor.name, self.out)
+        if self.keep_gradients:
+            optimizer.register_step_pre_hook(lambda *_: self._before_update(unwrap(model)))
         schedule = LambdaLR(optimizer, lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch))
         batches = iter(self._train_loader())
         self.report.start(
-            parameters=count_parameters(self._whole()),
+            parameters=count_parameters(whole()),
             images=(len(self.train_set), len(self.eval_set)),
             steps=(self.steps_per_epoch, self.total_steps),
         )
@@ -156,7 +170,7 @@ class Run:
             if last or self._epoch_ends_with_evaluation():
                 paused = time.perf_counter()
                 model.eval()
-                self._evaluation = result = self._evaluate(self._whole().eval())
+                self._evaluation = result = self._evaluate(whole().eval())
                 model.train()  # evaluation switched BatchNorm and dropout off: back on before the next batch
                 self._log(eval_loss=result.loss, eval_accuracy=result.accuracy)
                 self.report.evaluation(self.step, result)
@@ -164,6 +178,8 @@ class Run:
 
     def finish(self) -> None:
         """Export the weights and write result.json, when the recipe's function has returned."""
+        if self._whole is None:
+            return  # a tool, which did not train
         module = self._whole()
         memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
         for monitor in self.monitors:
@@ -175,6 +191,12 @@ class Run:
             self.report.finish(result)
 
     # What happens between two batches ---------------------------------------------------------------------------
+
+    def _before_update(self, module: nn.Module) -> None:
+        """Keep what a proof compares: the first update's gradients, by the names of this rank's parameters."""
+        if self.step == 0:
+            named = module.named_parameters()
+            self.first_gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
 
     @property
     def epoch(self) -> int:

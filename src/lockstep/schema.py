@@ -117,6 +117,8 @@ class Config:
         ("gpipe", "1f1b", "interleaved", "zero_bubble"),
         only=("pipeline_parallel",),
     )
+    demonstrate: bool = key(False, "2 images a rank, with and without, beside one process", only=("sync_batchnorm",))
+    recipes: list[str] | None = key(None, "recipes to check (null: all)", only=("verify",))
     seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
     precision: str = key("fp32", "arithmetic (fp64: for proofs)", ("fp32", "bf16", "fp16", "fp64"))
     tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")

@@ -1,0 +1,176 @@
+"""Verify: every recipe computes the same training as recipes.single, or this says which one does not.
+
+Each recipe is trained for a few steps on the same data from the same seed as `single`, all in one go on the ranks that
+are there. Compared are every step's loss, the first update's gradients, the weights and buffers at the end and the
+evaluation, in fp64, where the order of summation is all that may differ (tolerance 1e-10), and in fp32, where one ReLU
+that flips is a legitimate difference: there tensors are compared by the angle between them. A recipe declares under
+which settings it must be equal (`@recipe(proof=...)`): DDP, for one, with group norm, since BatchNorm on each rank's
+share is another computation. Later recipes join by that declaration.
+
+    python -m recipes.verify                             all recipes, two ranks on this machine
+    python -m recipes.verify recipes=[ddp] nproc=4
+
+Expect: every row green and exit code 0, in one to two minutes on two CPU cores; exit code 1 if a row is off.
+Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
+"""
+
+import importlib
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from rich.table import Table
+
+from lockstep import Recipe, Run, UserError, recipe
+from lockstep.app import check_batch
+from lockstep.errors import CheckFailed
+from lockstep.files import write_json
+from lockstep.proof import Trace, angle, difference, trace, with_values
+from lockstep.schema import Config
+
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1}
+STEPS = {"fp64": 5, "fp32": 3, "bf16": 3}
+IMAGES_A_RANK = 10  # not a multiple of 4: chunks and micro-batches are ragged
+
+
+@dataclass
+class Row:
+    """One comparison; the five numbers are relative differences from `single`."""
+
+    recipe: str
+    precision: str
+    ranks: int
+    steps: int
+    loss: float | None = None
+    gradients: float | None = None
+    weights: float | None = None
+    buffers: float | None = None
+    evaluation: float | None = None
+    tolerance: float = 0.0
+    verdict: str = "equal"
+
+    def judge(self) -> None:
+        names = ("loss", "gradients", "weights", "buffers", "evaluation")
+        off = [name for name in names if not getattr(self, name) <= self.tolerance]
+        if off:
+            self.verdict = f"OFF: {', '.join(off)}"
+
+    @property
+    def fails(self) -> bool:
+        return self.verdict.startswith("OFF")
+
+
+def find(names: list[str] | None) -> list[Recipe]:
+    """The recipes that declare a proof, or those of them that are named.
+
+    Raises:
+        UserError: a name is not one of them.
+    """
+    stems = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "verify")
+    wrong = [name for name in names or [] if name not in stems]
+    if wrong:
+        raise UserError(f"recipes=[{','.join(wrong)}]: no such recipe; allowed are {', '.join(stems)}")
+    found = [importlib.import_module(f"recipes.{stem}").train for stem in names or stems]
+    return [each for each in found if each.proof is not None]
+
+
+def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
+    """What both sides train: few steps, small batches, every step logged, one evaluation at the end."""
+    common = {
+        "precision": precision,
+        "batch_size": IMAGES_A_RANK * run.world.world_size,
+        "max_steps": run.config.max_steps or STEPS[precision],
+        "log_every": 1,
+        "eval_every": 0,
+        "optim.warmup_steps": 0,
+        "recipes": None,
+    }
+    return with_values(run.config, common | values)
+
+
+def compare(row: Row, mine: Trace, theirs: Trace) -> None:
+    """Fill in a row."""
+    pairs = zip(mine.losses, theirs.losses, strict=True)
+    row.loss = max(abs(a - b) / abs(b) for a, b in pairs)
+    distance = difference if row.precision == "fp64" else angle
+    row.gradients = distance(mine.gradients, theirs.gradients)
+    row.weights = distance(mine.weights, theirs.weights)
+    row.buffers = distance(mine.buffers, theirs.buffers)
+    row.evaluation = abs(mine.result["eval_loss"] - theirs.result["eval_loss"]) / theirs.result["eval_loss"]
+    row.judge()
+
+
+def show(run: Run, rows: list[Row]) -> None:
+    """The table, for people."""
+    table = Table(title=f"each recipe against recipes.single, {run.world.world_size} ranks", title_justify="left")
+    for column in (
+        "recipe",
+        "precision",
+        "loss",
+        "gradients",
+        "weights",
+        "buffers",
+        "evaluation",
+        "allowed",
+        "verdict",
+    ):
+        table.add_column(column)
+    for row in rows:
+        numbers = [row.loss, row.gradients, row.weights, row.buffers, row.evaluation, row.tolerance]
+        cells = ["" if number is None else f"{number:.0e}" for number in numbers]
+        style = "red" if row.fails else "green" if row.verdict == "equal" else "yellow"
+        table.add_row(row.recipe, row.precision, *cells, f"[{style}]{row.verdict}[/]")
+    run.report.console.print(table)
+
+
+def check(config: Config, share: int) -> None:
+    """Only recipes that exist can be verified."""
+    find(config.recipes)
+
+
+@recipe(check=check)
+def train(run: Run) -> None:
+    single = importlib.import_module("recipes.single").train
+    references: dict[str, Trace | None] = {}
+    rows = []
+    for each in find(run.config.recipes):
+        for precision in ("fp64", "fp32", "bf16") if run.device.type == "cuda" else ("fp64", "fp32"):
+            proof = each.proof
+            assert proof is not None
+            row = Row(each.name, precision, run.world.world_size, run.config.max_steps or STEPS[precision])
+            row.tolerance = TOLERANCE[precision]
+            rows.append(row)
+            base = settings(run, precision, proof.settings)
+            mine = with_values(base, proof.own)
+            ranks = each.ranks or run.world.world_size
+            try:
+                check_batch(mine, ranks)
+                if each.check:
+                    each.check(mine, mine.batch_size // (ranks // mine.stages))
+            except UserError as error:
+                row.verdict = f"not run: {error}"
+                continue
+            key = f"single-{precision}-" + "-".join(f"{name}={value}" for name, value in proof.settings.items())
+            try:
+                if key not in references:
+                    references[key] = trace(run, single, base, key)
+                found, reference = trace(run, each, mine, f"{each.name}-{precision}"), references[key]
+                if found and reference:
+                    compare(row, found, reference)
+            except Exception as error:
+                # The ranks may now be at different places, so no further row could be trusted.
+                run.report.log.write(traceback.format_exc())
+                raise CheckFailed(f"{each.name} in {precision}: {type(error).__name__}: {error}") from None
+    if run.world.rank == 0:
+        write_json(run.out / "verify.json", [asdict(row) for row in rows])
+        show(run, rows)
+    verdict: list[Any] = [[f"{row.recipe} in {row.precision}" for row in rows if row.fails]]
+    dist.broadcast_object_list(verdict, src=0)
+    if verdict[0]:
+        raise CheckFailed(f"not the training that recipes.single computes: {', '.join(verdict[0])}; see verify.json")
+
+
+if __name__ == "__main__":
+    train.main()
