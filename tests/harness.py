@@ -99,10 +99,15 @@ def compose_config(recipe: Recipe, *overrides: str) -> Config:
 
 def train(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout: float = 120) -> dict[str, torch.Tensor]:
     """Train a recipe on forked ranks; return the weights it exported. Its files are in `out`."""
+    execute(recipe, out, world_size, *overrides, timeout=timeout)
+    return torch.load(out / "model.pt", weights_only=True)
+
+
+def execute(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout: float = 120) -> None:
+    """Run a recipe or a tool on forked ranks."""
     config = compose_config(recipe, f"out={out}", *overrides)
     complete(config, recipe, world_size)
     run_ranks(_train, world_size, recipe.target, to_yaml(config), str(freeze(config, recipe)), timeout=timeout)
-    return torch.load(out / "model.pt", weights_only=True)
 
 
 def _train(world: World, target: str, config: str, out: str) -> None:
