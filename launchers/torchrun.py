@@ -12,6 +12,8 @@ import signal
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
 
 
 def launch(target: str, environment: Mapping[str, str], *, nproc: int) -> int:
@@ -25,7 +27,7 @@ def launch(target: str, environment: Mapping[str, str], *, nproc: int) -> int:
     os.environ.update(environment)
     # torch 2.15's restarted gloo ranks otherwise find the dead ranks' addresses in the agent's store and hang on them.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")  # seconds from asking ranks to end to killing them
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "5")  # seconds from passing a signal on to killing ranks
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -42,6 +44,7 @@ def launch(target: str, environment: Mapping[str, str], *, nproc: int) -> int:
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            **signals_of(LaunchConfig),
         )
         logging.disable(logging.ERROR)  # the agent would report each failure on its own as well
         try:
@@ -60,14 +63,23 @@ def launch(target: str, environment: Mapping[str, str], *, nproc: int) -> int:
     return 0
 
 
+def signals_of(config: type) -> dict[str, Any]:
+    """LaunchConfig's choice of signals, where torch has it, without those that are ignored here: nohup stays nohup."""
+    if not any(field.name == "signals_to_handle" for field in fields(config)):
+        return {}
+    names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT")
+    heard = [name for name in names if signal.getsignal(getattr(signal, name)) != signal.SIG_IGN]
+    return {"signals_to_handle": ",".join(heard)}
+
+
 def show(error: Exception) -> int:
     """Print the root failure of a ChildFailedError once; return its exit code."""
     failures = error.failures  # type: ignore[attr-defined]
 
-    def order(rank: int) -> tuple[bool, bool, int]:
-        """A rank that a signal killed comes first: the others failed because it was gone. SIGTERM is the agent's."""
-        code = failures[rank].exitcode
-        return not (code < 0 and code != -signal.SIGTERM), code == -signal.SIGTERM, failures[rank].timestamp
+    def order(rank: int) -> tuple[bool, int]:
+        """The first to fail, but none that the agent itself ended: a rank that only lost another one waits before it
+        says so, and a stopped one is killed only after the others have complained."""
+        return failures[rank].exitcode == -signal.SIGTERM, failures[rank].timestamp
 
     rank = min(failures, key=order)
     failure = failures[rank]

@@ -66,6 +66,18 @@ class TimedStage(PipelineStage):
         return result
 
 
+class Received(torch.autograd.Function):
+    """Activations as they came, in the memory format the part wants; their gradient, contiguous as a send wants it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, memory_format: torch.memory_format) -> Tensor:
+        return x.contiguous(memory_format=memory_format).view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0].contiguous(), None
+
+
 class Contiguous(nn.Module):
     """A part whose output, and whose input's gradient, lie in memory as sends want them.
 
@@ -78,7 +90,7 @@ class Contiguous(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 4:
-            x = x.contiguous(memory_format=self.memory_format)
+            x = Received.apply(x, self.memory_format)
         return self.part(x).contiguous()
 
 

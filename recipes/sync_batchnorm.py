@@ -35,6 +35,7 @@ def check(config: Config, share: int) -> None:
 
 @recipe(
     proof=Proof({"model.norm": "batch"}),
+    global_batchnorm=True,
     check=check,
     next_command="python -m recipes.sync_batchnorm demonstrate=true     what it is good for, in numbers",
 )

@@ -29,6 +29,16 @@ BAD = {
     "timeout_seconds=0": ["timeout_seconds=0", "from 1 up"],
     "batch_size=0": ["batch_size=0", "from 1 up"],
     "seed=-1": ["seed=-1", "from 0 up"],
+    "seed=4294967296": ["seed=4294967296", "2**32"],
+    "optim.lr=nan": ["optim.lr=nan", "finite"],
+    "optim.lr=inf": ["optim.lr=inf", "finite"],
+    "data.std=[0,0,0]": ["data.std=", "above 0"],
+    "data.num_classes=5": ["data.num_classes=5", "digits has 10"],
+    "data.image_size=16": ["data.image_size=16", "8 × 8", "model.image_size"],
+    "batch_size=2": ["batch_size=2", "BatchNorm", "model.norm=group"],
+    "accumulate=49": ["accumulate=49", "48 images", "1…48"],
+    "cut=layer2": ["cut=layer2", "recipes.ddp does not use it", "model_parallel"],
+    "stages=2": ["stages=2", "recipes.ddp does not use it", "pipeline_parallel"],
     "nproc=0": ["nproc=0", "from 1 up"],
     "model=resnet19": ["model=resnet19", "allowed are resnet18, resnet34, resnet50, resnet101, resnet152"],
     "data=mnist": ["data=mnist", "digits", "cifar10"],
@@ -61,7 +71,6 @@ BAD = {
     "batch_size": ["batch_size", "missing EQUAL"],
     "--config-dir=nowhere": ["nowhere", "not found"],
     "resume=somewhere": ["resume=somewhere", "not yet"],
-    "accumulate=2": ["accumulate=2", "not yet"],
     "checkpoint.every=5": ["checkpoint.every=5", "not yet"],
     "precision=fp16": ["precision=fp16", "not yet"],
     "monitor=wandb": ["monitor=wandb", "not yet"],
@@ -95,7 +104,7 @@ def test_bad_input_is_refused_in_one_line(words, tmp_path, monkeypatch, capfd) -
 def test_the_number_of_ranks_is_part_of_a_recipe(tmp_path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
     assert run_main(single.train, ["nproc=2"], monkeypatch) == 2
-    assert capfd.readouterr().err == "error: recipes.single runs on 1 rank, not 2; set nproc=1\n"
+    assert capfd.readouterr().err == "error: recipes.single runs on 1 rank, not 2; set nproc=1, or --nproc-per-node=1\n"
 
 
 def test_a_directory_that_holds_something_is_never_written_to(tmp_path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]

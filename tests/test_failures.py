@@ -19,7 +19,7 @@ from tests.test_start_paths import TORCHRUN, free_port
 CRASHING = '''
 """A recipe whose rank 1 ends in the way that the variable HOW says."""
 import os
-import time
+import sys
 
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
@@ -38,11 +38,17 @@ def train(run: Run) -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+        if os.environ["HOW"] == "break":
+            break
         if os.environ["HOW"] != "forget":
             run.record(loss=loss)
         if run.world.rank == 1 and run.step == 1:
             if os.environ["HOW"] == "raise":
                 raise KeyError("the cause")
+            if os.environ["HOW"] == "stop":
+                os.kill(os.getpid(), 19)
+            if os.environ["HOW"] == "leave":
+                sys.exit(0)
             if os.environ["HOW"] == "kill":
                 os.kill(os.getpid(), 9)
             if os.environ["HOW"] == "exit":
@@ -77,12 +83,29 @@ def test_an_exception_is_shown_once_from_the_rank_that_raised_it(folder: Path) -
         ("kill", 137, "rank 1 was killed by SIGKILL"),
         ("exit", 7, "rank 1 ended with exit code 7"),
         ("forget", 2, "error: crash: no loss to log; call run.record(loss=loss) in every step"),
+        ("break", 2, "error: crash left run.steps after step 0 of 50; run the loop to its end"),
     ],
 )
 def test_a_rank_that_just_ends_is_named(how: str, code: int, words: str, folder: Path) -> None:
     done = command("crash.py", *WORDS, cwd=folder, HOW=how)
     assert (done.returncode, done.stderr.count("\n")) == (code, 1), done.stderr
     assert done.stderr.startswith(words)
+
+
+def test_a_recipe_that_just_exits_has_failed(folder: Path) -> None:
+    done = command("crash.py", *WORDS, cwd=folder, HOW="leave")
+    assert done.returncode == 1
+    assert "SystemExit" in done.stderr
+    assert json.loads((folder / "run" / "result.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.slow  # the agent gives a rank that does not answer 30 s before it kills it
+def test_a_stopped_rank_is_not_taken_for_the_one_that_was_killed(folder: Path) -> None:
+    """Its peer complains first; only then does the agent kill it. (Which rank stood still is for later to say.)"""
+    done = command("crash.py", *WORDS, "timeout_seconds=5", cwd=folder, HOW="stop")
+    assert done.returncode == 1
+    assert done.stderr.startswith("rank 0 failed\nTraceback"), done.stderr
+    assert "Timed out" in done.stderr
 
 
 def test_under_torchrun_its_summary_shows_the_cause(folder: Path) -> None:
@@ -114,16 +137,46 @@ def test_ranks_started_by_hand_say_it_themselves(folder: Path) -> None:
     assert said[1].startswith("rank 1 failed\nTraceback")
 
 
-def test_ctrl_c_ends_all_ranks_and_leaves_no_process(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "recipes.ddp", "epochs=1000", "out=run", "data.workers=1"]
-    process = subprocess.Popen(
-        words, cwd=tmp_path, env=clean_environment(), stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+@pytest.mark.parametrize(
+    ("sign", "words", "code"),
+    [
+        (signal.SIGINT, "stopped by SIGINT: all ranks have ended\n", 130),
+        (signal.SIGTERM, "stopped by SIGTERM: all ranks have ended\n", 143),
+        (signal.SIGKILL, "", -9),  # nobody is left to say anything, and no rank to go on
+    ],
+)
+def test_a_stopped_launcher_leaves_no_process(sign: signal.Signals, words: str, code: int, tmp_path: Path) -> None:
+    process = start_long_run(tmp_path)
     wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to the whole foreground group
-    assert process.communicate(timeout=10)[1] == "stopped by SIGINT: all ranks have ended\n"
-    assert process.returncode == 130
+    os.killpg(process.pid, sign)  # the ranks have sessions of their own: a terminal's Ctrl-C reaches the launcher alone
+    assert process.communicate(timeout=10)[1] == words
+    assert process.returncode == code
     wait_until(lambda: not processes_of(tmp_path / "run"), 10)
+
+
+@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 3.5])
+def test_ctrl_c_while_starting_shows_no_traceback(seconds: float, tmp_path: Path) -> None:
+    process = start_long_run(tmp_path)
+    time.sleep(seconds)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=15)[1]
+    assert "Traceback" not in said, said
+    assert process.returncode in (130, -2)
+    wait_until(lambda: not processes_of(tmp_path / "run"), 10)
+
+
+def start_long_run(folder: Path) -> subprocess.Popen[str]:
+    """A run that would take hours, with DataLoader workers, as a shell starts it: with Ctrl-C not ignored."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "recipes.ddp", "epochs=1000", "out=run", "data.workers=1"],
+        cwd=folder,
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def read(path: Path) -> str:
@@ -160,6 +213,7 @@ def test_ranks_that_never_join_are_named(tmp_path: Path) -> None:
     ]
     said = [rank.communicate(timeout=60)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2]
+    assert list(tmp_path.iterdir()) == [], "nothing is created for a run that cannot start"
     for text in said:
         assert text.startswith("error: ranks 1, 3 of 4 did not join within timeout_seconds=15"), text
         assert text.count("\n") == 1
@@ -172,6 +226,18 @@ def test_a_rank_alone_says_whom_it_could_not_reach(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith(f"error: rank 1 could not reach rank 0 at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_port_where_something_else_listens_is_named(tmp_path: Path) -> None:
+    """TCPStore itself would wait there for ever."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        place = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = command("-m", "recipes.ddp", "timeout_seconds=3", cwd=tmp_path, timeout=60, **place)
+    assert done.returncode == 2
+    assert f"MASTER_PORT={port}: something answers there that is no store" in done.stderr
 
 
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:

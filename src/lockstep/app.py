@@ -6,9 +6,13 @@ and has a launcher start the ranks; started by a launcher (RANK is set) it is on
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import importlib
 import json
+import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -23,11 +27,13 @@ import torch.distributed as dist
 
 from lockstep import data, files, world
 from lockstep.errors import UserError
+from lockstep.models import SMALL_IMAGE
 from lockstep.run import Run
 from lockstep.schema import Config, check_values, from_yaml, to_yaml, walk
 
 RUN_DIRECTORY = "LOCKSTEP_RUN_DIR"  # set by launchers that start ranks for a run that is already frozen
-JOIN_SECONDS = 60.0  # to reach rank 0 before the config, and with it timeout_seconds, is known
+COMPOSE_SECONDS = 3600.0  # rank 0 may list a million images, or download them, before the others learn the config
+LAUNCHER = "LOCKSTEP_LAUNCHER_PID"
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class Recipe:
         target: how to start it again: a module name, or the path of a script.
         ranks: the only number of ranks it runs on; None: any.
         next_command: what the final summary suggests.
+        global_batchnorm: BatchNorm sees all ranks' images, so a share of one image is enough.
         check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
         proof: what `recipes.verify` holds it to; None: nothing.
     """
@@ -62,6 +69,7 @@ class Recipe:
     target: str
     ranks: int | None = None
     next_command: str = ""
+    global_batchnorm: bool = False
     check: Callable[[Config, int], None] | None = None
     proof: Proof | None = None
 
@@ -79,11 +87,14 @@ class Recipe:
 
     def main(self) -> NoReturn:
         """Be the command: exit with the run's exit code, 2 for a mistake of the user's."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # recipes/__init__.py had it end the process at once
         try:
             place = world.discover(os.environ)
             code = submit(self) if place is None else None
         except UserError as error:
             code = complain(error)
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
         if code is not None:
             sys.stdout.flush()
             sys.exit(code)
@@ -131,18 +142,18 @@ def submit(recipe: Recipe) -> int:
         complete(config, recipe, nproc)
         launcher = load_launcher(config.launcher)
         out = freeze(config, recipe)
-        started = time.perf_counter()
-        code = launcher.launch(recipe.target, {RUN_DIRECTORY: str(out)}, nproc=nproc)
-        if code:
-            note_failure(out, recipe.name, nproc, time.perf_counter() - started)
+        started, code = time.perf_counter(), 1
+        try:
+            environment = {RUN_DIRECTORY: str(out), LAUNCHER: str(os.getpid())}
+            code = launcher.launch(recipe.target, environment, nproc=nproc)
+        finally:
+            if code:
+                note_failure(out, recipe.name, nproc, time.perf_counter() - started)
         codes.append(code)
         if code == 128 + signal.SIGINT:  # Ctrl-C ends a sweep, not just one point of it
             raise KeyboardInterrupt
 
-    try:
-        compose(recipe, launch)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    compose(recipe, launch)
     return max(codes)
 
 
@@ -164,21 +175,28 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
     """
     check_values(config)
     refuse_what_is_not_there_yet(config)
-    if recipe.ranks not in (None, world_size):
-        raise UserError(
-            f"recipes.{recipe.name} runs on {recipe.ranks} rank, not {world_size}; set nproc={recipe.ranks}"
-        )
-    check_batch(config, world_size)
     for name, value, rule in walk(config):
         if rule["only"] and recipe.name not in rule["only"] and value != rule["default"]:
             raise UserError(f"{name}={value}: recipes.{recipe.name} does not use it; {' and '.join(rule['only'])} do")
+    if recipe.ranks not in (None, world_size):
+        raise UserError(
+            f"recipes.{recipe.name} runs on {recipe.ranks} rank, not {world_size}; "
+            f"set nproc={recipe.ranks}, or --nproc-per-node={recipe.ranks}"
+        )
+    if config.nproc not in (None, world_size):
+        raise UserError(
+            f"nproc={config.nproc}: {world_size} ranks were started by hand; leave nproc out, or start as many"
+        )
+    check_batch(config, world_size)
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
     classes, images = data.check(config.data)
-    if images is not None and config.batch_size > images:
+    if config.batch_size > images:
         raise UserError(
             f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"
         )
+    if config.data.num_classes not in (None, classes):
+        raise UserError(f"data.num_classes={config.data.num_classes}: {config.data.name} has {classes}; leave it out")
     config.data.num_classes = classes
     config.model.num_classes = config.model.num_classes or classes
     if config.model.num_classes < classes:
@@ -187,8 +205,11 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
             f"allowed are numbers from {classes} up"
         )
     config.model.image_size = config.model.image_size or config.data.image_size
+    share = config.batch_size // (world_size // config.stages)
+    if not recipe.global_batchnorm:
+        check_batchnorm(config, share)
     if recipe.check:
-        recipe.check(config, config.batch_size // (world_size // config.stages))
+        recipe.check(config, share)
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -218,6 +239,19 @@ def check_batch(config: Config, world_size: int) -> None:
         raise UserError(f"accumulate={config.accumulate}: a rank's share is only {share} images; allowed are 1…{share}")
 
 
+def check_batchnorm(config: Config, share: int) -> None:
+    """BatchNorm has nothing to average over one image once that is down to one pixel; say so before it does."""
+    size = config.model.image_size or 0
+    pixels = math.ceil(size / (8 if size <= SMALL_IMAGE else 32))
+    largest = math.ceil(share / max(config.accumulate, config.micro_batches))
+    smallest = share % largest or largest  # chunk's last piece is the ragged one
+    if config.model.norm == "batch" and pixels == 1 and smallest == 1:
+        raise UserError(
+            f"batch_size={config.batch_size}: leaves a forward with a single image, whose last layers are one pixel: "
+            "BatchNorm has nothing to average; set a larger batch_size, fewer micro-batches, or model.norm=group"
+        )
+
+
 def refuse_what_is_not_there_yet(config: Config) -> None:
     """Refuse keys whose part of the suite has not landed, rather than ignore them."""
     if config.precision == "fp16":
@@ -235,15 +269,20 @@ def refuse_what_is_not_there_yet(config: Config) -> None:
 def freeze(config: Config, recipe: Recipe) -> Path:
     """Make the run directory and put the config into it; return its absolute path."""
     out = files.make_run_directory(config.out, recipe.name)
-    files.write_atomically(out / "config.yaml", to_yaml(config))
+    try:
+        files.write_atomically(out / "config.yaml", to_yaml(config))
+    except OSError as error:
+        shutil.rmtree(out, ignore_errors=True)
+        raise UserError(f"out={out}: cannot be written to ({error.strerror}); name another folder") from None
     return out
 
 
 def note_failure(out: Path, recipe: str, world_size: int, wall_seconds: float) -> None:
     """Leave a result.json behind for a run whose ranks could not."""
-    if not (out / "result.json").exists():
-        result = {"recipe": recipe, "status": "failed", "world_size": world_size, "wall_seconds": wall_seconds}
-        files.write_json(out / "result.json", result)
+    result = {"recipe": recipe, "status": "failed", "world_size": world_size, "wall_seconds": wall_seconds}
+    with contextlib.suppress(OSError):  # a full disk may be what it failed of
+        if not (out / "result.json").exists():
+            files.write_json(out / "result.json", result)
 
 
 # A rank -----------------------------------------------------------------------------------------------------------
@@ -260,13 +299,15 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
     started, code, out = time.perf_counter(), 0, None
     console = os.dup(2)
     try:
-        config, out, store = frozen_config(recipe, place)
+        end_with_launcher()
+        try:
+            config, out, store, hosts = frozen_config(recipe, place)
+        except SystemExit:  # --help and the like have printed what they were asked for
+            os._exit(0)
         if place.rank:
             redirect_output(out / "ranks" / f"{place.rank}.log")
-        train(recipe, config, out, store, place)
+        train(recipe, config, out, store, place, hosts)
         dist.destroy_process_group()
-    except SystemExit as leaving:  # --help and the like
-        code = leaving.code if isinstance(leaving.code, int) else 0
     except BaseException as error:
         code = error.exit_code if isinstance(error, UserError) else 1
         tell(error, place, out, console)
@@ -277,7 +318,18 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
     os._exit(code)
 
 
-def train(recipe: Recipe, config: Config, out: Path, store: dist.Store, place: world.Place) -> None:
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when its launcher is killed, which no handler of the launcher's could do."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+    PR_SET_PDEATHSIG = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != int(launcher):
+        os._exit(1)  # it was killed while this rank was still importing
+
+
+def train(recipe: Recipe, config: Config, out: Path, store: dist.Store, place: world.Place, hosts: list[str]) -> None:
     """Join the process group and run the recipe's function."""
     local_rank = os.environ.get("LOCAL_RANK")
     here = world.join(
@@ -290,14 +342,15 @@ def train(recipe: Recipe, config: Config, out: Path, store: dist.Store, place: w
         threads=config.threads,
         tf32=config.tf32,
         local_rank=int(local_rank) if local_rank is not None else None,
+        hosts=hosts,
     )
     if here.rank == 0:
         files.write_json(out / "environment.json", files.environment(here.hosts, str(here.device), here.backend))
     recipe(Run(recipe.name, config, here, out, recipe.next_command))
 
 
-def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dist.Store]:
-    """The run's config and directory, and the store where the ranks meet.
+def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dist.Store, list[str]]:
+    """The run's config and directory, the store where the ranks meet, and the host of each.
 
     A launcher of ours has put both on disk. Where the ranks were started by hand there is nothing yet: rank 0 composes,
     checks and makes the directory, and tells the others over the store.
@@ -305,22 +358,37 @@ def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dis
     if RUN_DIRECTORY in os.environ:
         out = Path(os.environ[RUN_DIRECTORY])
         config = from_yaml((out / "config.yaml").read_text())
-        return config, out, world.open_store(place, config.timeout_seconds)
+        _, store, hosts = meet(place, config.timeout_seconds)
+        return config, out, store, hosts
     asked = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("timeout_seconds=")]
-    seconds = float(asked[-1]) if asked and asked[-1].isdecimal() else JOIN_SECONDS
-    store = world.open_store(place, seconds)
-    if place.rank == 0:
-        store.set("run", json.dumps(compose_by_hand(recipe, place.world_size)))
-    elif not world.wait_for(store, ["run"], seconds):
-        raise UserError(f"rank 0 sent no config within {seconds:g} s: is it running the same command?")
-    told = json.loads(store.get("run"))
+    seconds = float(asked[-1]) if asked and asked[-1].isdecimal() else float(Config().timeout_seconds)
+    shared, store, hosts = meet(place, seconds)  # first of all: where a rank is missing, nothing is created
+    if place.rank == 0 and not shared.check(["run"]):  # restarted ranks go on in the directory of the first attempt
+        try:
+            told = compose_by_hand(recipe, place.world_size)
+        except BaseException as error:
+            told = {"error": f"rank 0 failed: {error}"}
+            raise
+        finally:
+            shared.set("run", json.dumps(told))
+    elif not world.wait_for(shared, ["run"], COMPOSE_SECONDS):
+        raise UserError("rank 0 ended before it had sent a config; its own words say why")
+    told = json.loads(shared.get("run"))
     if "config" in told:
-        return from_yaml(told["config"]), Path(told["out"]), store
+        return from_yaml(told["config"]), Path(told["out"]), store, hosts
     world.farewell(store, place.rank, place.world_size)
     if "error" not in told:
         raise SystemExit(0)
     # Rank 0 says it; the others too where torchrun shows one rank's words and picks the rank itself.
     raise UserError(told["error"] if place.rank == 0 or place.agent_store else "rank 0 refused the config")
+
+
+def meet(place: world.Place, timeout_seconds: float) -> tuple[dist.Store, dist.Store, list[str]]:
+    """(the store, this attempt's part of it, every rank's host), when all ranks have come."""
+    shared = world.open_store(place, timeout_seconds)
+    # An agent keeps its store over restarts: a new attempt must not read the old one's keys.
+    store = dist.PrefixStore(f"attempt{place.attempt}", shared)
+    return shared, store, world.check_in(store, place.rank, place.world_size, timeout_seconds)
 
 
 def compose_by_hand(recipe: Recipe, world_size: int) -> dict[str, str]:

@@ -22,6 +22,7 @@ from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lockstep.errors import UserError
 from lockstep.schema import ClusterConfig, Config, walk
@@ -41,19 +42,19 @@ def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
     register(recipe)
     directory, name = config_source(recipe)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: `explain` words them
-    found: list[UserError] = []
+    found: list[BaseException] = []
 
     def task(composed: DictConfig) -> None:
         if found:
             return
         try:
             use(to_config(composed))
-        except UserError as error:
-            found.append(error)  # kept out of Hydra, whose job runner would log it with a traceback
+        except BaseException as error:
+            found.append(error)  # kept out of Hydra: it is not Hydra's, nor to be worded as if it were
 
     try:
         hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
         raise explain(error) from None
     if found:
         raise found[0]

@@ -307,7 +307,7 @@ def cifar10(root: Path) -> tuple[Images, Images]:
     train_files, test_files = cifar10_files(root)
 
     def read(files: list[Path]) -> InMemory:
-        parts = [read_cifar_binary(file) if file.suffix == ".bin" else read_cifar_pickle(file) for file in files]
+        parts = [read_cifar(file) for file in files]
         images, labels = (torch.from_numpy(np.concatenate(arrays)) for arrays in zip(*parts, strict=True))
         return InMemory(images.view(-1, 3, 32, 32), labels.long(), 10, shift=4, flip=True)
 
@@ -329,6 +329,11 @@ def cifar10_files(root: Path) -> tuple[list[Path], list[Path]]:
         f"data.root={root}: holds neither {CIFAR_BINARIES}/ nor {CIFAR_PICKLES}/; "
         "unpack CIFAR-10 there, or set data.download=true"
     )
+
+
+def read_cifar(file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(images [N, 3072] uint8, labels [N] uint8) of a batch in either form."""
+    return read_cifar_binary(file) if file.suffix == ".bin" else read_cifar_pickle(file)
 
 
 def read_cifar_binary(file: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -402,14 +407,20 @@ def list_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
     return paths, labels, classes
 
 
-def check(config: DataConfig) -> tuple[int, int | None]:
-    """Look a data set over before anything starts: (classes, training images or None where counting means loading).
+def check(config: DataConfig) -> tuple[int, int]:
+    """Look a data set over before anything starts: (classes, training images).
 
     Raises:
         UserError: data.root is missing or does not hold the format.
     """
     if config.name == "synthetic":
         return config.num_classes or 10, config.size
+    native = {"digits": 8, "cifar10": 32}.get(config.name, config.image_size)
+    if config.image_size != native:
+        raise UserError(
+            f"data.image_size={config.image_size}: {config.name} has images of {native} × {native}; "
+            "set model.image_size to have them resized"
+        )
     if config.name == "digits":
         return 10, 1437
     root = _root(config)
@@ -417,12 +428,8 @@ def check(config: DataConfig) -> tuple[int, int | None]:
         if config.download and not any((root / folder).is_dir() for folder in (CIFAR_BINARIES, CIFAR_PICKLES)):
             download_cifar10(root)
         train_files, test_files = cifar10_files(root)
-        for file in train_files + test_files:
-            if file.suffix == ".bin":
-                read_cifar_binary(file)
-            else:
-                read_cifar_pickle(file)
-        return 10, None
+        counts = [len(read_cifar(file)[1]) for file in train_files + test_files]
+        return 10, sum(counts[: len(train_files)])
     paths, _, classes = list_folder(root / "train")
     val_paths, _, val_classes = list_folder(root / "val")
     if classes != val_classes:

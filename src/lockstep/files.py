@@ -17,11 +17,15 @@ from lockstep.errors import UserError
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write beside `path`, flush to disk, then rename: after a crash there is the old file or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as stream:
-        stream.write(content.encode() if isinstance(content, str) else content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content.encode() if isinstance(content, str) else content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -37,7 +41,7 @@ def make_run_directory(out: str | None, recipe: str) -> Path:
     wanted = Path(out).expanduser() if out else Path("outputs", recipe, time.strftime("%Y-%m-%d_%H-%M-%S"))
     wanted = wanted.absolute()
     if out and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-        raise UserError(f"out={out}: not empty, and holds no checkpoint to resume from; name a new folder or empty it")
+        raise UserError(f"out={out}: not empty; name a new folder, or empty it")
     path, again = wanted, 1
     while True:
         try:

@@ -59,8 +59,9 @@ def sync_buffers(module: nn.Module) -> None:
     Local BatchNorm leaves each rank with its own running statistics; evaluated as they are, the metric would be a mix
     of as many models as there are ranks.
     """
-    for buffer in module.buffers():
-        dist.broadcast(buffer, src=0)
+    if dist.get_world_size() > 1:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 class Stopwatch:

@@ -13,12 +13,21 @@ from rich.console import Console, Group
 from rich.panel import Panel
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from lockstep.metrics import Evaluation
 from lockstep.schema import Config
 from lockstep.world import World
 
 PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of progress at most this often
+
+
+class _Console(Console):
+    """A console whose reader may leave (`| head`): the training goes on unseen."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class Report:
@@ -29,7 +38,7 @@ class Report:
         self.next_command = next_command
         self.speaks = world.rank == 0 and not quiet
         self.log = (out / "ranks" / f"{world.rank}.log").open("a", buffering=1)
-        self.console = Console(quiet=not self.speaks, highlight=False)
+        self.console = _Console(quiet=not self.speaks, highlight=False)
         self.last_line = time.monotonic()
         self.accuracy = ""
         self.notes: list[str] = []
@@ -116,7 +125,7 @@ class Report:
         if self.console.is_terminal:
             table = Table.grid(padding=(0, 2))
             for name, text in rows.items():
-                table.add_row(f"[bold]{name}[/]", text)
+                table.add_row(Text(name, "bold"), Text(text))  # a path may hold what looks like markup
             self.console.print(Panel(Group(table), title=f"{self.recipe} finished", border_style="green", expand=False))
         else:
             self.console.print(f"{self.recipe} finished", markup=False)

@@ -64,11 +64,6 @@ class Run:
         self.image_size = config.model.image_size
         self.train_set, self.eval_set = data.load(config.data, self.image_size, config.seed)
         self.steps_per_epoch = len(self.train_set) // config.batch_size
-        if self.steps_per_epoch == 0:
-            size = len(self.train_set)
-            raise UserError(
-                f"batch_size={config.batch_size}: the training set has only {size} images; allowed are 1…{size}"
-            )
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
@@ -180,6 +175,11 @@ class Run:
         """Export the weights and write result.json, when the recipe's function has returned."""
         if self._whole is None:
             return  # a tool, which did not train
+        if self.step < self.total_steps:
+            raise UserError(
+                f"{self.recipe} left run.steps after step {self.step} of {self.total_steps}; "
+                "run the loop to its end, or set max_steps"
+            )
         module = self._whole()
         memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
         for monitor in self.monitors:

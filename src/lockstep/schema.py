@@ -6,6 +6,7 @@ A rank reads the frozen `config.yaml` back through the same classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
@@ -153,8 +154,15 @@ def check_values(config: Config) -> None:
     for name, value, rule in walk(config):
         if rule["choices"] and value not in rule["choices"]:
             raise UserError(f"{name}={value}: allowed are {', '.join(rule['choices'])}")
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"{name}={value}: allowed are finite numbers")
         if rule["minimum"] is not None and value is not None and value < rule["minimum"]:
             raise UserError(f"{name}={value}: allowed are numbers from {rule['minimum']} up")
+    if config.seed >= 2**32:
+        raise UserError(f"seed={config.seed}: allowed are numbers from 0 to 2**32 − 1")
+    if min(config.data.std, default=1) <= 0:
+        raise UserError(f"data.std={config.data.std}: allowed are numbers above 0")
 
 
 def to_yaml(config: Config) -> str:

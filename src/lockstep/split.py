@@ -88,9 +88,9 @@ def choose_cuts(model: nn.Module, cut: Any, parts: int, images: Tensor) -> list[
                 f"cut=balanced: the model has {len(names)} blocks to cut between, too few for {parts} parts"
             )
         return [names[start] for start in balance(measure(model, images), parts)[1:]]
-    asked = [cut] if isinstance(cut, str) else list(cut)
+    asked = list(cut) if isinstance(cut, list) else [str(cut)]
     firsts = [next((name for name in names[1:] if name == word or name.startswith(f"{word}.")), "") for word in asked]
-    shown = cut if isinstance(cut, str) else f"[{','.join(map(str, asked))}]"
+    shown = f"[{','.join(map(str, asked))}]" if isinstance(cut, list) else asked[0]
     layers = dict.fromkeys(name.partition(".")[0] for name in names[1:])
     allowed = ", ".join([*layers, *(name for name in names if "." in name)])
     if "" in firsts:

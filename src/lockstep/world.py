@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -84,21 +85,34 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
             f"rank {place.rank} could not reach rank 0 at {where} within {timeout_seconds:g} s: "
             "start rank 0, or correct the address, or raise timeout_seconds"
         )
-    try:
-        store = dist.TCPStore(
-            place.master_addr,
-            place.master_port,
-            is_master=serves,
-            timeout=timedelta(seconds=timeout_seconds),
-            wait_for_workers=False,  # it would wait for all ranks without saying who is missing; check_in names them
-        )
-    except (RuntimeError, ValueError) as error:  # DistNetworkError among them
-        text = str(error).lower()
+    found: list[dist.Store | Exception] = []
+
+    def connect() -> None:
+        try:
+            found.append(
+                dist.TCPStore(
+                    place.master_addr,
+                    place.master_port,
+                    is_master=serves,
+                    timeout=timedelta(seconds=timeout_seconds),
+                    wait_for_workers=False,  # it would wait without saying who is missing; check_in names them
+                )
+            )
+        except (RuntimeError, ValueError) as error:  # DistNetworkError among them
+            found.append(error)
+
+    # Before something that listens but is no store, TCPStore waits for ever, whatever its timeout.
+    thread = threading.Thread(target=connect, daemon=True)
+    thread.start()
+    thread.join(timeout_seconds)
+    if not found:
+        raise UserError(f"{where}: something answers there that is no store; set a free MASTER_PORT")
+    if isinstance(found[0], Exception):
+        text = str(found[0]).lower()
         if "eaddrinuse" in text or "address already in use" in text:
-            raise UserError(f"{where}: the port is in use on {socket.gethostname()}; set a free MASTER_PORT") from None
-        raise UserError(f"{where}: no store there ({str(error).splitlines()[0]}); set another MASTER_PORT") from None
-    # An agent keeps its store over restarts: a new attempt must not read the old one's keys.
-    return dist.PrefixStore(f"lockstep/{place.attempt}", store)
+            raise UserError(f"{where}: the port is in use on {socket.gethostname()}; set a free MASTER_PORT")
+        raise UserError(f"{where}: no store there ({str(found[0]).splitlines()[0]}); set another MASTER_PORT")
+    return dist.PrefixStore("lockstep", found[0])
 
 
 def answers(host: str, port: int, timeout_seconds: float) -> bool:
@@ -118,12 +132,16 @@ def wait_for(store: dist.Store, keys: list[str], timeout_seconds: float) -> bool
     """Whether all keys were set within the time. Asks again and again, because Store.wait logs C++ warnings."""
     deadline = time.monotonic() + timeout_seconds
     pause = 0.001
-    while not store.check(keys):
+    while True:
+        try:
+            if store.check(keys):
+                return True
+        except dist.DistNetworkError:
+            return False  # whoever served the store has gone
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
         pause = min(2 * pause, 0.02)
-    return True
 
 
 def check_in(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> list[str]:
@@ -226,14 +244,15 @@ def join(
     threads: int | None = None,
     tf32: bool = True,
     local_rank: int | None = None,
+    hosts: list[str] | None = None,
 ) -> World:
-    """Become a rank: check in, bind the device, set the threads, create the default process group.
+    """Become a rank: check in unless `hosts` says that all have, bind the device, set the threads, make the group.
 
     Raises:
         UserError: a rank is missing, or this host lacks the device.
     """
     device, backend = resolve_device(device, backend)
-    hosts = check_in(store, rank, world_size, timeout_seconds)
+    hosts = hosts or check_in(store, rank, world_size, timeout_seconds)
     mine = [r for r, host in enumerate(hosts) if host == hosts[rank]]
     if local_rank is None:
         local_rank = mine.index(rank)
@@ -245,6 +264,8 @@ def join(
     timeout = timedelta(seconds=timeout_seconds)
     group_store = dist.PrefixStore("group", store)
     if device == "cuda":
+        if backend == "nccl" and torch.cuda.device_count() > 1:  # one visible GPU is one that was given to this rank
+            check_nproc(local_rank + 1, device, backend)
         where = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
