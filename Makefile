@@ -27,6 +27,7 @@ format: .venv/installed  ## put the code into the house's format
 
 bench: .venv/installed  ## the benchmarks, as paired ratios
 	$(BIN)/python -m benchmarks.startup
+	$(BIN)/python -m benchmarks.pipeline
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv outputs

@@ -128,7 +128,16 @@ TRAINS = "-m recipes."
 SHORT = ["max_steps=2", "data.augment=false"]  # a README command trains for a minute; that it starts and ends is tested
 
 
-@pytest.mark.parametrize("line", [line for line in readme_commands() if not line.startswith("make ")])
+ELSEWHERE = {"python -m recipes.verify"}  # a minute's work: tests/test_verify.py runs the very same
+
+
+def test_the_commands_tested_elsewhere_are_in_the_readme() -> None:
+    assert set(readme_commands()) >= ELSEWHERE
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in readme_commands() if not line.startswith("make ") and line not in ELSEWHERE]
+)
 def test_every_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     if TRAINS in line and "--help" not in words and "--cfg" not in words:
