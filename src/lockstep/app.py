@@ -119,7 +119,7 @@ def recipe(train: Callable[[Run], None] | None = None, **options: Any) -> Any:
 def complain(error: UserError) -> int:
     """Show a user's mistake as the one line it is; return the exit code for it."""
     print(f"error: {error}", file=sys.stderr)
-    return 2
+    return error.exit_code
 
 
 # The submitting process -------------------------------------------------------------------------------------------
@@ -303,6 +303,7 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
         try:
             config, out, store, hosts = frozen_config(recipe, place)
         except SystemExit:  # --help and the like have printed what they were asked for
+            sys.stdout.flush()
             os._exit(0)
         if place.rank:
             redirect_output(out / "ranks" / f"{place.rank}.log")
