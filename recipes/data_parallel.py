@@ -80,7 +80,9 @@ class HostDataParallel(nn.Module):
 
 
 @recipe(
-    proof=Proof({"model.norm": "group"}, note="BatchNorm normalises by each replica's chunk"),
+    proof=Proof(
+        {"model.norm": "group"}, differs={"model.norm": "batch"}, because="BatchNorm normalises by each replica's chunk"
+    ),
     ranks=1,
     next_command="python -m recipes.ddp     a process per device instead: no GIL, no first device",
 )

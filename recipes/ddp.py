@@ -24,7 +24,9 @@ from lockstep.models import build_model
 
 
 @recipe(
-    proof=Proof({"model.norm": "group"}, note="BatchNorm normalises by each rank's share"),
+    proof=Proof(
+        {"model.norm": "group"}, differs={"model.norm": "batch"}, because="BatchNorm normalises by each rank's share"
+    ),
     next_command="python -m recipes.single     the same training in one process, to compare with",
 )
 def train(run: Run) -> None:

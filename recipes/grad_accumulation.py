@@ -46,7 +46,12 @@ def check(config: Config, share: int) -> None:
 
 
 @recipe(
-    proof=Proof({"model.norm": "group"}, {"accumulate": 4}, "BatchNorm sees micro-batches"),
+    proof=Proof(
+        {"model.norm": "group"},
+        {"accumulate": 4},
+        {"model.norm": "batch", "model.image_size": 16},
+        "BatchNorm sees micro-batches",
+    ),
     check=check,
     next_command="python -m recipes.ddp     the same batch in one piece: compare the memory",
 )

@@ -174,7 +174,12 @@ def wanted_cut(config: Config) -> Any:
 
 
 @recipe(
-    proof=Proof({"model.norm": "group"}, {"stages": 2, "micro_batches": 5}, "BatchNorm sees micro-batches"),
+    proof=Proof(
+        {"model.norm": "group"},
+        {"stages": 2, "micro_batches": 5},
+        {"model.norm": "batch"},
+        "BatchNorm sees micro-batches",
+    ),
     check=check,
     next_command="python -m recipes.model_parallel     the same cut without the pipeline: one part always waits",
 )

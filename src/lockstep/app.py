@@ -43,12 +43,14 @@ class Proof:
     Attributes:
         settings: {dotted key: value}, for this recipe and for `single` alike.
         own: further settings for this recipe alone, those that bring its technique to bear.
-        note: what would make it differ, for the reader of the table.
+        differs: settings under which it is another computation; by how much is measured.
+        because: why, for the reader of the table.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
-    note: str = ""
+    differs: dict[str, Any] = field(default_factory=dict)
+    because: str = ""
 
 
 @dataclass(frozen=True)

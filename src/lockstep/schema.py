@@ -119,7 +119,8 @@ class Config:
         only=("pipeline_parallel",),
     )
     demonstrate: bool = key(False, "2 images a rank, with and without, beside one process", only=("sync_batchnorm",))
-    recipes: list[str] | None = key(None, "recipes to check (null: all)", only=("verify",))
+    recipes: list[str] | None = key(None, "recipes to run (null: all)", only=("verify", "compare"))
+    rounds: int = key(1, "times that each recipe is run, in turn", minimum=1, only=("compare",))
     seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
     precision: str = key("fp32", "arithmetic (fp64: for proofs)", ("fp32", "bf16", "fp16", "fp64"))
     tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")

@@ -1,0 +1,127 @@
+"""Compare: what each technique costs on this machine, the recipes run one after the other on the same work.
+
+Each recipe is started as a person would start it, with the same config, in turn and as many rounds as asked, so that a
+machine that gets slower meets them all alike. The table gives images/s with its spread, memory by rank or device and
+its imbalance (the largest over the mean), how long parts sat idle, and of DataParallel's threads how many computed at
+a time: where that is far below their number, they waited for each other in one interpreter. DataParallel's other two
+faults, the first device that holds more and does more, are the imbalance and the speed.
+
+    python -m recipes.compare recipes=[data_parallel,ddp] max_steps=30
+    python -m recipes.compare rounds=3 model=resnet50 data=synthetic data.image_size=64 max_steps=10
+
+Expect: a table after a minute for each recipe and round, and compare.json beside it.
+Source: https://arxiv.org/abs/2006.15704 (DataParallel against DistributedDataParallel)
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lockstep import Run, UserError, recipe
+from lockstep.errors import CheckFailed
+from lockstep.files import write_json
+from lockstep.schema import Config, walk
+
+TOOLS = {"compare", "verify"}
+OURS = {"recipes", "rounds", "out", "nproc"}  # keys that mean this tool, not the runs it starts
+
+
+def names(config: Config) -> list[str]:
+    """The recipes to run.
+
+    Raises:
+        UserError: a name is not one of them.
+    """
+    every = sorted({path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - TOOLS)
+    wrong = [name for name in config.recipes or [] if name not in every]
+    if wrong:
+        raise UserError(f"recipes=[{','.join(wrong)}]: no such recipe; allowed are {', '.join(every)}")
+    return config.recipes or every
+
+
+def overrides(config: Config) -> list[str]:
+    """The command line that gives another recipe this config: what differs from the defaults."""
+    return [
+        f"{key}={json.dumps(value)}"
+        for key, value, rule in walk(config)
+        if key not in OURS and value != rule["default"]
+    ]
+
+
+def measure(run: Run, name: str, number: int) -> dict[str, Any]:
+    """Run a recipe to its end in processes of its own; its result.json."""
+    out = run.out / f"{name}-{number}"
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCKSTEP_", "TORCHELASTIC_", "MASTER_")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
+    command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(run.config)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise CheckFailed(f"recipes.{name} failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads((out / "result.json").read_text())
+
+
+def summary(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
+    """One recipe's row over all rounds."""
+    speeds = [result["images_per_second"] for result in results]
+    last = results[-1]
+    memory = last.get("peak_by_device", last["peak_memory_bytes_by_rank"])
+    threads = last["thread_seconds"] / last["forward_seconds"] if "thread_seconds" in last else None
+    return {
+        "recipe": name,
+        "ranks": last["world_size"],
+        "images_per_second": statistics.median(speeds),
+        "slowest": min(speeds),
+        "fastest": max(speeds),
+        "memory_bytes": memory,
+        "memory_imbalance": max(memory) / statistics.mean(memory),
+        "idle_shares": last.get("idle_shares"),
+        "threads_busy": threads,
+        "eval_accuracy": last["eval_accuracy"],
+    }
+
+
+def show(run: Run, rows: list[dict[str, Any]]) -> None:
+    """The table, for people."""
+    table = Table(title=f"{run.config.model.name} on {run.config.data.name}, {run.device.type}", title_justify="left")
+    for column in ("recipe", "ranks", "images/s", "from, to", "MiB", "imbalance", "idle", "threads busy", "accuracy"):
+        table.add_column(column)
+    for row in rows:
+        table.add_row(
+            row["recipe"],
+            str(row["ranks"]),
+            f"{row['images_per_second']:,.0f}",
+            f"{row['slowest']:,.0f}, {row['fastest']:,.0f}",
+            ", ".join(f"{size / 2**20:,.0f}" for size in row["memory_bytes"]),
+            f"{row['memory_imbalance']:.2f}",
+            ", ".join(f"{share:.0%}" for share in row["idle_shares"] or []),
+            "" if row["threads_busy"] is None else f"{row['threads_busy']:.2f}",
+            f"{row['eval_accuracy']:.1%}",
+        )
+    run.report.console.print(table)
+
+
+def check(config: Config, share: int) -> None:
+    """Only recipes that exist can be compared."""
+    names(config)
+
+
+@recipe(ranks=1, check=check)
+def train(run: Run) -> None:
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names(run.config)}
+    for number in range(run.config.rounds):
+        for name, found in results.items():
+            run.report.line(f"round {number + 1} of {run.config.rounds}: recipes.{name}")
+            found.append(measure(run, name, number))
+    rows = [summary(name, found) for name, found in results.items()]
+    write_json(run.out / "compare.json", rows)
+    show(run, rows)
+
+
+if __name__ == "__main__":
+    train.main()
