@@ -49,7 +49,7 @@ def check(config: Config, share: int) -> None:
     proof=Proof(
         {"model.norm": "group"},
         {"accumulate": 4},
-        {"model.norm": "batch", "model.image_size": 16},
+        {"model.norm": "batch"},
         "BatchNorm sees micro-batches",
     ),
     check=check,

@@ -176,7 +176,7 @@ def wanted_cut(config: Config) -> Any:
 @recipe(
     proof=Proof(
         {"model.norm": "group"},
-        {"stages": 2, "micro_batches": 5},
+        {"stages": 2, "micro_batches": 4},
         {"model.norm": "batch"},
         "BatchNorm sees micro-batches",
     ),

@@ -10,7 +10,7 @@ import pytest
 from recipes import ddp, single
 from tests.harness import train
 
-PROOF = ("precision=fp64", "model.norm=group", "batch_size=48", "max_steps=20", "log_every=1", "optim.warmup_steps=0")
+PROOF = ("precision=fp64", "model.norm=group", "batch_size=24", "max_steps=20", "log_every=1", "optim.warmup_steps=0")
 
 
 def losses(out: Path) -> list[float]:

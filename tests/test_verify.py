@@ -36,12 +36,10 @@ def test_every_recipe_is_proven_by_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("world_size", "names"), [(3, "ddp,sync_batchnorm"), (4, "pipeline_parallel")])
 def test_on_other_numbers_of_ranks(world_size: int, names: str, tmp_path: Path) -> None:
-    execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=3")
+    execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=2", "precision=fp64")
     rows = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert {row["recipe"] for row in rows} == set(names.split(","))
-    verdicts = {row["verdict"].partition(":")[0] for row in rows}
-    assert verdicts <= {"equal", "differs"}
-    assert all(row["ranks"] == world_size for row in rows)
+    assert all((row["verdict"], row["ranks"]) == ("equal", world_size) for row in rows)
 
 
 def test_a_recipe_that_these_ranks_cannot_run_is_named_and_not_called_equal(tmp_path: Path) -> None:
@@ -108,7 +106,7 @@ def test_a_broken_recipe_is_named(mistake: str, replace: Any, tmp_path: Path) ->
     name, old, new = BROKEN[mistake]
     replace(name, old, new)
     with pytest.raises(AssertionError, match=f"not the training that recipes.single computes: {name} in fp64"):
-        execute(verify.train, tmp_path / "run", 2, f"recipes=[{name}]", "max_steps=3")
+        execute(verify.train, tmp_path / "run", 2, f"recipes=[{name}]", "max_steps=2", "precision=fp64")
     rows = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert rows[0]["verdict"].startswith("OFF: ")
 
@@ -125,7 +123,15 @@ def test_synchronising_in_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setattr(SyncBatchNorm, "forward", always_training)
     with pytest.raises(AssertionError, match="sync_batchnorm in fp64"):
         # Equal evaluation batches on both ranks: with unequal ones this mistake hangs, which is how it is usually met.
-        execute(verify.train, tmp_path / "run", 2, "recipes=[sync_batchnorm]", "max_steps=2", "eval_batch_size=180")
+        execute(
+            verify.train,
+            tmp_path / "run",
+            2,
+            "recipes=[sync_batchnorm]",
+            "precision=fp64",
+            "max_steps=2",
+            "eval_batch_size=180",
+        )
 
 
 def test_padded_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
