@@ -89,7 +89,8 @@ class HostDataParallel(nn.Module):
 def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
     if run.device.type == "cuda":
-        model = nn.DataParallel(model, device_ids=list(range(run.config.replicas or torch.cuda.device_count())))
+        devices = sorted(range(torch.cuda.device_count()), key=lambda device: device != run.device.index)
+        model = nn.DataParallel(model, device_ids=devices[: run.config.replicas])  # the first holds the model
     else:
         replicas = run.config.replicas or 2
         torch.set_num_threads(max(1, run.world.threads // replicas))  # the replicas' threads share the cores

@@ -403,6 +403,11 @@ def cifar_records() -> dict[str, tuple[np.ndarray, list[int]]]:
     }
 
 
+def cifar_size() -> int:
+    """Training images in `cifar_records`: all but the test batch's."""
+    return sum(len(labels) for name, (_, labels) in cifar_records().items() if name != "test_batch")
+
+
 def cifar_binaries(root: Path) -> Path:
     """`cifar-10-batches-bin/` as published: one byte of label, 3072 of image, and so on."""
     folder = root / "cifar-10-batches-bin"
@@ -457,7 +462,7 @@ def python2_pickle(content: dict[bytes, Any]) -> bytes:
 
 
 def cifar(root: Path, download: bool = False) -> DataConfig:
-    return DataConfig(name="cifar10", root=str(root), download=download)
+    return DataConfig(name="cifar10", root=str(root), download=download, image_size=32)
 
 
 def complaint(config: DataConfig, load: bool = True) -> str:
@@ -480,7 +485,7 @@ def test_cifar10_reads_the_same_images_from_each_of_its_published_forms(form: st
         cifar_binaries(tmp_path)
     else:
         cifar_pickles(tmp_path, python2_pickle if form == "python 2" else python3_pickle)
-    assert data.check(cifar(tmp_path)) == (10, None)
+    assert data.check(cifar(tmp_path)) == (10, cifar_size())
     records = cifar_records()
     for images, names in zip(data.load(cifar(tmp_path), 32, 0), (CIFAR_NAMES[:5], CIFAR_NAMES[5:]), strict=True):
         batch = everything(images)
@@ -629,8 +634,8 @@ def test_a_root_without_cifar_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["cifar10", "imagefolder"])
 def test_a_missing_root_is_named(name: str, tmp_path: Path) -> None:
-    assert f"data.root={tmp_path}/gone" in complaint(DataConfig(name=name, root=f"{tmp_path}/gone"))
-    assert "data.root" in complaint(DataConfig(name=name))
+    assert f"data.root={tmp_path}/gone" in complaint(DataConfig(name=name, root=f"{tmp_path}/gone", image_size=32))
+    assert "data.root" in complaint(DataConfig(name=name, image_size=32))
 
 
 # Download ---------------------------------------------------------------------------------------------------------
@@ -680,10 +685,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def test_cifar10_is_downloaded_where_asked_and_only_once(site: Site, tmp_path: Path) -> None:
     root = tmp_path / "not" / "there yet"
-    assert data.check(cifar(root, download=True)) == (10, None)
+    assert data.check(cifar(root, download=True)) == (10, cifar_size())
     assert site.asked
     site.asked.clear()
-    assert data.check(cifar(root, download=True)) == (10, None)
+    assert data.check(cifar(root, download=True)) == (10, cifar_size())
     train, test = data.load(cifar(root, download=True), 32, 0)
     assert not site.asked
     records = cifar_records()
@@ -701,7 +706,7 @@ def test_nothing_is_downloaded_unless_asked(site: Site, tmp_path: Path) -> None:
 
 def test_nothing_is_downloaded_where_the_binaries_are(site: Site, tmp_path: Path) -> None:
     cifar_binaries(tmp_path / "root")
-    assert data.check(cifar(tmp_path / "root", download=True)) == (10, None)
+    assert data.check(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
     assert not site.asked
 
 
@@ -714,7 +719,7 @@ def test_a_download_that_fails_names_the_address_and_can_be_repeated(site: Site,
         assert CIFAR10.url in told
         assert "data.download" in told
     site.archive = good
-    assert data.check(cifar(tmp_path / "root", download=True)) == (10, None)
+    assert data.check(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
 
 
 def test_a_download_from_an_unreachable_address_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

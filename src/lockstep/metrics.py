@@ -59,9 +59,8 @@ def sync_buffers(module: nn.Module) -> None:
     Local BatchNorm leaves each rank with its own running statistics; evaluated as they are, the metric would be a mix
     of as many models as there are ranks.
     """
-    if dist.get_world_size() > 1:
-        for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
 
 
 class Stopwatch:

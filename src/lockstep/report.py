@@ -70,7 +70,7 @@ class Report:
             f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
         )
         self.line(f"  run    {short(self.out)}")
-        self.total_steps, self.steps_per_epoch = steps[1], steps[0]
+        self.total_steps, self.steps_per_epoch, self.eval_images = steps[1], steps[0], images[1]
         if self.speaks and self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
@@ -109,7 +109,7 @@ class Report:
         memory = ", ".join(f"{size / 2**20:,.0f}" for size in result["peak_memory_bytes_by_rank"])
         milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
         rows = {
-            "accuracy": f"{result['eval_accuracy']:.2%} of {self.config.data.name}'s evaluation images",
+            "accuracy": f"{result['eval_accuracy']:.2%} of {self.eval_images:,} evaluation images",
             "speed": f"{result['images_per_second']:,.0f} images/s ({milliseconds[0]} ms a step, "
             f"95 % within {milliseconds[1]} ms)",
             "time": f"{result['wall_seconds']:.1f} s for {result['steps']:,} steps",

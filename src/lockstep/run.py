@@ -258,7 +258,8 @@ class Run:
 
     def _evaluate(self, module: nn.Module) -> metrics.Evaluation:
         # The bare module: DistributedDataParallel's forward communicates, and ranks may have unequal batches here.
-        metrics.sync_buffers(module)
+        if self.shards > 1:
+            metrics.sync_buffers(module)
         sampler = data.EvalSampler(
             len(self.eval_set), self.config.eval_batch_size, self.world.rank, self.world.world_size
         )
