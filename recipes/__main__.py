@@ -14,7 +14,7 @@ def first_lines() -> dict[str, str]:
 def main() -> None:
     print("Run one with `python -m recipes.NAME`; `python -m recipes.NAME --help` explains it and lists its keys.\n")
     for name, line in first_lines().items():
-        print(f"  {name:16} {line}")
+        print(f"  {name:18} {line}")
 
 
 if __name__ == "__main__":

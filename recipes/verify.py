@@ -127,21 +127,13 @@ def compare(row: Row, mine: Trace, theirs: Trace, differs: str) -> None:
 def show(run: Run, rows: list[Row]) -> None:
     """The table, for people."""
     table = Table(title=f"each recipe against recipes.single, {run.world.world_size} ranks", title_justify="left")
-    for column in (
-        "recipe",
-        "precision",
-        "loss",
-        "gradients",
-        "weights",
-        "buffers",
-        "evaluation",
-        "allowed",
-        "verdict",
-    ):
+    numbers = ("loss", "gradients", "weights", "buffers", "evaluation")
+    for column in ("recipe", "precision", "steps", *numbers, "allowed", "verdict"):
         table.add_column(column)
     for row in rows:
-        numbers = [row.loss, row.gradients, row.weights, row.buffers, row.evaluation, row.tolerance]
-        cells = ["" if number is None else f"{number:.0e}" for number in numbers]
+        allowed = None if row.verdict.startswith("differs") else row.tolerance
+        figures = [*(getattr(row, name) for name in numbers), allowed]
+        cells = ["" if figure is None else f"{figure:.0e}" for figure in figures]
         style = "red" if row.fails else "green" if row.verdict == "equal" else "yellow"
         table.add_row(row.recipe, row.precision, str(row.steps), *cells, f"[{style}]{row.verdict}[/]")
     run.report.console.print(table)
