@@ -18,31 +18,17 @@ import os
 import statistics
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
-from lockstep import Run, UserError, recipe
+from lockstep import Run, recipe
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.schema import Config, walk
+from recipes import choose
 
-TOOLS = {"compare", "verify"}
 OURS = {"recipes", "rounds", "out", "nproc"}  # keys that mean this tool, not the runs it starts
-
-
-def names(config: Config) -> list[str]:
-    """The recipes to run.
-
-    Raises:
-        UserError: a name is not one of them.
-    """
-    every = sorted({path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - TOOLS)
-    wrong = [name for name in config.recipes or [] if name not in every]
-    if wrong:
-        raise UserError(f"recipes=[{','.join(wrong)}]: no such recipe; allowed are {', '.join(every)}")
-    return config.recipes or every
 
 
 def overrides(config: Config) -> list[str]:
@@ -108,12 +94,12 @@ def show(run: Run, rows: list[dict[str, Any]]) -> None:
 
 def check(config: Config, share: int) -> None:
     """Only recipes that exist can be compared."""
-    names(config)
+    choose(config.recipes)
 
 
 @recipe(ranks=1, check=check)
 def train(run: Run) -> None:
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in names(run.config)}
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in choose(run.config.recipes)}
     for number in range(run.config.rounds):
         for name, found in results.items():
             run.report.line(f"round {number + 1} of {run.config.rounds}: recipes.{name}")

@@ -18,7 +18,6 @@ Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 import importlib
 import traceback
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -30,10 +29,10 @@ from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.proof import Trace, angle, difference, trace, with_values
 from lockstep.schema import Config
+from recipes import choose
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1}
 STEPS = {"fp64": 5, "fp32": 3, "bf16": 3}
-TOOLS = {"compare", "verify"}
 IMAGES_A_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 images for BatchNorm
 
 
@@ -73,11 +72,7 @@ def find(names: list[str] | None) -> list[Recipe]:
     Raises:
         UserError: a name is not one of them.
     """
-    stems = sorted({path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - TOOLS)
-    wrong = [name for name in names or [] if name not in stems]
-    if wrong:
-        raise UserError(f"recipes=[{','.join(wrong)}]: no such recipe; allowed are {', '.join(stems)}")
-    found = [importlib.import_module(f"recipes.{stem}").train for stem in names or stems]
+    found = [importlib.import_module(f"recipes.{name}").train for name in choose(names)]
     return [each for each in found if each.proof is not None]
 
 
