@@ -24,7 +24,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from lockstep import Recipe, Run, UserError, recipe
-from lockstep.app import check_batch
+from lockstep.checks import check_batch
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.proof import Trace, angle, difference, trace, with_values

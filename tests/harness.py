@@ -19,9 +19,11 @@ import torch
 import torch.distributed as dist
 import torchvision.models  # noqa: F401  once here, not once in every forked rank
 
-from lockstep.app import Recipe, complete, freeze
+from lockstep.app import Recipe
+from lockstep.checks import complete
 from lockstep.compose import compose
 from lockstep.run import Run
+from lockstep.rundir import freeze
 from lockstep.schema import Config, from_yaml, to_yaml
 from lockstep.world import World, join
 
@@ -107,7 +109,7 @@ def execute(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout
     """Run a recipe or a tool on forked ranks."""
     config = compose_config(recipe, f"out={out}", *overrides)
     complete(config, recipe, world_size)
-    run_ranks(_train, world_size, recipe.target, to_yaml(config), str(freeze(config, recipe)), timeout=timeout)
+    run_ranks(_train, world_size, recipe.target, to_yaml(config), str(freeze(config, recipe.name)), timeout=timeout)
 
 
 def _train(world: World, target: str, config: str, out: str) -> None:

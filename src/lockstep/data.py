@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lockstep.errors import UserError
+from lockstep.preemption import ignore_signals
 from lockstep.schema import DataConfig
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
@@ -245,6 +246,8 @@ def loader(samples: Samples, sampler: Sampler[tuple[int, Tensor]], workers: int,
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),  # or it would draw its base seed from training's random numbers
     )
 
 

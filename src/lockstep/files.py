@@ -28,6 +28,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise
 
 
+def sync_folder(path: Path) -> None:
+    """Flush a folder's list of names to disk: without it a crash can forget a rename."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 

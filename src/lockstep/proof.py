@@ -51,9 +51,9 @@ def trace(run: Run, recipe: Recipe, config: Config, name: str) -> Trace | None:
     """
     out = run.out / name
     if run.world.rank == 0:
-        (out / "ranks").mkdir(parents=True)
+        (out / "ranks").mkdir(parents=True, exist_ok=True)  # left by a start that was preempted
     dist.barrier()
-    inner = Run(recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True)
+    inner = Run(recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True, listener=run.listener)
     inner.keep_gradients = True
     recipe(inner)
     parts: list[Any] = [None] * run.world.world_size

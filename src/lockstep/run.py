@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
+import os
+import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +20,26 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lockstep import data, metrics
+from lockstep import checkpoint, data, metrics
+from lockstep.checkpoint import Checkpoints
 from lockstep.data import Batch
 from lockstep.errors import UserError
 from lockstep.files import write_atomically, write_json
 from lockstep.models import count_parameters
 from lockstep.monitor import Monitor, open_monitors
-from lockstep.report import Report
-from lockstep.schema import Config, OptimConfig
-from lockstep.world import World
+from lockstep.preemption import Agreement, Listener, Preempted
+from lockstep.report import Report, short
+from lockstep.rundir import CHECKPOINTS, checkpoint_folder
+from lockstep.schema import Config, OptimConfig, to_yaml
+from lockstep.state import Stateful, TrainingState, check_weights, read_weights
+from lockstep.world import World, make_group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class NothingLeft(Exception):
+    """Raised out of `run.steps` where a run that is continued had taken its last step already."""
 
 
 class Run:
@@ -50,6 +62,7 @@ class Run:
         next_command: str = "",
         shards: int | None = None,
         quiet: bool = False,
+        listener: Listener | None = None,
     ) -> None:
         self.recipe, self.config, self.world, self.out = recipe, config, world, out
         # The stages of a pipeline work on the same images; they are neighbouring ranks.
@@ -68,6 +81,7 @@ class Run:
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.step = 0  # optimizer updates done
+        self.quiet, self.listener = quiet, listener
         self.monitors: list[Monitor] = []
         self.report = Report(self.recipe, config, world, out, next_command, quiet)
         self.keep_gradients = False
@@ -76,6 +90,15 @@ class Run:
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
+        self._checkpoints: Checkpoints | None = None
+        self._resumed_from: str | None = None
+        self._started_at = 0  # the step of the checkpoint that this start went on from
+        self._train_loss: float | None = None
+        self._evaluation: metrics.Evaluation | None = None
+        self._best: float | None = None  # of config.metric, so far
+        self._best_step: int | None = None  # of the checkpoint that has it, where one was saved
+        self._best_is_new = False  # and a checkpoint is to keep it
+        self._waited = 0  # evaluations since then
 
     # What recipes call ------------------------------------------------------------------------------------------
 
@@ -115,37 +138,80 @@ class Run:
             self.report.notes.append(text)
 
     def steps(
-        self, *, model: nn.Module, optimizer: Optimizer, whole: Callable[[], nn.Module] | None = None
+        self,
+        *,
+        model: nn.Module,
+        optimizer: Optimizer,
+        whole: Callable[[], nn.Module] | None = None,
+        keep: Mapping[str, Stateful] | None = None,
     ) -> Iterator[Batch]:
         """Yield this rank's share of every global batch, on its device, until training is over.
 
-        Between two batches it sets the learning rate, logs, evaluates at the end of an epoch, and keeps time.
+        Before the first batch it takes the run up where an earlier start was cut off. Between two batches it sets
+        the learning rate, logs, evaluates at the end of an epoch, saves checkpoints, keeps time, and leaves when the
+        run is preempted or no longer gets better.
 
         Args:
             model: what is trained, wrapped or not.
             optimizer: what updates it; its learning rate is set from here.
             whole: called on all ranks together, returns the complete model on each, for evaluation and export; needed
                 where a rank holds only a part of it.
+            keep: further objects that checkpoints are to hold, by name, such as a GradScaler.
 
         Yields:
             Batch: images [batch_size / shards, 3, H, W], normalised, in the model's dtype; labels int64.
+
+        Raises:
+            Preempted: a signal has come to any of the ranks, and the state is saved.
         """
         self._whole = whole = whole or (lambda: unwrap(model))
-        if self.world.rank == 0:
-            self.monitors = open_monitors(self.config.monitor.name, self.out)
         if self.keep_gradients:
             optimizer.register_step_pre_hook(lambda *_: self._before_update(unwrap(model)))
-        schedule = LambdaLR(optimizer, lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch))
+        torch.manual_seed(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
+        state = TrainingState(
+            unwrap(model),
+            optimizer,
+            keep or {},
+            rank=self.world.rank,
+            device=self.device,
+            owns_buffers=self.shard == 0,
+        )
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self._resume(state)
+        factor = lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch)
+        schedule = LambdaLR(optimizer, factor, last_epoch=self.step - 1)
+        agreement = None
+        if self.listener:
+            agreement, self.listener.training = Agreement(self.world.control, self.listener), True
+        if self.world.rank == 0:
+            self.monitors = open_monitors(self.config.monitor.name, self.out, self.step)
+        self._parameters = count_parameters(whole())
+        if self.step >= self.total_steps:
+            self._evaluation = self._evaluate(whole().eval())
+            raise NothingLeft
         batches = iter(self._train_loader())
         self.report.start(
-            parameters=count_parameters(whole()),
+            parameters=self._parameters,
             images=(len(self.train_set), len(self.eval_set)),
             steps=(self.steps_per_epoch, self.total_steps),
         )
         logged_at, logged_step = time.perf_counter(), self.step
-        torch.manual_seed(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
+        saved_at, saved_step = logged_at, self.step
         model.train()
-        while self.step < self.total_steps:
+        while True:
+            sign, due = agreement.ask(self.step, self._due_by_the_clock(saved_at)) if agreement else (0, False)
+            last = self.step == self.total_steps
+            leaves = bool(sign) and not last
+            if (leaves or due or self._due_by_step(last)) and self.step > saved_step:
+                paused = time.perf_counter()
+                self._save(state, float(schedule.get_last_lr()[0]))
+                saved_at, saved_step = time.perf_counter(), self.step
+                logged_at += saved_at - paused
+            if leaves:
+                self._leave(sign)
+            if last:
+                break
             self._timer.start()
             yield self._prepare(next(batches))
             lr = float(schedule.get_last_lr()[0])
@@ -169,6 +235,7 @@ class Run:
                 model.train()  # evaluation switched BatchNorm and dropout off: back on before the next batch
                 self._log(eval_loss=result.loss, eval_accuracy=result.accuracy)
                 self.report.evaluation(self.step, result)
+                self._judge(result)
                 logged_at += time.perf_counter() - paused
 
     def finish(self) -> None:
@@ -180,17 +247,156 @@ class Run:
                 f"{self.recipe} left run.steps after step {self.step} of {self.total_steps}; "
                 "run the loop to its end, or set max_steps"
             )
+        if self._checkpoints:
+            self._checkpoints.wait()
         module = self._whole()
         memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
         for monitor in self.monitors:
             monitor.close()
         if self.world.rank == 0:
-            export(module, self.out / "model.pt")
-            result = self._result(module, memory)
+            export(module.state_dict(), self.out / "model.pt")
+            best = self.out / CHECKPOINTS / (checkpoint.read_name(self.out / CHECKPOINTS / "BEST") or "none")
+            if best.is_dir():
+                from lockstep import storage
+
+                weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in module.state_dict().items()}
+                storage.load(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
+                export(weights, self.out / "best.pt")
+            result = self._result("finished", memory)
             write_json(self.out / "result.json", result)
             self.report.finish(result)
 
     # What happens between two batches ---------------------------------------------------------------------------
+
+    def _resume(self, state: TrainingState) -> None:
+        """Take up what this run directory holds, else what resume=PATH names, else start at step 0."""
+        if self.quiet:
+            return  # one of a tool's
+        group = self.world.control
+        folder = self.out / CHECKPOINTS
+        found = checkpoint.newest(folder, group)
+        if self.world.rank == 0 and folder.is_dir():
+            checkpoint.tidy(folder, found)
+        dist.barrier(group)
+        for line in found.skipped:
+            self.report.line(f"skipped {line}")
+        source = self.config.resume
+        if found.path is None and source not in ("auto", "never"):
+            if Path(source).expanduser().is_file():
+                weights = read_weights(Path(source).expanduser())
+                mine = state.module.state_dict()
+                weights = {name: tensor for name, tensor in weights.items() if name in mine}
+                check_weights(Path(source), weights, state.module)
+                state.module.load_state_dict(weights)
+                self._resumed_from = source
+                self.report.line(f"starting from the weights in {source}")
+                return
+            folder, name = checkpoint_folder(Path(source).expanduser())
+            found = checkpoint.newest(folder, group, only=name)
+            for line in found.skipped:
+                self.report.line(f"skipped {line}")
+            if found.path is None:
+                raise UserError(f"resume={source}: holds no intact checkpoint; name another one")
+        if found.path is None:
+            return
+        facts = found.facts
+        if facts["samples_seen"] % self.config.batch_size:
+            raise UserError(
+                f"batch_size={self.config.batch_size}: {found.path.name} was saved after {facts['samples_seen']} "
+                f"samples, which is no whole number of such batches; set batch_size={facts['batch_size']}"
+            )
+        state.restore(found.path, facts, group)
+        self.step = facts["samples_seen"] // self.config.batch_size
+        if self.step > self.total_steps:
+            raise UserError(
+                f"max_steps={self.total_steps}: {short(found.path)} is at step {self.step}; allowed is more"
+            )
+        self._train_loss, self._waited = facts["train_loss"], facts["waited"]
+        self._best, self._best_step = facts["best"], facts["best_step"]
+        self._resumed_from = os.path.relpath(found.path, self.out)
+        self._started_at = self.step
+        self.report.line(f"resuming from {short(found.path)}, at step {self.step} of {self.total_steps}")
+
+    def _due_by_step(self, last: bool) -> bool:
+        if self._best_is_new:
+            return True
+        every = self.config.checkpoint.every
+        return every is not None and (last or self.step % every == 0)
+
+    def _due_by_the_clock(self, saved_at: float) -> bool:
+        """Rank 0's clock decides; the others learn it with the agreement."""
+        config = self.config.checkpoint
+        if self.world.rank or config.every is not None or not config.minutes:
+            return False
+        return time.perf_counter() - saved_at > 60 * config.minutes
+
+    def _save(self, state: TrainingState, lr: float) -> None:
+        """Have the checkpoint of this step written."""
+        if self.quiet:
+            return
+        if self._checkpoints is None:
+            from lockstep.storage import Saver  # a second to import, which not every run needs
+
+            if self.world.rank == 0:
+                (self.out / CHECKPOINTS).mkdir(exist_ok=True)
+            group = make_group(self.config.timeout_seconds)
+            saver = Saver(group, asynchronous=self.config.checkpoint.asynchronous)
+            keep = self.config.checkpoint.keep
+            self._checkpoints = Checkpoints(self.out / CHECKPOINTS, saver, keep=keep, warn=self.report.line)
+        if self._best_is_new:
+            self._best_step = self.step
+        facts = {
+            "recipe": self.recipe,
+            "step": self.step,
+            "epoch": self.epoch,
+            "samples_seen": self.step * self.config.batch_size,
+            "batch_size": self.config.batch_size,
+            "world_size": self.world.world_size,
+            "lr": lr,
+            "train_loss": self._train_loss,
+            "metrics": asdict(self._evaluation) if self._evaluation else None,
+            "best": self._best,
+            "best_step": self._best_step,
+            "waited": self._waited,
+            "config": to_yaml(self.config),
+        }
+        best, self._best_is_new = self._best_is_new, False
+        self._checkpoints.save(state.tensors(), facts | state.facts(), best=best)
+
+    def _leave(self, sign: int) -> None:
+        """Write down how far it came, and go.
+
+        Raises:
+            Preempted: always.
+        """
+        if self._checkpoints:
+            self._checkpoints.wait()
+        name = signal.Signals(sign).name
+        if not self.quiet:
+            step = self._checkpoints.saved_step if self._checkpoints else self._started_at
+            saved = f"saved at step {step}" if step else "nothing is saved"
+            self.report.line(f"preempted by {name} after step {self.step} of {self.total_steps}: {saved}")
+        for monitor in self.monitors:
+            monitor.close()
+        if self.world.rank == 0 and not self.quiet:
+            write_json(self.out / "result.json", self._result("preempted", [0.0]))
+        raise Preempted(name)
+
+    def _judge(self, result: metrics.Evaluation) -> None:
+        """Keep count of what is best, and end the training where it has long not become better.
+
+        All ranks hold the same evaluation to the last bit, so all of them come to the same end.
+        """
+        value = result.accuracy if self.config.metric == "eval_accuracy" else -result.loss
+        if self._best is None or value > self._best:
+            self._best, self._best_is_new, self._waited = value, self.config.checkpoint.best, 0
+            return
+        self._waited += 1
+        if self.config.patience is not None and self._waited >= self.config.patience and self.step < self.total_steps:
+            self.report.line(
+                f"stopping early: {self.config.metric} has not become better in {self._waited} evaluations"
+            )
+            self.total_steps = self.step
 
     def _before_update(self, module: nn.Module) -> None:
         """Keep what a proof compares: the first update's gradients, by the names of this rank's parameters."""
@@ -273,14 +479,14 @@ class Run:
         for monitor in self.monitors:
             monitor.log(where | scalars)
 
-    def _result(self, module: nn.Module, memory: list[float]) -> dict[str, Any]:
-        """The run in numbers."""
-        parameters, trainable = count_parameters(module)
+    def _result(self, status: str, memory: list[float]) -> dict[str, Any]:
+        """The run in numbers; speeds are those of this start, null where it took no step."""
+        parameters, trainable = self._parameters
         seconds = metrics.warmed_up(self._timer.seconds())
-        median = metrics.percentile(seconds, 50)
+        median = metrics.percentile(seconds, 50) if seconds else None
         return {
             "recipe": self.recipe,
-            "status": "finished",
+            "status": status,
             "world_size": self.world.world_size,
             "backend": self.world.backend,
             "device": self.device.type,
@@ -289,18 +495,19 @@ class Run:
             "epochs": self.epoch,
             "samples_seen": self.step * self.config.batch_size,
             "train_loss": self._train_loss,
-            "eval_loss": self._evaluation.loss,
-            "eval_accuracy": self._evaluation.accuracy,
-            "images_per_second": self.config.batch_size / median,
+            "eval_loss": self._evaluation.loss if self._evaluation else None,
+            "eval_accuracy": self._evaluation.accuracy if self._evaluation else None,
+            "images_per_second": self.config.batch_size / median if median else None,
             "step_seconds_p50": median,
-            "step_seconds_p95": metrics.percentile(seconds, 95),
+            "step_seconds_p95": metrics.percentile(seconds, 95) if seconds else None,
             "peak_memory_bytes": int(max(memory)),
             "peak_memory_bytes_by_rank": [int(m) for m in memory],
             "parameters": parameters,
             "trainable_parameters": trainable,
-            "resumed_from": None,
+            "resumed_from": self._resumed_from,
             "wall_seconds": time.perf_counter() - self.started,
-            "checkpoint_stall_seconds": 0.0,
+            "checkpoint_stall_seconds": self._checkpoints.stall_seconds if self._checkpoints else 0.0,
+            "checkpoints_failed": self._checkpoints.failed if self._checkpoints else 0,
         } | self._notes
 
 
@@ -328,11 +535,9 @@ def lr_factor(config: OptimConfig, total_steps: int) -> Any:
     return factor
 
 
-def export(module: nn.Module, path: Path) -> None:
+def export(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write a plain state_dict on the CPU, for `load_state_dict(torch.load(path, weights_only=True))` anywhere."""
-    import io
-
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())

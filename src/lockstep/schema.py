@@ -17,10 +17,18 @@ from lockstep.errors import UserError
 
 
 def key(
-    default: Any, help: str, choices: tuple[str, ...] = (), minimum: float | None = None, only: tuple[str, ...] = ()
+    default: Any,
+    help: str,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    only: tuple[str, ...] = (),
+    free: bool = False,
 ) -> Any:
-    """A config key: its default, one line of help, what `check_values` holds it to, and the recipes that use it."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "only": only, "default": default}
+    """A config key: its default, one line of help, what `check_values` holds it to, and the recipes that use it.
+
+    `free` keys may change when a run is continued; any other would make it another training.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "only": only, "default": default, "free": free}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -41,17 +49,17 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     name: str = key("digits", "data set", ("digits", "synthetic", "cifar10", "imagefolder"))
-    root: str | None = key(None, "folder that holds the data (cifar10, imagefolder)")
+    root: str | None = key(None, "folder that holds the data (cifar10, imagefolder)", free=True)
     num_classes: int | None = key(None, "classes (null: counted)", minimum=1)
     image_size: int = key(8, "side of the square images in pixels, before model.image_size resizes them", minimum=1)
     mean: list[float] = key((0.5, 0.5, 0.5), "mean of each channel, images scaled to 0…1")
     std: list[float] = key((0.5, 0.5, 0.5), "standard deviation of each channel, images scaled to 0…1")
     augment: bool = key(True, "augment the training images, seeded by (seed, epoch, sample)")
-    workers: int | None = key(None, "DataLoader processes a rank (null: none for data in memory)", minimum=0)
+    workers: int | None = key(None, "DataLoader processes a rank (null: none for data in memory)", minimum=0, free=True)
     size: int = key(1024, "synthetic: number of training images", minimum=1)
-    download: bool = key(False, "cifar10: fetch it into data.root if it is not there")
+    download: bool = key(False, "cifar10: fetch it into data.root if it is not there", free=True)
     check_files: int = key(
-        10_000, "imagefolder: files whose first and last bytes are looked at before a run", minimum=0
+        10_000, "imagefolder: files whose first and last bytes are looked at before a run", minimum=0, free=True
     )
 
 
@@ -67,13 +75,16 @@ class OptimConfig:
 
 @dataclass
 class CheckpointConfig:
-    every: int | None = key(None, "steps between two checkpoints (null: none)", minimum=1)
-    keep: int = key(2, "checkpoints kept", minimum=1)
+    every: int | None = key(None, "steps between two checkpoints (null: by the clock)", minimum=1, free=True)
+    minutes: float = key(10, "minutes between two checkpoints where `every` is null (0: none)", minimum=0, free=True)
+    keep: int = key(2, "newest checkpoints kept", minimum=1, free=True)
+    best: bool = key(False, "also keep the best one by `metric`, and export best.pt", free=True)
+    asynchronous: bool = key(True, "training waits for the copy, not for the disk", free=True)
 
 
 @dataclass
 class MonitorConfig:
-    name: str = key("csv", "where the curves go, besides metrics.jsonl", ("csv", "tensorboard", "wandb"))
+    name: str = key("csv", "where the curves go, besides metrics.jsonl", ("csv", "tensorboard", "wandb"), free=True)
 
 
 @dataclass
@@ -98,7 +109,9 @@ class Config:
     cluster: ClusterConfig | None = None
     batch_size: int = key(96, "global batch: images the optimizer sees in one step, over all ranks", minimum=1)
     epochs: int = key(15, "passes over the training set", minimum=1)
-    max_steps: int | None = key(None, "end after this many steps, if epochs does not end first", minimum=1)
+    max_steps: int | None = key(None, "end after this many steps, if epochs does not end first", minimum=1, free=True)
+    metric: str = key("eval_accuracy", "what is best, and what `patience` watches", ("eval_accuracy", "eval_loss"))
+    patience: int | None = key(None, "end after so many evaluations without a better `metric` (null: never)", minimum=1)
     accumulate: int = key(1, "micro-batches a step", minimum=1)
     accumulate_by: str = key("chunk", "how the micro-batches are cut", ("chunk", "unbind"), only=("grad_accumulation",))
     replicas: int | None = key(
@@ -126,18 +139,27 @@ class Config:
     tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")
     compile: bool = key(False, "torch.compile the model")
     channels_last: bool = key(False, "NHWC memory format for images and weights")
-    detect_anomaly: bool = key(False, "name the operation whose backward made a NaN (slow)")
-    nproc: int | None = key(None, "ranks on this machine (null: one per GPU, else 2)", minimum=1)
-    device: str = key("auto", "where the ranks compute", ("auto", "cpu", "cuda"))
-    backend: str = key("auto", "collectives (auto: nccl on cuda, gloo on cpu)", ("auto", "gloo", "nccl"))
-    threads: int | None = key(None, "CPU threads a rank (null: the cores divided among the host's ranks)", minimum=1)
-    timeout_seconds: int = key(300, "longest wait for another rank, at the start and in a collective", minimum=1)
+    detect_anomaly: bool = key(False, "name the operation whose backward made a NaN (slow)", free=True)
+    nproc: int | None = key(None, "ranks on this machine (null: one per GPU, else 2)", minimum=1, free=True)
+    device: str = key("auto", "where the ranks compute", ("auto", "cpu", "cuda"), free=True)
+    backend: str = key("auto", "collectives (auto: nccl on cuda, gloo on cpu)", ("auto", "gloo", "nccl"), free=True)
+    threads: int | None = key(
+        None, "CPU threads a rank (null: the cores divided among the host's ranks)", minimum=1, free=True
+    )
+    timeout_seconds: int = key(
+        300, "longest wait for another rank, at the start and in a collective", minimum=1, free=True
+    )
+    max_restarts: int = key(0, "times that all ranks are started again after one has died", minimum=0, free=True)
     eval_every: int = key(1, "epochs between two evaluations (0: only at the end)", minimum=0)
     eval_batch_size: int = key(128, "images in one evaluation batch", minimum=1)
-    log_every: int = key(10, "steps between two lines of metrics.jsonl", minimum=1)
-    resume: str = key("auto", "auto: continue what is in `out`; never; or a PATH to start from")
-    out: str | None = key(None, "run directory (null: outputs/<recipe>/<time>)")
-    launcher: str = key("launchers.torchrun", "module that starts the ranks where there is no cluster")
+    log_every: int = key(10, "steps between two lines of metrics.jsonl", minimum=1, free=True)
+    resume: str = key(
+        "auto",
+        "auto: continue what is in `out`; never; or a PATH: a run, a checkpoint, or a file of weights",
+        free=True,
+    )
+    out: str | None = key(None, "run directory (null: outputs/<recipe>/<time>)", free=True)
+    launcher: str = key("launchers.torchrun", "module that starts the ranks where there is no cluster", free=True)
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:

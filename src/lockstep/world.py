@@ -11,9 +11,11 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -144,32 +146,57 @@ def wait_for(store: dist.Store, keys: list[str], timeout_seconds: float) -> bool
         pause = min(2 * pause, 0.02)
 
 
-def check_in(store: dist.Store, rank: int, world_size: int, timeout_seconds: float) -> list[str]:
-    """Wait until every rank is there; return each rank's host name, in rank order.
+def check_in(
+    store: dist.Store, rank: int, world_size: int, timeout_seconds: float, note: str = ""
+) -> tuple[dist.Store, list[str], list[str]]:
+    """Wait until every rank is there; return the part of the store that is theirs, their host names and their notes.
 
-    init_process_group would wait as well, but its time-out does not say which rank it waited for.
+    init_process_group would wait as well, but its time-out does not say which rank it waited for, and in a store that
+    outlives its ranks, as an elastic agent's does, it takes a dead rank's address for a new one's. Here rank 0 opens a
+    round under a fresh name, and lists in the end who came to it; who is not in that list has read an older name.
+
+    Args:
+        note: a word to all other ranks.
 
     Raises:
         UserError: some ranks did not come; all the ranks that did come get their numbers.
     """
-    store.set(f"host/{rank}", socket.gethostname())
+    me = uuid.uuid4().hex
+    here = json.dumps([me, socket.gethostname(), note])
+    everyone: list[Any] | None = None
     if rank == 0:
-        keys = [f"host/{r}" for r in range(world_size)]
-        wait_for(store, keys, timeout_seconds)
-        store.set("hosts", json.dumps([store.get(key).decode() if store.check([key]) else None for key in keys]))
-    # Rank 0 answers when its own wait is over; the others may have come a moment before it.
-    if not wait_for(store, ["hosts"], timeout_seconds + 30):
+        room = dist.PrefixStore(me, store)
+        room.set("0", here)
+        store.set("round", me)
+        keys = [str(r) for r in range(world_size)]
+        wait_for(room, keys, timeout_seconds)
+        everyone = [json.loads(room.get(key)) if room.check([key]) else None for key in keys]
+        room.set("list", json.dumps(everyone))
+    else:
+        # Rank 0 answers when its own wait is over; the others may have come a moment before it.
+        deadline, seen = time.monotonic() + timeout_seconds + 30, ""
+        while everyone is None and wait_for(store, ["round"], deadline - time.monotonic()):
+            current = store.get("round").decode()
+            room = dist.PrefixStore(current, store)
+            if current != seen:
+                room.set(str(rank), here)
+                seen = current
+            if wait_for(room, ["list"], 0.2):
+                listed = json.loads(room.get("list"))
+                everyone = listed if listed[rank] and listed[rank][0] == me else None
+            if everyone is None and time.monotonic() > deadline:
+                break
+    if everyone is None:
         raise UserError(f"rank 0 did not join within timeout_seconds={timeout_seconds:g}: start it, or look at its log")
-    hosts = json.loads(store.get("hosts"))
-    missing = [r for r, host in enumerate(hosts) if host is None]
+    missing = [r for r, entry in enumerate(everyone) if entry is None]
     if missing:
-        farewell(store, rank, world_size - len(missing))
+        farewell(room, rank, world_size - len(missing))
         ranks, them = ("ranks", "them") if len(missing) > 1 else ("rank", "it")
         raise UserError(
             f"{ranks} {', '.join(map(str, missing))} of {world_size} did not join within "
             f"timeout_seconds={timeout_seconds:g}: start {them}, or set WORLD_SIZE to the number of processes you start"
         )
-    return hosts
+    return room, [entry[1] for entry in everyone], [entry[2] for entry in everyone]
 
 
 def farewell(store: dist.Store, rank: int, readers: int) -> None:
@@ -215,6 +242,13 @@ def check_nproc(nproc: int, device: str, backend: str) -> None:
         )
 
 
+def make_group(timeout_seconds: float) -> dist.ProcessGroup:
+    """A gloo group of all ranks: for the CPU's affairs, whatever the tensors travel by."""
+    group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
+    assert isinstance(group, dist.ProcessGroup), "every rank is in it"
+    return group
+
+
 @dataclass(frozen=True)
 class World:
     """All the ranks of one run, seen from one of them."""
@@ -226,6 +260,7 @@ class World:
     device: torch.device
     backend: str
     threads: int
+    control: dist.ProcessGroup | None = None  # a gloo group, for what ranks say to each other about the CPU's affairs
 
     @property
     def device_ids(self) -> list[int] | None:
@@ -252,7 +287,8 @@ def join(
         UserError: a rank is missing, or this host lacks the device.
     """
     device, backend = resolve_device(device, backend)
-    hosts = hosts or check_in(store, rank, world_size, timeout_seconds)
+    if hosts is None:
+        store, hosts, _ = check_in(store, rank, world_size, timeout_seconds)
     mine = [r for r, host in enumerate(hosts) if host == hosts[rank]]
     if local_rank is None:
         local_rank = mine.index(rank)
@@ -278,4 +314,5 @@ def join(
     else:
         where = torch.device("cpu")
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
-    return World(rank, world_size, local_rank, hosts, where, backend, threads)
+    control = make_group(timeout_seconds) if backend != "gloo" else None
+    return World(rank, world_size, local_rank, hosts, where, backend, threads, control)

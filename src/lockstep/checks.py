@@ -1,0 +1,135 @@
+"""All that can be checked of a config before anything is created: each value, and whether they fit each other."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lockstep import data
+from lockstep.errors import UserError
+from lockstep.models import SMALL_IMAGE, build_model
+from lockstep.rundir import checkpoint_folder
+from lockstep.schema import Config, check_values, walk
+from lockstep.state import check_weights, read_weights
+
+if TYPE_CHECKING:
+    from lockstep.app import Recipe
+
+
+def complete(config: Config, recipe: Recipe, world_size: int) -> None:
+    """Check all that can be checked before anything is created, and fill in what follows from the data set.
+
+    Raises:
+        UserError: a value is out of its range, does not fit another one, or is not supported yet.
+    """
+    check_values(config)
+    refuse_what_is_not_there_yet(config)
+    for name, value, rule in walk(config):
+        if rule["only"] and recipe.name not in rule["only"] and value != rule["default"]:
+            raise UserError(f"{name}={value}: recipes.{recipe.name} does not use it; {' and '.join(rule['only'])} do")
+    if recipe.ranks not in (None, world_size):
+        raise UserError(
+            f"recipes.{recipe.name} runs on {recipe.ranks} rank, not {world_size}; "
+            f"set nproc={recipe.ranks}, or --nproc-per-node={recipe.ranks}"
+        )
+    if config.nproc not in (None, world_size):
+        raise UserError(
+            f"nproc={config.nproc}: {world_size} ranks were started by hand; leave nproc out, or start as many"
+        )
+    check_batch(config, world_size)
+    if len(config.data.mean) != 3 or len(config.data.std) != 3:
+        raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
+    classes, images = data.check(config.data)
+    if config.batch_size > images:
+        raise UserError(
+            f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"
+        )
+    if config.data.num_classes not in (None, classes):
+        raise UserError(f"data.num_classes={config.data.num_classes}: {config.data.name} has {classes}; leave it out")
+    config.data.num_classes = classes
+    config.model.num_classes = config.model.num_classes or classes
+    if config.model.num_classes < classes:
+        raise UserError(
+            f"model.num_classes={config.model.num_classes}: {config.data.name} has {classes} classes; "
+            f"allowed are numbers from {classes} up"
+        )
+    config.model.image_size = config.model.image_size or config.data.image_size
+    if config.resume not in ("auto", "never"):
+        check_source(config)
+    share = config.batch_size // (world_size // config.stages)
+    if not recipe.global_batchnorm:
+        check_batchnorm(config, share)
+    if recipe.check:
+        recipe.check(config, share)
+
+
+def check_source(config: Config) -> None:
+    """Hold resume=PATH to what can be started from: a run, a checkpoint, or a file of weights that fit the model.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    path = Path(config.resume).expanduser()
+    if path.is_dir():
+        checkpoint_folder(path)
+        return
+    if not path.is_file():
+        raise UserError(
+            f"resume={config.resume}: no such file or folder; allowed are auto, never, or a path that exists"
+        )
+    with torch.device("meta"):  # names and shapes need no memory
+        model = build_model(config.model)
+    check_weights(path, read_weights(path), model)
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Hold the global batch to the ranks, pipelines and micro-batches it is cut into.
+
+    Raises:
+        UserError: it does not divide, or a share is smaller than its number of micro-batches.
+    """
+    if world_size % config.stages:
+        raise UserError(
+            f"stages={config.stages}: a pipeline takes a rank for each stage, and {world_size} ranks do not divide "
+            f"into such pipelines; set nproc to a multiple of stages"
+        )
+    shards = world_size // config.stages
+    pieces = shards * config.micro_batches
+    if config.batch_size % pieces:
+        below = config.batch_size // pieces * pieces
+        nearest = ", ".join(str(size) for size in (below, below + pieces) if size)
+        what = f"{shards} ranks" if config.stages == 1 else f"{shards} pipelines"
+        if config.micro_batches > 1:
+            what += f" × micro_batches={config.micro_batches}"
+        raise UserError(
+            f"batch_size={config.batch_size}: the global batch must divide by {what}; nearest that do: {nearest}"
+        )
+    share = config.batch_size // shards
+    if config.accumulate > share:
+        raise UserError(f"accumulate={config.accumulate}: a rank's share is only {share} images; allowed are 1…{share}")
+
+
+def check_batchnorm(config: Config, share: int) -> None:
+    """BatchNorm has nothing to average over one image once that is down to one pixel; say so before it does."""
+    size = config.model.image_size or 0
+    pixels = math.ceil(size / (8 if size <= SMALL_IMAGE else 32))
+    largest = math.ceil(share / max(config.accumulate, config.micro_batches))
+    smallest = share % largest or largest  # chunk's last piece is the ragged one
+    if config.model.norm == "batch" and pixels == 1 and smallest == 1:
+        raise UserError(
+            f"batch_size={config.batch_size}: leaves a forward with a single image, whose last layers are one pixel: "
+            "BatchNorm has nothing to average; set a larger batch_size, fewer micro-batches, or model.norm=group"
+        )
+
+
+def refuse_what_is_not_there_yet(config: Config) -> None:
+    """Refuse keys whose part of the suite has not landed, rather than ignore them."""
+    if config.precision == "fp16":
+        raise UserError("precision=fp16: not yet, it needs loss scaling; allowed now are fp32, bf16, fp64")
+    if config.monitor.name == "wandb":
+        raise UserError("monitor=wandb: not yet; allowed now are csv and tensorboard")
+    if config.cluster is not None:
+        raise UserError("cluster: not yet; leave out +cluster=… to run on this machine")

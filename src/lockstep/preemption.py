@@ -1,0 +1,108 @@
+"""One owner of signals: a rank that is asked to stop notes it, and all ranks stop together at a step boundary.
+
+A scheduler that takes a machine back sends SIGTERM, SIGUSR1 or SIGUSR2 some time before it kills; a person presses
+Ctrl-C. Saving inside a handler would find the ranks in the middle of a collective, and perhaps only one of them
+signalled. So here a signal raises a flag, and `Agreement` makes of one rank's flag every rank's decision.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+PREEMPTED = os.EX_TEMPFAIL  # 75, "try again later" in sysexits.h: the exit code of a run that wants to be requeued
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+AGREE_SECONDS = 0.2  # a collective between every two steps would cost a small model a tenth of its speed
+AGREE_STEPS = 64  # at most so many steps without asking, should steps grow longer
+
+
+class Preempted(Exception):
+    """Raised out of `run.steps` on all ranks together, when what there was to save is saved."""
+
+
+class Listener:
+    """Notes the first signal; a second Ctrl-C ends the process at once, as does the first while nothing can be lost.
+
+    Python's own handlers run only between two bytecodes, so not while the main thread waits in a collective. The
+    interpreter's C handler writes every signal's number to a socket as it comes, and a thread reads it there.
+
+    Attributes:
+        received: number of the first signal, 0 before there is one.
+        training: whether training has begun, so that there is a step boundary to wait for.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.received, self.training = 0, False
+        self._say = say
+        self._first = 0.0
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        for number in SIGNALS:
+            signal.signal(number, lambda *_: None)
+            signal.siginterrupt(number, False)  # else a write to a full pipe, or C++ code, meets EINTR
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        os.register_at_fork(after_in_child=ignore_signals)
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            for number in self._reader.recv(64):
+                if number not in SIGNALS:
+                    continue
+                if not self.training:
+                    os._exit(PREEMPTED)
+                if not self.received:
+                    self.received, self._first = number, time.monotonic()
+                    self._say(f"{signal.Signals(number).name}: leaving after this step; Ctrl-C ends at once")
+                elif number == signal.SIGINT and time.monotonic() - self._first > 0.3:  # nobody types that fast
+                    os._exit(128 + signal.SIGINT)
+
+    def close(self) -> None:
+        """Give the signals back: from here on each does what it does by default."""
+        signal.set_wakeup_fd(-1)
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def ignore_signals(*_: object) -> None:
+    """For helpers of a rank, such as DataLoader workers: a signal to the whole group is for the rank to act on."""
+    signal.set_wakeup_fd(-1)  # after a fork it is still the rank's socket
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+class Agreement:
+    """What all ranks decide together between two steps: whether to leave, and whether to save.
+
+    It asks about five times a second, not in every step; the ranks take the same interval because they take it from
+    numbers that all of them have.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, listener: Listener) -> None:
+        self._group, self._listener = group, listener
+        self._next_step, self._asked_step, self._asked_at = 0, 0, time.monotonic()
+
+    def ask(self, step: int, save: bool) -> tuple[int, bool]:
+        """(a signal's number or 0, whether any rank wants a checkpoint), the same on all ranks.
+
+        Args:
+            step: steps done; all ranks are at the same one.
+            save: whether this rank wants a checkpoint now.
+        """
+        if step < self._next_step:
+            return 0, False
+        now = time.monotonic()
+        seconds = (now - self._asked_at) / max(1, step - self._asked_step)
+        answer = torch.tensor([self._listener.received, save, seconds], dtype=torch.float64)
+        dist.all_reduce(answer, dist.ReduceOp.MAX, group=self._group)
+        sign, anyone_saves, slowest = answer.tolist()
+        self._asked_step, self._asked_at = step, now
+        self._next_step = step + min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(slowest, 1e-6))))
+        return int(sign), bool(anyone_saves)

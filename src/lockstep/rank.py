@@ -1,0 +1,268 @@
+"""Being a rank: find the frozen config, join the others, train, leave with an exit code and at most one traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch.distributed as dist
+
+from lockstep import files, rundir, world
+from lockstep.checks import complete
+from lockstep.errors import UserError
+from lockstep.preemption import PREEMPTED, Listener, Preempted
+from lockstep.run import Run
+from lockstep.schema import Config, from_yaml, to_yaml
+
+if TYPE_CHECKING:
+    from lockstep.app import Recipe
+
+RUN_DIRECTORY = "LOCKSTEP_RUN_DIR"  # set by launchers that start ranks for a run that is already frozen
+LAUNCHER = "LOCKSTEP_LAUNCHER_PID"
+COMPOSE_SECONDS = 3600.0  # rank 0 may list a million images, or download them, before the others learn the config
+
+
+def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
+    """Join the others, train, and leave with the exit code.
+
+    A rank's last line is os._exit: gloo's threads can abort the interpreter's own exit after all has gone well
+    (pytorch issue 190489).
+    """
+    started, code, out = time.perf_counter(), 0, None
+    console = os.dup(2)
+
+    def say(words: str) -> None:
+        if place.rank == 0:
+            os.write(console, f"{words}\n".encode())
+
+    listener = Listener(say)
+    try:
+        end_with_launcher()
+        try:
+            config, out, store, hosts = frozen_config(recipe, place)
+        except SystemExit:  # --help and the like have printed what they were asked for
+            sys.stdout.flush()
+            os._exit(0)
+        if place.rank:
+            redirect_output(out / "ranks" / f"{place.rank}.log")
+        train(recipe, config, out, store, place, hosts, listener)
+        dist.destroy_process_group()
+    except Preempted:
+        code = PREEMPTED
+        stop_agent(place)
+    except BaseException as error:
+        listener.close()
+        code = error.exit_code if isinstance(error, UserError) else 1
+        if listener.received and lost_a_peer(error):
+            code = PREEMPTED  # asked to leave, and another rank already has
+        tell(error, place, out, console, told_to_stop=bool(listener.received))
+        if out is not None and place.rank == 0:
+            rundir.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def end_with_launcher() -> None:
+    """Have the kernel end this rank when its launcher is killed, which no handler of the launcher's could do."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+    PR_SET_PDEATHSIG = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if os.getppid() != int(launcher):
+        os._exit(1)  # it was killed while this rank was still importing
+
+
+def stop_agent(place: world.Place) -> None:
+    """Have torchrun's agent end: it would take ranks that leave for ranks that broke, and start them again."""
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - place.attempt
+    if place.agent_store and LAUNCHER not in os.environ and left > 0 and os.environ.get("LOCAL_RANK") == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def train(
+    recipe: Recipe,
+    config: Config,
+    out: Path,
+    store: dist.Store,
+    place: world.Place,
+    hosts: list[str],
+    listener: Listener,
+) -> None:
+    """Join the process group and run the recipe's function."""
+    lock = rundir.lock(out) if place.rank == 0 else None
+    local_rank = os.environ.get("LOCAL_RANK")
+    here = world.join(
+        store,
+        place.rank,
+        place.world_size,
+        device=config.device,
+        backend=config.backend,
+        timeout_seconds=config.timeout_seconds,
+        threads=config.threads,
+        tf32=config.tf32,
+        local_rank=int(local_rank) if local_rank is not None else None,
+        hosts=hosts,
+    )
+    if here.rank == 0:
+        files.write_json(out / "environment.json", files.environment(here.hosts, str(here.device), here.backend))
+    recipe(Run(recipe.name, config, here, out, recipe.next_command, listener=listener))
+    del lock
+
+
+def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dist.Store, list[str]]:
+    """The run's config and directory, the store where the ranks meet, and the host of each.
+
+    A launcher of ours has put both on disk. Where the ranks were started by hand there is nothing yet: rank 0 composes,
+    checks and makes the directory, and tells the others over the store.
+    """
+    if RUN_DIRECTORY in os.environ:
+        out = Path(os.environ[RUN_DIRECTORY])
+        config = from_yaml((out / "config.yaml").read_text())
+        store, hosts, _ = meet(place, config.timeout_seconds)
+        return config, out, store, hosts
+    asked = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("timeout_seconds=")]
+    seconds = float(asked[-1]) if asked and asked[-1].isdecimal() else float(Config().timeout_seconds)
+    # First of all: where a rank is missing, nothing is created.
+    store, hosts, known = meet(place, seconds, recall())
+    if place.rank == 0:
+        try:
+            told = compose_by_hand(recipe, place.world_size, next(filter(None, known), ""))
+        except BaseException as error:
+            told = {"error": f"rank 0 failed: {error}"}
+            raise
+        finally:
+            store.set("run", json.dumps(told))
+    elif not world.wait_for(store, ["run"], COMPOSE_SECONDS):
+        raise UserError("rank 0 ended before it had sent a config; its own words say why")
+    told = json.loads(store.get("run"))
+    if "config" in told:
+        remember(told["out"])
+        return from_yaml(told["config"]), Path(told["out"]), store, hosts
+    world.farewell(store, place.rank, place.world_size)
+    if "error" not in told:
+        raise SystemExit(0)
+    # Rank 0 says it; the others too where torchrun shows one rank's words and picks the rank itself.
+    raise UserError(told["error"] if place.rank == 0 or place.agent_store else "rank 0 refused the config")
+
+
+def meet(place: world.Place, timeout_seconds: float, note: str = "") -> tuple[dist.Store, list[str], list[str]]:
+    """(this start's part of the store, every rank's host, every rank's note), when all ranks have come."""
+    store = world.open_store(place, timeout_seconds)
+    return world.check_in(store, place.rank, place.world_size, timeout_seconds, note)
+
+
+def agent_folder() -> Path | None:
+    """The folder that torchrun's agent on this host keeps as long as it lives: it holds a folder an attempt."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parents[2] if error_file else None
+
+
+def remember(out: str) -> None:
+    """Note the run directory where the ranks that this agent may start after these will look for it."""
+    folder = agent_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            files.write_atomically(folder / "lockstep-run", out)
+
+
+def recall() -> str:
+    """The run directory of the ranks that this agent started before; empty for the first ones.
+
+    Ranks that torchrun restarts, perhaps on more or fewer hosts, must go on in it, whatever its name.
+    """
+    folder = agent_folder()
+    note = folder / "lockstep-run" if folder is not None else None
+    return note.read_text() if note is not None and note.is_file() else ""
+
+
+def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, str]:
+    """Compose, check and freeze, on rank 0 of ranks that were started by hand; return what the others need.
+
+    Args:
+        known: the run directory of an earlier attempt, or nothing.
+
+    Returns:
+        `config` and `out`, or `error`, or nothing where Hydra has only printed something (--help, --cfg).
+    """
+    told: dict[str, str] = {}
+
+    def keep(config: Config) -> None:
+        complete(config, recipe, world_size)
+        world.resolve_device(config.device, config.backend)
+        out = rundir.freeze(config, recipe.name)
+        if out is None:
+            print(rundir.ALREADY_FINISHED.format(out=config.out))
+            return
+        told.update(config=to_yaml(config), out=str(out))
+
+    try:
+        if known:
+            config = from_yaml((Path(known) / "config.yaml").read_text())
+            config.out = known
+            keep(config)
+            return told
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            raise UserError("--multirun: a sweep starts its own ranks; run it with python, not inside torchrun")
+        from lockstep.compose import compose  # Hydra: only who composes imports it
+
+        compose(recipe, keep)
+    except UserError as error:
+        return {"error": str(error)}
+    except SystemExit:
+        return {}
+    return told
+
+
+def redirect_output(log: Path) -> None:
+    """Send all this process prints, C++ included, to its log: of many ranks only rank 0 speaks on the console."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def tell(error: BaseException, place: world.Place, out: Path | None, console: int, told_to_stop: bool = False) -> None:
+    """Put an error into the rank's log, and before the user exactly once.
+
+    Args:
+        console: a descriptor of the stderr this process was started with.
+        told_to_stop: a signal has come, as from a launcher that has seen another rank die.
+    """
+    mistake = isinstance(error, UserError)
+    text = f"error: {error}\n" if mistake else "".join(traceback.format_exception(error))
+    if out is not None:
+        with (out / "ranks" / f"{place.rank}.log").open("a") as log:
+            log.write(text)
+    secondary = place.world_size > 1 and lost_a_peer(error)
+    if secondary and told_to_stop:
+        return
+    if secondary:
+        time.sleep(2)  # another rank broke first; it, or the launcher that sees it dead, is to be heard first
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # An agent started this rank and reads this file; our launcher, or torchrun's summary, shows the first failing
+        # rank's. The format is torch.distributed.elastic's (multiprocessing/errors/error_handler.py).
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
+        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+        return
+    if secondary:
+        text = f"rank {place.rank} stopped because another rank did: {str(error).splitlines()[0]}\n"
+    elif not mistake:
+        text = f"rank {place.rank} failed\n{text}"
+    os.write(console, text.encode())
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an exception only says that another rank has gone."""
+    signs = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "NCCL error")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -1,0 +1,166 @@
+"""Tensors of all ranks in one folder, through torch.distributed.checkpoint.
+
+Apart from lockstep.checkpoint because importing torch's part takes a second, which a run that neither saves nor loads
+need not wait for. Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import load as dcp_load
+from torch.distributed.checkpoint import save as dcp_save
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
+
+from lockstep.checkpoint import commit, fingerprint
+from lockstep.errors import UserError
+from lockstep.files import write_atomically
+
+
+class Saver:
+    """Writes this rank's tensors, and with all other ranks' makes them a checkpoint.
+
+    Args:
+        group: a gloo group of all ranks that nothing else uses: a background thread talks in it.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, *, asynchronous: bool) -> None:
+        self.group, self.asynchronous = group, asynchronous
+        self.stager: DefaultStager | None = None
+
+    def start(
+        self, tensors: dict[str, Tensor], temporary: Path, facts: dict[str, Any], keep: int, best: bool
+    ) -> Future[Any]:
+        """Begin to write; the tensors may change when this returns. The result of the Future is that all is on disk."""
+        writer = Writer(temporary, facts, keep, best)
+        if self.asynchronous:
+            self.stager = self.stager or make_stager(tensors)
+            flight: Any = dcp_async_save(
+                tensors, storage_writer=writer, process_group=self.group, async_stager=self.stager
+            )
+            return flight
+        done: Future[Any] = Future()
+        try:
+            done.set_result(dcp_save(tensors, storage_writer=writer, process_group=self.group))
+        except CheckpointException as error:
+            done.set_exception(error)
+        return done
+
+
+def disk_failure(error: BaseException) -> str:
+    """What the disk said, where a save failed of nothing else; empty: it was not the disk."""
+    if not isinstance(error, CheckpointException):
+        return ""
+    causes = [wrapped[0] for wrapped in error.failures.values()]
+    return str(causes[0]) if all(isinstance(cause, OSError) for cause in causes) else ""
+
+
+def make_stager(tensors: dict[str, Tensor]) -> DefaultStager:
+    """What copies the state to host memory: always into the same buffers, pinned where a GPU is the source."""
+    cuda = any(tensor.is_cuda for tensor in tensors.values())
+    return DefaultStager(
+        StagingOptions(
+            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
+        )
+    )
+
+
+class Writer(FileSystemWriter):
+    """torch's writer, which in the end seals the folder with a manifest and gives it its name."""
+
+    def __init__(self, temporary: Path, facts: dict[str, Any], keep: int, best: bool) -> None:
+        super().__init__(temporary, single_file_per_rank=True, sync_files=True, overwrite=False)
+        self.temporary, self.facts, self.keep, self.best = temporary, facts, keep, best
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        """Write this rank's file and, beside it, its hash: reading all ranks' files is too much for one of them."""
+        done = super().write_data(plan, planner)
+        prefix = plan.storage_data.prefix
+        sums = {path.name: fingerprint(path) for path in sorted(self.temporary.glob(f"{prefix}*.distcp"))}
+        write_atomically(self.temporary / f"{prefix}hash.json", json.dumps(sums))
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        """On rank 0, when every rank has written: make the checkpoint one."""
+        super().finish(metadata, results)
+        files = {".metadata": fingerprint(self.temporary / ".metadata")}
+        notes = sorted(self.temporary.glob("__*_hash.json"))
+        for note in notes:
+            files |= json.loads(note.read_text())
+            note.unlink()
+        unseen = {result.storage_data.relative_path for part in results for result in part} - set(files)
+        if unseen:
+            raise OSError(f"rank 0 does not see {', '.join(sorted(unseen))}: `out` must be on a shared file system")
+        commit(self.temporary, self.facts | {"files": files}, keep=self.keep, best=self.best)
+
+
+class Reader(FileSystemReader):
+    """torch's reader, but it unpickles nothing except the description of tensors."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return read_metadata(Path(self.path))
+
+
+def described(path: Path) -> dict[str, TensorStorageMetadata]:
+    """What tensors a checkpoint holds: {name: shape, dtype and the pieces it is stored in}."""
+    entries = read_metadata(path).state_dict_metadata
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def read_metadata(path: Path) -> Metadata:
+    """torch's description of a checkpoint.
+
+    Raises:
+        UserError: reading it would run code.
+    """
+    try:
+        with (path / ".metadata").open("rb") as stream:
+            metadata = _TensorsOnly(stream).load()
+    except (pickle.UnpicklingError, AttributeError, EOFError, IndexError) as error:
+        raise UserError(f"{path}: refused, for it is not a description of tensors alone ({error})") from None
+    other = [
+        name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
+    ]
+    if other:
+        raise UserError(f"{path}: refused, for {other[0]} is not a tensor, and reading it could run code")
+    return metadata
+
+
+class _TensorsOnly(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch.distributed.checkpoint.metadata" and not name.startswith("__"):
+            return super().find_class(module, name)
+        if (module, name) in {
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+            ("torch", "device"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "PurePosixPath"),
+            ("pathlib._local", "PosixPath"),  # Python 3.13
+            ("collections", "OrderedDict"),
+        }:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
+
+
+def load(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+    """Fill tensors, in place, with those of the same name in a checkpoint, whichever ranks and devices saved them.
+
+    Args:
+        tensors: {name: tensor of the shape that was saved}, on any device, sharded (DTensor) or not.
+        alone: only this rank calls it.
+    """
+    dcp_load(tensors, storage_reader=Reader(path), process_group=group, no_dist=alone)
