@@ -47,6 +47,7 @@ from recipes import (
 from recipes.data_parallel import HostDataParallel
 from tests.harness import run_ranks
 from tests.harness import train as train_ranks
+from tests.narrow import narrow_resnet18
 
 TOLERANCE = 1e-10
 SHORT = (
@@ -65,21 +66,7 @@ Tensors = dict[str, Tensor]
 Fit = Callable[..., tuple[Tensors, dict[str, Any]]]
 
 
-class NarrowResNet(resnet.ResNet):
-    """ResNet-18's blocks under their names, 32 channels wide: copying 11 million weights would be most of a test."""
-
-    def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
-        # GroupNorm(32) has one channel a group here, so a layer4 of 1 × 1 pixel would be normalised to nothing.
-        return super()._make_layer(block, 32, blocks, stride if planes == 128 else 1, dilate)
-
-
 RESNET18 = resnet.resnet18
-
-
-def narrow_resnet18(num_classes: int, norm_layer: Any) -> nn.Module:
-    model = NarrowResNet(resnet.BasicBlock, [2, 2, 2, 2], num_classes=num_classes, norm_layer=norm_layer)
-    model.fc = nn.Linear(32, num_classes)
-    return model
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -141,9 +141,9 @@ def digest(manifest: dict[str, Any]) -> str:
 
 def prune(folder: Path, keep: int) -> None:
     """Delete all but the newest `keep` checkpoints and the best one."""
-    best = read_name(folder / "BEST")
+    best = named(folder, "BEST")
     for path in names(folder)[keep:]:
-        if path.name != best:
+        if path != best:
             doomed = path.with_name(f"{UNFINISHED}{path.name}")  # half deleted it must not look like a checkpoint
             path.rename(doomed)
             shutil.rmtree(doomed)
@@ -155,8 +155,11 @@ def names(folder: Path) -> list[Path]:
     return sorted((path for path, match in found.items() if match), key=lambda path: -int(path.name[5:]))
 
 
-def read_name(pointer: Path) -> str | None:
-    return pointer.read_text(errors="replace").strip() if pointer.is_file() else None
+def named(folder: Path, pointer: str) -> Path | None:
+    """The checkpoint that LATEST or BEST names; None where there is no such pointer, or none that names one."""
+    file = folder / pointer
+    text = file.read_text(errors="replace").strip() if file.is_file() else ""
+    return next((path for path in names(folder) if path.name == text), None)
 
 
 # Finding and loading ----------------------------------------------------------------------------------------------
@@ -189,9 +192,8 @@ def newest(folder: Path, group: dist.ProcessGroup | None = None, only: str = "")
             found.path, found.facts = path, agree(manifests, group)[0]
             break
         found.skipped.append(f"{path.name}: {problems[0]}")
-    latest = read_name(folder / "LATEST")
-    if latest and not (folder / latest).is_dir():
-        found.skipped.append(f"LATEST names {latest[:40]}, which is not there")
+    if (folder / "LATEST").is_file() and named(folder, "LATEST") is None:
+        found.skipped.append("LATEST: names no checkpoint that is there")
     return found
 
 

@@ -87,7 +87,8 @@ class Agreement:
 
     def __init__(self, group: dist.ProcessGroup | None, listener: Listener) -> None:
         self._group, self._listener = group, listener
-        self._next_step, self._asked_step, self._asked_at = 0, 0, time.monotonic()
+        self._next_step = 0
+        self._asked: tuple[int, float] | None = None  # at which step and when
 
     def ask(self, step: int, save: bool) -> tuple[int, bool]:
         """(a signal's number or 0, whether any rank wants a checkpoint), the same on all ranks.
@@ -98,11 +99,12 @@ class Agreement:
         """
         if step < self._next_step:
             return 0, False
-        now = time.monotonic()
-        seconds = (now - self._asked_at) / max(1, step - self._asked_step)
+        now, seconds = time.monotonic(), AGREE_SECONDS  # of the first step's length nothing is known
+        if self._asked:
+            seconds = (now - self._asked[1]) / (step - self._asked[0])
         answer = torch.tensor([self._listener.received, save, seconds], dtype=torch.float64)
         dist.all_reduce(answer, dist.ReduceOp.MAX, group=self._group)
         sign, anyone_saves, slowest = answer.tolist()
-        self._asked_step, self._asked_at = step, now
+        self._asked = step, now
         self._next_step = step + min(AGREE_STEPS, max(1, int(AGREE_SECONDS / max(slowest, 1e-6))))
         return int(sign), bool(anyone_saves)

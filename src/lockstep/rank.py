@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -238,10 +239,13 @@ def tell(error: BaseException, place: world.Place, out: Path | None, console: in
         console: a descriptor of the stderr this process was started with.
         told_to_stop: a signal has come, as from a launcher that has seen another rank die.
     """
-    mistake = isinstance(error, UserError)
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    mistake = isinstance(error, UserError) or full
     text = f"error: {error}\n" if mistake else "".join(traceback.format_exception(error))
+    if full:
+        text = f"error: out={out}: {os.strerror(error.errno)}; make room, then start the same command again\n"  # type: ignore[attr-defined]
     if out is not None:
-        with (out / "ranks" / f"{place.rank}.log").open("a") as log:
+        with contextlib.suppress(OSError), (out / "ranks" / f"{place.rank}.log").open("a") as log:
             log.write(text)
     secondary = place.world_size > 1 and lost_a_peer(error)
     if secondary and told_to_stop:
@@ -253,8 +257,9 @@ def tell(error: BaseException, place: world.Place, out: Path | None, console: in
         # rank's. The format is torch.distributed.elastic's (multiprocessing/errors/error_handler.py).
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
-        Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
-        return
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+            return
     if secondary:
         text = f"rank {place.rank} stopped because another rank did: {str(error).splitlines()[0]}\n"
     elif not mistake:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -46,12 +47,16 @@ class Report:
 
     def line(self, text: str) -> None:
         """One line into this rank's log, and from rank 0 onto the console."""
-        self.log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        with contextlib.suppress(OSError):  # a full disk: what matters is in metrics.jsonl, which does complain
+            self.log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
         if self.speaks:
             self.console.print(text, soft_wrap=True, markup=False)
 
-    def start(self, *, parameters: tuple[int, int], images: tuple[int, int], steps: tuple[int, int]) -> None:
-        """Say what is about to be trained, with what and where."""
+    def start(
+        self, *, parameters: tuple[int, int], images: tuple[int, int], steps: tuple[int, int], first: int = 0
+    ) -> None:
+        """Say what is about to be trained, with what and where, and from which step on."""
+        self.first_step = first
         config, world = self.config, self.world
         hosts = len(set(world.hosts))
         shards = world.world_size // config.stages
@@ -107,12 +112,15 @@ class Report:
         if self.progress:
             self.progress.stop()
         memory = ", ".join(f"{size / 2**20:,.0f}" for size in result["peak_memory_bytes_by_rank"])
-        milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
+        speed = "no step taken"
+        if result["images_per_second"] is not None:
+            milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
+            speed = f"{result['images_per_second']:,.0f} images/s ({milliseconds[0]} ms a step, 95 % within "
+            speed += f"{milliseconds[1]} ms)"
         rows = {
             "accuracy": f"{result['eval_accuracy']:.2%} of {self.eval_images:,} evaluation images",
-            "speed": f"{result['images_per_second']:,.0f} images/s ({milliseconds[0]} ms a step, "
-            f"95 % within {milliseconds[1]} ms)",
-            "time": f"{result['wall_seconds']:.1f} s for {result['steps']:,} steps",
+            "speed": speed,
+            "time": f"{result['wall_seconds']:.1f} s for {count(result['steps'] - self.first_step, 'step')}",
             "memory": f"{memory} MiB at peak, by rank",
             "written": f"{short(self.out)}/: model.pt, result.json, metrics.jsonl, config.yaml, ranks/",
         }

@@ -31,7 +31,7 @@ from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.report import Report, short
 from lockstep.rundir import CHECKPOINTS, checkpoint_folder
 from lockstep.schema import Config, OptimConfig, to_yaml
-from lockstep.state import Stateful, TrainingState, check_weights, read_weights
+from lockstep.state import Stateful, TrainingState, check_weights, read_weights, seed_generators
 from lockstep.world import World, make_group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
@@ -167,7 +167,7 @@ class Run:
         self._whole = whole = whole or (lambda: unwrap(model))
         if self.keep_gradients:
             optimizer.register_step_pre_hook(lambda *_: self._before_update(unwrap(model)))
-        torch.manual_seed(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
+        seed_generators(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
         state = TrainingState(
             unwrap(model),
             optimizer,
@@ -187,15 +187,16 @@ class Run:
         if self.world.rank == 0:
             self.monitors = open_monitors(self.config.monitor.name, self.out, self.step)
         self._parameters = count_parameters(whole())
-        if self.step >= self.total_steps:
-            self._evaluation = self._evaluate(whole().eval())
-            raise NothingLeft
-        batches = iter(self._train_loader())
         self.report.start(
             parameters=self._parameters,
             images=(len(self.train_set), len(self.eval_set)),
             steps=(self.steps_per_epoch, self.total_steps),
+            first=self.step,
         )
+        if self.step >= self.total_steps:
+            self._evaluation = self._evaluate(whole().eval())
+            raise NothingLeft
+        batches = iter(self._train_loader())
         logged_at, logged_step = time.perf_counter(), self.step
         saved_at, saved_step = logged_at, self.step
         model.train()
@@ -255,8 +256,8 @@ class Run:
             monitor.close()
         if self.world.rank == 0:
             export(module.state_dict(), self.out / "model.pt")
-            best = self.out / CHECKPOINTS / (checkpoint.read_name(self.out / CHECKPOINTS / "BEST") or "none")
-            if best.is_dir():
+            best = checkpoint.named(self.out / CHECKPOINTS, "BEST")
+            if best is not None:
                 from lockstep import storage
 
                 weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in module.state_dict().items()}
@@ -315,6 +316,8 @@ class Run:
         self._best, self._best_step = facts["best"], facts["best_step"]
         self._resumed_from = os.path.relpath(found.path, self.out)
         self._started_at = self.step
+        if self._is_out_of_patience():
+            self.total_steps = self.step
         self.report.line(f"resuming from {short(found.path)}, at step {self.step} of {self.total_steps}")
 
     def _due_by_step(self, last: bool) -> bool:
@@ -392,7 +395,7 @@ class Run:
             self._best, self._best_is_new, self._waited = value, self.config.checkpoint.best, 0
             return
         self._waited += 1
-        if self.config.patience is not None and self._waited >= self.config.patience and self.step < self.total_steps:
+        if self._is_out_of_patience() and self.step < self.total_steps:
             self.report.line(
                 f"stopping early: {self.config.metric} has not become better in {self._waited} evaluations"
             )
@@ -478,6 +481,9 @@ class Run:
         where = {"step": self.step, "epoch": self.epoch, "samples_seen": self.step * self.config.batch_size}
         for monitor in self.monitors:
             monitor.log(where | scalars)
+
+    def _is_out_of_patience(self) -> bool:
+        return self.config.patience is not None and self._waited >= self.config.patience
 
     def _result(self, status: str, memory: list[float]) -> dict[str, Any]:
         """The run in numbers; speeds are those of this start, null where it took no step."""

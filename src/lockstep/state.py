@@ -159,6 +159,13 @@ def generators(device: torch.device) -> dict[str, Tensor]:
     return found
 
 
+def seed_generators(seed: int) -> None:
+    """Start every random number generator of this process from one number."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def set_generators(states: dict[str, Tensor], device: torch.device) -> None:
     """Put the generators into the states that `generators` gave."""
     if "torch" in states:

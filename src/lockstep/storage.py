@@ -84,10 +84,19 @@ class Writer(FileSystemWriter):
 
     def write_data(self, plan: Any, planner: Any) -> Any:
         """Write this rank's file and, beside it, its hash: reading all ranks' files is too much for one of them."""
-        done = super().write_data(plan, planner)
         prefix = plan.storage_data.prefix
-        sums = {path.name: fingerprint(path) for path in sorted(self.temporary.glob(f"{prefix}*.distcp"))}
-        write_atomically(self.temporary / f"{prefix}hash.json", json.dumps(sums))
+        try:
+            done = super().write_data(plan, planner)
+            sums = {path.name: fingerprint(path) for path in sorted(self.temporary.glob(f"{prefix}*.distcp"))}
+            write_atomically(self.temporary / f"{prefix}hash.json", json.dumps(sums))
+        except (OSError, RuntimeError) as error:
+            for path in self.temporary.glob(f"{prefix}*"):  # a full disk is needed by others
+                path.unlink(missing_ok=True)
+            # Where the disk is full, torch's zip writer stumbles over its own position while the OSError is under way.
+            cause = error.__cause__ or error.__context__
+            if isinstance(cause, OSError):
+                raise cause from None
+            raise
         return done
 
     def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
@@ -126,7 +135,9 @@ def read_metadata(path: Path) -> Metadata:
     try:
         with (path / ".metadata").open("rb") as stream:
             metadata = _TensorsOnly(stream).load()
-    except (pickle.UnpicklingError, AttributeError, EOFError, IndexError) as error:
+        if not isinstance(metadata, Metadata):
+            raise TypeError(f"it holds a {type(metadata).__name__}")
+    except Exception as error:  # garbled bytes may raise anything
         raise UserError(f"{path}: refused, for it is not a description of tensors alone ({error})") from None
     other = [
         name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
@@ -137,8 +148,14 @@ def read_metadata(path: Path) -> Metadata:
 
 
 class _TensorsOnly(pickle.Unpickler):
+    """Resolves a closed list of names: a module is no boundary, since a pickle may ask for `os.system` in any that
+    imports os."""
+
+    METADATA = """Metadata MetadataIndex StorageMeta TensorStorageMetadata BytesStorageMetadata ChunkStorageMetadata
+        TensorProperties _MEM_FORMAT_ENCODING""".split()
+
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch.distributed.checkpoint.metadata" and not name.startswith("__"):
+        if module == "torch.distributed.checkpoint.metadata" and name in self.METADATA:
             return super().find_class(module, name)
         if (module, name) in {
             ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
