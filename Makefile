@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-all check format bench clean help
+.PHONY: demo test test-all fuzz check format bench clean help slurm
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -10,11 +10,16 @@ help:  ## list the targets
 demo: .venv/installed  ## train ResNet-18 on real digits with two ranks, about a minute
 	@$(BIN)/python -m recipes.ddp
 
-test: .venv/installed  ## the tests: no network, no GPU needed
+test: .venv/installed slurm  ## the tests: no network, no GPU needed
 	$(BIN)/pytest -m "not slow"
 
-test-all: .venv/installed  ## the longest runs as well
+test-all: .venv/installed slurm  ## the longest runs as well
 	$(BIN)/pytest
+
+N ?= 100
+SEED ?= 0
+fuzz: .venv/installed  ## N runs killed at random, each of which must end with the same bits (N=100 SEED=0)
+	$(BIN)/python -m tests.fuzz --runs $(N) --seed $(SEED)
 
 check: .venv/installed  ## lint, format, types
 	$(BIN)/ruff check .
@@ -28,6 +33,10 @@ format: .venv/installed  ## put the code into the house's format
 bench: .venv/installed  ## the benchmarks, as paired ratios
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.pipeline
+
+slurm:  # a real Slurm for the tests that run on one (slurm/box); nothing of it is started
+	@command -v slurmctld >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm)
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv outputs
