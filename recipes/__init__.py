@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 TOOLS = {"compare", "verify"}  # run recipes, and are none themselves
+DEMONSTRATIONS = {"checkpoint_resume"}  # have a loop of their own: there is nothing to compare
 
 if sys.argv[0] == "-m":  # `python -m recipes.NAME` is importing: until it runs, Ctrl-C ends it without a page of frames
     signal.signal(signal.SIGINT, signal.SIG_DFL)
@@ -16,7 +17,7 @@ def choose(names: list[str] | None) -> list[str]:
     Raises:
         UserError: a name is not one of them.
     """
-    every = sorted({path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - TOOLS)
+    every = sorted({path.stem for path in Path(__file__).parent.glob("[!_]*.py")} - TOOLS - DEMONSTRATIONS)
     wrong = [name for name in names or [] if name not in every]
     if wrong:
         from lockstep import UserError  # loads torch, for which a mere listing of the recipes need not wait

@@ -47,8 +47,9 @@ STEPS = 12
 RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "single": (single.train, 1, ("optim=adamw",)),
     "ddp": (ddp.train, 2, ()),
+    "ddp of 3": (ddp.train, 3, ()),
     "sync_batchnorm": (sync_batchnorm.train, 2, ("optim=adamw",)),
-    "grad_accumulation": (grad_accumulation.train, 2, ("accumulate=4",)),
+    "grad_accumulation": (grad_accumulation.train, 3, ("accumulate=2",)),
     "data_parallel": (data_parallel.train, 1, ()),
     "model_parallel": (model_parallel.train, 1, ()),
     "pipeline_parallel": (pipeline_parallel.train, 2, ("stages=2", "micro_batches=4")),

@@ -11,6 +11,7 @@ nothing is unpickled but torch's own description of the tensors, by a reader tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -116,11 +117,12 @@ def commit(temporary: Path, manifest: dict[str, Any], *, keep: int, best: bool) 
     sync_folder(temporary)
     final = temporary.with_name(temporary.name.removeprefix(UNFINISHED))
     temporary.rename(final)
-    sync_folder(final.parent)
-    write_atomically(final.parent / "LATEST", final.name + "\n")
-    if best:
-        write_atomically(final.parent / "BEST", final.name + "\n")
-    prune(final.parent, keep)
+    with contextlib.suppress(OSError):  # it is saved; pointers and old folders can wait for the next one
+        sync_folder(final.parent)
+        write_atomically(final.parent / "LATEST", final.name + "\n")
+        if best:
+            write_atomically(final.parent / "BEST", final.name + "\n")
+        prune(final.parent, keep)
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -186,7 +188,8 @@ def newest(folder: Path, group: dist.ProcessGroup | None = None, only: str = "")
     mine = [str(path) for path in listed if only in ("", path.name)]
     for name in agree(mine, group):
         path = Path(name)
-        problems = [problem for problem in gather(whats_wrong(path, group), group) if problem]
+        mine_wrong = whats_wrong(path, dist.get_rank(group), dist.get_world_size(group))
+        problems = [problem for problem in gather(mine_wrong, group) if problem]
         if not problems:
             manifests = [json.loads((path / "manifest.json").read_text())] if dist.get_rank(group) == 0 else [None]
             found.path, found.facts = path, agree(manifests, group)[0]
@@ -210,8 +213,8 @@ def gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
     return everyone
 
 
-def whats_wrong(path: Path, group: dist.ProcessGroup | None) -> str:
-    """Why a checkpoint cannot be used, as far as this rank's share of its files says; empty: nothing."""
+def whats_wrong(path: Path, share: int = 0, shares: int = 1) -> str:
+    """Why a checkpoint cannot be used, as far as every shares-th of its files says; empty: nothing."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
         if not isinstance(manifest, dict) or digest(manifest) != manifest.get("seal"):
@@ -219,7 +222,7 @@ def whats_wrong(path: Path, group: dist.ProcessGroup | None) -> str:
         if manifest["format"] != FORMAT:
             return f"format {manifest['format']}, this version reads {FORMAT}"
         files = sorted(manifest["files"].items())
-        for file, expected in files[dist.get_rank(group) :: dist.get_world_size(group)]:
+        for file, expected in files[share::shares]:
             size = (path / file).stat().st_size
             if size != expected["bytes"]:
                 return f"{file} has {size} of {expected['bytes']} bytes"
@@ -236,18 +239,20 @@ def whats_wrong(path: Path, group: dist.ProcessGroup | None) -> str:
 
 def tidy(folder: Path, found: Found) -> None:
     """Remove what killed saves left, set aside newer checkpoints that are broken (their names will be needed again),
-    and point LATEST and BEST at what the newest intact one knows of."""
-    for path in folder.glob(f"{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
-    for path in names(folder):
-        if found.path is not None and path.name == found.path.name:
-            break
-        aside = path.with_name(f"{BROKEN}{path.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        path.rename(aside)
+    and point LATEST and BEST at what the newest intact one knows of. A folder that is now read-only stays as it is.
+    """
     best = found.facts.get("best_step")
-    for pointer, name in (("LATEST", found.path and found.path.name), ("BEST", best and folder_name(best))):
-        if name and (folder / name).is_dir():
-            write_atomically(folder / pointer, name + "\n")
-        else:
-            (folder / pointer).unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f"{UNFINISHED}*"):
+            shutil.rmtree(path, ignore_errors=True)
+        for path in names(folder):
+            if found.path is not None and path.name == found.path.name:
+                break
+            aside = path.with_name(f"{BROKEN}{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+        for pointer, name in (("LATEST", found.path and found.path.name), ("BEST", best and folder_name(best))):
+            if name and (folder / name).is_dir():
+                write_atomically(folder / pointer, name + "\n")
+            else:
+                (folder / pointer).unlink(missing_ok=True)

@@ -14,6 +14,10 @@ class UserError(Exception):
         return super().__str__().rpartition("UserError: ")[2].strip()
 
 
+class Busy(UserError):
+    """The run directory is another process's, so nothing may be written there."""
+
+
 class CheckFailed(UserError):
     """A check that the user asked for found something wrong: one line as well, and the exit code is 1."""
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from lockstep import files, rundir, world
 from lockstep.checks import complete
-from lockstep.errors import UserError
+from lockstep.errors import Busy, UserError
 from lockstep.preemption import PREEMPTED, Listener, Preempted
 from lockstep.run import Run
 from lockstep.schema import Config, from_yaml, to_yaml
@@ -65,7 +65,7 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
         if listener.received and lost_a_peer(error):
             code = PREEMPTED  # asked to leave, and another rank already has
         tell(error, place, out, console, told_to_stop=bool(listener.received))
-        if out is not None and place.rank == 0:
+        if out is not None and place.rank == 0 and not isinstance(error, Busy):
             rundir.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -31,7 +31,7 @@ from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.report import Report, short
 from lockstep.rundir import CHECKPOINTS, checkpoint_folder
 from lockstep.schema import Config, OptimConfig, to_yaml
-from lockstep.state import Stateful, TrainingState, check_weights, read_weights, seed_generators
+from lockstep.state import Stateful, TrainingState, check_weights, read_weights, seed_generators, settle_buckets
 from lockstep.world import World, make_group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
@@ -178,7 +178,7 @@ class Run:
         )
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
-        self._resume(state)
+        self._resume(state, model)
         factor = lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch)
         schedule = LambdaLR(optimizer, factor, last_epoch=self.step - 1)
         agreement = None
@@ -196,7 +196,7 @@ class Run:
         if self.step >= self.total_steps:
             self._evaluation = self._evaluate(whole().eval())
             raise NothingLeft
-        batches = iter(self._train_loader())
+        batches = self.batches(self.step, self.total_steps)
         logged_at, logged_step = time.perf_counter(), self.step
         saved_at, saved_step = logged_at, self.step
         model.train()
@@ -214,7 +214,7 @@ class Run:
             if last:
                 break
             self._timer.start()
-            yield self._prepare(next(batches))
+            yield next(batches)
             lr = float(schedule.get_last_lr()[0])
             schedule.step()
             self._timer.stop()
@@ -239,6 +239,16 @@ class Run:
                 self._judge(result)
                 logged_at += time.perf_counter() - paused
 
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        """This rank's shares of the global batches of steps start…stop − 1, as `steps` yields them."""
+        config = self.config
+        sampler = data.StepSampler(
+            len(self.train_set), config.batch_size, config.seed, self.shard, self.shards, start, stop
+        )
+        samples = data.Samples(self.train_set, config.seed, config.data.augment)
+        loader = data.loader(samples, sampler, self._workers(), self.device.type == "cuda")
+        return map(self._prepare, loader)
+
     def finish(self) -> None:
         """Export the weights and write result.json, when the recipe's function has returned."""
         if self._whole is None:
@@ -256,20 +266,31 @@ class Run:
             monitor.close()
         if self.world.rank == 0:
             export(module.state_dict(), self.out / "model.pt")
-            best = checkpoint.named(self.out / CHECKPOINTS, "BEST")
-            if best is not None:
-                from lockstep import storage
-
-                weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in module.state_dict().items()}
-                storage.load(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
-                export(weights, self.out / "best.pt")
+            self._export_best(module)
             result = self._result("finished", memory)
             write_json(self.out / "result.json", result)
             self.report.finish(result)
 
+    def _export_best(self, module: nn.Module) -> None:
+        """Write best.pt, from the checkpoint that BEST names, on rank 0."""
+        best = checkpoint.named(self.out / CHECKPOINTS, "BEST")
+        if best is None:
+            return
+        problem = checkpoint.whats_wrong(best)
+        if problem:
+            self.report.line(f"best.pt not written: {best.name}: {problem}")
+            return
+        if best.name != checkpoint.folder_name(self._best_step or 0):
+            self.report.line(f"best.pt is {best.name}'s: step {self._best_step} was better and could not be saved")
+        from lockstep import storage
+
+        weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in module.state_dict().items()}
+        storage.load(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
+        export(weights, self.out / "best.pt")
+
     # What happens between two batches ---------------------------------------------------------------------------
 
-    def _resume(self, state: TrainingState) -> None:
+    def _resume(self, state: TrainingState, model: nn.Module) -> None:
         """Take up what this run directory holds, else what resume=PATH names, else start at step 0."""
         if self.quiet:
             return  # one of a tool's
@@ -306,6 +327,10 @@ class Run:
                 f"batch_size={self.config.batch_size}: {found.path.name} was saved after {facts['samples_seen']} "
                 f"samples, which is no whole number of such batches; set batch_size={facts['batch_size']}"
             )
+        if facts["step"] and self.shards > 2:
+            share = math.ceil(self.config.batch_size / self.shards / self.config.accumulate)
+            with self.autocast():
+                settle_buckets(model, self.to_model(torch.zeros(share, 3, self.image_size, self.image_size)))
         state.restore(found.path, facts, group)
         self.step = facts["samples_seen"] // self.config.batch_size
         if self.step > self.total_steps:
@@ -340,6 +365,7 @@ class Run:
         if self._checkpoints is None:
             from lockstep.storage import Saver  # a second to import, which not every run needs
 
+            self._config_text = to_yaml(self.config)
             if self.world.rank == 0:
                 (self.out / CHECKPOINTS).mkdir(exist_ok=True)
             group = make_group(self.config.timeout_seconds)
@@ -361,7 +387,7 @@ class Run:
             "best": self._best,
             "best_step": self._best_step,
             "waited": self._waited,
-            "config": to_yaml(self.config),
+            "config": self._config_text,
         }
         best, self._best_is_new = self._best_is_new, False
         self._checkpoints.save(state.tensors(), facts | state.facts(), best=best)
@@ -376,7 +402,7 @@ class Run:
             self._checkpoints.wait()
         name = signal.Signals(sign).name
         if not self.quiet:
-            step = self._checkpoints.saved_step if self._checkpoints else self._started_at
+            step = (self._checkpoints and self._checkpoints.saved_step) or self._started_at
             saved = f"saved at step {step}" if step else "nothing is saved"
             self.report.line(f"preempted by {name} after step {self.step} of {self.total_steps}: {saved}")
         for monitor in self.monitors:
@@ -411,20 +437,6 @@ class Run:
     def epoch(self) -> int:
         """Epochs completed."""
         return self.step // self.steps_per_epoch
-
-    def _train_loader(self) -> Iterator[Batch]:
-        config = self.config
-        sampler = data.StepSampler(
-            len(self.train_set),
-            config.batch_size,
-            config.seed,
-            self.shard,
-            self.shards,
-            self.step,
-            self.total_steps,
-        )
-        samples = data.Samples(self.train_set, config.seed, config.data.augment)
-        return iter(data.loader(samples, sampler, self._workers(), self.device.type == "cuda"))
 
     def _workers(self) -> int:
         """Processes that decode images; images in memory are faster without."""

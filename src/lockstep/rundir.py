@@ -13,7 +13,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from lockstep import files
-from lockstep.errors import UserError
+from lockstep.errors import Busy, UserError
 from lockstep.schema import Config, from_yaml, to_yaml, walk
 
 CHECKPOINTS = "checkpoints"
@@ -34,6 +34,7 @@ def freeze(config: Config, recipe: str) -> Path | None:
     out = earlier or files.make_run_directory(config.out, recipe)
     try:
         if earlier:
+            lock(earlier).close()  # whoever trains there must not find its config changed
             result = read_result(earlier)
             if result.get("status") == "finished":
                 if config.max_steps == from_yaml((earlier / "config.yaml").read_text()).max_steps:
@@ -129,9 +130,7 @@ def lock(out: Path) -> Any:
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"out={out}: another process is training there; wait for its end, or name another out"
-        ) from None
+        raise Busy(f"out={out}: another process is training there; wait for its end, or name another out") from None
     except OSError:
         pass  # a file system without locks
     return stream

@@ -132,6 +132,12 @@ class Config:
         only=("pipeline_parallel",),
     )
     demonstrate: bool = key(False, "2 images a rank, with and without, beside one process", only=("sync_batchnorm",))
+    forget: str | None = key(
+        None,
+        "part of the state that the resumed half is not given",
+        ("optimizer", "schedule", "step", "random", "buckets"),
+        only=("checkpoint_resume",),
+    )
     recipes: list[str] | None = key(None, "recipes to run (null: all)", only=("verify", "compare"))
     rounds: int = key(1, "times that each recipe is run, in turn", minimum=1, only=("compare",))
     seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
@@ -175,7 +181,7 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, An
 def check_values(config: Config) -> None:
     """Hold every key to its own choices and minimum; raise UserError naming the key, its value and what is allowed."""
     for name, value, rule in walk(config):
-        if rule["choices"] and value not in rule["choices"]:
+        if rule["choices"] and value is not None and value not in rule["choices"]:
             raise UserError(f"{name}={value}: allowed are {', '.join(rule['choices'])}")
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from lockstep.errors import UserError
@@ -179,6 +180,20 @@ def set_generators(states: dict[str, Tensor], device: torch.device) -> None:
         np.random.set_state(("MT19937", array, int(position), int(has_gauss), cached))
     if "cuda" in states:
         torch.cuda.set_rng_state(states["cuda"], device)
+
+
+def settle_buckets(model: nn.Module, images: Tensor) -> None:
+    """Bring DistributedDataParallel's buckets into the order they had when the training was cut off.
+
+    After a process's first backward DDP sorts its buckets anew, by the order in which gradients became ready. From
+    three ranks on, a ring all-reduce adds the ranks' numbers in an order that depends on their place in the bucket, so
+    a resumed run would take its first step with other last bits. One backward that is thrown away, before the state is
+    restored, settles it.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.train()
+        model(images).sum().backward()
+        model.zero_grad()
 
 
 # Plain weights ----------------------------------------------------------------------------------------------------
