@@ -33,6 +33,7 @@ format: .venv/installed  ## put the code into the house's format
 bench: .venv/installed  ## the benchmarks, as paired ratios
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.pipeline
+	$(BIN)/python -m benchmarks.checkpoint
 
 slurm:  # a real Slurm for the tests that run on one (slurm/box); nothing of it is started
 	@command -v slurmctld >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from torchvision.models import resnet
+
+from tests.narrow import narrow_resnet18
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -18,3 +23,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _one_thread() -> None:
     # Ranks are forked from this process, and a fork must not inherit a running thread pool.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def narrow() -> Iterator[None]:
+    """Make `model=resnet18` one that trains in milliseconds. Ranks are forked, so they inherit it; commands do not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(resnet, "resnet18", narrow_resnet18)
+        yield

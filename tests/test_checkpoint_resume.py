@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from torchvision.models import resnet
 
 from recipes import checkpoint_resume
 from tests.harness import execute
-from tests.narrow import narrow_resnet18
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 SHORT = ("data=synthetic", "data.size=36", "data.image_size=8", "batch_size=12", "max_steps=8")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _narrow() -> Iterator[None]:
-    """Ranks are forked, so they inherit it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "resnet18", narrow_resnet18)
-        yield
 
 
 @pytest.mark.parametrize(

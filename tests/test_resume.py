@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,8 @@ from recipes import (
     sync_batchnorm,
 )
 from tests.harness import compose_config, execute, run_ranks
-from tests.narrow import narrow_resnet18
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "epochs=3")  # 4 steps an epoch
 RESNET18 = resnet.resnet18
@@ -55,14 +56,6 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "pipeline_parallel": (pipeline_parallel.train, 2, ("stages=2", "micro_batches=4")),
     "pipelines": (pipeline_parallel.train, 4, ("stages=2", "micro_batches=2", "optim=adamw")),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _narrow() -> Iterator[None]:
-    """Ranks are forked, so they inherit it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "resnet18", narrow_resnet18)
-        yield
 
 
 def lines(out: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,8 @@ import pytest
 from recipes import ddp, single
 from tests.harness import train
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 PROOF = ("precision=fp64", "model.norm=group", "batch_size=24", "max_steps=20", "log_every=1", "optim.warmup_steps=0")
 
 

@@ -8,7 +8,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,8 @@ from recipes import (
 from recipes.data_parallel import HostDataParallel
 from tests.harness import run_ranks
 from tests.harness import train as train_ranks
-from tests.narrow import narrow_resnet18
+
+pytestmark = pytest.mark.usefixtures("narrow")
 
 TOLERANCE = 1e-10
 SHORT = (
@@ -67,14 +68,6 @@ Fit = Callable[..., tuple[Tensors, dict[str, Any]]]
 
 
 RESNET18 = resnet.resnet18
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _narrow() -> Iterator[None]:
-    """Ranks are forked, so they inherit it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(resnet, "resnet18", narrow_resnet18)
-        yield
 
 
 @pytest.fixture(scope="module")

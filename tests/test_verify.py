@@ -18,6 +18,8 @@ from lockstep.proof import angle, difference
 from recipes import verify
 from tests.harness import ROOT, command, execute
 
+pytestmark = pytest.mark.usefixtures("narrow")
+
 PROVEN = ["data_parallel", "ddp", "grad_accumulation", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
 
 

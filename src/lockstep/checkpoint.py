@@ -245,6 +245,8 @@ def tidy(folder: Path, found: Found) -> None:
     with contextlib.suppress(OSError):
         for path in folder.glob(f"{UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
+        for path in (*folder.glob(".*.[0-9]*"), *folder.parent.glob(".*.[0-9]*")):  # write_atomically's
+            path.unlink(missing_ok=True)
         for path in names(folder):
             if found.path is not None and path.name == found.path.name:
                 break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -180,4 +181,6 @@ def load(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None
         tensors: {name: tensor of the shape that was saved}, on any device, sharded (DTensor) or not.
         alone: only this rank calls it.
     """
-    dcp_load(tensors, storage_reader=Reader(path), process_group=group, no_dist=alone)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # `alone` is meant
+        dcp_load(tensors, storage_reader=Reader(path), process_group=group, no_dist=alone)
