@@ -168,6 +168,21 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     )
 
 
+def test_without_every_it_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's clock decides for all; a clock of each rank's own would have them save at different steps."""
+    monkeypatch.setattr(preemption, "AGREE_SECONDS", 0)
+    words = (*SHORT, "checkpoint.every=null", "checkpoint.minutes=0.00001", "checkpoint.keep=20")
+    config = compose_config(ddp.train, *words, f"out={tmp_path / 'run'}")
+    complete(config, ddp.train, 2)
+    out = freeze(config, "ddp")
+    assert run_ranks(interrupted, 2, ddp.train.target, config, str(out), 0, 99) == ["finished"] * 2
+    assert len(names(tmp_path / "run" / "checkpoints")) > STEPS // 2
+    off = compose_config(ddp.train, *words, f"out={tmp_path / 'off'}", "checkpoint.minutes=0")
+    complete(off, ddp.train, 2)
+    run_ranks(interrupted, 2, ddp.train.target, off, str(freeze(off, "ddp")), 0, 99)
+    assert not (tmp_path / "off" / "checkpoints").exists()
+
+
 PROOF = (*DATA, "precision=fp64", "model.norm=group", "log_every=1", "checkpoint.every=1")
 
 
