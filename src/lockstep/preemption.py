@@ -48,6 +48,7 @@ class Listener:
             signal.signal(number, lambda *_: None)
             signal.siginterrupt(number, False)  # else a write to a full pipe, or C++ code, meets EINTR
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have held back those that came earlier
         os.register_at_fork(after_in_child=ignore_signals)
         threading.Thread(target=self._listen, daemon=True).start()
 
