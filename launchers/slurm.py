@@ -13,6 +13,7 @@ Source: https://slurm.schedmd.com/sbatch.html and https://github.com/facebookinc
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import shlex
@@ -35,11 +36,11 @@ NOTICE = signal.SIGUSR1  # what Slurm sends some time before the end; it is not 
 DETACHED = 128 + signal.SIGINT  # Ctrl-C while following: how the job will end is not known
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT"}
 MAYBE = {"NODE_FAIL", "PREEMPTED"}  # the end, or the moment before Slurm requeues the job
-RUNNING = {"COMPLETING", "RUNNING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED"}
+RUNNING = {"RUNNING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED"}
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # else each rank warns that its peers' addresses have no names
 KEYS = {  # what sbatch's refusals speak of: the key to change, and how to see what there is
-    "partition": ("partition", "sinfo -h -o %R"),
     "account": ("account", "sacctmgr -n -P show associations user=$USER format=account"),
+    "partition": ("partition", "sinfo -h -o %R"),
     "qos": ("qos", "sacctmgr -n -P show qos format=name"),
     "time limit": ("time_minutes", "sinfo -h -o '%R: %l'"),
     "feature": ("constraint", "sinfo -h -o %f"),
@@ -103,9 +104,11 @@ def submit(
     heads = [Head(target, dict(environment), shape(cluster), max_restarts) for _, environment in runs]
     try:
         executor = submitit.SlurmExecutor(folder)
-        with outer_job_hidden():
+        said = io.StringIO()  # submitit repeats what sbatch said
+        with outer_job_hidden(), contextlib.redirect_stderr(said):
             executor.update_parameters(**parameters(cluster, name))
             submitted = executor.submit_array(heads)
+        print(said.getvalue(), end="", file=sys.stderr)
     except (submitit.core.utils.UncompletedJobError, submitit.core.utils.FailedSubmissionError) as error:
         shutil.rmtree(folder)
         with contextlib.suppress(OSError):
@@ -197,13 +200,18 @@ def announce(jobs: Sequence[Job], cluster: ClusterConfig) -> None:
     """Say where the jobs are and what can be done with them."""
     for job in jobs:
         partition = cluster.partition or ask(job.id).get("Partition", "the default one")
-        tasks = (cluster.tasks_per_node or 1) * cluster.nodes
-        print(f"job {job.id} submitted to partition {partition}: {cluster.nodes} nodes, {tasks} ranks")
+        shape = f"{count(cluster.nodes, 'node')}, {count((cluster.tasks_per_node or 1) * cluster.nodes, 'rank')}"
+        print(f"job {job.id} submitted to partition {partition}: {shape}")
         print(f"  run     {short(job.out)}")
         print(f"  log     {short(job.log)}")
     whole = sorted({job.id.partition("_")[0] for job in jobs})
     print(f"  follow  tail -F {shlex.join(short(job.log) for job in jobs)}")
     print(f"  cancel  scancel {' '.join(whole)}", flush=True)
+
+
+def count(number: int, noun: str) -> str:
+    """`1 node`, `2 nodes`."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def short(path: Path) -> str:
@@ -244,8 +252,8 @@ def look(job: Job) -> bool:
     """Ask for a job's state and say it if it is new; whether it was. Sets job.code when the job has ended."""
     facts = ask(job.id)
     state = facts.get("JobState", "")
-    nodes, count = facts.get("NodeList", ""), int(facts.get("Restarts", "0"))
-    life = f" (requeue {count})" if count else ""
+    nodes, again = facts.get("NodeList", ""), int(facts.get("Restarts", "0"))
+    life = f" (requeue {again})" if again else ""
     if state in ENDED or (state in MAYBE and job.shown == state and time.monotonic() - job.since > 30):
         job.code = exit_code(state, facts.get("ExitCode", ""))
         job.shown = ending(state, job.code) + life
@@ -253,6 +261,8 @@ def look(job: Job) -> bool:
     if state == "PENDING":
         reason = facts.get("Reason", "")
         shown = "queued" + (f" ({reason})" if reason not in ("", "None") else "") + life
+    elif state == "COMPLETING":
+        shown = job.shown  # it ends, or comes back
     elif state in RUNNING:
         shown = f"running on {nodes}{life}"
     else:
@@ -379,6 +389,8 @@ class Head:
         if code in (0, 2):
             sys.exit(code)
         why = "asked to leave, and saved" if code == ASK_AGAIN else self.lost(nodes)
+        if why and ask(os.environ["SLURM_JOB_ID"]).get("JobState") not in RUNNING:
+            sys.exit(code)  # scancel too asks the ranks to leave; a requeue would bring the job back
         if why and requeues >= most:
             sys.exit(fail(f"{why}; not requeued: cluster.max_requeues={most} is reached", code))
         if why:

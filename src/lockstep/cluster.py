@@ -34,8 +34,6 @@ def check(config: Config, recipe: Recipe) -> None:
     assert config.cluster is not None
     check_values(config)
     there = config.cluster
-    if config.nproc is not None:
-        raise UserError(f"nproc={config.nproc}: is for this machine; on a cluster set cluster.tasks_per_node")
     if there.tasks_per_node is None:
         there.tasks_per_node = recipe.ranks or there.gpus_per_node or 1
     world_size = there.nodes * there.tasks_per_node
@@ -44,6 +42,8 @@ def check(config: Config, recipe: Recipe) -> None:
             f"cluster.nodes={there.nodes} cluster.tasks_per_node={there.tasks_per_node}: recipes.{recipe.name} runs on "
             f"{recipe.ranks} rank, not {world_size}; set both to 1"
         )
+    if config.nproc not in (None, world_size):
+        raise UserError(f"nproc={config.nproc}: is for this machine; on a cluster set cluster.tasks_per_node")
     # Of the devices this machine has nothing follows: a login node seldom has any.
     if config.device == "auto":
         config.device = "cuda" if there.gpus_per_node else "cpu"

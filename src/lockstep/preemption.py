@@ -58,7 +58,7 @@ class Listener:
                 if number not in SIGNALS:
                     continue
                 if not self.training:
-                    os._exit(PREEMPTED)
+                    os._exit(unsaved(number))
                 if not self.received:
                     self.received, self._first = number, time.monotonic()
                     self._say(f"{signal.Signals(number).name}: leaving after this step; Ctrl-C ends at once")
@@ -70,6 +70,20 @@ class Listener:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+
+
+def alone_under_srun() -> bool:
+    """Whether srun started this rank, and no agent of torchrun's in between."""
+    return "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_ERROR_FILE" not in os.environ
+
+
+def unsaved(number: int) -> int:
+    """The exit code of a rank that a signal ended before it could save.
+
+    As a rule there is nothing to save, and it is PREEMPTED. But when one task fails, srun sends SIGTERM to all others
+    and takes the largest exit code for its own: a 75 would hide the failure, and have the job requeued.
+    """
+    return 1 if number == signal.SIGTERM and alone_under_srun() else PREEMPTED
 
 
 def ignore_signals(*_: object) -> None:
