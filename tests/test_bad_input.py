@@ -80,7 +80,12 @@ BAD = {
     "max_restarts=-1": ["max_restarts=-1", "from 0 up"],
     "precision=fp16": ["precision=fp16", "not yet"],
     "monitor=wandb": ["monitor=wandb", "not yet"],
-    "+cluster=slurm": ["cluster", "not yet"],
+    "+cluster=slurm cluster.partitoin=gpu": ["unknown key cluster.partitoin", "did you mean cluster.partition?"],
+    "+cluster=slurm cluster.nodes=0": ["cluster.nodes=0", "from 1 up"],
+    "+cluster=slurm nproc=2": ["nproc=2", "cluster.tasks_per_node"],
+    "+cluster=slurm cluster.nodes=5": ["batch_size=96", "5 ranks", "95, 100"],
+    "+cluster=slurm cluster.gpus_per_node=2 cluster.tasks_per_node=4": ["cluster.tasks_per_node=4", "1…2"],
+    "+cluster=slurm device=cpu backend=nccl": ["backend=nccl", "gloo"],
 }
 if NO_GPU:
     BAD["device=cuda"] = ["device=cuda", "no CUDA device", "device=cpu"]

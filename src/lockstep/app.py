@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from lockstep import rank, rundir, world
+from lockstep import cluster, rank, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import UserError
 from lockstep.preemption import PREEMPTED
@@ -129,8 +129,13 @@ def submit(recipe: Recipe) -> int:
     from lockstep.compose import compose  # Hydra: a submitting process needs it, a rank does not
 
     codes = [0]
+    points: list[Config] = []  # of a cluster: submitted when all of them are known to be good
 
     def launch(config: Config) -> None:
+        if config.cluster is not None:
+            cluster.check(config, recipe)
+            points.append(config)
+            return
         device, backend = world.resolve_device(config.device, config.backend)
         nproc = config.nproc or recipe.ranks or world.default_nproc(device)
         world.check_nproc(nproc, device, backend)
@@ -154,6 +159,8 @@ def submit(recipe: Recipe) -> int:
             raise SystemExit(code)
 
     compose(recipe, launch)
+    if points:
+        codes.append(cluster.submit(recipe, points, load_launcher))
     return max(codes)
 
 

@@ -131,5 +131,3 @@ def refuse_what_is_not_there_yet(config: Config) -> None:
         raise UserError("precision=fp16: not yet, it needs loss scaling; allowed now are fp32, bf16, fp64")
     if config.monitor.name == "wandb":
         raise UserError("monitor=wandb: not yet; allowed now are csv and tensorboard")
-    if config.cluster is not None:
-        raise UserError("cluster: not yet; leave out +cluster=… to run on this machine")

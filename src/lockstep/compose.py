@@ -106,7 +106,7 @@ def to_config(composed: DictConfig) -> Config:
     # `+key=value` adds to any node, typed or not; a key that no one reads is a mistake, not an addition.
     known = {name for name, _, _ in walk(Config())} | {f"cluster.{name}" for name, _, _ in walk(ClusterConfig())}
     for name in leaves(composed):
-        if name not in known:
+        if name not in known and not name.startswith("cluster.sbatch."):  # its names are sbatch's
             raise unknown_key(name, "")
     try:
         config = OmegaConf.to_object(composed)
@@ -146,7 +146,7 @@ def check_cluster_file(composed: DictConfig, overrides: list[str]) -> None:
 def key_help() -> str:
     """Every key with its default, what it does and what is allowed, for `--help`."""
     lines = []
-    for name, value, rule in walk(Config()):
+    for name, value, rule in [*walk(Config()), *walk(ClusterConfig(), "cluster.")]:
         shown = value if isinstance(value, str) else json.dumps(value)
         allowed = f" [{'|'.join(rule['choices'])}]" if rule["choices"] else ""
         lines.append(f"{f'{name}={shown}':36} {rule['help']}{allowed}")

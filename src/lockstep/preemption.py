@@ -48,6 +48,7 @@ class Listener:
             signal.signal(number, lambda *_: None)
             signal.siginterrupt(number, False)  # else a write to a full pipe, or C++ code, meets EINTR
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # a launcher may have held back those that came earlier
         os.register_at_fork(after_in_child=ignore_signals)
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -57,7 +58,7 @@ class Listener:
                 if number not in SIGNALS:
                     continue
                 if not self.training:
-                    os._exit(PREEMPTED)
+                    os._exit(unsaved(number))
                 if not self.received:
                     self.received, self._first = number, time.monotonic()
                     self._say(f"{signal.Signals(number).name}: leaving after this step; Ctrl-C ends at once")
@@ -69,6 +70,20 @@ class Listener:
         signal.set_wakeup_fd(-1)
         for number in SIGNALS:
             signal.signal(number, signal.SIG_DFL)
+
+
+def alone_under_srun() -> bool:
+    """Whether srun started this rank, and no agent of torchrun's in between."""
+    return "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_ERROR_FILE" not in os.environ
+
+
+def unsaved(number: int) -> int:
+    """The exit code of a rank that a signal ended before it could save.
+
+    As a rule there is nothing to save, and it is PREEMPTED. But when one task fails, srun sends SIGTERM to all others
+    and takes the largest exit code for its own: a 75 would hide the failure, and have the job requeued.
+    """
+    return 1 if number == signal.SIGTERM and alone_under_srun() else PREEMPTED
 
 
 def ignore_signals(*_: object) -> None:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from lockstep import files, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import Busy, UserError
-from lockstep.preemption import PREEMPTED, Listener, Preempted
+from lockstep.preemption import PREEMPTED, Listener, Preempted, alone_under_srun, unsaved
 from lockstep.run import Run
 from lockstep.schema import Config, from_yaml, to_yaml
 
@@ -63,7 +63,9 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
         listener.close()
         code = error.exit_code if isinstance(error, UserError) else 1
         if listener.received and lost_a_peer(error):
-            code = PREEMPTED  # asked to leave, and another rank already has
+            code = unsaved(listener.received)  # asked to leave, and another rank already has
+        if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace this rank's exit code
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
         tell(error, place, out, console, told_to_stop=bool(listener.received))
         if out is not None and place.rank == 0 and not isinstance(error, Busy):
             rundir.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
@@ -159,7 +161,7 @@ def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dis
 def meet(place: world.Place, timeout_seconds: float, note: str = "") -> tuple[dist.Store, list[str], list[str]]:
     """(this start's part of the store, every rank's host, every rank's note), when all ranks have come."""
     store = world.open_store(place, timeout_seconds)
-    return world.check_in(store, place.rank, place.world_size, timeout_seconds, note)
+    return world.check_in(store, place.rank, place.world_size, timeout_seconds, note, place.nodes)
 
 
 def agent_folder() -> Path | None:

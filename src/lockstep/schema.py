@@ -31,6 +31,8 @@ def key(
     metadata = {"help": help, "choices": choices, "minimum": minimum, "only": only, "default": default, "free": free}
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -92,10 +94,26 @@ class ClusterConfig:
     launcher: str = key("launchers.slurm", "module that starts the ranks")
     nodes: int = key(1, "nodes", minimum=1)
     gpus_per_node: int = key(0, "GPUs on each node", minimum=0)
-    tasks_per_node: int | None = key(None, "ranks on each node (null: one a GPU)", minimum=1)
+    tasks_per_node: int | None = key(None, "ranks on each node (null: one a GPU, 1 without GPUs)", minimum=1)
+    cpus_per_task: int | None = key(None, "CPUs for each rank (null: the cluster's default)", minimum=1)
+    mem_gb: float | None = key(None, "memory on each node in GB (null: the cluster's default)", minimum=0)
     partition: str | None = key(None, "partition to submit to")
     account: str | None = key(None, "account to charge")
+    qos: str | None = key(None, "quality of service")
+    constraint: str | None = key(None, "features that the nodes must have")
+    exclude: str | None = key(None, "nodes to avoid")
     time_minutes: int = key(60, "time limit in minutes", minimum=1)
+    signal_seconds: int = key(
+        120, "seconds before the time limit at which the run saves and is requeued (at most a third of it)", minimum=1
+    )
+    max_requeues: int = key(20, "times that the job comes back after preemptions, time limits, lost nodes", minimum=0)
+    mail_user: str | None = key(None, "address for Slurm's mails")
+    mail_type: str | None = key(None, "what it writes about, such as END,FAIL,REQUEUE")
+    setup: list[str] = key((), "shell lines before the ranks start, such as [module load cuda]")
+    container: str | None = key(None, "command in front of each rank, such as apptainer exec --nv image.sif")
+    python: str | None = key(None, "the ranks' interpreter (null: this one; in a container: python)")
+    sbatch: dict[str, Any] = key({}, "further options of sbatch, such as {reservation: course}")
+    srun: list[str] = key((), "further options of the srun that starts the ranks")
     follow: bool = key(True, "follow the job's log until it ends; false: return at once")
 
 

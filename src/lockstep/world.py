@@ -1,14 +1,20 @@
 """Who am I among the ranks, and on which device: from the launcher's environment to a process group.
 
 Every launcher gives every rank torchrun's environment (https://docs.pytorch.org/docs/stable/elastic/run.html):
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Nothing else is needed to join.
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Nothing else is needed to join. A bare `srun` gives its own
+variables instead, from which these follow.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import re
 import socket
+import struct
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -22,6 +28,8 @@ import torch.distributed as dist
 
 from lockstep.errors import UserError
 
+IMPATIENCE_SECONDS = 60.0  # after that, rank 0 says whom it is waiting for
+
 
 @dataclass(frozen=True)
 class Place:
@@ -33,6 +41,7 @@ class Place:
     master_port: int
     agent_store: bool  # torchrun's agent holds the store at master_port, so rank 0 must not
     attempt: int  # how often the agent has restarted the ranks
+    nodes: tuple[str, ...] = ()  # where the launcher has put each rank, if it says
 
 
 def discover(env: Mapping[str, str]) -> Place | None:
@@ -42,12 +51,15 @@ def discover(env: Mapping[str, str]) -> Place | None:
         UserError: the variables are incomplete or contradict each other.
     """
     if "RANK" not in env:
-        if "WORLD_SIZE" in env:
+        if in_a_step_of_many(env):
+            env = {**env, **from_srun(env)}
+        elif "WORLD_SIZE" in env:
             raise UserError(
                 f"WORLD_SIZE={env['WORLD_SIZE']} is set but RANK is not: set RANK to 0…WORLD_SIZE−1 in each process, "
                 "or unset WORLD_SIZE"
             )
-        return None
+        else:
+            return None
     missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
     if missing:
         raise UserError(
@@ -71,7 +83,52 @@ def discover(env: Mapping[str, str]) -> Place | None:
         master_port=numbers["MASTER_PORT"],
         agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
         attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        nodes=nodes_of_tasks(env) if in_a_step_of_many(env) else (),
     )
+
+
+def in_a_step_of_many(env: Mapping[str, str]) -> bool:
+    """Whether this process is one of several that one `srun` started.
+
+    Not so the shell of an allocation or the script of a batch job: they know the job's tasks, and are none of them. A
+    step of a single task is taken for a shell too (`srun --pty bash`). The job's name says nothing.
+    """
+    return "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def from_srun(env: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables from those of a step; rank 0 is on the step's first node.
+
+    Raises:
+        UserError: WORLD_SIZE is set too, to something else.
+    """
+    tasks = env["SLURM_STEP_NUM_TASKS"]
+    if env.get("WORLD_SIZE", tasks) != tasks:
+        raise UserError(
+            f"WORLD_SIZE={env['WORLD_SIZE']}: srun started {tasks} tasks, and each is a rank; unset WORLD_SIZE, or "
+            f"start {env['WORLD_SIZE']} with srun --ntasks={env['WORLD_SIZE']}"
+        )
+    found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": tasks}
+    if "MASTER_ADDR" not in env:
+        found["MASTER_ADDR"] = expand(env["SLURM_STEP_NODELIST"])[0]
+    if "MASTER_PORT" not in env:  # the same on all ranks without a word between them, another one in each step
+        found["MASTER_PORT"] = str(15000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 15000)
+    return found
+
+
+def expand(nodes: str) -> list[str]:
+    """The names in a list of Slurm's, such as `gpu[01-03],big7`."""
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    return done.stdout.split() or [nodes]
+
+
+def nodes_of_tasks(env: Mapping[str, str]) -> tuple[str, ...]:
+    """The node of each task of a step, as srun spreads them by default: the first tasks on the first node."""
+    counts: list[int] = []  # a node
+    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    nodes = expand(env.get("SLURM_STEP_NODELIST", ""))
+    return tuple(node for node, count in zip(nodes, counts, strict=False) for _ in range(count))
 
 
 def open_store(place: Place, timeout_seconds: float) -> dist.Store:
@@ -147,7 +204,12 @@ def wait_for(store: dist.Store, keys: list[str], timeout_seconds: float) -> bool
 
 
 def check_in(
-    store: dist.Store, rank: int, world_size: int, timeout_seconds: float, note: str = ""
+    store: dist.Store,
+    rank: int,
+    world_size: int,
+    timeout_seconds: float,
+    note: str = "",
+    nodes: tuple[str, ...] = (),
 ) -> tuple[dist.Store, list[str], list[str]]:
     """Wait until every rank is there; return the part of the store that is theirs, their host names and their notes.
 
@@ -157,6 +219,7 @@ def check_in(
 
     Args:
         note: a word to all other ranks.
+        nodes: where each rank should be, to say where to look for one that is missing.
 
     Raises:
         UserError: some ranks did not come; all the ranks that did come get their numbers.
@@ -169,7 +232,10 @@ def check_in(
         room.set("0", here)
         store.set("round", me)
         keys = [str(r) for r in range(world_size)]
-        wait_for(room, keys, timeout_seconds)
+        if not wait_for(room, keys, min(timeout_seconds, IMPATIENCE_SECONDS)) and timeout_seconds > IMPATIENCE_SECONDS:
+            late = [r for r, key in enumerate(keys) if not room.check([key])]
+            print(f"still waiting for {named(late, nodes)} of {world_size}", file=sys.stderr, flush=True)
+            wait_for(room, keys, timeout_seconds - IMPATIENCE_SECONDS)
         everyone = [json.loads(room.get(key)) if room.check([key]) else None for key in keys]
         room.set("list", json.dumps(everyone))
     else:
@@ -191,12 +257,17 @@ def check_in(
     missing = [r for r, entry in enumerate(everyone) if entry is None]
     if missing:
         farewell(room, rank, world_size - len(missing))
-        ranks, them = ("ranks", "them") if len(missing) > 1 else ("rank", "it")
         raise UserError(
-            f"{ranks} {', '.join(map(str, missing))} of {world_size} did not join within "
-            f"timeout_seconds={timeout_seconds:g}: start {them}, or set WORLD_SIZE to the number of processes you start"
+            f"{named(missing, nodes)} of {world_size} did not join within timeout_seconds={timeout_seconds:g}: start "
+            f"{'them' if len(missing) > 1 else 'it'}, or set WORLD_SIZE to the number of processes you start"
         )
     return room, [entry[1] for entry in everyone], [entry[2] for entry in everyone]
+
+
+def named(ranks: list[int], nodes: tuple[str, ...]) -> str:
+    """`ranks 2 (node2), 3 (node2)`, without the nodes where nobody knows them."""
+    words = [f"{rank} ({nodes[rank]})" if rank < len(nodes) else str(rank) for rank in ranks]
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}"
 
 
 def farewell(store: dist.Store, rank: int, readers: int) -> None:
@@ -240,6 +311,36 @@ def check_nproc(nproc: int, device: str, backend: str) -> None:
             f"nproc={nproc}: this machine has {count} CUDA devices and a rank needs one of its own; "
             f"allowed are 1…{count} (or backend=gloo, whose ranks may share a device)"
         )
+
+
+def share_of_cores(ranks_here: int, env: Mapping[str, str]) -> int:
+    """The cores for one rank. Slurm may have bound each of its tasks to its own already, which must not be shared."""
+    cores = len(os.sched_getaffinity(0))
+    if "SLURM_STEP_ID" in env and "SLURM_CPUS_PER_TASK" in env and ranks_here > 1:
+        return min(int(env["SLURM_CPUS_PER_TASK"]), cores)
+    return max(1, cores // ranks_here)
+
+
+def interface_towards(host: str) -> str | None:
+    """The network interface by which this machine reaches another; None where that cannot be said.
+
+    Gloo takes the one that this host's own name stands for, which is often loopback, or the wrong one of several.
+    """
+    SIOCGIFADDR = 0x8915  # linux/sockios.h
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))  # sends nothing
+        except OSError:
+            return None
+        mine = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            try:
+                request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # it has no IPv4 address
+            if request[20:24] == mine:
+                return name
+    return None
 
 
 def make_group(timeout_seconds: float) -> dist.ProcessGroup:
@@ -294,11 +395,14 @@ def join(
         local_rank = mine.index(rank)
     # Every rank would otherwise start a thread per core. Counted by host, not by agent, so that each way of starting
     # the same ranks gives each the same threads and with them the same bits.
-    threads = threads or max(1, len(os.sched_getaffinity(0)) // len(mine))
+    threads = threads or share_of_cores(len(mine), os.environ)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     timeout = timedelta(seconds=timeout_seconds)
     group_store = dist.PrefixStore("group", store)
+    away = [host for host in hosts if host != hosts[rank]]
+    if away and (interface := interface_towards(away[0])):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if device == "cuda":
         if backend == "nccl" and torch.cuda.device_count() > 1:  # one visible GPU is one that was given to this rank
             check_nproc(local_rank + 1, device, backend)

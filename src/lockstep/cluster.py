@@ -1,0 +1,120 @@
+"""A run on a cluster, as the submitting process sees it: checked for the ranks it will have there, frozen, handed over.
+
+The launcher that `cluster.launcher` names does the rest. What a rank reads holds nothing of the cluster: the same
+run directory can be continued on this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lockstep import rank, rundir, world
+from lockstep.checks import complete
+from lockstep.errors import UserError
+from lockstep.schema import ClusterConfig, Config, check_values
+
+if TYPE_CHECKING:
+    from lockstep.app import Recipe
+
+
+def check(config: Config, recipe: Recipe) -> None:
+    """Check all that can be checked from here, and fill in the ranks on each node and their device.
+
+    Raises:
+        UserError: a value is out of its range, or does not fit another one.
+    """
+    assert config.cluster is not None
+    check_values(config)
+    there = config.cluster
+    if there.tasks_per_node is None:
+        there.tasks_per_node = recipe.ranks or there.gpus_per_node or 1
+    world_size = there.nodes * there.tasks_per_node
+    if recipe.ranks not in (None, world_size):
+        raise UserError(
+            f"cluster.nodes={there.nodes} cluster.tasks_per_node={there.tasks_per_node}: recipes.{recipe.name} runs on "
+            f"{recipe.ranks} rank, not {world_size}; set both to 1"
+        )
+    if config.nproc not in (None, world_size):
+        raise UserError(f"nproc={config.nproc}: is for this machine; on a cluster set cluster.tasks_per_node")
+    # Of the devices this machine has nothing follows: a login node seldom has any.
+    if config.device == "auto":
+        config.device = "cuda" if there.gpus_per_node else "cpu"
+    if config.device == "cpu":
+        world.resolve_device(config.device, config.backend)
+    elif config.backend != "gloo" and there.tasks_per_node > (there.gpus_per_node or there.tasks_per_node):
+        raise UserError(
+            f"cluster.tasks_per_node={there.tasks_per_node}: a rank needs a GPU of its own, and "
+            f"cluster.gpus_per_node={there.gpus_per_node}; allowed are 1…{there.gpus_per_node} (or backend=gloo, whose "
+            "ranks may share a device)"
+        )
+    complete(config, recipe, world_size)
+
+
+def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[str], ModuleType]) -> int:
+    """Freeze the runs, put them into the queue, follow them unless told not to; return the exit code.
+
+    Raises:
+        UserError: one of them is refused; none is in the queue, and nothing is left behind.
+    """
+    made: list[tuple[Path, Path | None]] = []  # run directories, and what to remove of each if it comes to nothing
+    runs: list[tuple[ClusterConfig, int, Path]] = []
+    jobs = []
+    try:
+        for config in configs:
+            assert config.cluster is not None
+            new = first_missing(config, recipe)
+            out = rundir.freeze(replace(config, cluster=None), recipe.name)
+            if out is None:
+                print(rundir.ALREADY_FINISHED.format(out=config.out))
+                continue
+            made.append((out, new))
+            runs.append((config.cluster, config.max_restarts, out))
+        # An array's jobs are all alike: points that differ in where they run are submitted apart.
+        for _, alike in groupby(runs, key=lambda run: (asdict(run[0]), run[1])):
+            group = list(alike)
+            there, max_restarts, _ = group[0]
+            launcher = load_launcher(there.launcher)
+            wanted = [(out, {rank.RUN_DIRECTORY: str(out)}) for _, _, out in group]
+            found = launcher.submit(recipe.target, wanted, there, name=recipe.name, max_restarts=max_restarts)
+            launcher.announce(found, there)
+            jobs += found
+    except UserError:
+        for out, new in made[len(jobs) :]:
+            if new is not None:
+                shutil.rmtree(out, ignore_errors=True)
+                remove_empty(out.parent, new)
+        raise
+    if not jobs or not runs[0][0].follow:
+        return 0
+    started, code = time.perf_counter(), launcher.follow(jobs)
+    for job in jobs:
+        if job.code:  # ranks that were killed, or never began, have left no word
+            rundir.note_failure(job.out, recipe.name, 0, time.perf_counter() - started)
+    return int(code)
+
+
+def first_missing(config: Config, recipe: Recipe) -> Path | None:
+    """The outermost folder that making the run directory will make; None where the run is there already."""
+    if rundir.found_in(config, recipe.name) is not None:
+        return None
+    wanted = Path(config.out).expanduser() if config.out else Path("outputs", recipe.name, "time")
+    chain = [wanted.absolute(), *wanted.absolute().parents]
+    missing = [path for path in chain if not path.exists()]
+    return missing[-1] if missing else wanted.absolute()
+
+
+def remove_empty(folder: Path, outermost: Path) -> None:
+    """Remove an empty folder and its empty parents, up to `outermost`."""
+    with contextlib.suppress(OSError):
+        for path in [folder, *folder.parents]:
+            if not path.is_relative_to(outermost):
+                return
+            path.rmdir()
