@@ -821,7 +821,7 @@ def fuzz(runs: int, seed: int, launcher: bool = False, say: Callable[[str], None
             else:
                 plan = draw(number)
                 what, outcome = str(plan.setup), play(plan, folder)
-            counts += outcome.counts
+            counts.update(outcome.counts)
             counts["runs"] += 1
             end = "DIFFERS" if outcome.wrong else "equal"
             say(f"seed {number}: {what}: {'; '.join(outcome.events)}: {end}, {time.monotonic() - began:.1f} s")
