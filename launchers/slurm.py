@@ -160,7 +160,7 @@ def parameters(cluster: ClusterConfig, name: str) -> dict[str, object]:
         "stderr_to_stdout": True,
         "use_srun": False,
     }
-    more = {"requeue": True, "signal": f"{NOTICE.name[3:]}@{notice}"}
+    more = {"export": "ALL", "requeue": True, "signal": f"{NOTICE.name[3:]}@{notice}"}
     chosen = {key: value for key, value in wanted.items() if value is not None}
     return chosen | {"wckey": None, "additional_parameters": more | cluster.sbatch}  # submitit's own wckey is not ours
 
@@ -186,8 +186,8 @@ def outer_job_hidden() -> Iterator[None]:
 
 def refusal(said: str, cluster: ClusterConfig) -> str:
     """sbatch's last word in one line, with the key that it is about and what is there to choose from."""
-    lines = [line.rpartition("error: ")[2].strip() for line in said.splitlines() if line.strip()] or ["no reason given"]
-    reason = lines[-1].removeprefix("Batch job submission failed: ")
+    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("Try ")] or ["no reason given"]
+    reason = lines[-1].removeprefix("sbatch: ").removeprefix("error: ").removeprefix("Batch job submission failed: ")
     for sign, (key, command) in KEYS.items():
         if sign in reason.lower():
             there = sorted(set(output("sh", "-c", command).split("\n")) - {""})
@@ -405,6 +405,7 @@ class Head:
             f"--nodes={len(nodes)}",
             f"--ntasks={len(nodes) * tasks}",
             f"--ntasks-per-node={tasks}",
+            "--export=ALL",
             "--distribution=block",  # neighbouring ranks on one node, as everywhere
             "--kill-on-bad-exit=1",  # one rank's end is the end of all: the others would wait for it
         ]

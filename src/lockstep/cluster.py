@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -99,6 +99,14 @@ def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[s
         if job.code:  # ranks that were killed, or never began, have left no word
             rundir.note_failure(job.out, recipe.name, 0, time.perf_counter() - started)
     return int(code)
+
+
+def idle_nodes(env: Mapping[str, str]) -> str:
+    """A word of warning where this machine is about to train alone in a job that has more; else nothing."""
+    nodes = env.get("SLURM_JOB_NUM_NODES", "1")
+    if "SLURM_JOB_ID" not in env or nodes == "1":
+        return ""
+    return f"note: this job has {nodes} nodes, and this trains on one of them; put srun in front to train on all"
 
 
 def first_missing(config: Config, recipe: Recipe) -> Path | None:
