@@ -239,12 +239,13 @@ def test_an_exception_ends_the_job_and_is_shown_once(box: Box, folder: Path) -> 
     assert json.loads((folder / "run" / "result.json").read_text())["status"] == "failed"
 
 
-def test_a_killed_rank_is_named_and_started_again_only_if_asked(box: Box, folder: Path) -> None:
-    words = ["ddp.py", *LONG, "out=run", "cluster.nodes=2", "max_restarts=1"]
+@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_rank_is_named_and_started_again_only_if_asked(box: Box, folder: Path, restarts: int) -> None:
+    words = ["ddp.py", *LONG, "out=run", "cluster.nodes=2", f"max_restarts={restarts}"]
     code, said = end(start(box, folder, *words, how="kill"))
     assert code == 137, said
-    assert said.count("node2: task 1: Killed") == 2, said
-    assert said.count("restart 1 of max_restarts=1") == 1
+    assert said.count("node2: task 1: Killed") == restarts + 1, said
+    assert said.count("restart 1 of max_restarts=1") == restarts
     job = box.job(said.split()[1])
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
 

@@ -87,7 +87,9 @@ def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[s
             launcher.announce(found, there)
             jobs += found
     except UserError:
-        for out, new in made[len(jobs) :]:
+        if jobs:  # of another group, submitted a moment ago
+            launcher.cancel(jobs)
+        for out, new in made:
             if new is not None:
                 shutil.rmtree(out, ignore_errors=True)
                 remove_empty(out.parent, new)
