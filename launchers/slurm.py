@@ -187,9 +187,9 @@ def outer_job_hidden() -> Iterator[None]:
 
 
 def refusal(said: str, cluster: ClusterConfig) -> str:
-    """sbatch's last word in one line, with the key that it is about and what is there to choose from."""
-    lines = [line for line in said.splitlines() if line.strip() and not line.startswith("Try ")] or ["no reason given"]
-    reason = lines[-1].removeprefix("sbatch: ").removeprefix("error: ").removeprefix("Batch job submission failed: ")
+    """sbatch's words in one line, with the key that they are about and what is there to choose from."""
+    lines = [re.sub(r"^(sbatch: |error: |Batch job submission failed: )*", "", line) for line in said.splitlines()]
+    reason = "; ".join(line for line in lines if line.strip() and not line.startswith(("Try ", "Unspecified error")))
     for sign, (key, command) in KEYS.items():
         if sign in reason.lower():
             there = sorted(set(output("sh", "-c", command).split("\n")) - {""})
