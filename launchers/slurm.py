@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -36,6 +37,7 @@ NOTICE = signal.SIGUSR1  # what Slurm sends some time before the end; it is not 
 DETACHED = 128 + signal.SIGINT  # Ctrl-C while following: how the job will end is not known
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT"}
 MAYBE = {"NODE_FAIL", "PREEMPTED"}  # the end, or the moment before Slurm requeues the job
+FORGOTTEN = "FORGOTTEN"  # no state of Slurm's: it knows the job no more
 RUNNING = {"RUNNING", "STAGE_OUT", "SIGNALING", "STOPPED", "SUSPENDED"}
 QUIET = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # else each rank warns that its peers' addresses have no names
 KEYS = {  # what sbatch's refusals speak of: the key to change, and how to see what there is
@@ -160,7 +162,7 @@ def parameters(cluster: ClusterConfig, name: str) -> dict[str, object]:
         "stderr_to_stdout": True,
         "use_srun": False,
     }
-    more = {"requeue": True, "signal": f"{NOTICE.name[3:]}@{notice}"}
+    more = {"export": "ALL", "requeue": True, "signal": f"{NOTICE.name[3:]}@{notice}"}
     chosen = {key: value for key, value in wanted.items() if value is not None}
     return chosen | {"wckey": None, "additional_parameters": more | cluster.sbatch}  # submitit's own wckey is not ours
 
@@ -185,9 +187,9 @@ def outer_job_hidden() -> Iterator[None]:
 
 
 def refusal(said: str, cluster: ClusterConfig) -> str:
-    """sbatch's last word in one line, with the key that it is about and what is there to choose from."""
-    lines = [line.rpartition("error: ")[2].strip() for line in said.splitlines() if line.strip()] or ["no reason given"]
-    reason = lines[-1].removeprefix("Batch job submission failed: ")
+    """sbatch's words in one line, with the key that they are about and what is there to choose from."""
+    lines = [re.sub(r"^(sbatch: |error: |Batch job submission failed: )*", "", line) for line in said.splitlines()]
+    reason = "; ".join(line for line in lines if line.strip() and not line.startswith(("Try ", "Unspecified error")))
     for sign, (key, command) in KEYS.items():
         if sign in reason.lower():
             there = sorted(set(output("sh", "-c", command).split("\n")) - {""})
@@ -209,6 +211,11 @@ def announce(jobs: Sequence[Job], cluster: ClusterConfig) -> None:
     print(f"  cancel  scancel {' '.join(whole)}", flush=True)
 
 
+def cancel(jobs: Sequence[Job]) -> None:
+    """Take jobs out of the queue again."""
+    subprocess.run(["scancel", *(job.id for job in jobs)])
+
+
 def count(number: int, noun: str) -> str:
     """`1 node`, `2 nodes`."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
@@ -225,16 +232,18 @@ def follow(jobs: Sequence[Job]) -> int:
 
     Ctrl-C leaves the jobs running and returns DETACHED.
     """
-    pause, asked = 1.0, float("-inf")
+    asked = float("-inf")
     try:
         while any(job.code is None for job in jobs):
-            news = False
-            if time.monotonic() - asked >= pause:
-                news = sum(look(job) for job in jobs if job.code is None) > 0
-                asked = time.monotonic()
-                pause = 1.0 if news else min(pause * 1.2, 10.0)  # slurmctld is everyone's
-            if sum(show_log(job, len(jobs) > 1) for job in jobs):
-                pause = min(pause, 5.0)
+            now = time.monotonic()
+            # slurmctld is everyone's: the longer nothing has changed, the less often it is asked, up to every 10 s.
+            if now - asked >= min(10.0, 1.0 + (now - max(job.since for job in jobs)) / 30):
+                asked = now
+                for job in jobs:
+                    if job.code is None:
+                        look(job)
+            for job in jobs:
+                show_log(job, len(jobs) > 1)
             time.sleep(0.25)
         time.sleep(0.5)  # the log's last lines, where they come over a network
         for job in jobs:
@@ -248,16 +257,21 @@ def follow(jobs: Sequence[Job]) -> int:
     return max(job.code or 0 for job in jobs)
 
 
-def look(job: Job) -> bool:
-    """Ask for a job's state and say it if it is new; whether it was. Sets job.code when the job has ended."""
+def look(job: Job) -> None:
+    """Ask for a job's state and say it if it is new. Sets job.code when the job has ended."""
     facts = ask(job.id)
     state = facts.get("JobState", "")
     nodes, again = facts.get("NodeList", ""), int(facts.get("Restarts", "0"))
     life = f" (requeue {again})" if again else ""
+    if state == FORGOTTEN:  # there is no accounting; but the run has written down how it ended
+        finished = False
+        with contextlib.suppress(OSError, ValueError):
+            finished = json.loads((job.out / "result.json").read_text())["status"] == "finished"
+        state = "COMPLETED" if finished else "FAILED"
     if state in ENDED or (state in MAYBE and job.shown == state and time.monotonic() - job.since > 30):
         job.code = exit_code(state, facts.get("ExitCode", ""))
         job.shown = ending(state, job.code) + life
-        return True
+        return
     if state == "PENDING":
         reason = facts.get("Reason", "")
         shown = "queued" + (f" ({reason})" if reason not in ("", "None") else "") + life
@@ -267,11 +281,9 @@ def look(job: Job) -> bool:
         shown = f"running on {nodes}{life}"
     else:
         shown = state or job.shown  # no answer: slurmctld is away
-    if shown == job.shown:
-        return False
-    job.shown, job.since = shown, time.monotonic()
-    print(f"job {job.id}: {shown}", flush=True)
-    return True
+    if shown != job.shown:
+        job.shown, job.since = shown, time.monotonic()
+        print(f"job {job.id}: {shown}", flush=True)
 
 
 def ending(state: str, code: int) -> str:
@@ -295,7 +307,7 @@ def exit_code(state: str, told: str) -> int:
 def ask(job_id: str) -> dict[str, str]:
     """What Slurm knows of a job: JobState, Reason, NodeList, ExitCode, Restarts, …; nothing where it does not answer.
 
-    slurmctld forgets a job some minutes after its end; then it is the accounting that knows.
+    slurmctld forgets a job some minutes after its end; then it is the accounting that knows, where there is one.
     """
     done = subprocess.run(
         ["scontrol", "--oneliner", "show", "job", job_id], capture_output=True, text=True, env=plain_environment()
@@ -305,8 +317,8 @@ def ask(job_id: str) -> dict[str, str]:
     if "Invalid job id" not in done.stderr:
         return {}
     lines = output("sacct", "-X", "-n", "-P", "-j", job_id, "-o", "State,ExitCode").splitlines()
-    if not lines:  # neither knows: the job is over, and how is in its run directory
-        return {"JobState": "FAILED", "ExitCode": "1:0"}
+    if not lines:
+        return {"JobState": FORGOTTEN}
     state, _, code = lines[-1].partition("|")
     return {"JobState": state.split(" ")[0], "ExitCode": code}
 
@@ -324,22 +336,20 @@ def output(*command: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
-def show_log(job: Job, several: bool) -> bool:
-    """Print the whole lines that were added to a job's log; whether there were any."""
+def show_log(job: Job, several: bool) -> None:
+    """Print the whole lines that were added to a job's log."""
     try:
         with job.log.open("rb") as stream:
             stream.seek(job.offset)
             added = stream.read()
     except OSError:
-        return False
+        return  # it has not begun
     if job.code is None:
         added = added[: added.rfind(b"\n") + 1]
     job.offset += len(added)
     before = f"[{job.id}] " if several else ""
     for line in added.decode(errors="replace").splitlines():
-        print(before + line)
-    sys.stdout.flush()
-    return bool(added)
+        print(before + line, flush=True)
 
 
 # On the job's first node ------------------------------------------------------------------------------------------
@@ -405,6 +415,7 @@ class Head:
             f"--nodes={len(nodes)}",
             f"--ntasks={len(nodes) * tasks}",
             f"--ntasks-per-node={tasks}",
+            "--export=ALL",
             "--distribution=block",  # neighbouring ranks on one node, as everywhere
             "--kill-on-bad-exit=1",  # one rank's end is the end of all: the others would wait for it
         ]

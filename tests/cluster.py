@@ -121,8 +121,9 @@ class Box:
             time.sleep(0.1)
 
     def start_again_now(self, job_id: str) -> None:
-        """Wait until a job is requeued, then spare it the 6 s that Slurm would let it wait."""
+        """Wait until a job is requeued, then spare it most of the 6 s that Slurm would let it wait."""
         self.wait_for_state(job_id, "PENDING")
+        time.sleep(2)  # in the very second of the requeue a node takes the new start for the old one, and refuses it
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def _answer(self) -> str:

@@ -14,17 +14,20 @@ from typing import Any
 import pytest
 import torch
 
+from launchers.slurm import exit_code
+from lockstep.cluster import idle_nodes
 from lockstep.errors import UserError
 from lockstep.world import discover, interface_towards, nodes_of_tasks
 from recipes import ddp
 from tests.cluster import Box, Command
 from tests.harness import ROOT, command, train
 
-DIGITS = ["batch_size=24", "max_steps=3", "log_every=1", "threads=1"]
+DIGITS = ["batch_size=24", "max_steps=2", "log_every=1", "threads=1"]
 TINY = ["batch_size=12", "data=synthetic", "data.size=48", "data.image_size=8", "epochs=100", "eval_every=0"]
 TINY += ["log_every=1", "threads=1"]
-LONG = [*TINY, "max_steps=20", "checkpoint.every=2"]  # with HOW=slow its first life is never over by itself
-LATER = "cluster.sbatch.begin=now+1hour"  # the job waits in the queue
+SHORT = [*TINY, "max_steps=2"]
+LONG = [*TINY, "max_steps=14"]  # with HOW=slow its first life is never over by itself
+LATER = "+cluster.sbatch.begin=now+1hour"  # the job waits in the queue
 HOOK = """
 import os, time
 
@@ -60,6 +63,10 @@ def folder(tmp_path: Path) -> Path:
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     """What two ranks of this machine make of LONG."""
     return train(ddp.train, tmp_path_factory.mktemp("reference") / "run", 2, *LONG)
+
+
+def on_this_machine(tmp_path: Path, ranks: int, *words: str) -> dict[str, torch.Tensor]:
+    return train(ddp.train, tmp_path / "reference", ranks, *words)
 
 
 def start(box: Box, folder: Path, *words: str, how: str = "") -> Command:
@@ -116,37 +123,31 @@ def log_of(folder: Path, job: str) -> str:
 # One command, one result ------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def on_one_machine(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
-    return train(ddp.train, tmp_path_factory.mktemp("reference") / "run", 4, *DIGITS)
-
-
-def test_two_nodes_of_two_ranks_train_what_this_machine_trains(
-    box: Box, tmp_path: Path, on_one_machine: dict[str, torch.Tensor]
-) -> None:
+def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_path: Path) -> None:
     words = ["-m", "recipes.ddp", *DIGITS, "out=run", "cluster.nodes=2", "cluster.tasks_per_node=2"]
+    words += ["cluster.setup=['echo set up on $(hostname)']"]
+    words += ["cluster.container=env", f"cluster.python={sys.executable}"]  # `env` too runs the command after it
     code, said = end(start(box, tmp_path, *words))
     assert code == 0, said
-    assert_equal(weights(tmp_path / "run"), on_one_machine)
     job = said.split()[1]
     for words in (f"job {job} submitted to partition low: 2 nodes, 4 ranks", "run/slurm/1/", f"scancel {job}"):
         assert words in said
+    assert "set up on node1\n" in said
     order = [said.index(words) for words in (": queued", ": running on node[1-2]", "ddp finished", ": finished")]
     assert order == sorted(order), said
     assert "cluster: null" in (tmp_path / "run" / "config.yaml").read_text(), "it can be continued anywhere"
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["hosts"] == ["node1"] * 2 + ["node2"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "one run directory, and nothing beside it"
+    assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 4, *DIGITS))
 
 
-def test_torchrun_in_a_batch_job_trains_the_same(
-    box: Box, tmp_path: Path, on_one_machine: dict[str, torch.Tensor]
-) -> None:
+def test_torchrun_in_a_batch_job_trains_the_same(box: Box, tmp_path: Path) -> None:
     """Its variables win over Slurm's, which count one task a node."""
-    job = box.sbatch(
-        str(ROOT / "slurm" / "torchrun.sbatch"), "ddp", *DIGITS, cwd=tmp_path, env={"PYTHON": sys.executable}
-    )
+    script = str(ROOT / "slurm" / "torchrun.sbatch")
+    job = box.sbatch(script, "ddp", *SHORT, cwd=tmp_path, env={"PYTHON": sys.executable})
     box.wait_for_state(job, "COMPLETED", 120)
-    assert_equal(weights(tmp_path / "outputs" / "ddp" / f"job-{job}"), on_one_machine)
+    out = tmp_path / "outputs" / "ddp" / f"job-{job}"
+    assert_equal(weights(out), on_this_machine(tmp_path, 4, *SHORT))
 
 
 def test_a_sweep_is_an_array(box: Box, tmp_path: Path) -> None:
@@ -159,11 +160,11 @@ def test_a_sweep_is_an_array(box: Box, tmp_path: Path) -> None:
         assert f"_{point}: finished" in said
 
 
-def test_plain_srun_needs_no_launcher(box: Box, tmp_path: Path, on_one_machine: dict[str, torch.Tensor]) -> None:
-    words = ["srun", "--nodes=2", "--ntasks-per-node=2", sys.executable, "-m", "recipes.ddp"]
-    done = box.run(*words, *DIGITS, "out=run", cwd=tmp_path, timeout=120)
+def test_plain_srun_needs_no_launcher(box: Box, tmp_path: Path) -> None:
+    words = ["srun", "--nodes=2", sys.executable, "-m", "recipes.ddp"]
+    done = box.run(*words, *SHORT, "out=run", cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert_equal(weights(tmp_path / "run"), on_one_machine)
+    assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 2, *SHORT))
 
 
 # Refused ----------------------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ REFUSED = {
     "batch_size=8,33 -m": ["batch_size=33", "2 ranks"],
     "cluster.partition=nowhere": ["cluster.partition=nowhere", "there is high, low"],
     "cluster.gpus_per_node=3 cluster.tasks_per_node=1 device=cpu": ["cluster.gpus_per_node=3", "gpu:2"],
-    "cluster.sbatch.nonsense=1": ["nonsense"],
+    "+cluster.sbatch.nonsense=1": ["sbatch refuses the job", "--nonsense"],
 }
 
 
@@ -189,15 +190,14 @@ for words in sys.argv[1:]:
         ddp.train.main()
     print(os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
 """
-    before = box.queue()
     done = box.run(sys.executable, "-c", script, *REFUSED, cwd=tmp_path)
     lines = done.stderr.splitlines()
     assert lines[1::2] == ["2"] * len(REFUSED), done.stderr
     for line, parts in zip(lines[::2], REFUSED.values(), strict=True):
         assert line.startswith("error: ")
         assert all(part in line for part in parts), line
-    assert box.queue() == before
-    assert list(tmp_path.iterdir()) == [], "nothing is left behind"
+    assert not {"PENDING", "RUNNING"} & set(box.queue().values())
+    assert not list(tmp_path.rglob("ranks")), "no run directory is left behind"
 
 
 def test_without_slurm_it_says_where_to_find_one(tmp_path: Path) -> None:
@@ -229,15 +229,25 @@ def test_ctrl_c_leaves_the_job_and_scancel_ends_the_following(box: Box, tmp_path
 # What breaks ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("how", "words"), [("raise", "KeyError: 'the cause'"), ("kill", "node2: task 1: Killed")])
-def test_a_rank_that_breaks_ends_the_job_once(box: Box, folder: Path, how: str, words: str) -> None:
-    code, said = end(start(box, folder, "ddp.py", *LONG, "out=run", "cluster.nodes=2", how=how))
-    assert code == {"raise": 1, "kill": 137}[how], said
-    assert words in said
-    assert said.count("Traceback") == (how == "raise"), said
+def test_an_exception_ends_the_job_and_is_shown_once(box: Box, folder: Path) -> None:
+    code, said = end(start(box, folder, "ddp.py", *LONG, "out=run", "cluster.nodes=2", how="raise"))
+    assert code == 1, said
+    assert "rank 1 failed\nTraceback" in said
+    assert said.count("Traceback") == said.count("KeyError: 'the cause'") == 1, said
     job = box.job(said.split()[1])
     assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
     assert json.loads((folder / "run" / "result.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_killed_rank_is_named_and_started_again_only_if_asked(box: Box, folder: Path, restarts: int) -> None:
+    words = ["ddp.py", *LONG, "out=run", "cluster.nodes=2", f"max_restarts={restarts}"]
+    code, said = end(start(box, folder, *words, how="kill"))
+    assert code == 137, said
+    assert said.count("node2: task 1: Killed") == restarts + 1, said
+    assert said.count("restart 1 of max_restarts=1") == restarts
+    job = box.job(said.split()[1])
+    assert (job["JobState"], job["Restarts"]) == ("FAILED", "0")
 
 
 def test_a_rank_that_never_comes_is_named_with_its_node(box: Box, tmp_path: Path) -> None:
@@ -268,7 +278,8 @@ def test_preempted_it_saves_and_comes_back(box: Box, folder: Path, uninterrupted
 def test_a_lost_node_costs_only_the_steps_since_the_last_checkpoint(
     box: Box, folder: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
-    job = submit(box, folder, "ddp.py", *LONG, "out=run", "cluster.nodes=2", how="slow")
+    words = ["ddp.py", *LONG, "checkpoint.every=4", "out=run", "cluster.nodes=2"]
+    job = submit(box, folder, *words, how="slow")
     wait_for_steps(folder / "run", 5)
     box.steer("node", "down", "node2")
     box.wait_for_state(job, "PENDING")
@@ -304,6 +315,64 @@ def test_a_batch_script_s_job_is_requeued_by_hand(
     box.wait_for_state(job, "COMPLETED", 120, restarts=1)
     assert_equal(weights(out), uninterrupted)
     assert "saved: requeue 1 of at most 20" in (tmp_path / f"lockstep-{job}.log").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", ["node1", "node2"])  # rank 0's, and another one's
+def test_a_node_that_is_cut_off_is_left_behind(node: str, folder: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
+    with Box(nodes=3, slurmd_timeout=5) as box:
+        assert not box.loopback, "a cut needs network namespaces"
+        words = ["ddp.py", *LONG, "checkpoint.every=4", "timeout_seconds=20", "out=run", "cluster.nodes=2"]
+        job = submit(box, folder, *words, how="slow")
+        wait_for_steps(folder / "run", 6)
+        box.steer("node", "cut", node)
+        box.wait_for_state(job, "RUNNING", 120, restarts=1)
+        assert node not in box.job(job)["NodeList"]
+        box.wait_for_state(job, "COMPLETED", 120, restarts=1)
+    assert_equal(weights(folder / "run"), uninterrupted)
+
+
+@pytest.mark.slow
+def test_before_its_time_limit_a_job_saves_and_comes_back(box: Box, folder: Path, tmp_path: Path) -> None:
+    words = [*TINY, "max_steps=80"]
+    code, said = end(
+        start(box, folder, "ddp.py", *words, "out=run", "cluster.nodes=2", "cluster.time_minutes=1", how="slow")
+    )
+    assert code == 0, said
+    assert "SIGUSR1: leaving" in said
+    assert "requeue 1 of at most 20" in said
+    assert_equal(weights(folder / "run"), on_this_machine(tmp_path, 2, *words))
+
+
+@pytest.mark.slow
+def test_a_restart_of_slurmctld_goes_unnoticed(box: Box, folder: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
+    process = start(box, folder, "ddp.py", *LONG, "out=run", "cluster.nodes=2", how="slow")
+    wait_for_steps(folder / "run", 4)
+    box.steer("ctl", "restart")
+    code, said = end(process)
+    assert code == 0, said
+    assert_equal(weights(folder / "run"), uninterrupted)
+
+
+@pytest.mark.slow
+def test_four_nodes_of_two_ranks(tmp_path: Path) -> None:
+    words = [*SHORT, "batch_size=16"]
+    with Box(nodes=4) as box:
+        shape = ["cluster.nodes=4", "cluster.tasks_per_node=2"]
+        code, said = end(start(box, tmp_path, "-m", "recipes.ddp", *words, "out=run", *shape))
+    assert code == 0, said
+    assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 8, *words))
+
+
+@pytest.mark.slow
+def test_the_tools_run_there_too(box: Box, tmp_path: Path) -> None:
+    verify = ["-m", "recipes.verify", "recipes=[ddp]", "precision=fp64", "max_steps=2", "cluster.nodes=2"]
+    code, said = end(start(box, tmp_path, *verify, "out=verify"))
+    assert code == 0, said
+    assert {row["verdict"] for row in json.loads((tmp_path / "verify" / "verify.json").read_text())} == {"equal"}
+    code, said = end(start(box, tmp_path, "-m", "recipes.compare", "recipes=[single]", *SHORT, "out=compare"))
+    assert code == 0, said
+    assert (tmp_path / "compare" / "compare.json").is_file()
 
 
 # Who am I ---------------------------------------------------------------------------------------------------------
@@ -352,6 +421,25 @@ def test_tasks_are_found_on_uneven_nodes(box: Box) -> None:
     done = box.run(sys.executable, "-c", script, env=env)
     assert done.stdout.split() == ["gpu1", "gpu1", "gpu2", "gpu2", "big7"], done.stderr
     assert nodes_of_tasks({}) == ()
+
+
+def test_a_job_of_many_nodes_says_so_when_one_trains_alone() -> None:
+    assert "this job has 2 nodes" in idle_nodes({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "2"})
+    assert idle_nodes({"SLURM_JOB_ID": "1", "SLURM_JOB_NUM_NODES": "1"}) == idle_nodes({}) == ""
+
+
+@pytest.mark.parametrize(
+    ("state", "told", "code"),
+    [
+        ("COMPLETED", "0:0", 0),
+        ("FAILED", "2:0", 2),
+        ("CANCELLED", "0:15", 143),
+        ("TIMEOUT", "0:0", 1),
+        ("FAILED", "", 1),
+    ],
+)
+def test_only_a_completed_job_exits_0(state: str, told: str, code: int) -> None:
+    assert exit_code(state, told) == code
 
 
 def test_the_interface_is_the_one_that_leads_there() -> None:

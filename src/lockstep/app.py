@@ -141,6 +141,8 @@ def submit(recipe: Recipe) -> int:
         world.check_nproc(nproc, device, backend)
         complete(config, recipe, nproc)
         launcher = load_launcher(config.launcher)
+        if note := cluster.idle_nodes(os.environ):
+            print(note, file=sys.stderr)
         out = rundir.freeze(config, recipe.name)
         if out is None:
             print(rundir.ALREADY_FINISHED.format(out=config.out))

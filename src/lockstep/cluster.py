@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
@@ -87,7 +87,9 @@ def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[s
             launcher.announce(found, there)
             jobs += found
     except UserError:
-        for out, new in made[len(jobs) :]:
+        if jobs:  # of another group, submitted a moment ago
+            launcher.cancel(jobs)
+        for out, new in made:
             if new is not None:
                 shutil.rmtree(out, ignore_errors=True)
                 remove_empty(out.parent, new)
@@ -99,6 +101,14 @@ def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[s
         if job.code:  # ranks that were killed, or never began, have left no word
             rundir.note_failure(job.out, recipe.name, 0, time.perf_counter() - started)
     return int(code)
+
+
+def idle_nodes(env: Mapping[str, str]) -> str:
+    """A word of warning where this machine is about to train alone in a job that has more; else nothing."""
+    nodes = env.get("SLURM_JOB_NUM_NODES", "1")
+    if "SLURM_JOB_ID" not in env or nodes == "1":
+        return ""
+    return f"note: this job has {nodes} nodes, and this trains on one of them; put srun in front to train on all"
 
 
 def first_missing(config: Config, recipe: Recipe) -> Path | None:

@@ -102,7 +102,9 @@ def train(
     listener: Listener,
 ) -> None:
     """Join the process group and run the recipe's function."""
-    lock = rundir.lock(out) if place.rank == 0 else None
+    # A requeued job's earlier ranks may still sit on a node that Slurm has lost, until their own time-out.
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    lock = rundir.lock(out, config.timeout_seconds if requeued else 0) if place.rank == 0 else None
     local_rank = os.environ.get("LOCAL_RANK")
     here = world.join(
         store,

@@ -7,6 +7,7 @@ import fcntl
 import json
 import re
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -118,17 +119,28 @@ def note_failure(out: Path, recipe: str, world_size: int, wall_seconds: float) -
             files.write_json(out / "result.json", result)
 
 
-def lock(out: Path) -> Any:
+def lock(out: Path, wait_seconds: float = 0) -> Any:
     """Keep a second start of the same run out while this process lives; keep what is returned.
 
     A POSIX lock: the kernel takes it back however the process ends, DataLoader workers do not inherit it, NFS knows it.
+
+    Args:
+        wait_seconds: how long an earlier start may take to end, where it is known to be ending.
 
     Raises:
         UserError: another process has it.
     """
     stream = (out / ".lock").open("w")
+    deadline = time.monotonic() + wait_seconds
     try:
-        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        while True:
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.5)
     except BlockingIOError:
         raise Busy(f"out={out}: another process is training there; wait for its end, or name another out") from None
     except OSError:
