@@ -655,7 +655,7 @@ def judge_files(before: dict[Path, tuple[int, int, int]], after: dict[Path, tupl
 
 # The real launcher ------------------------------------------------------------------------------------------------
 
-LAUNCHED = ("batch_size=32", "max_steps=24", "log_every=1", "optim.warmup_steps=3", "checkpoint.every=4", "threads=1")
+LAUNCHED = ("batch_size=32", "max_steps=16", "log_every=1", "optim.warmup_steps=3", "checkpoint.every=4", "threads=1")
 
 
 @dataclass(frozen=True)
@@ -679,7 +679,7 @@ def draw_blows(seed: int) -> tuple[Blow, ...]:
     for _ in range(dice.randint(1, 2)):
         sign = dice.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT))
         who = dice.randrange(-1, 2) if sign == signal.SIGKILL else -1
-        steps = dice.randint(1, 20) if dice.random() < 0.8 else -1
+        steps = dice.randint(1, 14) if dice.random() < 0.8 else -1
         found.append(Blow(sign, who, steps, dice.uniform(0.0, 5.0)))
     return tuple(found)
 

@@ -121,7 +121,7 @@ def samples_shifted(patch: Patch) -> None:
     [
         (None, ""),
         (no_momentum, "metrics.jsonl line 1"),
-        (one_last_bit, "metrics.jsonl line 11"),
+        (one_last_bit, "metrics.jsonl line 1"),
         (no_running_statistics, "metrics.jsonl line 15"),
         (other_random_numbers, "checkpoint: rng."),
         (samples_shifted, "metrics.jsonl line 1"),
@@ -195,7 +195,7 @@ def test_a_hang_is_reported_with_the_line_where_it_stands(tmp_path: Path, monkey
 
 def test_the_command_a_user_types_loses_nothing(tmp_path: Path) -> None:
     """Preempted; started again, loses a rank, and starts its ranks again by itself."""
-    blows = (Blow(signal.SIGTERM, -1, 6, 0.0), Blow(signal.SIGKILL, 1, 14, 0.0))
+    blows = (Blow(signal.SIGTERM, -1, 4, 0.0), Blow(signal.SIGKILL, 1, 11, 0.0))
     outcome = play_launched(blows, tmp_path)
     assert not outcome.wrong, outcome.wrong
     assert outcome.counts == {"signals": 1, "preemptions": 1, "kills": 1, "resumes": 2}, outcome.events
