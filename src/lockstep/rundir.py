@@ -35,7 +35,7 @@ def freeze(config: Config, recipe: str) -> Path | None:
     out = earlier or files.make_run_directory(config.out, recipe)
     try:
         if earlier:
-            lock(earlier).close()  # whoever trains there must not find its config changed
+            lock(earlier, 3).close()  # whoever trains there must not find its config changed; a killed one is let end
             result = read_result(earlier)
             if result.get("status") == "finished":
                 if config.max_steps == from_yaml((earlier / "config.yaml").read_text()).max_steps:
