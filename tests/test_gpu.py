@@ -55,3 +55,20 @@ def test_compile_trains(tmp_path: Path) -> None:
     done = command("-m", "recipes.single", *words, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "run")["status"] == "finished"
+
+
+@pytest.mark.parametrize(("first", "second"), [("cuda", "cpu"), ("cpu", "cuda"), ("cuda", "cuda")])
+def test_a_checkpoint_of_one_device_goes_on_on_the_other(first: str, second: str, tmp_path: Path) -> None:
+    words = ["precision=fp64", "model.norm=group", "log_every=1", "checkpoint.every=5", "optim=adamw"]
+    starts = {"parts": [(first, 5), (second, 10)], "whole": [("cpu", 10)]}
+    curves = {}
+    for out, devices in starts.items():
+        for device, stop in devices:
+            last = [f"device={device}", f"max_steps={stop}", f"out={out}"]
+            done = command("-m", "recipes.single", *words, *last, cwd=tmp_path, timeout=240)
+            assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        curves[out] = [line["loss"] for line in lines if "loss" in line]
+    assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000005"
+    assert len(curves["parts"]) == 10
+    assert curves["parts"] == pytest.approx(curves["whole"], rel=1e-8)
