@@ -1,6 +1,7 @@
 # Everything starts here, and needs nothing before it: `make demo` trains, `make test` proves.
 PYTHON ?= python3
 BIN := .venv/bin
+SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile  # much of a test is waiting: for ranks to start, for a cluster
 
 .PHONY: demo test test-all fuzz check format bench clean help slurm
 
@@ -11,10 +12,10 @@ demo: .venv/installed  ## train ResNet-18 on real digits with two ranks, about a
 	@$(BIN)/python -m recipes.ddp
 
 test: .venv/installed slurm  ## the tests: no network, no GPU needed
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow"
 
 test-all: .venv/installed slurm  ## the longest runs as well
-	$(BIN)/pytest
+	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 N ?= 100
 SEED ?= 0
