@@ -24,7 +24,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from lockstep import Recipe, Run, UserError, recipe
-from lockstep.checks import check_batch
+from lockstep.checks import check_batch, require
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.proof import Trace, angle, difference, trace, with_values
@@ -154,6 +154,8 @@ def train(run: Run) -> None:
         mine = with_values(base, proof.own)
         ranks = each.ranks or run.world.world_size
         try:
+            if each.needs:
+                require(each.needs, f"recipes.{each.name}")
             check_batch(mine, ranks)
             if each.check:
                 each.check(mine, mine.batch_size // (ranks // mine.stages))

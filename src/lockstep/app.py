@@ -57,6 +57,7 @@ class Recipe:
         global_batchnorm: BatchNorm sees all ranks' images, so a share of one image is enough.
         check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
         proof: what `recipes.verify` holds it to; None: nothing.
+        needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
     """
 
     train: Callable[[Run], None]
@@ -66,6 +67,7 @@ class Recipe:
     global_batchnorm: bool = False
     check: Callable[[Config, int], None] | None = None
     proof: Proof | None = None
+    needs: str | None = None
 
     @property
     def name(self) -> str:

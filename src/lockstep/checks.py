@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,8 +24,11 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
     """Check all that can be checked before anything is created, and fill in what follows from the data set.
 
     Raises:
-        UserError: a value is out of its range, does not fit another one, or is not supported yet.
+        UserError: a package is missing, or a value is out of its range, does not fit another one, or is not supported
+            yet.
     """
+    if recipe.needs:
+        require(recipe.needs, f"recipes.{recipe.name}")
     check_values(config)
     refuse_what_is_not_there_yet(config)
     for name, value, rule in walk(config):
@@ -64,6 +68,16 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
         check_batchnorm(config, share)
     if recipe.check:
         recipe.check(config, share)
+
+
+def require(package: str, who: str) -> None:
+    """Say how an optional package is installed where it is not; nothing of it is loaded.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{who} needs the package {package}, which is not installed: pip install 'lockstep[{package}]'")
 
 
 def check_source(config: Config) -> None:
