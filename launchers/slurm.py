@@ -200,6 +200,8 @@ def refusal(said: str, cluster: ClusterConfig) -> str:
 
 def announce(jobs: Sequence[Job], cluster: ClusterConfig) -> None:
     """Say where the jobs are and what can be done with them."""
+    from lockstep.words import count, short  # here: a job's head loads this file too, and need not load the library
+
     for job in jobs:
         partition = cluster.partition or ask(job.id).get("Partition", "the default one")
         shape = f"{count(cluster.nodes, 'node')}, {count((cluster.tasks_per_node or 1) * cluster.nodes, 'rank')}"
@@ -214,17 +216,6 @@ def announce(jobs: Sequence[Job], cluster: ClusterConfig) -> None:
 def cancel(jobs: Sequence[Job]) -> None:
     """Take jobs out of the queue again."""
     subprocess.run(["scancel", *(job.id for job in jobs)])
-
-
-def count(number: int, noun: str) -> str:
-    """`1 node`, `2 nodes`."""
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def short(path: Path) -> str:
-    """A path as a person would type it."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def follow(jobs: Sequence[Job]) -> int:
@@ -250,6 +241,8 @@ def follow(jobs: Sequence[Job]) -> int:
             show_log(job, len(jobs) > 1)
             print(f"job {job.id}: {job.shown}", flush=True)
     except KeyboardInterrupt:
+        from lockstep.words import short
+
         ids = " ".join(job.id for job in jobs if job.code is None)
         logs = shlex.join(short(job.log) for job in jobs if job.code is None)
         print(f"\nno longer following; the job goes on. Follow again: tail -F {logs}; cancel: scancel {ids}")

@@ -23,9 +23,9 @@ from lockstep import cluster, rank, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import UserError
 from lockstep.preemption import PREEMPTED
-from lockstep.report import short
 from lockstep.run import NothingLeft, Run
 from lockstep.schema import Config
+from lockstep.words import short
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from rich.text import Text
 
 from lockstep.metrics import Evaluation
 from lockstep.schema import Config
+from lockstep.words import count, interpreter, short
 from lockstep.world import World
 
 PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of progress at most this often
@@ -139,19 +138,3 @@ class Report:
             self.console.print(f"{self.recipe} finished", markup=False)
             for name, text in rows.items():
                 self.console.print(f"  {name:9} {text}", soft_wrap=True, markup=False)
-
-
-def count(number: int, noun: str) -> str:
-    """`1 rank`, `2 ranks`."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def interpreter() -> str:
-    """What to type for `python`: this interpreter's path where the plain name is another one's."""
-    return "python" if shutil.which("python") == sys.executable else short(Path(sys.executable))
-
-
-def short(path: Path) -> str:
-    """A path as a person would type it: relative to the working directory where it lies below it."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative

@@ -28,10 +28,11 @@ from lockstep.files import write_atomically, write_json
 from lockstep.models import count_parameters
 from lockstep.monitor import Monitor, open_monitors
 from lockstep.preemption import Agreement, Listener, Preempted
-from lockstep.report import Report, short
+from lockstep.report import Report
 from lockstep.rundir import CHECKPOINTS, checkpoint_folder
 from lockstep.schema import Config, OptimConfig, to_yaml
 from lockstep.state import Stateful, TrainingState, check_weights, read_weights, seed_generators, settle_buckets
+from lockstep.words import short
 from lockstep.world import World, make_group
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights

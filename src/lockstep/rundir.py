@@ -31,31 +31,31 @@ def freeze(config: Config, recipe: str) -> Path | None:
         UserError: `out` cannot be written to, holds something else, or a run with other settings.
     """
     text = f"# recipe: {recipe}\n{to_yaml(config)}"
-    earlier = found_in(config, recipe)
-    out = earlier or files.make_run_directory(config.out, recipe)
+    found = found_in(config, recipe)
+    out = found[0] if found else files.make_run_directory(config.out, recipe)
     try:
-        if earlier:
-            lock(earlier, 3).close()  # whoever trains there must not find its config changed; a killed one is let end
-            result = read_result(earlier)
+        if found:
+            lock(out, 3).close()  # whoever trains there must not find its config changed; a killed one is let end
+            result = read_result(out)
             if result.get("status") == "finished":
-                if config.max_steps == from_yaml((earlier / "config.yaml").read_text()).max_steps:
+                if config.max_steps == found[1].max_steps:
                     return None
-                if not (earlier / CHECKPOINTS).is_dir():
+                if not (out / CHECKPOINTS).is_dir():
                     raise UserError(
                         f"max_steps={config.max_steps}: out={config.out} finished at step {result['steps']} and "
                         "kept no checkpoint to go on from; set checkpoint.every in the next run"
                     )
-            (earlier / "result.json").unlink(missing_ok=True)
+            (out / "result.json").unlink(missing_ok=True)
         files.write_atomically(out / "config.yaml", text)
     except OSError as error:
-        if not earlier:
+        if not found:
             shutil.rmtree(out, ignore_errors=True)
         raise UserError(f"out={out}: cannot be written to ({error.strerror}); name another folder") from None
     return out
 
 
-def found_in(config: Config, recipe: str) -> Path | None:
-    """The folder `out`, if it holds a run that this config continues.
+def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
+    """The folder `out` and the config in it, if they are a run that this config continues.
 
     Raises:
         UserError: it holds another recipe's run, or one with other settings.
@@ -83,7 +83,7 @@ def found_in(config: Config, recipe: str) -> Path | None:
             f"out={config.out}: holds a run with other settings: {changed}; set them as they were to continue it, "
             "or name a new out"
         )
-    return out
+    return out, there
 
 
 def has_checkpoint(out: Path) -> bool:

@@ -1,0 +1,24 @@
+"""How numbers, paths and commands are put before a person."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+
+def count(number: int, noun: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def interpreter() -> str:
+    """What to type for `python`: this interpreter's path where the plain name is another one's."""
+    return "python" if shutil.which("python") == sys.executable else short(Path(sys.executable))
+
+
+def short(path: Path) -> str:
+    """A path as a person would type it: relative to the working directory where it lies below it."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
