@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from tests.harness import ROOT, clean_environment
+from tests.processes import children
 
 BOX = ROOT / "slurm" / "box"
 ENDED = ("BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "TIMEOUT")
@@ -140,7 +141,7 @@ class Command(subprocess.Popen[Any]):
 
     def send_signal(self, number: int) -> None:
         entered = isinstance(self.args, list) and self.args[0] == "nsenter"
-        inside = _children(self.pid) if entered and self.poll() is None else []
+        inside = children(self.pid) if entered and self.poll() is None else []
         if not inside:
             super().send_signal(number)
         for pid in inside:
@@ -153,16 +154,9 @@ class Command(subprocess.Popen[Any]):
         self.send_signal(signal.SIGKILL)
 
 
-def _children(pid: int) -> list[int]:
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:  # it ended
-        return []
-
-
 def _first_in_other_namespace(pid: int) -> int | None:
     """The first descendant with processes of its own: the box's process 1. None where it has no namespaces."""
-    for child in _children(pid):
+    for child in children(pid):
         if os.readlink(f"/proc/{child}/ns/pid") != os.readlink("/proc/self/ns/pid"):
             return child
         if found := _first_in_other_namespace(child):

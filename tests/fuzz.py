@@ -48,8 +48,9 @@ from lockstep.checks import complete
 from lockstep.preemption import PREEMPTED, SIGNALS, Listener
 from lockstep.rundir import freeze
 from lockstep.world import Place
-from tests.harness import ROOT, clean_environment, compose_config
+from tests.harness import compose_config
 from tests.narrow import NarrowResNet
+from tests.processes import as_a_shell, children, processes_of
 
 START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes one or two
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
@@ -655,7 +656,8 @@ def judge_files(before: dict[Path, tuple[int, int, int]], after: dict[Path, tupl
 
 # The real launcher ------------------------------------------------------------------------------------------------
 
-LAUNCHED = ("batch_size=32", "max_steps=16", "log_every=1", "optim.warmup_steps=3", "checkpoint.every=4", "threads=1")
+LAUNCHED = [sys.executable, "-m", "recipes.ddp"]
+LAUNCHED += ["batch_size=32", "max_steps=16", "log_every=1", "optim.warmup_steps=3", "checkpoint.every=4", "threads=1"]
 
 
 @dataclass(frozen=True)
@@ -682,39 +684,6 @@ def draw_blows(seed: int) -> tuple[Blow, ...]:
         steps = dice.randint(1, 14) if dice.random() < 0.8 else -1
         found.append(Blow(sign, who, steps, dice.uniform(0.0, 5.0)))
     return tuple(found)
-
-
-def launch(out: Path, *words: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "recipes.ddp", f"out={out}", *LAUNCHED, *words],
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def children(parent: int) -> list[int]:
-    """The processes that a process has started, in the order of their numbers."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
-                found.append(int(stat.parent.name))
-    return sorted(found)
-
-
-def alive(out: Path) -> list[int]:
-    """The ranks of a run that are still there: a killed launcher's must end as well."""
-    found = []
-    for environment in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):
-            if f"{rank.RUN_DIRECTORY}={out}\0".encode() in environment.read_bytes():
-                found.append(int(environment.parent.name))
-    return found
 
 
 def strike_launched(process: subprocess.Popen[str], out: Path, blow: Blow, logged: int) -> str:
@@ -752,7 +721,7 @@ def strike_launched(process: subprocess.Popen[str], out: Path, blow: Blow, logge
 def launched_reference() -> Result:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "out")
-        process = launch(out)
+        process = as_a_shell([*LAUNCHED, f"out={out}"], out.parent)
         said = process.communicate(timeout=START_SECONDS)[0]
         assert process.returncode == 0, said
         return result_of(out)
@@ -763,7 +732,7 @@ def play_launched(blows: tuple[Blow, ...], folder: Path) -> Outcome:
     expected, outcome, out = launched_reference(), Outcome(), folder / "out"
     for blow in (*blows, None):
         logged = len((out / "metrics.jsonl").read_bytes().splitlines()) if (out / "metrics.jsonl").exists() else 0
-        process = launch(out, "max_restarts=1")
+        process = as_a_shell([*LAUNCHED, f"out={out}", "max_restarts=1"], out.parent)
         hit = strike_launched(process, out, blow, logged) if blow else ""
         try:
             said = process.communicate(timeout=START_SECONDS)[0]
@@ -777,9 +746,9 @@ def play_launched(blows: tuple[Blow, ...], folder: Path) -> Outcome:
             outcome.counts["kills" if blow.sign == signal.SIGKILL else "signals"] += 1
             outcome.counts["preemptions"] += process.returncode == PREEMPTED
         deadline = time.monotonic() + 10
-        while alive(out) and time.monotonic() < deadline:
+        while processes_of(out) and time.monotonic() < deadline:
             time.sleep(0.05)
-        outcome.wrong = judge_launched(hit, blow, process.returncode, said, alive(out))
+        outcome.wrong = judge_launched(hit, blow, process.returncode, said, processes_of(out))
         if outcome.wrong:
             return outcome
         if rundir.read_result(out).get("status") == "finished":

@@ -63,6 +63,7 @@ from tests.fuzz import (
     warm,
 )
 from tests.harness import compose_config
+from tests.processes import wait_until
 
 NUMBERS = (*SIZE, "optim=adamw")
 RUN = Setup("ddp", 2, NUMBERS, ("checkpoint.every=4", "checkpoint.keep=4"))
@@ -413,13 +414,6 @@ def test_two_starts_on_one_run_do_not_meet(tmp_path: Path) -> None:
     finally:
         first.kill()  # and the kernel its ranks
         first.join()
-
-
-def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
 
 
 # Disks ------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import clean_environment, command
+from tests.processes import as_a_shell, processes_of, read, wait_until
 from tests.test_start_paths import TORCHRUN, free_port
 
 CRASHING = '''
@@ -137,8 +138,11 @@ def test_ranks_started_by_hand_say_it_themselves(folder: Path) -> None:
     assert said[1].startswith("rank 1 failed\nTraceback")
 
 
+LONG = [sys.executable, "-m", "recipes.ddp", "epochs=1000", "out=run", "data.workers=1"]
+
+
 def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
-    process = start_long_run(tmp_path)
+    process = as_a_shell(LONG, tmp_path, stderr=subprocess.PIPE)
     wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)
     os.killpg(process.pid, signal.SIGKILL)  # nobody is left to say anything, and no rank to go on
     assert process.communicate(timeout=10)[1] == ""
@@ -148,50 +152,13 @@ def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 3.5])
 def test_ctrl_c_while_starting_shows_no_traceback(seconds: float, tmp_path: Path) -> None:
-    process = start_long_run(tmp_path)
+    process = as_a_shell(LONG, tmp_path, stderr=subprocess.PIPE)
     time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=15)[1]
     assert "Traceback" not in said, said
     assert process.returncode in (130, 75, -2), said
     wait_until(lambda: not processes_of(tmp_path / "run"), 10)
-
-
-def start_long_run(folder: Path) -> subprocess.Popen[str]:
-    """A run that would take hours, with DataLoader workers, as a shell starts it: with Ctrl-C not ignored."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "recipes.ddp", "epochs=1000", "out=run", "data.workers=1"],
-        cwd=folder,
-        env=clean_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-
-
-def read(path: Path) -> str:
-    return path.read_text() if path.exists() else ""
-
-
-def wait_until(holds, seconds: float) -> None:  # type: ignore[no-untyped-def]
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.05)
-
-
-def processes_of(run: Path) -> list[str]:
-    """The processes, DataLoader workers among them, whose environment names the run directory."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"LOCKSTEP_RUN_DIR={run}\0".encode() in entry.read_bytes():
-                found.append(entry.parent.name)
-        except OSError:
-            continue  # it ended while we looked
-    return found
 
 
 def test_ranks_that_never_join_are_named(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import torch
 
 from recipes import ddp
 from tests.harness import clean_environment, command, train
-from tests.test_failures import processes_of, read, wait_until
+from tests.processes import as_a_shell, children, processes_of, read, wait_until
 from tests.test_start_paths import TORCHRUN, free_port
 
 RUN = ["data=synthetic", "data.size=96", "data.image_size=8", "batch_size=12", "log_every=1", "checkpoint.every=5"]
 WORDS = [*RUN, "epochs=4"]  # 32 steps: long enough to be hit
-DDP = [sys.executable, "-m", "recipes.ddp"]
+DDP = [sys.executable, "-m", "recipes.ddp", *WORDS]
 # A recipe of ours whose rank 1 dies once, at step 12; the file that MARK names says that it has.
 DYING = """
 import os
@@ -42,20 +42,6 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "run"
     train(ddp.train, out, 2, *WORDS)
     return out
-
-
-def start(folder: Path, *words: str, by: list[str] | None = None, **environment: str) -> subprocess.Popen[str]:
-    """A run as a shell starts it, in a session of its own, with Ctrl-C not ignored."""
-    return subprocess.Popen(
-        [*(by or DDP), *WORDS, *words],
-        cwd=folder,
-        env=clean_environment() | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
 
 
 def logged(out: Path) -> list[dict[str, Any]]:
@@ -86,19 +72,14 @@ def ranks_of(out: Path) -> dict[int, int]:
         parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
         rank = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
         if rank and f"LOCKSTEP_LAUNCHER_PID={parent}".encode() in environment:
-            found[rank[0]] = int(pid)
+            found[rank[0]] = pid
     return found
-
-
-def children_of(pid: int) -> list[int]:
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def test_ctrl_c_saves_and_the_printed_command_goes_on(whole: Path, tmp_path: Path) -> None:
     """With DataLoader workers, which a signal to the whole session reaches too."""
     out = tmp_path / "run"
-    process = start(tmp_path, "out=run", "data.workers=1")
+    process = as_a_shell([*DDP, "out=run", "data.workers=1"], tmp_path)
     wait_until(lambda: reached(out, 7), 60)
     for rank in ranks_of(out).values():
         os.killpg(rank, signal.SIGINT)
@@ -127,7 +108,7 @@ def result_step(said: str) -> int:
 )
 def test_a_scheduler_s_signal_to_one_process_preempts_all(sign: int, target: str, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = start(tmp_path, "out=run")
+    process = as_a_shell([*DDP, "out=run"], tmp_path)
     wait_until(lambda: reached(out, 3), 60)
     os.kill(process.pid if target == "launcher" else ranks_of(out)[1], sign)
     said = process.communicate(timeout=60)[0]
@@ -141,7 +122,7 @@ def test_a_scheduler_s_signal_to_one_process_preempts_all(sign: int, target: str
 def test_a_second_ctrl_c_ends_a_run_that_hangs(tmp_path: Path) -> None:
     """Rank 1 stands still, so no step boundary comes at which the ranks could agree."""
     out = tmp_path / "run"
-    process = start(tmp_path, "out=run", "epochs=1000")
+    process = as_a_shell([*DDP, "out=run", "epochs=1000"], tmp_path)
     wait_until(lambda: reached(out, 3), 60)
     stopped = ranks_of(out)[1]
     os.kill(stopped, signal.SIGSTOP)
@@ -181,9 +162,9 @@ def test_torchrun_restarts_in_the_same_directory(whole: Path, tmp_path: Path) ->
 def test_torchrun_does_not_restart_ranks_that_were_asked_to_leave(whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     by = [*TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}", "--max-restarts=3", "-m", "recipes.ddp"]
-    process = start(tmp_path, "out=run", by=by)
+    process = as_a_shell([*by, *WORDS, "out=run"], tmp_path)
     wait_until(lambda: reached(out, 3), 60)
-    os.kill(children_of(process.pid)[0], signal.SIGUSR2)
+    os.kill(children(process.pid)[0], signal.SIGUSR2)
     process.communicate(timeout=90)
     assert process.returncode != 0
     assert result(out)["status"] == "preempted"
@@ -224,7 +205,7 @@ def test_elastic_agents_grow_and_shrink(tmp_path: Path) -> None:
     wait_until(lambda: worlds()[-1:] == ["2"] or first.poll() is not None, 90)
     grown = len(logged(out))
     wait_until(lambda: len(logged(out)) > grown + 3 or first.poll() is not None, 90)
-    for pid in (second.pid, *children_of(second.pid)):  # a node that loses power takes the agent and its rank
+    for pid in (second.pid, *children(second.pid)):  # a node that loses power takes the agent and its rank
         os.kill(pid, signal.SIGKILL)
     assert first.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-3000:]
     assert worlds()[0] == "1"
