@@ -190,10 +190,11 @@ def settle_buckets(model: nn.Module, images: Tensor) -> None:
     a resumed run would take its first step with other last bits. One backward that is thrown away, before the state is
     restored, settles it.
     """
-    if isinstance(model, DistributedDataParallel):
-        model.train()
-        model(images).sum().backward()
-        model.zero_grad()
+    for wrapped in model.modules():  # Lightning's wrappers hold one
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.train()
+            wrapped(images).sum().backward()
+            wrapped.zero_grad()
 
 
 # Plain weights ----------------------------------------------------------------------------------------------------
