@@ -16,6 +16,7 @@ Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 """
 
 import importlib
+import json
 import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 from rich.table import Table
 
-from lockstep import Recipe, Run, UserError, recipe
+from lockstep import Proof, Recipe, Run, UserError, recipe
 from lockstep.checks import check_batch, require
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
@@ -38,7 +39,10 @@ IMAGES_A_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 i
 
 @dataclass
 class Row:
-    """One comparison; the five numbers are relative differences from `single`."""
+    """One comparison; the five numbers are relative differences from `single`.
+
+    `variant` says which of a recipe's proofs it is, where there are several.
+    """
 
     recipe: str
     precision: str
@@ -51,6 +55,7 @@ class Row:
     evaluation: float | None = None
     tolerance: float = 0.0
     verdict: str = "equal"
+    variant: str = ""
 
     def judge(self, differs: str) -> None:
         if differs:
@@ -73,23 +78,22 @@ def find(names: list[str] | None) -> list[Recipe]:
         UserError: a name is not one of them.
     """
     found = [importlib.import_module(f"recipes.{name}").train for name in choose(names)]
-    return [each for each in found if each.proof is not None]
+    return [each for each in found if each.proofs]
 
 
-def plan(run: Run) -> list[tuple[Recipe, str, dict[str, Any], str]]:
-    """The rows to come: (recipe, precision, settings for both sides, why they differ or nothing).
+def plan(run: Run) -> list[tuple[Recipe, Proof, str, dict[str, Any], str]]:
+    """The rows to come: (recipe, proof, precision, settings for both sides, why they differ or nothing).
 
     A precision other than the default one asks for the proofs in that precision alone.
     """
-    found: list[tuple[Recipe, str, dict[str, Any], str]] = []
+    found: list[tuple[Recipe, Proof, str, dict[str, Any], str]] = []
     everything = run.config.precision == Config().precision
     precisions = ["fp64", "fp32", "bf16"] if run.device.type == "cuda" else ["fp64", "fp32"]
-    for each in find(run.config.recipes):
-        assert each.proof is not None
+    for each, proof in ((one, proof) for one in find(run.config.recipes) for proof in one.proofs):
         for precision in precisions if everything else [run.config.precision]:
-            found.append((each, precision, each.proof.settings, ""))
-        if each.proof.differs and everything:
-            found.append((each, "fp64", each.proof.differs, each.proof.because))
+            found.append((each, proof, precision, proof.settings, ""))
+        if proof.differs and everything:
+            found.append((each, proof, "fp64", proof.differs, proof.because))
     return found
 
 
@@ -105,6 +109,11 @@ def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
         "recipes": None,
     }
     return with_values(run.config, common | values)
+
+
+def words(values: dict[str, Any]) -> list[str]:
+    """Settings as they would be typed."""
+    return [f"{name}={json.dumps(value) if isinstance(value, bool) else value}" for name, value in values.items()]
 
 
 def compare(row: Row, mine: Trace, theirs: Trace, differs: str) -> None:
@@ -130,7 +139,8 @@ def show(run: Run, rows: list[Row]) -> None:
         figures = [*(getattr(row, name) for name in numbers), allowed]
         cells = ["" if figure is None else f"{figure:.0e}" for figure in figures]
         style = "red" if row.fails else "green" if row.verdict == "equal" else "yellow"
-        table.add_row(row.recipe, row.precision, str(row.steps), *cells, f"[{style}]{row.verdict}[/]")
+        name = f"{row.recipe} {row.variant}".strip()
+        table.add_row(name, row.precision, str(row.steps), *cells, f"[{style}]{row.verdict}[/]")
     run.report.console.print(table)
 
 
@@ -144,11 +154,11 @@ def train(run: Run) -> None:
     single = importlib.import_module("recipes.single").train
     references: dict[str, Trace | None] = {}
     rows = []
-    for each, precision, values, differs in plan(run):
-        proof = each.proof
-        assert proof is not None
+    for each, proof, precision, values, differs in plan(run):
         row = Row(each.name, precision, run.world.world_size, run.config.max_steps or STEPS[precision])
         row.tolerance = TOLERANCE[precision]
+        own = words(proof.own)
+        row.variant = " ".join(own) if len(each.proofs) > 1 else ""
         rows.append(row)
         base = settings(run, precision, values)
         mine = with_values(base, proof.own)
@@ -162,11 +172,11 @@ def train(run: Run) -> None:
         except UserError as error:
             row.verdict = f"not run: {error}"
             continue
-        key = "-".join([precision, *(f"{name}={value}" for name, value in values.items())])
+        key = "-".join([precision, *words(values)])
         try:
             if key not in references:
                 references[key] = trace(run, single, base, f"single-{key}")
-            found, reference = trace(run, each, mine, f"{each.name}-{key}"), references[key]
+            found, reference = trace(run, each, mine, "-".join([each.name, key, *own])), references[key]
             if found and reference:
                 compare(row, found, reference, differs)
         except Exception as error:
@@ -176,7 +186,8 @@ def train(run: Run) -> None:
     if run.world.rank == 0:
         write_json(run.out / "verify.json", [asdict(row) for row in rows])
         show(run, rows)
-    verdict: list[Any] = [[f"{row.recipe} in {row.precision}" for row in rows if row.fails]]
+    off = [f"{row.recipe} in {row.precision}" + f" with {row.variant}" * bool(row.variant) for row in rows if row.fails]
+    verdict: list[Any] = [off]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
         raise CheckFailed(f"not the training that recipes.single computes: {', '.join(verdict[0])}; see verify.json")

@@ -56,7 +56,7 @@ class Recipe:
         next_command: what the final summary suggests.
         global_batchnorm: BatchNorm sees all ranks' images, so a share of one image is enough.
         check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
-        proof: what `recipes.verify` holds it to; None: nothing.
+        proof: what `recipes.verify` holds it to, one or several; None: nothing.
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
     """
 
@@ -66,7 +66,7 @@ class Recipe:
     next_command: str = ""
     global_batchnorm: bool = False
     check: Callable[[Config, int], None] | None = None
-    proof: Proof | None = None
+    proof: Proof | tuple[Proof, ...] | None = None
     needs: str | None = None
 
     @property
@@ -76,6 +76,10 @@ class Recipe:
     @property
     def doc(self) -> str:
         return sys.modules[self.train.__module__].__doc__ or ""
+
+    @property
+    def proofs(self) -> tuple[Proof, ...]:
+        return (self.proof,) if isinstance(self.proof, Proof) else self.proof or ()
 
     def __call__(self, run: Run) -> None:
         with contextlib.suppress(NothingLeft):  # it was cut off between its last step and its result
