@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -107,15 +108,15 @@ def train(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout: 
 
 def execute(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout: float = 120) -> None:
     """Run a recipe or a tool on forked ranks."""
+    if recipe.needs == "lightning":
+        importlib.import_module("lightning.fabric")  # once here, not once in every forked rank
     config = compose_config(recipe, f"out={out}", *overrides)
     complete(config, recipe, world_size)
     run_ranks(_train, world_size, recipe.target, to_yaml(config), str(freeze(config, recipe.name)), timeout=timeout)
 
 
 def _train(world: World, target: str, config: str, out: str) -> None:
-    from importlib import import_module
-
-    recipe = import_module(target).train
+    recipe = importlib.import_module(target).train
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     recipe(Run(recipe.name, from_yaml(config), world, Path(out)))

@@ -9,7 +9,8 @@ import pytest
 
 from tests.harness import command
 
-RECIPES = ["data_parallel", "grad_accumulation", "model_parallel", "pipeline_parallel", "single", "sync_batchnorm"]
+RECIPES = ["data_parallel", "grad_accumulation", "lightning_fabric", "model_parallel", "pipeline_parallel", "single"]
+RECIPES += ["sync_batchnorm"]
 
 
 @pytest.mark.slow

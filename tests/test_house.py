@@ -25,6 +25,7 @@ REPLACES: dict[str, list[str]] = {
     "data_parallel": [],
     "ddp": [],
     "grad_accumulation": LOOP,
+    "lightning_fabric": [LOOP[0], "with run.autocast():", LOOP[1]],
     "model_parallel": [LOSS],
     "pipeline_parallel": [
         "optimizer: Optimizer = SGD(model.parameters(), lr=optim.lr, momentum=optim.momentum, "

@@ -64,7 +64,7 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
     if config.resume not in ("auto", "never"):
         check_source(config)
     share = config.batch_size // (world_size // config.stages)
-    if not recipe.global_batchnorm:
+    if not (recipe.global_batchnorm or config.sync_batchnorm):
         check_batchnorm(config, share)
     if recipe.check:
         recipe.check(config, share)

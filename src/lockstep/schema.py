@@ -37,6 +37,7 @@ def key(
 
 
 SPLIT = ("model_parallel", "pipeline_parallel")
+LIGHTNING = ("lightning_fabric", "lightning_trainer")
 
 
 @dataclass
@@ -149,6 +150,7 @@ class Config:
         ("gpipe", "1f1b", "interleaved", "zero_bubble"),
         only=("pipeline_parallel",),
     )
+    sync_batchnorm: bool = key(False, "BatchNorm over the global batch", only=LIGHTNING)
     demonstrate: bool = key(False, "2 images a rank, with and without, beside one process", only=("sync_batchnorm",))
     forget: str | None = key(
         None,

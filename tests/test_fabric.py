@@ -1,0 +1,124 @@
+"""recipes.lightning_fabric: the ranks that are there, our precision once, and the SyncBatchNorm that Fabric lacks."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import DDPStrategy
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.functional import cross_entropy
+
+from lockstep import preemption
+from lockstep.batchnorm import SyncBatchNorm, convert_sync_batchnorm
+from lockstep.lightning import joined
+from lockstep.proof import difference
+from lockstep.world import World
+from recipes import ddp, lightning_fabric, single, sync_batchnorm
+from tests.harness import run_ranks, train
+from tests.narrow import narrow_resnet18
+
+pytestmark = pytest.mark.usefixtures("narrow")
+
+TINY = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "max_steps=4", "optim.warmup_steps=0")
+
+
+def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+
+
+@pytest.mark.parametrize("words", [("accumulate=3",), ("precision=bf16",)], ids=str)
+def test_fabric_trains_what_ddp_trains_to_the_last_bit(words: tuple[str, ...], tmp_path: Path) -> None:
+    mine = train(lightning_fabric.train, tmp_path / "fabric", 2, *TINY, *words)
+    assert_equal(mine, train(ddp.train, tmp_path / "ddp", 2, *TINY, *words))
+
+
+def test_synchronised_it_is_one_process(tmp_path: Path) -> None:
+    """3 ranks; and what recipes.sync_batchnorm does, it does."""
+    words = (*TINY, "precision=fp64")
+    mine = train(lightning_fabric.train, tmp_path / "fabric", 3, *words, "sync_batchnorm=true")
+    assert difference(mine, train(single.train, tmp_path / "single", 1, *words)) < 1e-10
+    assert_equal(mine, train(sync_batchnorm.train, tmp_path / "sync", 3, *words))
+
+
+def looked_at(world: World, when: str) -> tuple[int, int, bool, int, dict[str, torch.Tensor]]:
+    """Layers that synchronise, all-reduces of three pieces, whether signals are still ours, threads, the weights."""
+    torch.manual_seed(0)
+    listener = preemption.Listener(lambda words: None)
+    before = [preemption.signal.getsignal(number) for number in preemption.SIGNALS]
+    threads = torch.get_num_threads()
+    model = narrow_resnet18(10, nn.BatchNorm2d).double()
+    fabric = Fabric(strategy=DDPStrategy(**joined(world)), precision="64-true")
+    fabric.launch()
+    if when == "before":
+        convert_sync_batchnorm(model)
+    wrapped, optimizer = fabric.setup(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    if when == "after":
+        convert_sync_batchnorm(wrapped)
+    reduced: list[Any] = []
+
+    def count(group, bucket):  # type: ignore[no-untyped-def]
+        if bucket.is_last():
+            reduced.append(bucket)
+        return allreduce_hook(group, bucket)
+
+    wrapped._forward_module.register_comm_hook(None, count)
+    images = torch.randn(12, 3, 16, 16, generator=torch.Generator().manual_seed(1)).double()
+    for number, piece in enumerate(images.chunk(3)):
+        mine = piece.chunk(world.world_size)[world.rank]
+        with fabric.no_backward_sync(wrapped, enabled=number < 2):
+            with fabric.autocast():
+                loss = cross_entropy(wrapped(mine), torch.arange(len(mine)))
+            fabric.backward(loss / 3)
+    optimizer.step()
+    kept = [preemption.signal.getsignal(number) for number in preemption.SIGNALS] == before
+    listener.close()
+    layers = sum(isinstance(layer, SyncBatchNorm) for layer in wrapped.modules())
+    return layers, len(reduced), kept, torch.get_num_threads() - threads, dict(model.state_dict())
+
+
+def test_what_fabric_leaves_alone_and_when_to_convert() -> None:
+    """Converted after setup the layers synchronise all the same, because only their class changes."""
+    found = {when: run_ranks(looked_at, 2, when)[0] for when in ("never", "before", "after")}
+    for layers, reduced, kept, threads, _ in found.values():
+        assert reduced == 1, "no_backward_sync holds back all but the last piece"
+        assert kept, "signals have one owner"
+        assert threads == 0
+        assert layers in (0, 19)
+    assert [found[when][0] for when in found] == [0, 19, 19]
+    assert_equal(found["after"][4], found["before"][4])
+    assert difference(found["never"][4], found["before"][4]) > 1e-3
+
+
+def test_ranks_say_where_they_are() -> None:
+    """Two hosts of two ranks, seen from the last one, which Slurm shows a single GPU."""
+    cpu = torch.device("cpu")
+    plan = joined(World(3, 4, 1, ["a", "a", "b", "b"], cpu, "gloo", 1))
+    ranks = plan["cluster_environment"]
+    assert (ranks.global_rank(), ranks.world_size(), ranks.local_rank(), ranks.node_rank()) == (3, 4, 1, 1)
+    assert plan["parallel_devices"] == [cpu, cpu]
+    assert ranks.creates_processes_externally
+
+
+@pytest.mark.parametrize(
+    ("module", "words", "parts"),
+    [
+        (lightning_fabric, "sync_batchnorm=true model.norm=group", ["model.norm=group", "set model.norm=batch"]),
+        (ddp, "sync_batchnorm=true", ["sync_batchnorm=True", "recipes.ddp does not use it", "lightning_fabric"]),
+    ],
+)
+def test_bad_input_is_refused(module, words, parts, tmp_path: Path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [module.train.name, *words.split()])
+    with pytest.raises(SystemExit) as leaving:
+        module.train.main()
+    said = capfd.readouterr()
+    assert (leaving.value.code, said.err.count("\n")) == (2, 1), said.err
+    assert all(part in said.err for part in parts), said.err
+    assert list(tmp_path.iterdir()) == []
