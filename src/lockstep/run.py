@@ -91,6 +91,7 @@ class Run:
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
+        self._agreement: Agreement | None = None
         self._checkpoints: Checkpoints | None = None
         self._resumed_from: str | None = None
         self._started_at = 0  # the step of the checkpoint that this start went on from
@@ -165,10 +166,10 @@ class Run:
         Raises:
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
-        self._whole = whole = whole or (lambda: unwrap(model))
+        self._whole = whole or (lambda: unwrap(model))
         if self.keep_gradients:
             optimizer.register_step_pre_hook(lambda *_: self._before_update(unwrap(model)))
-        seed_generators(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
+        self._seed_ranks()
         state = TrainingState(
             unwrap(model),
             optimizer,
@@ -180,65 +181,25 @@ class Run:
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
         self._resume(state, model)
-        factor = lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch)
-        schedule = LambdaLR(optimizer, factor, last_epoch=self.step - 1)
-        agreement = None
-        if self.listener:
-            agreement, self.listener.training = Agreement(self.world.control, self.listener), True
-        if self.world.rank == 0:
-            self.monitors = open_monitors(self.config.monitor.name, self.out, self.step)
-        self._parameters = count_parameters(whole())
-        self.report.start(
-            parameters=self._parameters,
-            images=(len(self.train_set), len(self.eval_set)),
-            steps=(self.steps_per_epoch, self.total_steps),
-            first=self.step,
-        )
+        schedule = LambdaLR(optimizer, self.lr_factor, last_epoch=self.step - 1)
+        self._begin(optimizer)
         if self.step >= self.total_steps:
-            self._evaluation = self._evaluate(whole().eval())
+            self._evaluation = self._evaluate(self._whole().eval())
             raise NothingLeft
         batches = self.batches(self.step, self.total_steps)
-        logged_at, logged_step = time.perf_counter(), self.step
-        saved_at, saved_step = logged_at, self.step
         model.train()
-        while True:
-            sign, due = agreement.ask(self.step, self._due_by_the_clock(saved_at)) if agreement else (0, False)
-            last = self.step == self.total_steps
-            leaves = bool(sign) and not last
-            if (leaves or due or self._due_by_step(last)) and self.step > saved_step:
-                paused = time.perf_counter()
-                self._save(state, float(schedule.get_last_lr()[0]))
-                saved_at, saved_step = time.perf_counter(), self.step
-                logged_at += saved_at - paused
-            if leaves:
-                self._leave(sign)
-            if last:
-                break
-            self._timer.start()
+        while self._before_step(lambda: self._save(state)):
             yield next(batches)
-            lr = float(schedule.get_last_lr()[0])
             schedule.step()
-            self._timer.stop()
-            self.step += 1
-            last = self.step == self.total_steps
-            if self.step % self.config.log_every == 0 or last:
-                self._train_loss = loss = self._mean_loss()
-                now = time.perf_counter()
-                speed = (self.step - logged_step) * self.config.batch_size / (now - logged_at)
-                logged_at, logged_step = now, self.step
-                self._log(loss=loss, lr=lr, images_per_second=round(speed, 1))
-                self.report.step(self.step, loss, speed)
-            else:
-                self._loss = None
-            if last or self._epoch_ends_with_evaluation():
-                paused = time.perf_counter()
+            if self._after_step():
                 model.eval()
-                self._evaluation = result = self._evaluate(whole().eval())
+                self._evaluated(self._evaluate(self._whole().eval()))
                 model.train()  # evaluation switched BatchNorm and dropout off: back on before the next batch
-                self._log(eval_loss=result.loss, eval_accuracy=result.accuracy)
-                self.report.evaluation(self.step, result)
-                self._judge(result)
-                logged_at += time.perf_counter() - paused
+
+    @property
+    def lr_factor(self) -> Callable[[int], float]:
+        """step → factor on optim.lr."""
+        return lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's shares of the global batches of steps start…stop − 1, as `steps` yields them."""
@@ -290,6 +251,75 @@ class Run:
         export(weights, self.out / "best.pt")
 
     # What happens between two batches ---------------------------------------------------------------------------
+
+    def _seed_ranks(self) -> None:
+        """Let dropout and the like differ between ranks."""
+        seed_generators(self.config.seed * 1_000_003 + self.world.rank)
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        """Start to listen, to log and to keep time, when the state is the one to go on from."""
+        self._optimizer = optimizer
+        if self.listener:
+            self._agreement, self.listener.training = Agreement(self.world.control, self.listener), True
+        if self.world.rank == 0:
+            self.monitors = open_monitors(self.config.monitor.name, self.out, self.step)
+        assert self._whole is not None
+        self._parameters = count_parameters(self._whole())
+        self.report.start(
+            parameters=self._parameters,
+            images=(len(self.train_set), len(self.eval_set)),
+            steps=(self.steps_per_epoch, self.total_steps),
+            first=self.step,
+        )
+        self._logged_at, self._logged_step = time.perf_counter(), self.step
+        self._saved_at, self._saved_step = self._logged_at, self.step
+
+    def _before_step(self, save: Callable[[], None]) -> bool:
+        """Save where a checkpoint is due, and leave where a signal has come; whether there is a step to take."""
+        sign, due = 0, False
+        if self._agreement:
+            sign, due = self._agreement.ask(self.step, self._due_by_the_clock())
+        last = self.step == self.total_steps
+        leaves = bool(sign) and not last
+        if (leaves or due or self._due_by_step(last)) and self.step > self._saved_step:
+            paused = time.perf_counter()
+            save()
+            self._saved_at, self._saved_step = time.perf_counter(), self.step
+            self._logged_at += self._saved_at - paused
+        if leaves:
+            self._leave(sign)
+        if not last:
+            self._lr = self._next_lr()
+            self._timer.start()
+        return not last
+
+    def _after_step(self) -> bool:
+        """Count and log a step that was taken; whether an evaluation is due, whose result `_evaluated` takes."""
+        self._timer.stop()
+        self.step += 1
+        last = self.step == self.total_steps
+        if self.step % self.config.log_every == 0 or last:
+            self._train_loss = loss = self._mean_loss()
+            now = time.perf_counter()
+            speed = (self.step - self._logged_step) * self.config.batch_size / (now - self._logged_at)
+            self._logged_at, self._logged_step = now, self.step
+            self._log(loss=loss, lr=self._lr, images_per_second=round(speed, 1))
+            self.report.step(self.step, loss, speed)
+        else:
+            self._loss = None
+        self._paused_at = time.perf_counter()
+        return last or self._epoch_ends_with_evaluation()
+
+    def _evaluated(self, result: metrics.Evaluation) -> None:
+        """Log an evaluation, and judge by it."""
+        self._evaluation = result
+        self._log(eval_loss=result.loss, eval_accuracy=result.accuracy)
+        self.report.evaluation(self.step, result)
+        self._judge(result)
+        self._logged_at += time.perf_counter() - self._paused_at
+
+    def _next_lr(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
 
     def _resume(self, state: TrainingState, model: nn.Module) -> None:
         """Take up what this run directory holds, else what resume=PATH names, else start at step 0."""
@@ -352,14 +382,14 @@ class Run:
         every = self.config.checkpoint.every
         return every is not None and (last or self.step % every == 0)
 
-    def _due_by_the_clock(self, saved_at: float) -> bool:
+    def _due_by_the_clock(self) -> bool:
         """Rank 0's clock decides; the others learn it with the agreement."""
         config = self.config.checkpoint
         if self.world.rank or config.every is not None or not config.minutes:
             return False
-        return time.perf_counter() - saved_at > 60 * config.minutes
+        return time.perf_counter() - self._saved_at > 60 * config.minutes
 
-    def _save(self, state: TrainingState, lr: float) -> None:
+    def _save(self, state: TrainingState) -> None:
         """Have the checkpoint of this step written."""
         if self.quiet:
             return
@@ -382,7 +412,7 @@ class Run:
             "samples_seen": self.step * self.config.batch_size,
             "batch_size": self.config.batch_size,
             "world_size": self.world.world_size,
-            "lr": lr,
+            "lr": self._next_lr(),
             "train_loss": self._train_loss,
             "metrics": asdict(self._evaluation) if self._evaluation else None,
             "best": self._best,
