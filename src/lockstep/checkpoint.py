@@ -1,6 +1,7 @@
 """Checkpoints on disk: written by all ranks beside training, complete or not there, found again after anything.
 
     checkpoints/step-00000120/   __R_0.distcp, .metadata   tensors, in torch.distributed.checkpoint's format
+                                 deepspeed/                an engine's files, where one keeps model and optimizer
                                  manifest.json             everything else, and size and SHA-256 of each file
                 LATEST, BEST     the names of two of these folders
 
@@ -17,7 +18,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,9 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+Files = Mapping[str, bytes | memoryview]  # contents, by their paths in the checkpoint
+
+
 class Checkpoints:
     """The checkpoints of one run; every rank has one, and all call each method together.
 
@@ -60,7 +64,14 @@ class Checkpoints:
         self.stall_seconds, self.failed, self.saved_step = 0.0, 0, 0
         self._flight: tuple[Future[Any], int] | None = None
 
-    def save(self, tensors: dict[str, Tensor], facts: dict[str, Any], *, best: bool = False) -> None:
+    def save(
+        self,
+        tensors: dict[str, Tensor],
+        facts: dict[str, Any],
+        *,
+        files: Callable[[], Files] = dict,
+        best: bool = False,
+    ) -> None:
         """Save what this rank holds of the state; the ranks' parts make up the whole.
 
         At most one save is under way: a second one waits for the first, so one copy of the state is all the memory
@@ -69,13 +80,14 @@ class Checkpoints:
         Args:
             tensors: {name: tensor}; of a tensor that several ranks hold, one rank's is written.
             facts: what goes into the manifest, JSON: `step` at least.
+            files: makes this rank's further files.
             best: also the best one so far.
         """
         self.wait()
         started = time.perf_counter()
         step = facts["step"]
         if not (self.folder / folder_name(step)).exists():  # a good one is never overwritten
-            self._flight = self.saver.start(tensors, self._temporary(step), facts, self.keep, best), step
+            self._flight = self.saver.start(tensors, files(), self._temporary(step), facts, self.keep, best), step
         self.stall_seconds += time.perf_counter() - started
         if not self.saver.asynchronous:
             self.wait()

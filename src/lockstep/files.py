@@ -14,7 +14,7 @@ from typing import Any
 from lockstep.errors import UserError
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Write beside `path`, flush to disk, then rename: after a crash there is the old file or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

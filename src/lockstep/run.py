@@ -31,7 +31,7 @@ from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.report import Report
 from lockstep.rundir import CHECKPOINTS, checkpoint_folder
 from lockstep.schema import Config, OptimConfig, to_yaml
-from lockstep.state import Stateful, TrainingState, check_weights, read_weights, seed_generators, settle_buckets
+from lockstep.state import Engine, Stateful, TrainingState, check_weights, read_weights, seed_generators, settle_buckets
 from lockstep.words import short
 from lockstep.world import World, make_group
 
@@ -88,6 +88,7 @@ class Run:
         self.keep_gradients = False
         self.first_gradients: dict[str, Tensor] = {}
         self._whole: Callable[[], nn.Module] | None = None
+        self._engine: Engine | None = None
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
@@ -146,6 +147,7 @@ class Run:
         optimizer: Optimizer,
         whole: Callable[[], nn.Module] | None = None,
         keep: Mapping[str, Stateful] | None = None,
+        engine: Engine | None = None,
     ) -> Iterator[Batch]:
         """Yield this rank's share of every global batch, on its device, until training is over.
 
@@ -159,6 +161,7 @@ class Run:
             whole: called on all ranks together, returns the complete model on each, for evaluation and export; needed
                 where a rank holds only a part of it.
             keep: further objects that checkpoints are to hold, by name, such as a GradScaler.
+            engine: what saves and restores model and optimizer by its own means.
 
         Yields:
             Batch: images [batch_size / shards, 3, H, W], normalised, in the model's dtype; labels int64.
@@ -166,8 +169,10 @@ class Run:
         Raises:
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
-        self._whole = whole or (lambda: unwrap(model))
-        if self.keep_gradients:
+        self._engine, self._whole = engine, whole or (lambda: unwrap(model))
+        if self.keep_gradients and engine:
+            engine.keep_gradients(self.first_gradients)
+        elif self.keep_gradients:
             optimizer.register_step_pre_hook(lambda *_: self._before_update(unwrap(model)))
         self._seed_ranks()
         state = TrainingState(
@@ -177,6 +182,7 @@ class Run:
             rank=self.world.rank,
             device=self.device,
             owns_buffers=self.shard == 0,
+            engine=engine,
         )
         for group in optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])
@@ -244,10 +250,13 @@ class Run:
             return
         if best.name != checkpoint.folder_name(self._best_step or 0):
             self.report.line(f"best.pt is {best.name}'s: step {self._best_step} was better and could not be saved")
-        from lockstep import storage
+        if self._engine:
+            weights = self._engine.weights(best / self._engine.name)
+        else:
+            from lockstep import storage
 
-        weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in module.state_dict().items()}
-        storage.load(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
+            weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in module.state_dict().items()}
+            storage.load(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
         export(weights, self.out / "best.pt")
 
     # What happens between two batches ---------------------------------------------------------------------------
@@ -337,10 +346,10 @@ class Run:
         if found.path is None and source not in ("auto", "never"):
             if Path(source).expanduser().is_file():
                 weights = read_weights(Path(source).expanduser())
-                mine = state.module.state_dict()
-                weights = {name: tensor for name, tensor in weights.items() if name in mine}
-                check_weights(Path(source), weights, state.module)
-                state.module.load_state_dict(weights)
+                mine = self._whole() if self._engine and self._whole else state.module
+                weights = {name: tensor for name, tensor in weights.items() if name in mine.state_dict()}
+                check_weights(Path(source), weights, mine)
+                state.load(weights)
                 self._resumed_from = source
                 self.report.line(f"starting from the weights in {source}")
                 return
@@ -421,7 +430,7 @@ class Run:
             "config": self._config_text,
         }
         best, self._best_is_new = self._best_is_new, False
-        self._checkpoints.save(state.tensors(), facts | state.facts(), best=best)
+        self._checkpoints.save(state.tensors(), facts | state.facts(), files=state.files, best=best)
 
     def _leave(self, sign: int) -> None:
         """Write down how far it came, and go.

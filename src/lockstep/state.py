@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from lockstep.checkpoint import Files
 from lockstep.errors import UserError
 
 
@@ -34,12 +35,53 @@ class Stateful(Protocol):
     def load_state_dict(self, state: Any) -> Any: ...
 
 
+class Engine(Protocol):
+    """A trainer from elsewhere that keeps weights and optimizer in files of its own, such as DeepSpeed.
+
+    Its files become part of a checkpoint as if lockstep had written them: in the background, with their hashes in the
+    manifest, flushed, and under their final name only when all of them are complete. So it hands over bytes, and leaves
+    the disk alone: on a full one, one rank would fail and the others wait for it.
+
+    All ranks call each method together, except `weights`.
+
+    Attributes:
+        name: of the folder within a checkpoint that holds its files.
+    """
+
+    name: str
+
+    def files(self) -> Files:
+        """{file name: content}: what this rank holds of the state, copied."""
+        ...
+
+    def restore(self, folder: Path, same_ranks: bool) -> None:
+        """Take over the state in a folder of its files.
+
+        Args:
+            same_ranks: as many ranks as now have saved it: then training must go on to the same bits.
+        """
+        ...
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over a plain state_dict of the whole model, on the CPU, and leave the optimizer as it is."""
+        ...
+
+    def weights(self, folder: Path) -> dict[str, Tensor]:
+        """The plain state_dict in a folder of its files, on the CPU. One rank calls it alone."""
+        ...
+
+    def keep_gradients(self, into: dict[str, Tensor]) -> None:
+        """Fill a dict with the first update's gradients, whole and by the model's names, when they are there."""
+        ...
+
+
 class TrainingState:
     """The state of one rank's training.
 
     Args:
         module: what this rank holds of the model, unwrapped, under the names of the whole model.
         keep: {name: object}, kept besides model and optimizer; equal on all ranks.
+        engine: what keeps model and optimizer instead, in files of its own.
         owns_buffers: whether this rank's buffers count. Ranks that share a module's work each have running statistics
             of their own where BatchNorm is local; evaluation and DDP take the first one's, and so does a checkpoint.
     """
@@ -53,15 +95,21 @@ class TrainingState:
         rank: int,
         device: torch.device,
         owns_buffers: bool,
+        engine: Engine | None = None,
     ) -> None:
-        self.module, self.optimizer, self.keep = module, optimizer, keep
+        self.module, self.optimizer, self.keep, self.engine = module, optimizer, keep, engine
         self.rank, self.device, self.owns_buffers = rank, device, owns_buffers
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         # In the order in which the optimizer numbers them in its own state_dict.
-        self.trained = [(names[id(p)], p) for group in optimizer.param_groups for p in group["params"]]
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.trained = [] if engine else [(names[id(p)], p) for p in parameters]
+
+    def files(self) -> Files:
+        """What the engine's own files are to hold, by their paths in the checkpoint."""
+        return {f"{self.engine.name}/{name}": data for name, data in self.engine.files().items()} if self.engine else {}
 
     def tensors(self) -> dict[str, Tensor]:
-        """What this rank holds, not copied."""
+        """What this rank holds besides, not copied."""
         parameters = {name for name, _ in self.module.named_parameters()}
         found = {}
         for name, tensor in self._model().items():
@@ -79,7 +127,7 @@ class TrainingState:
         """What of the state is no tensor, as JSON."""
         states = {name: thing.state_dict() for name, thing in self.keep.items()}
         plain = {name: {k: v for k, v in state.items() if not isinstance(v, Tensor)} for name, state in states.items()}
-        return {"keep": json.loads(json.dumps(plain))}
+        return {"keep": json.loads(json.dumps(plain)), "engine": self.engine and self.engine.name}
 
     def restore(self, path: Path, facts: dict[str, Any], group: dist.ProcessGroup | None) -> None:
         """Take over the state in a checkpoint. All ranks call it together.
@@ -89,6 +137,12 @@ class TrainingState:
         """
         from lockstep import storage  # a second to import, which a run that starts at step 0 need not wait for
 
+        there, here = facts.get("engine"), self.engine and self.engine.name
+        if there != here:
+            raise UserError(
+                f"{path}: holds {there or 'lockstep'}'s files, and this recipe reads {here or 'lockstep'}'s; "
+                f"go on with recipes.{facts['recipe']}, or take the weights alone, with resume=RUN/model.pt"
+            )
         saved = storage.described(path)
         wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self._model().items()}
         for name, tensor in wanted.items():
@@ -117,14 +171,26 @@ class TrainingState:
         streams = {name: state for name, state in streams.items() if f"rng.{self.rank}.{name}" in saved}
         wanted |= {f"rng.{self.rank}.{name}": state for name, state in streams.items()}
         storage.load(path, wanted, group)
-        packed = self.optimizer.state_dict()
-        packed["state"] = {number: state for number, state in enumerate(moments) if state}
-        self.optimizer.load_state_dict(packed)
+        if self.engine:
+            self.engine.restore(path / self.engine.name, facts["world_size"] == dist.get_world_size())
+        else:
+            packed = self.optimizer.state_dict()
+            packed["state"] = {number: state for number, state in enumerate(moments) if state}
+            self.optimizer.load_state_dict(packed)
         for name, thing in self.keep.items():
             thing.load_state_dict(kept[name] | facts["keep"].get(name, {}))
         set_generators(streams, self.device)
 
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over plain weights."""
+        if self.engine:
+            self.engine.load(weights)
+        else:
+            self.module.load_state_dict(weights)
+
     def _model(self) -> dict[str, Tensor]:
+        if self.engine:
+            return {}
         return {name: require_tensor(value, name) for name, value in self.module.state_dict().items()}
 
 

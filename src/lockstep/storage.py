@@ -23,9 +23,9 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
-from lockstep.checkpoint import commit, fingerprint
+from lockstep.checkpoint import Files, commit, fingerprint
 from lockstep.errors import UserError
-from lockstep.files import write_atomically
+from lockstep.files import sync_folder, write_atomically
 
 
 class Saver:
@@ -40,10 +40,10 @@ class Saver:
         self.stager: DefaultStager | None = None
 
     def start(
-        self, tensors: dict[str, Tensor], temporary: Path, facts: dict[str, Any], keep: int, best: bool
+        self, tensors: dict[str, Tensor], files: Files, temporary: Path, facts: dict[str, Any], keep: int, best: bool
     ) -> Future[Any]:
         """Begin to write; the tensors may change when this returns. The result of the Future is that all is on disk."""
-        writer = Writer(temporary, facts, keep, best)
+        writer = Writer(temporary, files, facts, keep, best)
         if self.asynchronous:
             self.stager = self.stager or make_stager(tensors)
             flight: Any = dcp_async_save(
@@ -79,19 +79,26 @@ def make_stager(tensors: dict[str, Tensor]) -> DefaultStager:
 class Writer(FileSystemWriter):
     """torch's writer, which in the end seals the folder with a manifest and gives it its name."""
 
-    def __init__(self, temporary: Path, facts: dict[str, Any], keep: int, best: bool) -> None:
+    def __init__(self, temporary: Path, files: Files, facts: dict[str, Any], keep: int, best: bool) -> None:
         super().__init__(temporary, single_file_per_rank=True, sync_files=True, overwrite=False)
-        self.temporary, self.facts, self.keep, self.best = temporary, facts, keep, best
+        self.temporary, self.files, self.facts, self.keep, self.best = temporary, files, facts, keep, best
 
     def write_data(self, plan: Any, planner: Any) -> Any:
-        """Write this rank's file and, beside it, its hash: reading all ranks' files is too much for one of them."""
+        """Write this rank's files and, beside them, their hashes: reading all ranks' is too much for one of them."""
         prefix = plan.storage_data.prefix
         try:
             done = super().write_data(plan, planner)
-            sums = {path.name: fingerprint(path) for path in sorted(self.temporary.glob(f"{prefix}*.distcp"))}
+            for name, content in self.files.items():
+                (self.temporary / name).parent.mkdir(exist_ok=True)
+                write_atomically(self.temporary / name, content)
+            for folder in {(self.temporary / name).parent for name in self.files}:
+                sync_folder(folder)
+            written = [path.name for path in self.temporary.glob(f"{prefix}*.distcp")] + list(self.files)
+            sums = {name: fingerprint(self.temporary / name) for name in sorted(written)}
             write_atomically(self.temporary / f"{prefix}hash.json", json.dumps(sums))
         except (OSError, RuntimeError) as error:
-            for path in self.temporary.glob(f"{prefix}*"):  # a full disk is needed by others
+            mine = [self.temporary / name for name in self.files]
+            for path in [*self.temporary.glob(f"{prefix}*"), *mine]:  # a full disk is needed by others
                 path.unlink(missing_ok=True)
             # Where the disk is full, torch's zip writer stumbles over its own position while the OSError is under way.
             cause = error.__cause__ or error.__context__
