@@ -12,11 +12,12 @@ from lockstep.data import Batch
 
 
 class MicroBatch(NamedTuple):
-    """A piece of a batch: images [n, 3, H, W], labels [n], and its share n / N of the batch's N images."""
+    """A piece of a batch: images [n, 3, H, W], labels [n], its share n / N of the batch's N images, and its place."""
 
     images: Tensor
     labels: Tensor
     weight: float
+    last: bool = True
 
 
 def micro_batches(batch: Batch, count: int, model: nn.Module) -> Iterator[MicroBatch]:
@@ -34,4 +35,4 @@ def micro_batches(batch: Batch, count: int, model: nn.Module) -> Iterator[MicroB
         last = number == len(pieces) - 1
         quiet = getattr(model, "no_sync", contextlib.nullcontext)
         with contextlib.nullcontext() if last else quiet():
-            yield MicroBatch(images, labels, len(labels) / len(batch.labels))
+            yield MicroBatch(images, labels, len(labels) / len(batch.labels), last)

@@ -93,6 +93,10 @@ class EvalSampler(Sampler[tuple[int, Tensor]]):
         """Batches over all ranks."""
         return math.ceil(self.size / self.batch_size)
 
+    def rounds(self) -> int:
+        """Batches of the rank that has most; any other has one less at most."""
+        return math.ceil(self.batches() / self.world_size)
+
     def numbers(self) -> range:
         """The numbers of this rank's batches."""
         return range(self.rank, self.batches(), self.world_size)

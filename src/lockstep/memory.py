@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lockstep.state import is_sharded
 
 
 def saved_bytes(model: nn.Module, images: Tensor) -> int:
@@ -29,3 +33,19 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
     total = sum(seen.values())
     del output
     return total
+
+
+def state_bytes(optimizer: Optimizer) -> tuple[int, int]:
+    """Bytes of parameters, gradients and optimizer state: (what this rank holds, what all of it is without shards).
+
+    Counted for what the optimizer trains, gradients as if they were there, one the size of its parameter.
+    """
+    mine = total = 0
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)]
+            for tensor in (parameter, parameter, *state):
+                local = cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+                mine += local.numel() * local.element_size()
+                total += tensor.numel() * tensor.element_size()
+    return mine, total

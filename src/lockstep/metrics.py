@@ -27,13 +27,21 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[Tensor], Tensor], batches: Iterator[Batch], sampler: EvalSampler, device: torch.device
+    forward: Callable[[Tensor], Tensor],
+    batches: Iterator[Batch],
+    sampler: EvalSampler,
+    device: torch.device,
+    blank: Tensor | None = None,
 ) -> Evaluation:
     """Evaluate `forward` (images → logits [N, C]) over this rank's batches and combine all ranks' sums.
 
     Each rank writes its batches' sums into their own rows of a table of zeros, and one all-reduce adds the tables.
     Adding zero is exact, so every rank then holds the very table that one process would have made, and adds its rows
     in the same order: the same metric to the last bit on any number of ranks.
+
+    Args:
+        blank: images for a forward that counts nothing, where `forward` is one that all ranks must make together: the
+            ranks that have one batch less than the others make it.
 
     Raises:
         RuntimeError: a sample was lost or counted twice.
@@ -45,6 +53,8 @@ def evaluate(
         table[number, 0] = cross_entropy(logits.double(), labels, reduction="sum").item()
         table[number, 1] = (logits.argmax(1) == labels).sum().item()
         table[number, 2] = len(labels)
+    if blank is not None and len(sampler) < sampler.rounds():
+        forward(blank)
     table = table.to(device)
     dist.all_reduce(table)
     loss, correct, count = table.cpu().sum(0).tolist()

@@ -31,7 +31,18 @@ from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.report import Report
 from lockstep.rundir import CHECKPOINTS, checkpoint_folder
 from lockstep.schema import Config, OptimConfig, to_yaml
-from lockstep.state import Engine, Stateful, TrainingState, check_weights, read_weights, seed_generators, settle_buckets
+from lockstep.state import (
+    Engine,
+    Stateful,
+    TrainingState,
+    check_weights,
+    is_sharded,
+    read_weights,
+    seed_generators,
+    settle_buckets,
+    whole_weights,
+)
+from lockstep.state import whole as whole_tensor
 from lockstep.words import short
 from lockstep.world import World, make_group
 
@@ -89,6 +100,7 @@ class Run:
         self.first_gradients: dict[str, Tensor] = {}
         self._whole: Callable[[], nn.Module] | None = None
         self._engine: Engine | None = None
+        self._sharded = False  # no rank ever holds the whole model
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
@@ -159,7 +171,7 @@ class Run:
             model: what is trained, wrapped or not.
             optimizer: what updates it; its learning rate is set from here.
             whole: called on all ranks together, returns the complete model on each, for evaluation and export; needed
-                where a rank holds only a part of it.
+                where a rank holds only some of its layers. A model sharded by fully_shard is evaluated as it is.
             keep: further objects that checkpoints are to hold, by name, such as a GradScaler.
             engine: what saves and restores model and optimizer by its own means.
 
@@ -170,6 +182,7 @@ class Run:
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
         self._engine, self._whole = engine, whole or (lambda: unwrap(model))
+        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         if self.keep_gradients and engine:
             engine.keep_gradients(self.first_gradients)
         elif self.keep_gradients:
@@ -229,18 +242,19 @@ class Run:
         if self._checkpoints:
             self._checkpoints.wait()
         module = self._whole()
+        weights = whole_weights(module, self.device, keep=self.world.rank == 0)
         memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
         for monitor in self.monitors:
             monitor.close()
         if self.world.rank == 0:
-            export(module.state_dict(), self.out / "model.pt")
-            self._export_best(module)
+            export(weights, self.out / "model.pt")
+            self._export_best(weights)
             result = self._result("finished", memory)
             write_json(self.out / "result.json", result)
             self.report.finish(result)
 
-    def _export_best(self, module: nn.Module) -> None:
-        """Write best.pt, from the checkpoint that BEST names, on rank 0."""
+    def _export_best(self, last: Mapping[str, Tensor]) -> None:
+        """Write best.pt, from the checkpoint that BEST names, on rank 0; the last weights say what it consists of."""
         best = checkpoint.named(self.out / CHECKPOINTS, "BEST")
         if best is None:
             return
@@ -255,7 +269,7 @@ class Run:
         else:
             from lockstep import storage
 
-            weights = {name: torch.empty_like(tensor, device="cpu") for name, tensor in module.state_dict().items()}
+            weights = {name: torch.empty_like(tensor) for name, tensor in last.items()}
             storage.load(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
         export(weights, self.out / "best.pt")
 
@@ -471,7 +485,9 @@ class Run:
         """Keep what a proof compares: the first update's gradients, by the names of this rank's parameters."""
         if self.step == 0:
             named = module.named_parameters()
-            self.first_gradients = {name: p.grad.detach().clone() for name, p in named if p.grad is not None}
+            self.first_gradients = {
+                name: whole_tensor(p.grad.detach(), self.device).clone() for name, p in named if p.grad is not None
+            }
 
     @property
     def epoch(self) -> int:
@@ -526,6 +542,9 @@ class Run:
         )
         samples = data.Samples(self.eval_set, self.config.seed, augment=False)
         batches = map(self._prepare, data.loader(samples, sampler, self._workers(), self.device.type == "cuda"))
+        if self._sharded:  # its forward talks to all ranks, and its own policy says in which precision it computes
+            blank = self.to_model(torch.zeros(1, 3, self.image_size, self.image_size))
+            return metrics.evaluate(module, batches, sampler, self.device, blank)
         with self.autocast():
             return metrics.evaluate(module, batches, sampler, self.device)
 

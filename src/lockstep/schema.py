@@ -38,6 +38,7 @@ def key(
 
 SPLIT = ("model_parallel", "pipeline_parallel")
 LIGHTNING = ("lightning_fabric", "lightning_trainer")
+SHARDED = ("fsdp", "verify")
 
 
 @dataclass
@@ -86,6 +87,27 @@ class CheckpointConfig:
 
 
 @dataclass
+class FsdpConfig:
+    replicas: int = key(
+        1, "copies of the model, each sharded over its part of the ranks", minimum=1, only=SHARDED, free=True
+    )
+    reshard_after_forward: bool = key(
+        True,
+        "free each block's whole weights after its forward, gather them again for backward",
+        only=SHARDED,
+        free=True,
+    )
+    offload: bool = key(False, "keep shards and optimizer in host memory, and update there", only=SHARDED, free=True)
+    reduce: str = key("fp32", "precision=bf16: what gradients are averaged in", ("fp32", "bf16"), only=SHARDED)
+    sync: str = key(
+        "last",
+        "accumulate=N: average gradients after the last micro-batch, or after every one, which needs less memory",
+        ("last", "every"),
+        only=SHARDED,
+    )
+
+
+@dataclass
 class MonitorConfig:
     name: str = key("csv", "where the curves go, besides metrics.jsonl", ("csv", "tensorboard", "wandb"), free=True)
 
@@ -125,6 +147,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     cluster: ClusterConfig | None = None
     batch_size: int = key(96, "global batch: images the optimizer sees in one step, over all ranks", minimum=1)
     epochs: int = key(15, "passes over the training set", minimum=1)

@@ -100,6 +100,11 @@ class TrainingState:
         self.module, self.optimizer, self.keep, self.engine = module, optimizer, keep, engine
         self.rank, self.device, self.owns_buffers = rank, device, owns_buffers
         names = {id(parameter): name for name, parameter in module.named_parameters()}
+        if not all(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+            raise UserError(
+                "optimizer: holds tensors that are not the model's parameters, which would never change; "
+                "build it last: place the model, wrap or shard it, then make the optimizer from its parameters()"
+            )
         # In the order in which the optimizer numbers them in its own state_dict.
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.trained = [] if engine else [(names[id(p)], p) for p in parameters]
@@ -186,7 +191,7 @@ class TrainingState:
         if self.engine:
             self.engine.load(weights)
         else:
-            self.module.load_state_dict(weights)
+            fill(self.module, weights)
 
     def _model(self) -> dict[str, Tensor]:
         if self.engine:
@@ -261,6 +266,42 @@ def settle_buckets(model: nn.Module, images: Tensor) -> None:
             wrapped.train()
             wrapped(images).sum().backward()
             wrapped.zero_grad()
+
+
+# Tensors in shards ------------------------------------------------------------------------------------------------
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which a rank holds a part. (To import the class takes half a second.)"""
+    return hasattr(tensor, "full_tensor")
+
+
+def whole(tensor: Tensor, device: torch.device) -> Tensor:
+    """The complete tensor. Where it is sharded, all ranks call this together, and `device` is where they talk."""
+    return cast(Any, tensor.to(device)).full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole_weights(module: nn.Module, device: torch.device, keep: bool) -> dict[str, Tensor]:
+    """The complete state_dict on the CPU where `keep`, else nothing. All ranks call it; one tensor after the other is
+    put together on `device`, so that a model that fits no device whole can be exported."""
+    found = {}
+    for name, tensor in module.state_dict().items():
+        complete = whole(tensor.detach(), device)
+        if keep:
+            found[name] = complete.cpu()
+    return found
+
+
+def fill(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Copy complete weights, which this rank has, into a module; of a sharded tensor it takes its part."""
+    for name, mine in module.state_dict().items():
+        tensor = weights[name]
+        if is_sharded(mine):
+            from torch.distributed.tensor import distribute_tensor
+
+            mesh, placements = cast(Any, mine).device_mesh, cast(Any, mine).placements
+            tensor = distribute_tensor(tensor.to(mine.dtype), mesh, placements, src_data_rank=None)
+        mine.copy_(tensor)
 
 
 # Plain weights ----------------------------------------------------------------------------------------------------
