@@ -24,6 +24,7 @@ LOSS = "loss = cross_entropy(model(micro.images), micro.labels)"
 REPLACES: dict[str, list[str]] = {
     "data_parallel": [],
     "ddp": [],
+    "fsdp": ["model = run.place(build_model(run.config.model))", "with run.autocast():"],
     "grad_accumulation": LOOP,
     "lightning_fabric": [LOOP[0], "with run.autocast():", LOOP[1]],
     "model_parallel": [LOSS],
