@@ -1,10 +1,11 @@
 """Compare: what each technique costs on this machine, the recipes run one after the other on the same work.
 
 Each recipe is started as a person would start it, with the same config, in turn and as many rounds as asked, so that a
-machine that gets slower meets them all alike. The table gives images/s with its spread, memory by rank or device and
-its imbalance (the largest over the mean), how long parts sat idle, and of DataParallel's threads how many computed at
-a time: where that is far below their number, they waited for each other in one interpreter. DataParallel's other two
-faults, the first device that holds more and does more, are the imbalance and the speed.
+machine that gets slower meets them all alike. The table gives images/s with its spread, the seconds from the command
+to its first step, memory by rank or device and its imbalance (the largest over the mean), how long parts sat idle, and
+of DataParallel's threads how many computed at a time: where that is far below their number, they waited for each other
+in one interpreter. DataParallel's other two faults, the first device that holds more and does more, are the imbalance
+and the speed.
 
     python -m recipes.compare recipes=[data_parallel,ddp] max_steps=30
     python -m recipes.compare rounds=3 model=resnet50 data=synthetic data.image_size=64 max_steps=10
@@ -13,16 +14,19 @@ Expect: a table after a minute for each recipe and round, and compare.json besid
 Source: https://arxiv.org/abs/2006.15704 (DataParallel against DistributedDataParallel)
 """
 
+import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
+import time
 from typing import Any
 
 from rich.table import Table
 
-from lockstep import Run, recipe
+from lockstep import Run, UserError, recipe
+from lockstep.checks import require
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.schema import Config, walk
@@ -41,15 +45,18 @@ def overrides(config: Config) -> list[str]:
 
 
 def measure(run: Run, name: str, number: int) -> dict[str, Any]:
-    """Run a recipe to its end in processes of its own; its result.json."""
+    """Run a recipe to its end in processes of its own; its result.json and, as `start_seconds`, its way to step 1."""
     out = run.out / f"{name}-{number}"
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCKSTEP_", "TORCHELASTIC_", "MASTER_")
     environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(run.config)]
+    began = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    seconds = time.perf_counter() - began
     if done.returncode:
         raise CheckFailed(f"recipes.{name} failed: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads((out / "result.json").read_text())
+    result = json.loads((out / "result.json").read_text())
+    return result | {"start_seconds": seconds - result["wall_seconds"] + result["setup_seconds"]}
 
 
 def summary(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
@@ -64,6 +71,7 @@ def summary(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "images_per_second": statistics.median(speeds),
         "slowest": min(speeds),
         "fastest": max(speeds),
+        "start_seconds": statistics.median(result["start_seconds"] for result in results),
         "memory_bytes": memory,
         "memory_imbalance": max(memory) / statistics.mean(memory),
         "idle_shares": last.get("idle_shares"),
@@ -75,7 +83,8 @@ def summary(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 def show(run: Run, rows: list[dict[str, Any]]) -> None:
     """The table, for people."""
     table = Table(title=f"{run.config.model.name} on {run.config.data.name}, {run.device.type}", title_justify="left")
-    for column in ("recipe", "ranks", "images/s", "from, to", "MiB", "imbalance", "idle", "threads busy", "accuracy"):
+    speed = ("images/s", "from, to", "start s")
+    for column in ("recipe", "ranks", *speed, "MiB", "imbalance", "idle", "threads busy", "accuracy"):
         table.add_column(column)
     for row in rows:
         table.add_row(
@@ -83,6 +92,7 @@ def show(run: Run, rows: list[dict[str, Any]]) -> None:
             str(row["ranks"]),
             f"{row['images_per_second']:,.0f}",
             f"{row['slowest']:,.0f}, {row['fastest']:,.0f}",
+            f"{row['start_seconds']:.1f}",
             ", ".join(f"{size / 2**20:,.0f}" for size in row["memory_bytes"]),
             f"{row['memory_imbalance']:.2f}",
             ", ".join(f"{share:.0%}" for share in row["idle_shares"] or []),
@@ -99,7 +109,15 @@ def check(config: Config, share: int) -> None:
 
 @recipe(ranks=1, check=check)
 def train(run: Run) -> None:
-    results: dict[str, list[dict[str, Any]]] = {name: [] for name in choose(run.config.recipes)}
+    results: dict[str, list[dict[str, Any]]] = {}
+    for name in choose(run.config.recipes):
+        needs = importlib.import_module(f"recipes.{name}").train.needs
+        try:
+            if needs:
+                require(needs, f"recipes.{name}")
+            results[name] = []
+        except UserError as error:
+            run.report.line(f"left out: {error}")
     for number in range(run.config.rounds):
         for name, found in results.items():
             run.report.line(f"round {number + 1} of {run.config.rounds}: recipes.{name}")

@@ -11,8 +11,14 @@ from torchvision.models import resnet
 from tests.narrow import narrow_resnet18
 
 
+# A file is one worker's: begun last, one of these would keep that worker busy long after the others have ended.
+LONGEST_FIRST = ["test_slurm", "test_house", "test_preemption", "test_checkpoint_faults", "test_verify", "test_failures"]
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """GPU tests run wherever a GPU is found, and are left out by name, not silently passed, where none is."""
+    places = {name: place for place, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

@@ -295,6 +295,7 @@ class Run:
             first=self.step,
         )
         self._logged_at, self._logged_step = time.perf_counter(), self.step
+        self._setup_seconds = self._logged_at - self.started
         self._saved_at, self._saved_step = self._logged_at, self.step
 
     def _before_step(self, save: Callable[[], None]) -> bool:
@@ -582,6 +583,7 @@ class Run:
             "parameters": parameters,
             "trainable_parameters": trainable,
             "resumed_from": self._resumed_from,
+            "setup_seconds": self._setup_seconds,
             "wall_seconds": time.perf_counter() - self.started,
             "checkpoint_stall_seconds": self._checkpoints.stall_seconds if self._checkpoints else 0.0,
             "checkpoints_failed": self._checkpoints.failed if self._checkpoints else 0,
