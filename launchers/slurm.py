@@ -3,7 +3,7 @@
 It plays three parts. On the login node `submit` and `follow` put the job into the queue and show its states and its
 log. On the job's first node submitit runs `Head`: it finds a free port, starts all ranks with one srun, and puts the
 job back into the queue when they leave with exit code 75, which asks for that. As each of srun's tasks, `python -m
-launchers.slurm` gives the rank torchrun's environment and becomes it.
+launchers.slurm` (or the module that `cluster.ranks` names) gives the rank torchrun's environment and becomes it.
 
 Who does what with signals: Slurm announces the time limit, or a preemption, with SIGUSR1 to the ranks; theirs is
 lockstep's one listener (lockstep.preemption), and nobody else acts on a signal.
@@ -135,7 +135,9 @@ def shape(cluster: ClusterConfig) -> Shape:
     python = cluster.python or ("python" if cluster.container else sys.executable)
     before = shlex.split(cluster.container or "")
     tasks = cluster.tasks_per_node or 1
-    return Shape(tasks, cluster.cpus_per_task, [*before, python], list(cluster.srun), cluster.max_requeues)
+    return Shape(
+        tasks, cluster.cpus_per_task, [*before, python], list(cluster.srun), cluster.ranks, cluster.max_requeues
+    )
 
 
 def parameters(cluster: ClusterConfig, name: str) -> dict[str, object]:
@@ -356,6 +358,7 @@ class Shape:
     cpus_per_task: int | None
     python: list[str]
     srun: list[str]
+    ranks: str
     max_requeues: int
 
 
@@ -414,7 +417,7 @@ class Head:
         ]
         if self.shape.cpus_per_task:
             options.append(f"--cpus-per-task={self.shape.cpus_per_task}")  # since Slurm 22.05 not taken from the job
-        return ["srun", *options, *self.shape.srun, *self.shape.python, "-m", "launchers.slurm", self.target]
+        return ["srun", *options, *self.shape.srun, *self.shape.python, "-m", self.shape.ranks, self.target]
 
     def lost(self, nodes: Sequence[str]) -> str:
         """Which nodes of the job no longer answer, in words; nothing if all do.

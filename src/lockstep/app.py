@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -24,7 +24,7 @@ from lockstep.checks import complete
 from lockstep.errors import UserError
 from lockstep.preemption import PREEMPTED
 from lockstep.run import NothingLeft, Run
-from lockstep.schema import Config
+from lockstep.schema import ClusterConfig, Config
 from lockstep.words import short
 
 
@@ -90,6 +90,7 @@ class Recipe:
         """Be the command: exit with the run's exit code, 2 for a mistake of the user's."""
         signal.signal(signal.SIGINT, signal.default_int_handler)  # recipes/__init__.py had it end the process at once
         try:
+            cluster.adopt(self, load_launcher)
             place = world.discover(os.environ)
             code = submit(self) if place is None else None
         except UserError as error:
@@ -138,15 +139,21 @@ def submit(recipe: Recipe) -> int:
     points: list[Config] = []  # of a cluster: submitted when all of them are known to be good
 
     def launch(config: Config) -> None:
-        if config.cluster is not None:
+        there = config.cluster
+        launcher = load_launcher(there.launcher if there else config.launcher)
+        if there and hasattr(launcher, "submit"):
             cluster.check(config, recipe)
             points.append(config)
             return
         device, backend = world.resolve_device(config.device, config.backend)
-        nproc = config.nproc or recipe.ranks or world.default_nproc(device)
+        asked = cluster.check_here(config, device) if there else config.nproc
+        nproc = asked or recipe.ranks or world.default_nproc(device)
         world.check_nproc(nproc, device, backend)
+        config = replace(config, cluster=None)
+        if there and there.nodes > 1:
+            codes.append(launch_by_hand(config, there, launcher, nproc))
+            return
         complete(config, recipe, nproc)
-        launcher = load_launcher(config.launcher)
         if note := cluster.idle_nodes(os.environ):
             print(note, file=sys.stderr)
         out = rundir.freeze(config, recipe.name)
@@ -156,7 +163,8 @@ def submit(recipe: Recipe) -> int:
         started, code = time.perf_counter(), 1
         try:
             environment = {rank.RUN_DIRECTORY: str(out), rank.LAUNCHER: str(os.getpid())}
-            code = launcher.launch(recipe.target, environment, nproc=nproc, max_restarts=config.max_restarts)
+            more = {"cluster": there} if there else {}
+            code = launcher.launch(recipe.target, environment, nproc=nproc, max_restarts=config.max_restarts, **more)
         finally:
             if code:
                 rundir.note_failure(out, recipe.name, nproc, time.perf_counter() - started)
@@ -165,6 +173,14 @@ def submit(recipe: Recipe) -> int:
             print(f"to go on: {again(recipe, out)}", file=sys.stderr)
         if code in (PREEMPTED, 128 + signal.SIGINT):  # it ends a sweep, not just one point of it
             raise SystemExit(code)
+
+    def launch_by_hand(config: Config, there: ClusterConfig, launcher: ModuleType, nproc: int) -> int:
+        """This machine's ranks of several machines': like all that are started by hand, they make the run directory."""
+        complete(replace(config, nproc=None), recipe, nproc * there.nodes)
+        environment = {rank.LAUNCHER: str(os.getpid())}
+        return int(
+            launcher.launch(recipe.target, environment, nproc=nproc, max_restarts=config.max_restarts, cluster=there)
+        )
 
     compose(recipe, launch)
     if points:

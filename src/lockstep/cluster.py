@@ -7,7 +7,9 @@ run directory can be continued on this machine.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -19,7 +21,7 @@ from typing import TYPE_CHECKING
 from lockstep import rank, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import UserError
-from lockstep.schema import ClusterConfig, Config, check_values
+from lockstep.schema import ClusterConfig, Config, check_values, walk
 
 if TYPE_CHECKING:
     from lockstep.app import Recipe
@@ -34,6 +36,8 @@ def check(config: Config, recipe: Recipe) -> None:
     assert config.cluster is not None
     check_values(config)
     there = config.cluster
+    if there.start != ClusterConfig().start:
+        raise UserError(f"cluster.start={there.start}: srun starts the ranks; it is for +cluster=lightning")
     if there.tasks_per_node is None:
         there.tasks_per_node = recipe.ranks or there.gpus_per_node or 1
     world_size = there.nodes * there.tasks_per_node
@@ -56,6 +60,58 @@ def check(config: Config, recipe: Recipe) -> None:
             "ranks may share a device)"
         )
     complete(config, recipe, world_size)
+
+
+HERE = ("launcher", "nodes", "tasks_per_node", "start")  # the keys of a cluster that has no queue
+
+
+def check_here(config: Config, device: str) -> int | None:
+    """Hold a cluster whose launcher starts ranks on this machine to what it uses; return the ranks asked for.
+
+    Raises:
+        UserError: a key that nobody would read, or two that contradict each other.
+    """
+    there = config.cluster
+    assert there is not None
+    check_values(config)
+    for name, value, _ in walk(there):
+        if name not in HERE and value != getattr(ClusterConfig(), name):
+            raise UserError(
+                f"cluster.{name}={value}: {there.launcher} has no queue and does not use it; it uses "
+                f"{', '.join(f'cluster.{key}' for key in HERE)}"
+            )
+    if there.start == "fork" and device == "cuda":
+        raise UserError("cluster.start=fork: a copied process cannot use a GPU; set cluster.start=spawn, or device=cpu")
+    if config.nproc and (there.nodes > 1 or there.tasks_per_node not in (None, config.nproc)):
+        raise UserError(f"nproc={config.nproc}: with cluster.nodes or cluster.tasks_per_node leave it out")
+    return there.tasks_per_node or config.nproc
+
+
+def adopt(recipe: Recipe, load_launcher: Callable[[str], ModuleType]) -> None:
+    """In one of srun's tasks, have the launcher that `+cluster=` names say which rank this is, where it wants to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    words = sys.argv[1:]
+    if "RANK" in os.environ or not world.in_a_step_of_many(os.environ):
+        return
+    if not any(word.startswith("+cluster=") for word in words):
+        return
+    from lockstep.compose import compose
+
+    found: list[Config] = []
+    # What else is on the command line is rank 0's to compose, and to complain of.
+    chosen = [word for word in words if word.startswith(("+cluster=", "--config-dir="))]
+    before, sys.argv = sys.argv, [sys.argv[0], *chosen]
+    try:
+        compose(recipe, found.append)
+    finally:
+        sys.argv = before
+    assert found[0].cluster is not None
+    launcher = load_launcher(found[0].cluster.launcher)
+    if hasattr(launcher, "adopt"):
+        launcher.adopt()
 
 
 def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[str], ModuleType]) -> int:

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -202,6 +203,13 @@ def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, st
     told: dict[str, str] = {}
 
     def keep(config: Config) -> None:
+        there = config.cluster
+        if there and there.tasks_per_node and there.nodes * there.tasks_per_node != world_size:
+            raise UserError(
+                f"cluster.nodes={there.nodes} cluster.tasks_per_node={there.tasks_per_node}: {world_size} ranks were "
+                "started; leave both out, or start as many"
+            )
+        config = replace(config, cluster=None)  # it has done its part, and the run can be continued anywhere
         complete(config, recipe, world_size)
         world.resolve_device(config.device, config.backend)
         out = rundir.freeze(config, recipe.name)

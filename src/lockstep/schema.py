@@ -135,6 +135,8 @@ class ClusterConfig:
     setup: list[str] = key((), "shell lines before the ranks start, such as [module load cuda]")
     container: str | None = key(None, "command in front of each rank, such as apptainer exec --nv image.sif")
     python: str | None = key(None, "the ranks' interpreter (null: this one; in a container: python)")
+    ranks: str = key("launchers.slurm", "module that makes a rank of each of srun's tasks")
+    start: str = key("spawn", "how Lightning starts ranks (fork: at once, but on the CPU only)", ("spawn", "fork"))
     sbatch: dict[str, Any] = key({}, "further options of sbatch, such as {reservation: course}")
     srun: list[str] = key((), "further options of the srun that starts the ranks")
     follow: bool = key(True, "follow the job's log until it ends; false: return at once")

@@ -1,0 +1,126 @@
+"""What launchers that start ranks on this machine share: restarts, signals that go on to the ranks, the last word."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ASK_AGAIN = os.EX_TEMPFAIL  # the exit code of ranks that were asked to leave, and have saved
+MISTAKE = 2  # of the user's: the same command would fail again
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # what asks a run to leave
+
+
+def attempts(run: Callable[[], int], max_restarts: int, ranks: Callable[[], list[int]] | None = None) -> int:
+    """Start all ranks, and again after one of them has failed; return 0, its exit code, or 128 + a signal.
+
+    Args:
+        run: starts the ranks, waits for their end, says what went wrong, and returns the exit code.
+        max_restarts: times that they are started again.
+        ranks: the processes that signals go on to; None: all that this one has started.
+    """
+    for attempt in range(max_restarts + 1):
+        signals = Forwarded(ranks or children)
+        code = 1
+        with signals, contextlib.suppress(Ended):
+            code = run()
+        if signals.first and code not in (0, ASK_AGAIN):
+            print(f"stopped by {signal.Signals(signals.first).name}: all ranks have ended", file=sys.stderr)
+            return 128 + signals.first
+        if code in (0, MISTAKE, ASK_AGAIN) or attempt == max_restarts:
+            return code
+        print(f"restart {attempt + 1} of max_restarts={max_restarts}, from the newest checkpoint", file=sys.stderr)
+    raise AssertionError("unreachable")
+
+
+class Ended(BaseException):
+    """A signal came before there were ranks, or after."""
+
+
+class Forwarded:
+    """While it is entered, signals to this process go to the ranks.
+
+    Those that ask to leave are passed on once, and the ranks take the time they need to save. A second Ctrl-C kills
+    them. Before there are ranks, a signal ends this process as it always would.
+
+    Attributes:
+        first: number of the first signal, 0 before there is one.
+    """
+
+    def __init__(self, ranks: Callable[[], list[int]]) -> None:
+        self.ranks = ranks
+
+    def __enter__(self) -> None:
+        self.first, self.at = 0, 0.0
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays nohup
+        self.before = {number: signal.signal(number, self.forward) for number in heard}
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def forward(self, number: int, frame: Any) -> None:
+        ranks = self.ranks()
+        if not ranks:
+            self.first = self.first or number
+            raise Ended
+        if not self.first:
+            self.first, self.at = number, time.monotonic()
+            # A rank has no use for SIGHUP: the terminal has gone, the reason to save is the same.
+            self.send(ranks, signal.SIGTERM if number == signal.SIGHUP else number)
+        elif number == signal.SIGINT and time.monotonic() - self.at > 0.3:
+            self.send(ranks, signal.SIGKILL)
+
+    @staticmethod
+    def send(ranks: list[int], number: int) -> None:
+        for rank in ranks:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, number)
+
+
+def children() -> list[int]:
+    """The processes that this one has started: the ranks."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parent = stat.read_text().rpartition(")")[2].split()[1]
+            if int(parent) == os.getpid():
+                found.append(int(stat.parent.name))
+    return found
+
+
+def show(error: Exception) -> int:
+    """Print the root failure of a ChildFailedError once; return its exit code."""
+    failures = error.failures  # type: ignore[attr-defined]
+
+    def order(rank: int) -> tuple[bool, int]:
+        """The first to fail, but none that the agent itself ended: a rank that only lost another one waits before it
+        says so, and a stopped one is killed only after the others have complained."""
+        return failures[rank].exitcode in (-signal.SIGTERM, ASK_AGAIN), failures[rank].timestamp
+
+    rank = min(failures, key=order)
+    failure = failures[rank]
+    log = f"ranks/{rank}.log"
+    if any(each.exitcode == ASK_AGAIN for each in failures.values()) and order(rank)[0]:
+        return ASK_AGAIN
+    if failure.exitcode < 0:
+        print(f"rank {rank} was killed by {failure.signal_name()}; its last words are in {log}", file=sys.stderr)
+        return 128 - failure.exitcode
+    if isinstance(failure.message, dict):
+        text = failure.message["extraInfo"]["py_callstack"].rstrip()
+        print(text if text.startswith("error: ") else f"rank {rank} failed\n{text}", file=sys.stderr)
+    else:
+        print(f"rank {rank} ended with exit code {failure.exitcode} and said nothing; see {log}", file=sys.stderr)
+    return failure.exitcode
+
+
+def show_cursor() -> None:
+    """A killed rank 0 leaves it hidden by its progress display."""
+    if sys.stdout.isatty():
+        sys.stdout.write("\x1b[?25h")
+        sys.stdout.flush()

@@ -1,0 +1,199 @@
+"""`+cluster=lightning`: ranks that Lightning starts are those that torchrun starts, to the last bit and exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import ddp
+from tests.harness import clean_environment, command, train
+from tests.test_failures import CRASHING, WORDS, read, wait_until
+from tests.test_start_paths import free_port, start_all
+
+TINY = ["data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "log_every=1", "eval_every=0"]
+LIGHTNING = ["-m", "recipes.ddp", "+cluster=lightning"]
+FORK = [*LIGHTNING, "cluster.start=fork"]
+SMOKE = [*TINY, "max_steps=2"]
+
+
+def assert_equal(out: Path, theirs: dict[str, torch.Tensor]) -> None:
+    mine = torch.load(out / "model.pt", weights_only=True)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+
+
+def session(process: subprocess.Popen[str]) -> list[int]:
+    """What is left of a process that leads a session, and of all that it has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, leader = (entry / "stat").read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(leader) == process.pid and state != "Z":
+            found.append(int(entry.name))
+    return found
+
+
+# One command, one result ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("start", "nproc"), [("spawn", 2), ("fork", 4)])
+def test_it_is_the_run_that_torchrun_starts(start: str, nproc: int, tmp_path: Path) -> None:
+    words = [*LIGHTNING, f"cluster.start={start}", f"nproc={nproc}", *SMOKE, "out=run"]
+    done = command(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "one run directory, and nothing beside it"
+    out = tmp_path / "run"
+    assert "cluster: null" in (out / "config.yaml").read_text(), "it can be continued anywhere"
+    assert sorted(path.name for path in (out / "ranks").iterdir()) == [f"{rank}.log" for rank in range(nproc)]
+    assert_equal(out, train(ddp.train, tmp_path / "reference", nproc, *SMOKE))
+    assert done.stdout.index("ddp: ") < done.stdout.index("ddp finished")
+
+
+def test_a_sweep_runs_once_a_point(tmp_path: Path) -> None:
+    """Lightning's own launcher starts ranks by the words that were typed: each of them would sweep."""
+    done = command(*FORK[:2], "-m", *FORK[2:], "optim.lr=0.01,0.02", *SMOKE, "out=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("ddp finished") == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep"]
+    assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1"]
+    for point, rate in (("0", "lr: 0.01"), ("1", "lr: 0.02")):
+        assert rate in (tmp_path / "sweep" / point / "config.yaml").read_text()
+        assert json.loads((tmp_path / "sweep" / point / "result.json").read_text())["world_size"] == 2
+
+
+def test_several_machines_by_hand(tmp_path: Path) -> None:
+    words = [sys.executable, *FORK, "cluster.nodes=2", "cluster.tasks_per_node=2", *SMOKE, "out=run"]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    start_all([words] * 2, tmp_path, [shared | {"NODE_RANK": node} for node in "01"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert_equal(tmp_path / "run", train(ddp.train, tmp_path / "reference", 4, *SMOKE))
+
+
+# What breaks ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "crash.py").write_text(CRASHING)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "words"),
+    [
+        ("raise", 1, "rank 1 failed\nTraceback"),
+        ("kill", 137, "rank 1 was killed by SIGKILL; its last words are in ranks/1.log\n"),
+        ("exit", 7, "rank 1 ended with exit code 7"),
+        ("forget", 2, "error: crash: no loss to log; call run.record(loss=loss) in every step"),
+    ],
+)
+def test_the_rank_that_broke_is_shown_once(how: str, code: int, words: str, folder: Path) -> None:
+    done = command("crash.py", *WORDS, "+cluster=lightning", "cluster.start=fork", cwd=folder, HOW=how)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.startswith(words)
+    assert done.stderr.count("Traceback") == done.stderr.count("KeyError: 'the cause'") == (how == "raise")
+    assert how == "raise" or done.stderr.count("\n") == 1, done.stderr
+    assert json.loads((folder / "run" / "result.json").read_text())["status"] == "failed"
+
+
+def test_a_killed_rank_comes_back_as_often_as_asked(folder: Path) -> None:
+    words = ["crash.py", *WORDS, "+cluster=lightning", "cluster.start=fork", "max_restarts=1"]
+    done = command(*words, cwd=folder, HOW="exit")
+    assert done.returncode == 7
+    assert done.stderr.splitlines()[1::2] == ["restart 1 of max_restarts=1, from the newest checkpoint"], done.stderr
+
+
+# Asked to leave ---------------------------------------------------------------------------------------------------
+
+
+def begin(folder: Path, start: str) -> subprocess.Popen[str]:
+    """A run that would take hours, with DataLoader workers, in a session of its own."""
+    return subprocess.Popen(
+        [sys.executable, *LIGHTNING, f"cluster.start={start}", *TINY, "epochs=100000", "out=run", "data.workers=1"],
+        cwd=folder,
+        env=clean_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminated", "Ctrl-C"])
+def test_asked_to_leave_the_ranks_save_and_leave(number: signal.Signals, tmp_path: Path) -> None:
+    process = begin(tmp_path, "fork")
+    wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)
+    # Ctrl-C reaches all processes of a terminal at once.
+    (os.killpg if number == signal.SIGINT else os.kill)(process.pid, number)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, said
+    assert said.startswith(f"{number.name}: leaving after this step")
+    assert "to go on: python -m recipes.ddp +cluster=lightning" in said
+    assert "Traceback" not in said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["status"] == "preempted"
+    assert (tmp_path / "run" / "checkpoints" / "LATEST").is_file()
+    wait_until(lambda: not session(process), 10)
+
+
+def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
+    process = begin(tmp_path, "fork")
+    wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)
+    process.kill()
+    process.communicate(timeout=10)
+    wait_until(lambda: not session(process), 10)
+
+
+def test_ctrl_c_while_the_ranks_import_shows_no_traceback(tmp_path: Path) -> None:
+    process = begin(tmp_path, "spawn")
+    wait_until(lambda: len(session(process)) == 4, 60)  # the two ranks, and multiprocessing's resource tracker
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert "Traceback" not in said, said
+    assert process.returncode in (75, 130), said
+    wait_until(lambda: not session(process), 10)
+
+
+# Refused ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        ("cluster.partition=gpu", ["cluster.partition=gpu", "has no queue", "cluster.start"]),
+        ("cluster.start=magic", ["cluster.start=magic", "spawn, fork"]),
+        ("cluster.nodes=2", ["cluster.nodes=2", "NODE_RANK, MASTER_ADDR, MASTER_PORT not set", "lightning_slurm"]),
+        ("nproc=2 cluster.tasks_per_node=4", ["nproc=2", "leave it out"]),
+        ("nproc=5", ["batch_size=96", "5 ranks"]),
+        ("bacth_size=3", ["unknown key bacth_size"]),
+    ],
+)
+def test_bad_input_is_one_line(words, parts, tmp_path: Path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
+    refused(tmp_path, monkeypatch, capfd, words, parts)
+
+
+def test_without_the_package_it_says_how_to_get_it(tmp_path: Path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    refused(tmp_path, monkeypatch, capfd, "", ["needs the package lightning", "pip install 'lockstep[lightning]'"])
+
+
+def refused(folder, monkeypatch, capfd, words, parts) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", ["ddp", "+cluster=lightning", *words.split()])
+    with pytest.raises(SystemExit) as leaving:
+        ddp.train.main()
+    said = capfd.readouterr()
+    assert (leaving.value.code, said.err.count("\n")) == (2, 1), said.err
+    assert all(part in said.err for part in parts), said.err
+    assert list(folder.iterdir()) == [], "nothing may be created"
