@@ -53,12 +53,8 @@ def launch(
         nproc: ranks to start, on each machine where there are several.
         max_restarts: times that all ranks are started again after one of them has failed.
         cluster: `start` and `nodes` count; None: spawn, one.
-
-    Raises:
-        UserError: Lightning is not installed, or this machine is one of several and does not know which.
     """
     nodes, method = (cluster.nodes, cluster.start) if cluster else (1, "spawn")
-    check(nodes)
     from launchers.lightning_start import ranks, start
 
     before = dict(os.environ)
@@ -72,12 +68,17 @@ def launch(
         os.environ.update(before)
 
 
-def check(nodes: int) -> None:
-    """Refuse what cannot be started; raises UserError."""
+def check(cluster: ClusterConfig | None) -> None:
+    """Refuse what `launch` could not start, before anything is created.
+
+    Raises:
+        UserError: Lightning is not installed, or this machine is one of several and does not know which.
+    """
     from lockstep.checks import require
     from lockstep.errors import UserError
 
     require("lightning", "launchers.lightning")
+    nodes = cluster.nodes if cluster else 1
     missing = [name for name in SEVERAL if name not in os.environ]
     if nodes > 1 and missing:
         raise UserError(
@@ -101,7 +102,7 @@ def adopt() -> None:
     """
     from lockstep.world import from_srun, nodes_of_tasks
 
-    check(1)
+    check(None)
     variables = os.environ
     where = from_srun(variables)
     variables.update({name: where[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in where})

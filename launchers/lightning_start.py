@@ -8,8 +8,10 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,12 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, LightningE
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch.distributed import TCPStore
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 
 from launchers.local import SIGNALS, show, show_cursor
+
+NOTICE_SECONDS = 0.3  # in which ranks find out by themselves that another one is gone
+SAVE_SECONDS = 30.0  # for those that were asked to leave, and for what the kernel does at their end
 
 
 class Numbered(DDPStrategy):
@@ -38,12 +42,14 @@ class Numbered(DDPStrategy):
 
 
 class Launcher(_MultiProcessingLauncher):
-    """Lightning's, with signals held back until the ranks can hear them, and without waiting for a rank's answer.
+    """Lightning's, with signals held back until the ranks can hear them, and with patience.
 
-    A rank ends by its own exit code and returns nothing, for which Lightning's would wait for ever.
+    A rank ends by its exit code and returns nothing, for which Lightning's would wait for ever; and it ends the others
+    at once, before they have noticed that one is gone.
     """
 
-    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+    def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[int, tuple[int, int]]:
+        """Call `function` in every rank, wait; return {local rank: (pid, exit code)} of who failed first."""
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the ranks inherit it; their Listener lifts it
         try:
             started = torch.multiprocessing.start_processes(
@@ -55,8 +61,23 @@ class Launcher(_MultiProcessingLauncher):
             )
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        while not started.join():
-            pass
+        return end_of(started.processes)
+
+
+def end_of(processes: list[Any]) -> dict[int, tuple[int, int]]:
+    """Wait until all have ended, or one has failed and the others were ended; return as Launcher.launch does."""
+    while running := [process.sentinel for process in processes if process.is_alive()]:
+        wait(running)
+        if any(process.exitcode for process in processes):
+            break
+    failed = {rank: (process.pid, process.exitcode) for rank, process in enumerate(processes) if process.exitcode}
+    for seconds, end in ((NOTICE_SECONDS, "terminate"), (SAVE_SECONDS, "kill"), (SAVE_SECONDS, "")):
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            process.join(max(0.0, deadline - time.monotonic()))
+            if end and process.is_alive():
+                getattr(process, end)()
+    return failed
 
 
 def strategy(environment: ClusterEnvironment, nproc: int, nodes: int, method: Any) -> Numbered:
@@ -102,24 +123,17 @@ def start(target: str, nproc: int, nodes: int, method: str, folder: str) -> int:
         numbered = strategy(LightningEnvironment(), nproc, nodes, method)
         threads = os.environ.get("OMP_NUM_THREADS")
         assert numbered.launcher is not None
-        numbered.launcher.launch(be_a_rank, numbered, target, str(attempt), os.getpid(), threads)
-    except (ProcessExitedException, ProcessRaisedException) as error:
-        return failed(error, attempt, numbered.node_rank * nproc)
+        failed = numbered.launcher.launch(be_a_rank, numbered, target, str(attempt), os.getpid(), threads)
     finally:
         logging.disable(logging.NOTSET)
         show_cursor()
         del store
-    return 0
-
-
-def failed(error: ProcessExitedException | ProcessRaisedException, attempt: Path, first: int) -> int:
-    """Say which rank failed, and how; return its exit code. `first` is the number of this machine's first rank."""
-    rank = first + error.error_index
-    if isinstance(error, ProcessRaisedException):  # before it was a rank: its own errors end in a file
-        print(f"rank {rank} failed\n{error.msg.strip()}", file=sys.stderr)
-        return 1
-    failure = ProcessFailure(rank, error.error_pid, error.exit_code, error_file(attempt, error.error_index))
-    return show(ChildFailedError("ranks", {rank: failure}))
+    first = numbered.node_rank * nproc  # the number of this machine's first rank
+    failures = {
+        first + local: ProcessFailure(local, pid, code, error_file(attempt, local))
+        for local, (pid, code) in failed.items()
+    }
+    return show(ChildFailedError("ranks", failures)) if failures else 0
 
 
 def error_file(attempt: Path, local_rank: int) -> str:
@@ -143,7 +157,11 @@ def be_a_rank(numbered: Numbered, target: str, attempt: str, launcher: int, thre
     os.environ["TORCHELASTIC_ERROR_FILE"] = str(file)
     if threads is None:  # Lightning has set it; ranks count their threads themselves
         os.environ.pop("OMP_NUM_THREADS", None)
-    run(target)
+    try:
+        run(target)
+    except Exception as error:  # the program could not even be imported: a rank's own errors it tells itself
+        ErrorHandler().record_exception(error)
+        os._exit(1)
 
 
 def run(target: str) -> None:

@@ -141,6 +141,8 @@ def submit(recipe: Recipe) -> int:
     def launch(config: Config) -> None:
         there = config.cluster
         launcher = load_launcher(there.launcher if there else config.launcher)
+        if hasattr(launcher, "check"):
+            launcher.check(there)
         if there and hasattr(launcher, "submit"):
             cluster.check(config, recipe)
             points.append(config)

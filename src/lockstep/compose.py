@@ -39,6 +39,7 @@ def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
         SystemExit: Hydra was asked to print something (--help, --cfg, …) and has.
     """
     check_cluster_words(sys.argv[1:])
+    GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
     register(recipe)
     directory, name = config_source(recipe)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: `explain` words them

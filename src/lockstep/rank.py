@@ -157,8 +157,9 @@ def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dis
     world.farewell(store, place.rank, place.world_size)
     if "error" not in told:
         raise SystemExit(0)
-    # Rank 0 says it; the others too where torchrun shows one rank's words and picks the rank itself.
-    raise UserError(told["error"] if place.rank == 0 or place.agent_store else "rank 0 refused the config")
+    # Rank 0 says it; the others too where an agent shows one rank's words and picks the rank itself.
+    says = place.rank == 0 or "TORCHELASTIC_ERROR_FILE" in os.environ
+    raise UserError(told["error"] if says else "rank 0 refused the config")
 
 
 def meet(place: world.Place, timeout_seconds: float, note: str = "") -> tuple[dist.Store, list[str], list[str]]:
