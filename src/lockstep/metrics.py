@@ -25,6 +25,40 @@ class Evaluation:
     count: int
 
 
+class Tally:
+    """Sums over this rank's batches of an evaluation, which become everyone's.
+
+    Each rank writes its batches' sums into their own rows of a table of zeros, and one all-reduce adds the tables.
+    Adding zero is exact, so every rank then holds the very table that one process would have made, and adds its rows
+    in the same order: the same metric to the last bit on any number of ranks.
+    """
+
+    def __init__(self, sampler: EvalSampler) -> None:
+        self._size, self._rows = sampler.size, iter(sampler.numbers())
+        self._table = torch.zeros(sampler.batches(), 3, dtype=torch.float64)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Count this rank's next batch: logits [N, C], labels [N]."""
+        labels = labels.to(logits.device)  # a model split over devices answers on its last one
+        row = self._table[next(self._rows)]
+        row[0] = cross_entropy(logits.double(), labels, reduction="sum").item()
+        row[1] = (logits.argmax(1) == labels).sum().item()
+        row[2] = len(labels)
+
+    def result(self, device: torch.device) -> Evaluation:
+        """All ranks' sums; all call it together.
+
+        Raises:
+            RuntimeError: a sample was lost or counted twice.
+        """
+        table = self._table.to(device)
+        dist.all_reduce(table)
+        loss, correct, count = table.cpu().sum(0).tolist()
+        if count != self._size:
+            raise RuntimeError(f"evaluation counted {count:g} samples of {self._size}")
+        return Evaluation(loss / count, correct / count, int(count))
+
+
 @torch.no_grad()
 def evaluate(
     forward: Callable[[Tensor], Tensor],
@@ -35,32 +69,16 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `forward` (images → logits [N, C]) over this rank's batches and combine all ranks' sums.
 
-    Each rank writes its batches' sums into their own rows of a table of zeros, and one all-reduce adds the tables.
-    Adding zero is exact, so every rank then holds the very table that one process would have made, and adds its rows
-    in the same order: the same metric to the last bit on any number of ranks.
-
     Args:
         blank: images for a forward that counts nothing, where `forward` is one that all ranks must make together: the
             ranks that have one batch less than the others make it.
-
-    Raises:
-        RuntimeError: a sample was lost or counted twice.
     """
-    table = torch.zeros(sampler.batches(), 3, dtype=torch.float64)
-    for number, batch in zip(sampler.numbers(), batches, strict=True):
-        logits = forward(batch.images)
-        labels = batch.labels.to(logits.device)  # a model split over devices answers on its last one
-        table[number, 0] = cross_entropy(logits.double(), labels, reduction="sum").item()
-        table[number, 1] = (logits.argmax(1) == labels).sum().item()
-        table[number, 2] = len(labels)
+    tally = Tally(sampler)
+    for batch in batches:
+        tally.add(forward(batch.images), batch.labels)
     if blank is not None and len(sampler) < sampler.rounds():
         forward(blank)
-    table = table.to(device)
-    dist.all_reduce(table)
-    loss, correct, count = table.cpu().sum(0).tolist()
-    if count != sampler.size:
-        raise RuntimeError(f"evaluation counted {count:g} samples of {sampler.size}")
-    return Evaluation(loss / count, correct / count, int(count))
+    return tally.result(device)
 
 
 def sync_buffers(module: nn.Module) -> None:

@@ -181,38 +181,17 @@ class Run:
         Raises:
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
-        self._engine, self._whole = engine, whole or (lambda: unwrap(model))
-        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        if self.keep_gradients and engine:
-            engine.keep_gradients(self.first_gradients)
-        elif self.keep_gradients:
-            optimizer.register_step_pre_hook(lambda *_: self._before_update(unwrap(model)))
-        self._seed_ranks()
-        state = TrainingState(
-            unwrap(model),
-            optimizer,
-            keep or {},
-            rank=self.world.rank,
-            device=self.device,
-            owns_buffers=self.shard == 0,
-            engine=engine,
-        )
-        for group in optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])
-        self._resume(state, model)
+        state = self._take_up(model, optimizer, whole, keep, engine)
         schedule = LambdaLR(optimizer, self.lr_factor, last_epoch=self.step - 1)
         self._begin(optimizer)
-        if self.step >= self.total_steps:
-            self._evaluation = self._evaluate(self._whole().eval())
-            raise NothingLeft
         batches = self.batches(self.step, self.total_steps)
         model.train()
-        while self._before_step(lambda: self._save(state)):
+        while self._before_step(state):
             yield next(batches)
             schedule.step()
             if self._after_step():
                 model.eval()
-                self._evaluated(self._evaluate(self._whole().eval()))
+                self._evaluated(self._evaluate())
                 model.train()  # evaluation switched BatchNorm and dropout off: back on before the next batch
 
     @property
@@ -229,6 +208,16 @@ class Run:
         samples = data.Samples(self.train_set, config.seed, config.data.augment)
         loader = data.loader(samples, sampler, self._workers(), self.device.type == "cuda")
         return map(self._prepare, loader)
+
+    def eval_sampler(self) -> data.EvalSampler:
+        """Which samples of the evaluation set are this rank's."""
+        size, batch_size = len(self.eval_set), self.config.eval_batch_size
+        return data.EvalSampler(size, batch_size, self.world.rank, self.world.world_size)
+
+    def eval_batches(self, sampler: data.EvalSampler) -> Iterator[Batch]:
+        """This rank's batches of the evaluation set, prepared as `batches` are, and not augmented."""
+        samples = data.Samples(self.eval_set, self.config.seed, augment=False)
+        return map(self._prepare, data.loader(samples, sampler, self._workers(), self.device.type == "cuda"))
 
     def finish(self) -> None:
         """Export the weights and write result.json, when the recipe's function has returned."""
@@ -275,13 +264,45 @@ class Run:
 
     # What happens between two batches ---------------------------------------------------------------------------
 
-    def _seed_ranks(self) -> None:
-        """Let dropout and the like differ between ranks."""
-        seed_generators(self.config.seed * 1_000_003 + self.world.rank)
+    def _take_up(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        whole: Callable[[], nn.Module] | None = None,
+        keep: Mapping[str, Stateful] | None = None,
+        engine: Engine | None = None,
+    ) -> TrainingState:
+        """Take the run up where an earlier start was cut off, or start it; `steps` has the arguments.
 
-    def _begin(self, optimizer: Optimizer) -> None:
-        """Start to listen, to log and to keep time, when the state is the one to go on from."""
-        self._optimizer = optimizer
+        An engine may make its optimizer later.
+        """
+        self._engine, self._whole = engine, whole or (lambda: unwrap(model))
+        self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
+        if self.keep_gradients and engine:
+            engine.keep_gradients(self.first_gradients)
+        elif self.keep_gradients and optimizer:
+            optimizer.register_step_pre_hook(lambda *_: self._before_update(unwrap(model)))
+        seed_generators(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
+        for group in optimizer.param_groups if optimizer else []:
+            group.setdefault("initial_lr", group["lr"])
+        state = TrainingState(
+            unwrap(model),
+            optimizer,
+            keep or {},
+            rank=self.world.rank,
+            device=self.device,
+            owns_buffers=self.shard == 0,
+            engine=engine,
+        )
+        self._resume(state, model)
+        return state
+
+    def _begin(self, optimizer: Optimizer | None) -> None:
+        """Start to listen, to log and to keep time, when the state is the one to go on from.
+
+        Raises:
+            NothingLeft: it is that of the last step.
+        """
         if self.listener:
             self._agreement, self.listener.training = Agreement(self.world.control, self.listener), True
         if self.world.rank == 0:
@@ -294,11 +315,16 @@ class Run:
             steps=(self.steps_per_epoch, self.total_steps),
             first=self.step,
         )
+        if self.step >= self.total_steps:
+            self._evaluation = self._evaluate()
+            raise NothingLeft
+        assert optimizer is not None
+        self._optimizer = optimizer
         self._logged_at, self._logged_step = time.perf_counter(), self.step
         self._setup_seconds = self._logged_at - self.started
         self._saved_at, self._saved_step = self._logged_at, self.step
 
-    def _before_step(self, save: Callable[[], None]) -> bool:
+    def _before_step(self, state: TrainingState) -> bool:
         """Save where a checkpoint is due, and leave where a signal has come; whether there is a step to take."""
         sign, due = 0, False
         if self._agreement:
@@ -307,7 +333,7 @@ class Run:
         leaves = bool(sign) and not last
         if (leaves or due or self._due_by_step(last)) and self.step > self._saved_step:
             paused = time.perf_counter()
-            save()
+            self._save(state)
             self._saved_at, self._saved_step = time.perf_counter(), self.step
             self._logged_at += self._saved_at - paused
         if leaves:
@@ -382,10 +408,8 @@ class Run:
                 f"batch_size={self.config.batch_size}: {found.path.name} was saved after {facts['samples_seen']} "
                 f"samples, which is no whole number of such batches; set batch_size={facts['batch_size']}"
             )
-        if facts["step"] and self.shards > 2:
-            share = math.ceil(self.config.batch_size / self.shards / self.config.accumulate)
-            with self.autocast():
-                settle_buckets(model, self.to_model(torch.zeros(share, 3, self.image_size, self.image_size)))
+        if facts["step"]:
+            self._settle_buckets(model)
         state.restore(found.path, facts, group)
         self.step = facts["samples_seen"] // self.config.batch_size
         if self.step > self.total_steps:
@@ -399,6 +423,12 @@ class Run:
         if self._is_out_of_patience():
             self.total_steps = self.step
         self.report.line(f"resuming from {short(found.path)}, at step {self.step} of {self.total_steps}")
+
+    def _settle_buckets(self, model: nn.Module) -> None:
+        if self.shards > 2:
+            share = math.ceil(self.config.batch_size / self.shards / self.config.accumulate)
+            with self.autocast():
+                settle_buckets(model, self.to_model(torch.zeros(share, 3, self.image_size, self.image_size)))
 
     def _due_by_step(self, last: bool) -> bool:
         if self._best_is_new:
@@ -534,20 +564,18 @@ class Run:
         every = self.config.eval_every * self.steps_per_epoch
         return every > 0 and self.step % every == 0
 
-    def _evaluate(self, module: nn.Module) -> metrics.Evaluation:
+    def _evaluate(self) -> metrics.Evaluation:
         # The bare module: DistributedDataParallel's forward communicates, and ranks may have unequal batches here.
+        assert self._whole is not None
+        module = self._whole().eval()
         if self.shards > 1:
             metrics.sync_buffers(module)
-        sampler = data.EvalSampler(
-            len(self.eval_set), self.config.eval_batch_size, self.world.rank, self.world.world_size
-        )
-        samples = data.Samples(self.eval_set, self.config.seed, augment=False)
-        batches = map(self._prepare, data.loader(samples, sampler, self._workers(), self.device.type == "cuda"))
+        sampler = self.eval_sampler()
         if self._sharded:  # its forward talks to all ranks, and its own policy says in which precision it computes
             blank = self.to_model(torch.zeros(1, 3, self.image_size, self.image_size))
-            return metrics.evaluate(module, batches, sampler, self.device, blank)
+            return metrics.evaluate(module, self.eval_batches(sampler), sampler, self.device, blank)
         with self.autocast():
-            return metrics.evaluate(module, batches, sampler, self.device)
+            return metrics.evaluate(module, self.eval_batches(sampler), sampler, self.device)
 
     def _log(self, **scalars: float) -> None:
         where = {"step": self.step, "epoch": self.epoch, "samples_seen": self.step * self.config.batch_size}

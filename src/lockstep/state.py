@@ -89,7 +89,7 @@ class TrainingState:
     def __init__(
         self,
         module: nn.Module,
-        optimizer: Optimizer,
+        optimizer: Optimizer | None,
         keep: Mapping[str, Stateful],
         *,
         rank: int,
@@ -106,8 +106,8 @@ class TrainingState:
                 "build it last: place the model, wrap or shard it, then make the optimizer from its parameters()"
             )
         # In the order in which the optimizer numbers them in its own state_dict.
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.trained = [] if engine else [(names[id(p)], p) for p in parameters]
+        groups = optimizer.param_groups if optimizer and not engine else []
+        self.trained = [(names[id(p)], p) for group in groups for p in group["params"]]
 
     def files(self) -> Files:
         """What the engine's own files are to hold, by their paths in the checkpoint."""
@@ -120,8 +120,9 @@ class TrainingState:
         for name, tensor in self._model().items():
             if name in parameters or self.owns_buffers:
                 found[f"model.{name}"] = tensor
+        states = self.optimizer.state if self.optimizer else {}
         for name, parameter in self.trained:
-            for entry, value in self.optimizer.state.get(parameter, {}).items():
+            for entry, value in states.get(parameter, {}).items():
                 if value is not None:
                     found[f"optim.{name}.{entry}"] = require_tensor(value, f"optimizer state {entry}")
         for name, thing in self.keep.items():
@@ -178,7 +179,7 @@ class TrainingState:
         storage.load(path, wanted, group)
         if self.engine:
             self.engine.restore(path / self.engine.name, facts["world_size"] == dist.get_world_size())
-        else:
+        elif self.optimizer:
             packed = self.optimizer.state_dict()
             packed["state"] = {number: state for number, state in enumerate(moments) if state}
             self.optimizer.load_state_dict(packed)
