@@ -20,23 +20,15 @@ Source: https://lightning.ai/docs/fabric/stable/
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-from lockstep import Proof, Run, UserError, recipe
+from lockstep import Proof, Run, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.models import build_model
-from lockstep.schema import Config
-
-
-def check(config: Config, share: int) -> None:
-    """There must be something to synchronise."""
-    if config.sync_batchnorm and config.model.norm != "batch":
-        raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
 
 
 @recipe(
     needs="lightning",
     proof=(Proof({"model.norm": "group"}), Proof({"model.norm": "batch"}, {"sync_batchnorm": True})),
-    check=check,
     next_command="python -m recipes.ddp     the same training without Fabric, to compare with",
 )
 def train(run: Run) -> None:

@@ -41,14 +41,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from lockstep import data, preemption, rank, rundir, storage, world
+from lockstep import data, preemption, rank, rundir, world
 from lockstep.app import Recipe
 from lockstep.checkpoint import UNFINISHED, digest, names
 from lockstep.checks import complete
 from lockstep.preemption import PREEMPTED, SIGNALS, Listener
 from lockstep.rundir import freeze
 from lockstep.world import Place
-from tests.harness import compose_config
+from tests.harness import compose_config, preload, tensors_of
 from tests.narrow import NarrowResNet
 from tests.processes import as_a_shell, children, processes_of
 
@@ -56,7 +56,7 @@ START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes 
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
 ALONE = ("single", "data_parallel", "model_parallel")
 RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(("ddp", "sync_batchnorm", "grad_accumulation"), (1, 2, 3))
-RANKS["pipeline_parallel"] = (2,)
+RANKS |= {"pipeline_parallel": (2,), "lightning_trainer": (1, 2, 3)}
 OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2", "micro_batches=4")}
 # Four steps an epoch and an evaluation after each; a rank's share divides by 3 micro-batches on 1, 2 and 3 ranks.
 IMAGES = 144, 36  # of the digits
@@ -227,6 +227,7 @@ def start(setup: Setup, out: Path, fault: Fault = Fault(), typical_seconds: floa
     When a rank has died the others are told to stop. One that was asked to leave is no reason to: the others must come
     to know of it by themselves.
     """
+    preload(setup.target)
     config = compose_config(setup.target, f"out={out}", *setup.words, *setup.saving)
     complete(config, setup.target, setup.ranks)
     folder = freeze(config, setup.recipe)
@@ -418,7 +419,7 @@ def inflict(damage: Damage, folder: Path) -> tuple[str, str]:
         stale = folder / f"{UNFINISHED}step-{int(STEPS * damage.place):08d}"
         shutil.copytree(newest, stale, dirs_exist_ok=True)
         return damage.kind, ""
-    files = sorted(newest.iterdir())
+    files = sorted(file for file in newest.rglob("*") if file.is_file())
     file = files[int(damage.file * len(files))]
     before = file.read_bytes()
     at = int(damage.place * len(before))
@@ -448,7 +449,7 @@ def state_of(folder: Path, damaged: set[str]) -> dict[Path, tuple[int, int, int]
     intact = [path for path in names(folder) if path.name not in damaged]
     found = {}
     for path in intact:
-        for file in path.iterdir():
+        for file in filter(Path.is_file, path.rglob("*")):
             facts = file.stat()
             found[file] = facts.st_ino, facts.st_size, facts.st_mtime_ns
     return found
@@ -491,16 +492,6 @@ def result_of(out: Path, seconds: float = 0.0) -> Result:
     log = [tuple(line.get(name) for name in LOGGED) for line in lines]
     listed = names(out / rundir.CHECKPOINTS)
     return Result(weights("model.pt"), weights("best.pt"), log, tensors_of(listed[0]) if listed else {}, seconds)
-
-
-def tensors_of(checkpoint: Path) -> Tensors:
-    """Everything in a checkpoint: weights, buffers, optimizer state, every rank's random numbers."""
-    found = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in storage.described(checkpoint).items()
-    }
-    storage.load(checkpoint, found, alone=True)
-    return found
 
 
 def first_difference(mine: Tensors, theirs: Tensors) -> str:

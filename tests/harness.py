@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torchvision.models  # noqa: F401  once here, not once in every forked rank
 
+from lockstep import storage
 from lockstep.app import Recipe
 from lockstep.checks import complete
 from lockstep.compose import compose
@@ -108,11 +109,16 @@ def train(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout: 
 
 def execute(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout: float = 120) -> None:
     """Run a recipe or a tool on forked ranks."""
-    if recipe.needs == "lightning":
-        importlib.import_module("lightning.fabric")  # once here, not once in every forked rank
+    preload(recipe)
     config = compose_config(recipe, f"out={out}", *overrides)
     complete(config, recipe, world_size)
     run_ranks(_train, world_size, recipe.target, to_yaml(config), str(freeze(config, recipe.name)), timeout=timeout)
+
+
+def preload(recipe: Recipe) -> None:
+    """Load the package that a recipe needs once here, not once in every forked rank."""
+    if recipe.needs == "lightning":
+        importlib.import_module("lightning.pytorch")
 
 
 def _train(world: World, target: str, config: str, out: str) -> None:
@@ -120,6 +126,24 @@ def _train(world: World, target: str, config: str, out: str) -> None:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     recipe(Run(recipe.name, from_yaml(config), world, Path(out)))
+
+
+def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint: weights, buffers, optimizer state, every rank's generators, an engine's tensors."""
+    entries = storage.described(checkpoint).items()
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
+    storage.load(checkpoint, found, alone=True)
+    for file in sorted(checkpoint.glob("*/*")):
+        found |= tensors_in(torch.load(file, weights_only=True), f"{file.parent.name}/{file.name}")
+    return found
+
+
+def tensors_in(content: Any, name: str) -> dict[str, torch.Tensor]:
+    """All tensors in nested dicts and lists, by the path to them."""
+    if isinstance(content, torch.Tensor):
+        return {name: content}
+    entries = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else []
+    return {path: tensor for key, value in entries for path, tensor in tensors_in(value, f"{name}.{key}").items()}
 
 
 def command(

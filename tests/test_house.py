@@ -27,6 +27,15 @@ REPLACES: dict[str, list[str]] = {
     "fsdp": ["model = run.place(build_model(run.config.model))", "with run.autocast():"],
     "grad_accumulation": LOOP,
     "lightning_fabric": [LOOP[0], "with run.autocast():", LOOP[1]],
+    "lightning_trainer": [
+        "for batch in run.steps(model=model, optimizer=optimizer):",
+        LOOP[0],
+        "with run.autocast():",
+        LOSS,
+        LOOP[1],
+        "optimizer.step()",
+        "optimizer.zero_grad()",
+    ],
     "model_parallel": [LOSS],
     "pipeline_parallel": [
         "optimizer: Optimizer = SGD(model.parameters(), lr=optim.lr, momentum=optim.momentum, "

@@ -26,19 +26,19 @@ from lockstep.preemption import Preempted
 from lockstep.run import NothingLeft, Run
 from lockstep.rundir import freeze
 from lockstep.state import generators, set_generators
-from lockstep.storage import described, load
 from lockstep.world import World
 from recipes import (
     data_parallel,
     ddp,
     grad_accumulation,
     lightning_fabric,
+    lightning_trainer,
     model_parallel,
     pipeline_parallel,
     single,
     sync_batchnorm,
 )
-from tests.harness import compose_config, execute, run_ranks
+from tests.harness import compose_config, execute, run_ranks, tensors_of
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -54,6 +54,7 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "grad_accumulation": (grad_accumulation.train, 3, ("accumulate=2",)),
     "data_parallel": (data_parallel.train, 1, ()),
     "lightning_fabric": (lightning_fabric.train, 3, ("accumulate=2", "sync_batchnorm=true")),
+    "lightning_trainer": (lightning_trainer.train, 3, ("accumulate=2", "optim=adamw")),
     "model_parallel": (model_parallel.train, 1, ()),
     "pipeline_parallel": (pipeline_parallel.train, 2, ("stages=2", "micro_batches=4")),
     "pipelines": (pipeline_parallel.train, 4, ("stages=2", "micro_batches=2", "optim=adamw")),
@@ -72,19 +73,6 @@ def result(out: Path) -> dict[str, Any]:
 
 def newest(out: Path) -> Path:
     return names(out / "checkpoints")[0]
-
-
-def _read(world: World, path: str) -> dict[str, Tensor]:
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described(Path(path)).items()
-    }
-    load(Path(path), tensors)
-    return tensors
-
-
-def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
-    """Everything in a checkpoint: weights, buffers, optimizer state, every rank's generators."""
-    return run_ranks(_read, 1, str(checkpoint))[0]
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from launchers.slurm import exit_code
+from lockstep.app import Recipe
 from lockstep.cluster import idle_nodes
 from lockstep.errors import UserError
 from lockstep.world import discover, interface_towards, nodes_of_tasks
@@ -139,6 +141,16 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["hosts"] == ["node1"] * 2 + ["node2"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "one run directory, and nothing beside it"
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 4, *DIGITS))
+
+
+@pytest.mark.parametrize("name", ["lightning_trainer"])
+def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
+    """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
+    words = ["-m", f"recipes.{name}", *SHORT, "out=run", "cluster.nodes=2"]
+    code, said = end(start(box, tmp_path, *words))
+    assert code == 0, said
+    reference: Recipe = importlib.import_module(f"recipes.{name}").train
+    assert_equal(weights(tmp_path / "run"), train(reference, tmp_path / "reference", 2, *SHORT))
 
 
 def test_torchrun_in_a_batch_job_trains_the_same(box: Box, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from tests.harness import ROOT, command, execute
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-PROVEN = ["data_parallel", "ddp", "grad_accumulation", "lightning_fabric", "lightning_fabric", "model_parallel"]
-PROVEN += ["pipeline_parallel", "sync_batchnorm"]
+PROVEN = ["data_parallel", "ddp", "grad_accumulation", "lightning_fabric", "lightning_fabric"]
+PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
 
 
 def test_every_recipe_is_proven_by_the_command(tmp_path: Path) -> None:
@@ -83,6 +83,16 @@ BROKEN = {
         "lightning_fabric",
         "with fabric.autocast():",
         "if True:",
+    ),
+    "micro-batches that Lightning weighs alike": (
+        "lightning_trainer",
+        "return loss * micro.weight * self.trainer.accumulate_grad_batches",
+        "return loss",
+    ),
+    "a plugin that Lightning was never given": (
+        "lightning_trainer",
+        "[SyncBatchNorm()] if run.config.sync_batchnorm else []",
+        "[]",
     ),
     "a stage's gradient of the wrong size": (
         "pipeline_parallel",

@@ -64,6 +64,8 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
     if config.resume not in ("auto", "never"):
         check_source(config)
     share = config.batch_size // (world_size // config.stages)
+    if config.sync_batchnorm and config.model.norm != "batch":
+        raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
     if not (recipe.global_batchnorm or config.sync_batchnorm):
         check_batchnorm(config, share)
     if recipe.check:

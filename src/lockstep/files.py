@@ -70,7 +70,7 @@ def environment(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
     """What a run ran on. Variables are picked by name, because a dump of all of them would publish tokens."""
     import torch
 
-    packages = ("lockstep", "torch", "torchvision", "numpy", "hydra-core", "omegaconf")
+    packages = ("lockstep", "torch", "torchvision", "numpy", "hydra-core", "omegaconf", "lightning", "deepspeed")
     versions = {}
     for package in packages:
         try:

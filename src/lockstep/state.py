@@ -100,13 +100,13 @@ class TrainingState:
         self.module, self.optimizer, self.keep, self.engine = module, optimizer, keep, engine
         self.rank, self.device, self.owns_buffers = rank, device, owns_buffers
         names = {id(parameter): name for name, parameter in module.named_parameters()}
-        if not all(id(p) in names for group in optimizer.param_groups for p in group["params"]):
+        groups = optimizer.param_groups if optimizer and not engine else []
+        if not all(id(p) in names for group in groups for p in group["params"]):
             raise UserError(
                 "optimizer: holds tensors that are not the model's parameters, which would never change; "
                 "build it last: place the model, wrap or shard it, then make the optimizer from its parameters()"
             )
         # In the order in which the optimizer numbers them in its own state_dict.
-        groups = optimizer.param_groups if optimizer and not engine else []
         self.trained = [(names[id(p)], p) for group in groups for p in group["params"]]
 
     def files(self) -> Files:
