@@ -149,7 +149,7 @@ def key_help() -> str:
     lines = []
     for name, value, rule in [*walk(Config()), *walk(ClusterConfig(), "cluster.")]:
         shown = value if isinstance(value, str) else json.dumps(value)
-        allowed = f" [{'|'.join(rule['choices'])}]" if rule["choices"] else ""
+        allowed = f" [{'|'.join(map(str, rule['choices']))}]" if rule["choices"] else ""
         lines.append(f"{f'{name}={shown}':36} {rule['help']}{allowed}")
     return "\n".join(lines)
 

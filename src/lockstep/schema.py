@@ -19,7 +19,7 @@ from lockstep.errors import UserError
 def key(
     default: Any,
     help: str,
-    choices: tuple[str, ...] = (),
+    choices: tuple[str | int, ...] = (),
     minimum: float | None = None,
     only: tuple[str, ...] = (),
     free: bool = False,
@@ -143,6 +143,17 @@ class ClusterConfig:
 
 
 @dataclass
+class ZeroConfig:
+    stage: int = key(
+        2,
+        "what each rank keeps only its part of: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too",
+        (0, 1, 2, 3),
+        only=("deepspeed_zero",),
+    )
+    offload: bool = key(False, "keep the optimizer's part in host memory, and update there", only=("deepspeed_zero",))
+
+
+@dataclass
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -150,6 +161,7 @@ class Config:
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
+    zero: ZeroConfig = field(default_factory=ZeroConfig)
     cluster: ClusterConfig | None = None
     batch_size: int = key(96, "global batch: images the optimizer sees in one step, over all ranks", minimum=1)
     epochs: int = key(15, "passes over the training set", minimum=1)
@@ -227,7 +239,7 @@ def check_values(config: Config) -> None:
     """Hold every key to its own choices and minimum; raise UserError naming the key, its value and what is allowed."""
     for name, value, rule in walk(config):
         if rule["choices"] and value is not None and value not in rule["choices"]:
-            raise UserError(f"{name}={value}: allowed are {', '.join(rule['choices'])}")
+            raise UserError(f"{name}={value}: allowed are {', '.join(map(str, rule['choices']))}")
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name}={value}: allowed are finite numbers")
