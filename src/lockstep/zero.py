@@ -43,9 +43,10 @@ def prepared(run: Run) -> Iterator[None]:
     # Its launcher would set it: the number of this rank's device.
     local = run.device.index if run.device.type == "cuda" else run.world.local_rank
     os.environ["LOCAL_RANK"] = str(local)
-    # A C++ all-reduce for ranks of one CPU host, which DeepSpeed compiles while the ranks wait (half a minute, and a
-    # toolchain that many machines lack). Declared unavailable, it leaves the tensors to gloo.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It would probe with a compiler which of its C++ operators can be built here, and build one for the CPU at once, an
+    # all-reduce within a host, while the ranks wait: half a minute, and a toolchain that many machines lack. Told that
+    # none can, it leaves the tensors to gloo and the update to torch's optimizer.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     with contextlib.redirect_stdout(run.report.log):
         # When it looks whether an optimizer is Muon, it has that one's functions compiled: 3 s in each rank.
         with mock.patch.object(compiler, "compile", return_value=lambda function: function):
