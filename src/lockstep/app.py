@@ -37,12 +37,14 @@ class Proof:
         own: further settings for this recipe alone, those that bring its technique to bear.
         differs: settings under which it is another computation; by how much is measured.
         because: why, for the reader of the table.
+        precisions: those that it computes in. Without fp64 among them, all that is compared is fp32.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     own: dict[str, Any] = field(default_factory=dict)
     differs: dict[str, Any] = field(default_factory=dict)
     because: str = ""
+    precisions: tuple[str, ...] = ("fp64", "fp32", "bf16")
 
 
 @dataclass(frozen=True)

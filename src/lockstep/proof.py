@@ -94,11 +94,12 @@ def difference(mine: Tensors, theirs: Tensors) -> float:
 
 
 def angle(mine: Tensors, theirs: Tensors) -> float:
-    """1 − cosine between two sets of tensors, each as one vector: a ReLU that flips in fp32 leaves it small."""
+    """1 − cosine between two sets of tensors, each as one vector, or the relative difference of their lengths, if that is
+    larger: a ReLU that flips in fp32 leaves both small."""
     if mine.keys() != theirs.keys():
         return float("inf")
     if not theirs:
         return 0.0
     a = torch.cat([mine[name].double().flatten() for name in theirs])
     b = torch.cat([tensor.double().flatten() for tensor in theirs.values()])
-    return abs(1 - (a @ b / (a.norm() * b.norm())).item())
+    return max(abs(1 - (a @ b / (a.norm() * b.norm())).item()), abs(1 - (a.norm() / b.norm()).item()))
