@@ -1,4 +1,35 @@
-"""DeepSpeed ZeRO: data parallelism in which each rank keeps only its part of what the update needs."""
+"""DeepSpeed's ZeRO: data parallelism in which a rank keeps only its part of what all ranks would keep alike.
+
+Under DDP every rank holds all weights, all gradients and the optimizer's state of all weights. ZeRO cuts them among the
+N ranks, one more of them with each stage, and every cut is paid by a message that brings the rest when it is needed:
+
+    zero.stage=1   the optimizer's state. Gradients are averaged once a step; each rank updates its part of the weights
+                   and sends it to all others.
+    zero.stage=2   gradients too: while backward runs, a bucket that is complete goes to the rank whose part it is, with
+                   every micro-batch, and is freed elsewhere.
+    zero.stage=3   weights too: each layer is gathered from all ranks before its forward, again before its backward, and
+                   freed after both. Half as much again to send as DDP has.
+    zero.stage=0   nothing: DDP.
+
+The optimizer's state includes a copy of the weights in fp32, so with SGD and two ranks stage 1 saves nothing; the
+summary says what a rank holds. `zero.offload=true` moves the rank's part of it to the host's memory. Every stage trains
+what recipes.ddp does, on CPU and gloo to the last bit. `precision=bf16` is autocast, here as in every recipe; there is
+no fp64, because DeepSpeed updates in fp32 whatever the model computes in.
+
+`accumulate=N` is DeepSpeed's own: engine.step() updates after the last micro-batch, and only counts before. It would
+divide each loss by N; here a micro-batch counts for what it is, also a ragged last one. Started by the same launchers
+as every recipe, DeepSpeed joins their process group, and nothing is compiled. BatchNorm stays local, as under DDP.
+
+A checkpoint holds DeepSpeed's own files in the folder deepspeed/, for its own tools too (`zero_to_fp32.py … -t
+deepspeed`), and goes on with any number of ranks in any stage. They are pickles; here they are read only where their
+hashes are intact, and without running code. Evaluation and export gather the weights on each rank in turn.
+
+    python -m recipes.deepspeed_zero                                         stage 2, two ranks
+    python -m recipes.deepspeed_zero zero.stage=3 optim=adamw accumulate=4
+
+Expect: an accuracy of 0.97 or more on the digits, in about a minute on two CPU cores.
+Source: https://arxiv.org/abs/1910.02054 (ZeRO), https://www.deepspeed.ai/docs/config-json/
+"""
 
 import os
 from typing import Any
@@ -80,24 +111,21 @@ def train(run: Run) -> None:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
     def whole() -> nn.Module:
-        if run.config.zero.stage < 3:
-            return model
-        return zero.gather(model, run.place(build_model(run.config.model)))
+        return zero.gather(model, build_model(run.config.model)) if run.config.zero.stage == 3 else model
 
     files = zero.Files(engine)
     for batch in run.steps(model=engine, optimizer=optimizer, whole=whole, engine=files):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
                 loss = cross_entropy(engine(micro.images), micro.labels)
-            engine.backward(loss * micro.weight, scale_wrt_gas=False)
+            engine.backward(loss * micro.weight, scale_wrt_gas=False)  # else it divides by the number of micro-batches
             run.record(loss=loss, weight=micro.weight)
-            engine.step()
+            engine.step()  # the update, after the last of them
 
-    held = files.held_bytes()
-    parts = {name: gather_numbers(size, run.device) for name, size in held.items()}
+    held = {name: gather_numbers(size, run.device) for name, size in files.held_bytes().items()}
     run.note(
-        f"held: {', '.join(f'{name} {max(sizes) / 2**20:,.0f}' for name, sizes in parts.items())} MiB by a rank",
-        **{f"{name}_bytes": [int(size) for size in sizes] for name, sizes in parts.items()},
+        f"a rank holds {', '.join(f'{max(sizes) / 2**20:,.1f} MiB of {name}' for name, sizes in held.items())}",
+        **{f"held_{name}_bytes": [int(size) for size in sizes] for name, sizes in held.items()},
     )
 
 

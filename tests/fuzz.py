@@ -56,7 +56,7 @@ START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes 
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
 ALONE = ("single", "data_parallel", "model_parallel")
 RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(("ddp", "sync_batchnorm", "grad_accumulation"), (1, 2, 3))
-RANKS |= {"pipeline_parallel": (2,), "lightning_trainer": (1, 2, 3)}
+RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "lightning_trainer": (1, 2, 3)}
 OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2", "micro_batches=4")}
 # Four steps an epoch and an evaluation after each; a rank's share divides by 3 micro-batches on 1, 2 and 3 ranks.
 IMAGES = 144, 36  # of the digits
@@ -147,6 +147,8 @@ def draw(seed: int) -> Plan:
     words = [*SIZE, *OWN.get(recipe, ()), f"optim={dice.choice(('sgd', 'adamw'))}"]
     if recipe == "grad_accumulation":
         words.append(f"accumulate_by={dice.choice(('chunk', 'unbind'))}")
+    if recipe == "deepspeed_zero":
+        words.append(f"zero.stage={dice.randrange(4)}")
     if dice.random() < 0.15:
         words.append("patience=1")  # most of these small runs have become worse, and end, before the last epoch
     every, keep = dice.randint(1, 5), dice.randint(1, 3)

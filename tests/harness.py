@@ -117,8 +117,9 @@ def execute(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout
 
 def preload(recipe: Recipe) -> None:
     """Load the package that a recipe needs once here, not once in every forked rank."""
-    if recipe.needs == "lightning":
-        importlib.import_module("lightning.pytorch")
+    if recipe.needs:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for its device when it is imported
+        importlib.import_module({"lightning": "lightning.pytorch"}.get(recipe.needs, recipe.needs))
 
 
 def _train(world: World, target: str, config: str, out: str) -> None:
@@ -133,6 +134,11 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     entries = storage.described(checkpoint).items()
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
     storage.load(checkpoint, found, alone=True)
+    if (checkpoint / "deepspeed").is_dir():  # in its files each rank has a slice of one long vector
+        from lockstep.zero import assemble
+
+        weights, states = assemble(checkpoint / "deepspeed")
+        return found | weights | tensors_in(states, "deepspeed")
     for file in sorted(checkpoint.glob("*/*")):
         found |= tensors_in(torch.load(file, weights_only=True), f"{file.parent.name}/{file.name}")
     return found

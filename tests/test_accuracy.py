@@ -9,8 +9,8 @@ import pytest
 
 from tests.harness import command
 
-RECIPES = ["data_parallel", "grad_accumulation", "lightning_fabric", "lightning_trainer", "model_parallel"]
-RECIPES += ["pipeline_parallel", "single", "sync_batchnorm"]
+RECIPES = ["data_parallel", "deepspeed_zero", "fsdp", "grad_accumulation", "lightning_fabric", "lightning_trainer"]
+RECIPES += ["model_parallel", "pipeline_parallel", "single", "sync_batchnorm"]
 
 
 @pytest.mark.slow

@@ -23,6 +23,13 @@ LOSS = "loss = cross_entropy(model(micro.images), micro.labels)"
 # The lines of single.py that a technique replaces by its own; every other line of single.py stands in every recipe.
 REPLACES: dict[str, list[str]] = {
     "data_parallel": [],
+    "deepspeed_zero": [
+        "for batch in run.steps(model=model, optimizer=optimizer):",
+        LOSS,
+        LOOP[1],
+        "optimizer.step()",
+        "optimizer.zero_grad()",
+    ],
     "ddp": [],
     "fsdp": ["model = run.place(build_model(run.config.model))", "with run.autocast():"],
     "grad_accumulation": LOOP,

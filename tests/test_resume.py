@@ -30,6 +30,7 @@ from lockstep.world import World
 from recipes import (
     data_parallel,
     ddp,
+    deepspeed_zero,
     grad_accumulation,
     lightning_fabric,
     lightning_trainer,
@@ -47,6 +48,7 @@ RESNET18 = resnet.resnet18
 SHORT = (*DATA, "log_every=1", "optim.warmup_steps=2", "checkpoint.every=4")
 STEPS = 12
 RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
+    "deepspeed_zero": (deepspeed_zero.train, 2, ("zero.stage=3", "optim=adamw")),
     "single": (single.train, 1, ("optim=adamw",)),
     "ddp": (ddp.train, 2, ()),
     "ddp of 3": (ddp.train, 3, ()),

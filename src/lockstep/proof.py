@@ -94,8 +94,8 @@ def difference(mine: Tensors, theirs: Tensors) -> float:
 
 
 def angle(mine: Tensors, theirs: Tensors) -> float:
-    """1 − cosine between two sets of tensors, each as one vector, or the relative difference of their lengths, if that is
-    larger: a ReLU that flips in fp32 leaves both small."""
+    """1 − cosine between two sets of tensors, each as one vector, or the relative difference of their lengths, if that
+    is larger: a ReLU that flips in fp32 leaves both small."""
     if mine.keys() != theirs.keys():
         return float("inf")
     if not theirs:

@@ -228,7 +228,7 @@ class Files:
         return {
             "weights": sum(weights.values()),
             "gradients": self.gradient_bytes,
-            "optimizer": sum(others.values()),
+            "optimizer_state": sum(others.values()),
         }
 
     def _measure(self) -> None:
@@ -292,9 +292,11 @@ def stored(tensors: list[Any]) -> dict[int, int]:
 
 def gather(module: nn.Module, into: nn.Module) -> nn.Module:
     """Copy a partitioned module into a plain one, a parameter at a time. All ranks call it together."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    some = next(module.parameters())
+    into.to(some.device, some.dtype)
     with torch.no_grad():
-        for name, tensor in into.state_dict(keep_vars=True).items():
-            source = module.get_parameter(name) if isinstance(tensor, nn.Parameter) else module.get_buffer(name)
-            with whole(source):
-                tensor.copy_(source)
+        for name, tensor in into.state_dict().items():
+            with whole(tensors[name]):
+                tensor.copy_(tensors[name])
     return into
