@@ -26,20 +26,22 @@ Source: https://arxiv.org/abs/1910.02054 (ZeRO), https://arxiv.org/abs/2304.1127
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.memory import state_bytes
+from lockstep.metrics import gather_numbers
 from lockstep.models import build_model
 from lockstep.run import DTYPES
 from lockstep.schema import Config
@@ -54,9 +56,9 @@ def make_mesh(run: Run) -> DeviceMesh:
     return init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, run: Run) -> FSDPModule:
-    """Shard a ResNet from the inside out: what is gathered at a time is a residual block, and last of all the rest,
-    the stem and the classifier. One fully_shard on the whole would gather the whole."""
+def shard(model: nn.Module, mesh: DeviceMesh, run: Run) -> None:
+    """Shard a ResNet, in place, from the inside out: each residual block is gathered by itself, and what is left over,
+    the stem and the classifier, together. One fully_shard on the whole would gather the whole."""
     config = run.config.fsdp
     pinned = run.device.type == "cuda"  # host memory that a GPU can read by itself
     options: dict[str, Any] = {
@@ -67,30 +69,34 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run) -> FSDPModule:
     if run.config.precision == "bf16":  # instead of autocast: weights are cast when they are gathered, half the traffic
         mean = torch.float32 if config.reduce == "fp32" else torch.bfloat16
         arithmetic = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=mean)
-        rest = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=mean, output_dtype=torch.float32)
+        rest = replace(arithmetic, output_dtype=torch.float32)  # the logits, for the loss
         for layer in model.modules():
             if isinstance(layer, nn.BatchNorm2d):  # takes bf16 images with fp32 weights, as under autocast
                 own = MixedPrecisionPolicy(cast_forward_inputs=False)
                 fully_shard(layer, mp_policy=own, reshard_after_forward=False, **options)
     for name in ("layer1", "layer2", "layer3", "layer4"):
         for block in model.get_submodule(name).children():
+            if run.config.compile:  # block by block, since what FSDP does in between is no graph
+                block.compile(dynamic=False)
             fully_shard(block, mp_policy=arithmetic, reshard_after_forward=config.reshard_after_forward, **options)
-    return fully_shard(model, mp_policy=rest, **options)
+    fully_shard(model, mp_policy=rest, **options)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, whole: nn.Module | None, run: Run) -> None:
+def deal(model: nn.Module, whole: nn.Module | None, run: Run) -> None:
     """Give a sharded meta model memory, and every rank its parts of the weights that rank 0 has in `whole`.
 
     Tensor after tensor is cut up on rank 0 and dealt out, so the other ranks hold no more than one of them at a time.
     """
     model.to_empty(device="cpu" if run.config.fsdp.offload else run.device)
+    for layer in model.modules():
+        for name, buffer in layer.named_buffers(recurse=False):
+            setattr(layer, name, buffer.to(run.device))  # these are not offloaded
     weights = whole.state_dict() if whole is not None else {}
     for name, mine in model.state_dict().items():
-        tensor = (
-            weights[name].to(run.device) if weights else torch.empty(mine.shape, dtype=mine.dtype, device=run.device)
-        )
-        if hasattr(mine, "placements"):
+        tensor = weights[name] if weights else torch.empty(mine.shape, dtype=mine.dtype)
+        tensor = tensor.to(run.device)
+        if isinstance(mine, DTensor):
             mine.copy_(distribute_tensor(tensor, mine.device_mesh, mine.placements))
         else:  # BatchNorm's statistics, which every rank has
             dist.broadcast(tensor, src=0)
@@ -121,9 +127,9 @@ def train(run: Run) -> None:
     dtype = DTYPES[run.config.precision]
     whole = build_model(run.config.model).to(dtype) if run.world.rank == 0 else None
     with torch.device("meta"):
-        model = build_model(run.config.model).to(dtype)
+        model: Any = build_model(run.config.model).to(dtype)
     shard(model, make_mesh(run), run)
-    fill(model, whole, run)
+    deal(model, whole, run)
     del whole
     optim = run.config.optim  # from here on: an optimizer made before fully_shard would hold the tensors it replaced
     if optim.name == "sgd":
@@ -144,10 +150,11 @@ def train(run: Run) -> None:
         optimizer.zero_grad()
 
     mine, total = state_bytes(optimizer)
+    held = gather_numbers(mine, run.device)
     run.note(
-        f"state: {mine / 2**20:.1f} MiB of weights, gradients and optimizer on this rank, where DDP has "
-        f"{total / 2**20:.1f} MiB on each",
-        state_bytes=mine,
+        f"state: {', '.join(f'{size / 2**20:,.1f}' for size in held)} MiB of weights, gradients and optimizer, by "
+        f"rank; DDP has {total / 2**20:,.1f} MiB on each",
+        state_bytes_by_rank=[int(size) for size in held],
         state_bytes_unsharded=total,
     )
 

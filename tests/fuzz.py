@@ -30,12 +30,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ from lockstep.app import Recipe
 from lockstep.checkpoint import UNFINISHED, digest, names
 from lockstep.checks import complete
 from lockstep.preemption import PREEMPTED, SIGNALS, Listener
+from lockstep.proof import difference
 from lockstep.rundir import freeze
 from lockstep.world import Place
 from tests.harness import compose_config, preload, tensors_of
@@ -56,7 +58,9 @@ START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes 
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
 ALONE = ("single", "data_parallel", "model_parallel")
 RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(("ddp", "sync_batchnorm", "grad_accumulation"), (1, 2, 3))
-RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "lightning_trainer": (1, 2, 3)}
+RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "lightning_trainer": (1, 2, 3), "fsdp": (2, 3, 4)}
+RESIZED = ("fsdp",)  # started on another number of ranks each time: compared in fp64, and no longer bit by bit
+COPIES = {("fsdp", 4): ("fsdp.replicas=2",)}
 OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2", "micro_batches=4")}
 # Four steps an epoch and an evaluation after each; a rank's share divides by 3 micro-batches on 1, 2 and 3 ranks.
 IMAGES = 144, 36  # of the digits
@@ -132,11 +136,16 @@ DAMAGES = ("truncate", "flip", "delete", "no LATEST", "garbled LATEST", "stale f
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is drawn for one seed. A last, undisturbed start follows the faults."""
+    """All that is drawn for one seed. A last, undisturbed start follows the faults.
+
+    Attributes:
+        sizes: on how many ranks each start is; empty: all on the setup's.
+    """
 
     setup: Setup
     faults: tuple[Fault, ...]
     damages: tuple[Damage | None, ...]
+    sizes: tuple[int, ...] = ()
 
 
 def draw(seed: int) -> Plan:
@@ -156,12 +165,15 @@ def draw(seed: int) -> Plan:
     saving.append(f"checkpoint.asynchronous={dice.choice(('true', 'false'))}")
     if dice.random() < 0.4:
         saving.append("checkpoint.best=true")
-    faults, damages = [], []
-    for _ in range(dice.randint(1, 4)):
-        faults.append(draw_fault(dice, ranks, saves=STEPS // every))
+    faults, damages, count, sizes = [], [], dice.randint(1, 4), ()
+    if recipe in RESIZED and dice.random() < 0.5:
+        words += ["precision=fp64", "model.norm=group"]
+        sizes = (ranks, *(dice.choice(RANKS[recipe]) for _ in range(count)))
+    for number in range(count):
+        faults.append(draw_fault(dice, sizes[number] if sizes else ranks, saves=STEPS // every))
         harm = dice.random() < 0.4
         damages.append(Damage(dice.choice(DAMAGES), dice.random(), dice.random()) if harm else None)
-    return Plan(Setup(recipe, ranks, tuple(words), tuple(saving)), tuple(faults), tuple(damages))
+    return Plan(Setup(recipe, ranks, tuple(words), tuple(saving)), tuple(faults), tuple(damages), sizes)
 
 
 def draw_fault(dice: random.Random, ranks: int, saves: int) -> Fault:
@@ -230,7 +242,8 @@ def start(setup: Setup, out: Path, fault: Fault = Fault(), typical_seconds: floa
     to know of it by themselves.
     """
     preload(setup.target)
-    config = compose_config(setup.target, f"out={out}", *setup.words, *setup.saving)
+    copies = COPIES.get((setup.recipe, setup.ranks), ())
+    config = compose_config(setup.target, f"out={out}", *setup.words, *setup.saving, *copies)
     complete(config, setup.target, setup.ranks)
     folder = freeze(config, setup.recipe)
     assert folder is not None, "the run has finished"
@@ -531,6 +544,21 @@ def compare(found: Result, expected: Result, best: bool) -> str:
     return ""
 
 
+def compare_in_fp64(found: Result, expected: Result, best: bool, tolerance: float = 1e-8) -> str:
+    """As `compare`, but for the order in which ranks sum up, and for generators, of which each rank has its own."""
+    logs = [
+        [value if value is not None else -1 for line in result.log for value in line] for result in (found, expected)
+    ]
+    if len(logs[0]) != len(logs[1]) or not np.allclose(logs[0], logs[1], rtol=tolerance):
+        return f"metrics.jsonl: {found.log}, not {expected.log}; of {', '.join(LOGGED)}"
+    states = [{n: t for n, t in result.state.items() if not n.startswith("rng.")} for result in (found, expected)]
+    pairs = {"model.pt": (found.weights, expected.weights), "checkpoint": (states[0], states[1])}
+    if best:
+        pairs["best.pt"] = found.best, expected.best
+    off = {name: difference(mine, theirs) for name, (mine, theirs) in pairs.items()}
+    return "".join(f"{name} differs by {by:.0e} " for name, by in off.items() if not by <= tolerance)
+
+
 @cache
 def reference(setup: Setup) -> Result:
     """What an undisturbed run of these numbers leaves; each is run once."""
@@ -547,13 +575,14 @@ def play(plan: Plan, folder: Path) -> Outcome:
     setup, outcome = plan.setup, Outcome()
     expected = reference(Setup(setup.recipe, setup.ranks, setup.words))
     out, damaged = folder / "out", set[str]()
-    for fault, damage in itertools.zip_longest((*plan.faults, Fault()), (*plan.damages, None)):
+    sizes = plan.sizes or (setup.ranks,) * (len(plan.faults) + 1)
+    for fault, damage, ranks in zip((*plan.faults, Fault()), (*plan.damages, None), sizes, strict=True):
         before = state_of(out / rundir.CHECKPOINTS, damaged)
         wanted = next((path for path in names(out / rundir.CHECKPOINTS) if path.name not in damaged), None)
         newer = {path.name for path in names(out / rundir.CHECKPOINTS) if not wanted or path.name > wanted.name}
         log = out / "ranks" / "0.log"
         read = log.stat().st_size if log.exists() else 0
-        ended = start(setup, out, fault, expected.seconds)
+        ended = start(replace(setup, ranks=ranks), out, fault, expected.seconds)
         words = log.read_bytes()[read:].decode(errors="replace") if log.exists() else ""
         resumed = re.search(r"resuming from \S*(step-\d+), at step", words)
         tell(outcome, fault, ended, resumed)
@@ -573,7 +602,11 @@ def play(plan: Plan, folder: Path) -> Outcome:
                 outcome.events.append(what)
     else:
         outcome.wrong = "the last start was undisturbed, and yet the run has not finished"
-    outcome.wrong = outcome.wrong or compare(result_of(out), expected, "checkpoint.best=true" in setup.saving)
+    best = "checkpoint.best=true" in setup.saving
+    if plan.sizes:
+        outcome.wrong = outcome.wrong or compare_in_fp64(result_of(out), expected, best)
+    else:
+        outcome.wrong = outcome.wrong or compare(result_of(out), expected, best)
     return outcome
 
 
@@ -782,7 +815,8 @@ def fuzz(runs: int, seed: int, launcher: bool = False, say: Callable[[str], None
                 what, outcome = "recipes.ddp, launched", play_launched(draw_blows(number), folder)
             else:
                 plan = draw(number)
-                what, outcome = str(plan.setup), play(plan, folder)
+                sizes = f" then × {', '.join(map(str, plan.sizes[1:]))}" if plan.sizes else ""
+                what, outcome = f"{plan.setup}{sizes}", play(plan, folder)
             counts.update(outcome.counts)
             counts["runs"] += 1
             end = "DIFFERS" if outcome.wrong else "equal"

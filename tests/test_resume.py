@@ -31,6 +31,7 @@ from recipes import (
     data_parallel,
     ddp,
     deepspeed_zero,
+    fsdp,
     grad_accumulation,
     lightning_fabric,
     lightning_trainer,
@@ -53,6 +54,8 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "ddp": (ddp.train, 2, ()),
     "ddp of 3": (ddp.train, 3, ()),
     "sync_batchnorm": (sync_batchnorm.train, 2, ("optim=adamw",)),
+    "fsdp": (fsdp.train, 2, ("optim=adamw",)),
+    "fsdp in copies": (fsdp.train, 4, ("fsdp.replicas=2", "precision=bf16")),
     "grad_accumulation": (grad_accumulation.train, 3, ("accumulate=2",)),
     "data_parallel": (data_parallel.train, 1, ()),
     "lightning_fabric": (lightning_fabric.train, 3, ("accumulate=2", "sync_batchnorm=true")),
@@ -92,7 +95,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 # make test takes those that differ most in what they keep; make test-all all, and tests/fuzz.py draws from all.
-MORE = ("ddp", "data_parallel", "model_parallel", "pipeline_parallel")
+MORE = ("ddp", "fsdp in copies", "data_parallel", "model_parallel", "pipeline_parallel")
 
 
 @pytest.mark.parametrize(

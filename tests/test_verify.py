@@ -20,7 +20,7 @@ from tests.harness import ROOT, command, execute
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-PROVEN = ["data_parallel", "ddp", "grad_accumulation", "lightning_fabric", "lightning_fabric"]
+PROVEN = ["data_parallel", "ddp", "deepspeed_zero", "fsdp", "grad_accumulation", "lightning_fabric", "lightning_fabric"]
 PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
 
 
@@ -29,17 +29,23 @@ def test_every_recipe_is_proven_by_the_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "run" / "verify.json").read_text())
     proofs = [row for row in rows if not row["verdict"].startswith("differs")]
-    assert [(row["recipe"], row["precision"]) for row in proofs] == [(n, p) for n in PROVEN for p in ("fp64", "fp32")]
+    precisions = {"deepspeed_zero": ["fp32"]}
+    expected = [(name, precision) for name in PROVEN for precision in precisions.get(name, ["fp64", "fp32"])]
+    assert [(row["recipe"], row["precision"]) for row in proofs] == expected
     assert all(row["verdict"] == "equal" for row in proofs)
     assert all(row["weights"] <= 1e-10 and row["loss"] <= 1e-10 for row in proofs if row["precision"] == "fp64")
     measured = [row for row in rows if row not in proofs]
-    assert [row["recipe"] for row in measured] == ["data_parallel", "ddp", "grad_accumulation", "pipeline_parallel"]
+    names = ["data_parallel", "ddp", "deepspeed_zero", "fsdp", "grad_accumulation", "pipeline_parallel"]
+    assert [row["recipe"] for row in measured] == names
     assert all(row["loss"] > 1e-3 for row in measured), "a batch norm that does differ: the comparison can see it"
 
 
-@pytest.mark.parametrize(("world_size", "names"), [(3, "ddp,sync_batchnorm"), (4, "pipeline_parallel")])
-def test_on_other_numbers_of_ranks(world_size: int, names: str, tmp_path: Path) -> None:
-    execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=2", "precision=fp64")
+@pytest.mark.parametrize(
+    ("world_size", "names", "words"),
+    [(3, "ddp,sync_batchnorm", ()), (4, "pipeline_parallel,fsdp", ("fsdp.replicas=2",))],
+)
+def test_on_other_numbers_of_ranks(world_size: int, names: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=2", "precision=fp64", *words)
     rows = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert {row["recipe"] for row in rows} == set(names.split(","))
     assert all((row["verdict"], row["ranks"]) == ("equal", world_size) for row in rows)
@@ -98,6 +104,11 @@ BROKEN = {
         "pipeline_parallel",
         "average_gradients(mine, data_group)",
         "[p.grad.mul_(1 if first else 0.5) for p in mine.parameters()]",
+    ),
+    "shards cut from each rank's own memory": (
+        "fsdp",
+        "mine.placements)",
+        "mine.placements, src_data_rank=None)",
     ),
     "replicas whose gradients are lost": (
         "data_parallel",
