@@ -315,14 +315,14 @@ class Run:
             steps=(self.steps_per_epoch, self.total_steps),
             first=self.step,
         )
+        self._logged_at, self._logged_step = time.perf_counter(), self.step
+        self._saved_at, self._saved_step = self._logged_at, self.step
+        self._setup_seconds = self._logged_at - self.started
         if self.step >= self.total_steps:
             self._evaluation = self._evaluate()
             raise NothingLeft
         assert optimizer is not None
         self._optimizer = optimizer
-        self._logged_at, self._logged_step = time.perf_counter(), self.step
-        self._setup_seconds = self._logged_at - self.started
-        self._saved_at, self._saved_step = self._logged_at, self.step
 
     def _before_step(self, state: TrainingState) -> bool:
         """Save where a checkpoint is due, and leave where a signal has come; whether there is a step to take."""
