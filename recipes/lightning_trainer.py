@@ -85,7 +85,7 @@ def train(run: Run) -> None:
             self.evaluation = self.tally.result(run.device)
 
     module, batches = Classifier(), TrainBatches(run)
-    hooks = RunHooks(run, module)
+    hooks = RunHooks(run, module, batches)
     trainer = Trainer(
         strategy=DDP(run.world),
         precision=PRECISION[run.config.precision],
@@ -104,7 +104,7 @@ def train(run: Run) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(module, batches, EvalBatches(run), ckpt_path=hooks.ckpt_path, weights_only=True)
+    trainer.fit(module, batches, EvalBatches(run), ckpt_path=hooks.ckpt_path)
 
 
 if __name__ == "__main__":

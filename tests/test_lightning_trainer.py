@@ -83,6 +83,17 @@ def test_four_two_one_ranks_train_as_one(tmp_path: Path) -> None:
         assert mine == pytest.approx(theirs, rel=1e-10)
 
 
+def test_another_run_s_checkpoint_is_gone_on_from_with_these_settings(tmp_path: Path) -> None:
+    """Another batch size, other micro-batches, another number of ranks and another learning rate, within an epoch."""
+    words = ("batch_size=24", "accumulate=5", "optim.lr=0.005", "epochs=5", "model.norm=group", "precision=fp64")
+    for recipe in (ddp.train, TRAINER):
+        source, out = tmp_path / f"{recipe.name}-source", tmp_path / recipe.name
+        execute(recipe, source, 1, *SHORT, *words[-2:], "accumulate=5", "max_steps=6")
+        execute(recipe, out, 2, *SHORT, *words, f"resume={source}")
+        assert [line["step"] for line in lines(out) if "loss" in line] == list(range(4, 11))
+    assert_same(tmp_path / TRAINER.name, tmp_path / "ddp")
+
+
 def dropping(*_: Any) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 10))
 

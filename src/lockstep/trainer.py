@@ -128,6 +128,27 @@ class InMemory(CheckpointIO):
         raise NotImplementedError("the run decides which checkpoints are kept")
 
 
+def put_at_step(counts: dict[str, Any], step: int, steps_per_epoch: int, pieces: int) -> None:
+    """Make a fit loop's saved counts those of the moment after a step's last micro-batch.
+
+    Source: lightning/pytorch/loops/progress.py (what is counted), training_epoch_loop.py (how it goes on from there).
+    """
+    epoch, within = divmod(step - 1, steps_per_epoch)
+    batches = counts["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = within + 1 == steps_per_epoch
+    updates = counts["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+    for span, steps in (("total", step), ("current", within + 1)):
+        done = steps * pieces
+        batches[span] = {"ready": done, "started": done, "processed": done, "completed": done - 1}
+        updates[span] = {"ready": steps, "completed": steps}
+        counts["epoch_progress"][span] = {
+            "ready": epoch + 1,
+            "started": epoch + 1,
+            "processed": epoch,
+            "completed": epoch,
+        }
+
+
 class RunHooks(Checkpoint):
     """Calls the run where the Trainer's loop is between two steps, and is the run's Engine.
 
@@ -136,6 +157,7 @@ class RunHooks(Checkpoint):
 
     Args:
         module: what is trained; its `model` is evaluated and exported, its `evaluation` an evaluation's result.
+        batches: what it is trained on.
 
     Attributes:
         ckpt_path: for `trainer.fit(ckpt_path=...)`: the checkpoint to go on from, if there is one.
@@ -147,8 +169,8 @@ class RunHooks(Checkpoint):
 
     name = "lightning"
 
-    def __init__(self, run: Run, module: LightningModule) -> None:
-        self._run, self._model = run, module.get_submodule("model")
+    def __init__(self, run: Run, module: LightningModule, batches: TrainBatches) -> None:
+        self._run, self._model, self._pieces = run, module.get_submodule("model"), batches.pieces
         self.ckpt_path: Path | None = None
         self.files_of_the_trainer = InMemory()
         self._gradients: dict[str, Tensor] | None = None
@@ -167,6 +189,19 @@ class RunHooks(Checkpoint):
         # ranks from within, and ask them about signals before each batch; no argument keeps it from either.
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        # Lightning would go on with the counts and the learning rates of the run that saved. Those of this run follow
+        # from its step, with its own batch size, micro-batches, ranks and optim.*, which may be others.
+        put_at_step(checkpoint["loops"]["fit_loop"], self._run.step, self._run.steps_per_epoch, self._pieces)
+        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
+        rates = [rate * self._run.lr_factor(self._run.step) for rate in schedule.base_lrs]
+        groups = trainer.optimizers[0].state_dict()["param_groups"]
+        checkpoint["optimizer_states"][0]["param_groups"] = [
+            group | {"lr": rate} for group, rate in zip(groups, rates, strict=True)
+        ]
+        now = {"last_epoch": self._run.step, "base_lrs": schedule.base_lrs, "_last_lr": rates}
+        checkpoint["lr_schedulers"][0] |= now
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ckpt_path:  # what this computes is overwritten with what is in there
