@@ -143,7 +143,7 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 4, *DIGITS))
 
 
-@pytest.mark.parametrize("name", ["lightning_trainer"])
+@pytest.mark.parametrize("name", ["lightning_fabric", "lightning_trainer"])
 def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
     words = ["-m", f"recipes.{name}", *SHORT, "out=run", "cluster.nodes=2"]
@@ -177,6 +177,37 @@ def test_plain_srun_needs_no_launcher(box: Box, tmp_path: Path) -> None:
     done = box.run(*words, *SHORT, "out=run", cwd=tmp_path, timeout=120)
     assert done.returncode == 0, done.stderr
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 2, *SHORT))
+
+
+def test_lightning_takes_over_what_srun_has_started(box: Box, tmp_path: Path) -> None:
+    """Two steps of one job at once, one off its first node; it is called bash, which Lightning mistrusts."""
+    run = f"{sys.executable} -m recipes.ddp +cluster=lightning {' '.join(SHORT)}"
+    one, two = (f"srun --nodes=1 --nodelist={node} --ntasks=2 {run} out={node}" for node in ("node1", "node2"))
+    words = ["--nodes=2", "--ntasks-per-node=4", "--job-name=bash", "--output=log", f"--wrap={one} & {two}; wait"]
+    job = box.sbatch(*words, cwd=tmp_path)
+    box.wait_for_state(job, "COMPLETED", 120)
+    reference = on_this_machine(tmp_path, 2, *SHORT)
+    for node in ("node1", "node2"):
+        assert json.loads((tmp_path / node / "environment.json").read_text())["hosts"] == [node] * 2
+        assert "cluster: null" in (tmp_path / node / "config.yaml").read_text()
+        assert_equal(weights(tmp_path / node), reference)
+
+
+def test_in_lightning_s_job_signals_have_one_owner(
+    box: Box, folder: Path, uninterrupted: dict[str, torch.Tensor]
+) -> None:
+    words = [sys.executable, "ddp.py", *LONG, "out=run", "+cluster=lightning_slurm", "cluster.nodes=2"]
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = box.popen(*words, cwd=folder, env={"HOW": "slow"}, **pipes)
+    job = until(process, "submitted").split()[1]
+    wait_for_steps(folder / "run", 4)
+    box.run("scancel", "--signal=USR1", job)
+    box.start_again_now(job)
+    code, said = end(process)
+    assert code == 0, said
+    assert box.job(job)["Restarts"] == "1", "nobody else has requeued it"
+    assert "SIGUSR1: leaving" in said
+    assert_equal(weights(folder / "run"), uninterrupted)
 
 
 # Refused ----------------------------------------------------------------------------------------------------------
