@@ -94,8 +94,9 @@ def check(cluster: ClusterConfig | None) -> None:
 def adopt() -> None:
     """Make this task of srun's a rank: torchrun's variables, from what Lightning's SLURMEnvironment says.
 
-    Where it would guess wrong, it is told: it takes the first node of the job for rank 0's, though a step may run on
-    others, the same port for all steps of a job, and refuses srun --ntasks=N without --ntasks-per-node.
+    Where it would guess wrong, it is told. It takes the job's first node for rank 0's, though a step may run on others;
+    it has one port for all steps of a job; and it wants as many tasks on each node as sbatch was asked for, or that
+    srun was told --ntasks-per-node.
 
     Raises:
         UserError: Lightning is not installed, or WORLD_SIZE is set to something else.
@@ -114,6 +115,8 @@ def adopt() -> None:
         from launchers.lightning_start import under_slurm
 
         variables.update(under_slurm(max(counts)))
+    if placed:  # Lightning knows of no nodes with unequal numbers of tasks
+        variables["LOCAL_WORLD_SIZE"] = str(placed.count(placed[int(variables["RANK"])]))
     again = variables.get("SLURM_RESTART_COUNT", "0")
     variables["TORCHELASTIC_RUN_ID"] = f"{variables['SLURM_JOB_ID']}.{variables['SLURM_STEP_ID']}-{again}"
 
