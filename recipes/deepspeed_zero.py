@@ -34,6 +34,7 @@ Source: https://arxiv.org/abs/1910.02054 (ZeRO), https://www.deepspeed.ai/docs/c
 import os
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
@@ -111,7 +112,11 @@ def train(run: Run) -> None:
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
 
     def whole() -> nn.Module:
-        return zero.gather(model, build_model(run.config.model)) if run.config.zero.stage == 3 else model
+        if run.config.zero.stage < 3:
+            return model
+        with torch.device("meta"):  # memory only when the weights come, and no random number drawn
+            plain = build_model(run.config.model)
+        return zero.gather(model, plain)
 
     files = zero.Files(engine)
     for batch in run.steps(model=engine, optimizer=optimizer, whole=whole, engine=files):

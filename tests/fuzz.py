@@ -585,6 +585,7 @@ def play(plan: Plan, folder: Path) -> Outcome:
         read = log.stat().st_size if log.exists() else 0
         ended = start(replace(setup, ranks=ranks), out, fault, expected.seconds)
         words = log.read_bytes()[read:].decode(errors="replace") if log.exists() else ""
+        words = "\n".join(re.findall(r"^\d\d:\d\d:\d\d .*", words, re.MULTILINE))  # DeepSpeed talks there too
         resumed = re.search(r"resuming from \S*(step-\d+), at step", words)
         tell(outcome, fault, ended, resumed)
         outcome.wrong = (

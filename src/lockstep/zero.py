@@ -291,10 +291,10 @@ def stored(tensors: list[Any]) -> dict[int, int]:
 
 
 def gather(module: nn.Module, into: nn.Module) -> nn.Module:
-    """Copy a partitioned module into a plain one, a parameter at a time. All ranks call it together."""
+    """Copy a partitioned module into a plain one on the meta device, a parameter at a time. All ranks call it."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     some = next(module.parameters())
-    into.to(some.device, some.dtype)
+    into.to(some.dtype).to_empty(device=some.device)
     with torch.no_grad():
         for name, tensor in into.state_dict().items():
             with whole(tensors[name]):
