@@ -13,8 +13,9 @@ N ranks, one more of them with each stage, and every cut is paid by a message th
 
 The optimizer's state includes a copy of the weights in fp32, so with SGD and two ranks stage 1 saves nothing; the
 summary says what a rank holds. `zero.offload=true` moves the rank's part of it to the host's memory. Every stage trains
-what recipes.ddp does, on CPU and gloo to the last bit. `precision=bf16` is autocast, here as in every recipe; there is
-no fp64, because DeepSpeed updates in fp32 whatever the model computes in.
+what recipes.ddp does, on CPU and gloo to the last bit, as long as there is one micro-batch: stages 2 and 3 add them up
+in another order. `precision=bf16` is autocast, here as in every recipe, and from stage 1 on gradients also travel as
+bf16. There is no fp64, because DeepSpeed updates in fp32 whatever the model computes in.
 
 `accumulate=N` is DeepSpeed's own: engine.step() updates after the last micro-batch, and only counts before. It would
 divide each loss by N; here a micro-batch counts for what it is, also a ragged last one. Started by the same launchers
@@ -22,7 +23,7 @@ as every recipe, DeepSpeed joins their process group, and nothing is compiled. B
 
 A checkpoint holds DeepSpeed's own files in the folder deepspeed/, for its own tools too (`zero_to_fp32.py … -t
 deepspeed`), and goes on with any number of ranks in any stage. They are pickles; here they are read only where their
-hashes are intact, and without running code. Evaluation and export gather the weights on each rank in turn.
+hashes are intact, and without running code. In stage 3 every rank holds the whole model while it evaluates or exports.
 
     python -m recipes.deepspeed_zero                                         stage 2, two ranks
     python -m recipes.deepspeed_zero zero.stage=3 optim=adamw accumulate=4
@@ -77,6 +78,10 @@ def check(config: Config, share: int) -> None:
         raise UserError(
             "precision=fp64: DeepSpeed's optimizer computes in fp32 and would lose it; allowed are fp32 and bf16"
         )
+    if config.compile:
+        raise UserError("compile=true: DeepSpeed's hooks do not go through torch.compile; leave compile out")
+    if config.channels_last:
+        raise UserError("channels_last=true: DeepSpeed keeps the weights as one long vector; leave channels_last out")
     if config.zero.offload and not config.zero.stage:
         raise UserError("zero.offload=true: stage 0 leaves the optimizer whole; set zero.stage to 1, 2 or 3")
 

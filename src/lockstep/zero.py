@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import io
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lockstep.errors import UserError
 from lockstep.run import Run
 
 Tensors = dict[str, Tensor]
@@ -36,10 +38,8 @@ Tensors = dict[str, Tensor]
 @contextlib.contextmanager
 def prepared(run: Run) -> Iterator[None]:
     """Where DeepSpeed can be initialised: it finds what it asks of its own launcher, and talks into the rank's log."""
-    for handler in logger.handlers:
-        handler.setLevel("INFO")
+    for handler in logger.handlers:  # it warns on stdout
         handler.setStream(run.report.log)
-    logger.setLevel("INFO")
     # Its launcher would set it: the number of this rank's device.
     local = run.device.index if run.device.type == "cuda" else run.world.local_rank
     os.environ["LOCAL_RANK"] = str(local)
@@ -87,9 +87,23 @@ class InMemory(CheckpointEngine):
 
 
 def read(path: Path) -> Any:
-    """What is in a file of DeepSpeed's, on the CPU; of tensors only those parts are read that are used."""
-    with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    """What is in a file of DeepSpeed's, on the CPU; of tensors only those parts are read that are used.
+
+    Raises:
+        UserError: reading it would run code.
+    """
+    try:
+        with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"{path}: refused, for it holds more than DeepSpeed's tensors ({said})") from None
+
+
+def first_file(folder: Path) -> dict[str, Any]:
+    """What rank 0 saved besides its part of the optimizer."""
+    found: dict[str, Any] = read(sorted(folder.glob("*_model_states.pt"))[0])
+    return found
 
 
 def assemble(folder: Path) -> tuple[Tensors, dict[str, Tensors]]:
@@ -98,7 +112,7 @@ def assemble(folder: Path) -> tuple[Tensors, dict[str, Tensors]]:
     In stage 1 and 2 each rank saves a section of one long vector of all parameters, and where in it each parameter
     lies; in stage 3 its section of each parameter, one after the other.
     """
-    first = read(sorted(folder.glob("*_model_states.pt"))[0])
+    first = first_file(folder)
     module, stage = first["module"], first["ds_config"]["zero_optimization"]["stage"]
     if stage == 0:
         names = [name for name in module if name not in first["buffer_names"]]
@@ -159,14 +173,14 @@ class Files:
         self.before_update(self._measure)
 
     def files(self) -> dict[str, memoryview]:
-        self.engine.save_checkpoint("nowhere", tag=self.name, save_latest=False)
+        self.engine.save_checkpoint("checkpoints", tag=self.name, save_latest=False)
         kept, self.memory.kept = self.memory.kept, {}
         return kept
 
     def restore(self, folder: Path, same_ranks: bool) -> None:
         # Its optimizer's settings come from the config, as they do everywhere else, and not from the checkpoint.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        first = read(sorted(folder.glob("*_model_states.pt"))[0])
+        first = first_file(folder)
         if same_ranks and first["ds_config"] == self.engine.config:
             self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         else:
