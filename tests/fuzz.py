@@ -50,7 +50,7 @@ from lockstep.preemption import PREEMPTED, SIGNALS, Listener
 from lockstep.proof import difference
 from lockstep.rundir import freeze
 from lockstep.world import Place
-from tests.harness import compose_config, preload, tensors_of
+from tests.harness import compose_config, preload, renew_threads, tensors_of
 from tests.narrow import NarrowResNet
 from tests.processes import as_a_shell, children, processes_of
 
@@ -295,7 +295,7 @@ def start_ranks(recipe: Recipe, ranks: int, out: Path, scratch: Path, fault: Fau
             running = {}
     ended.seconds = time.monotonic() - began
     ended.hit = ended.hit or hit.value.decode()
-    ended.was_training = ended.was_training or bool(hit.value)
+    ended.was_training = ended.was_training or (bool(hit.value) and all(training))
     for process in processes:
         process.join()
         process.close()
@@ -318,6 +318,7 @@ def _rank(
     recipe: Recipe, number: int, ranks: int, out: Path, scratch: Path, fault: Fault, hit: Any, training: Any
 ) -> NoReturn:
     """Be a rank as lockstep.rank has it, except that the store is a file and the config is there already."""
+    renew_threads()
     PR_SET_PDEATHSIG = 1
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
     for sign in SIGNALS:

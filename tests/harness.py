@@ -69,7 +69,14 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout
     return [results[rank] for rank in range(world_size)]
 
 
+def renew_threads() -> None:
+    """To be called first of all in a forked process: its copy of torch's thread pool is dead, and is replaced at the
+    first use; two threads of backward that come to it at once would abort the process ("Invalid thread pool!")."""
+    torch.set_num_threads(1)
+
+
 def _rank(function: Any, rank: int, world_size: int, store: str, timeout: float, answers: Any, args: Any) -> None:
+    renew_threads()
     try:
         world = join(
             dist.FileStore(store, world_size),
