@@ -143,7 +143,7 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 4, *DIGITS))
 
 
-@pytest.mark.parametrize("name", ["lightning_fabric", "lightning_trainer"])
+@pytest.mark.parametrize("name", ["deepspeed_zero", "fsdp", "lightning_fabric", "lightning_trainer"])
 def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
     words = ["-m", f"recipes.{name}", *SHORT, "out=run", "cluster.nodes=2"]
