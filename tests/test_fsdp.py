@@ -135,27 +135,45 @@ def test_ranks_with_fewer_evaluation_batches_still_gather_with_the_others(
     assert (found["eval_loss"], found["eval_accuracy"]) == (expected["eval_loss"], expected["eval_accuracy"])
 
 
-def test_gradients_are_averaged_once_a_step_or_after_every_micro_batch(tmp_path: Path, monkeypatch: Any) -> None:
-    """A share of 5 images in 3 micro-batches, the last one ragged: one average of 9 groups of gradients, or three."""
-    sent: Any = multiprocessing.get_context("fork").Value("i", 0)
-    name = "reduce_scatter_single" if hasattr(dist, "reduce_scatter_single") else "reduce_scatter_tensor"
-    reduce_scatter = getattr(dist, name)
+def test_what_crosses_the_network_and_how_often(tmp_path: Path, monkeypatch: Any) -> None:
+    """A share of 5 images in 3 micro-batches, the last one ragged: gradients are averaged once a step, or each time.
 
-    def counted(*args: Any, **options: Any) -> Any:
-        with sent.get_lock():
-            sent.value += 1
-        return reduce_scatter(*args, **options)
-
-    monkeypatch.setattr(dist, name, counted)
+    And weights are gathered for the forward and, where they were freed, for the backward; the stem's and the
+    classifier's are not freed in between. An evaluation of one batch is one forward more.
+    """
+    context: Any = multiprocessing.get_context("fork")
+    calls = {}
+    for what in ("reduce_scatter", "all_gather"):
+        new, old = f"{what}_single", {"all_gather": "all_gather_into_tensor"}.get(what, "reduce_scatter_tensor")
+        name = new if hasattr(dist, new) else old
+        calls[what] = context.Value("i", 0)
+        monkeypatch.setattr(dist, name, counted(getattr(dist, name), calls[what]))
     words = (*SHORT, "precision=fp64", "model.norm=group", "batch_size=10", "max_steps=2")
     expected = train(ddp.train, tmp_path / "ddp", 2, *words)
-    counts = []
-    for number, own in enumerate((("accumulate=1",), ("accumulate=3",), ("accumulate=3", "fsdp.sync=every"))):
-        sent.value = 0
-        found = train(fsdp.train, tmp_path / str(number), 2, *words, *own)
-        assert difference(found, expected) <= 1e-10
-        counts.append(sent.value)
-    assert counts == [2 * 2 * 9, 2 * 2 * 9, 3 * 2 * 2 * 9], "2 ranks, 2 steps, 8 blocks and the rest"
+    found = []
+    ways = ["accumulate=1", "fsdp.reshard_after_forward=false", "accumulate=3", "accumulate=3 fsdp.sync=every"]
+    for number, way in enumerate(ways):
+        for count in calls.values():
+            count.value = 0
+        assert difference(train(fsdp.train, tmp_path / str(number), 2, *words, *way.split()), expected) <= 1e-10
+        found.append((calls["reduce_scatter"].value, calls["all_gather"].value))
+    ranks, steps, groups = 2, 2, 9  # 8 blocks, and the rest
+    both, once, evaluation = 2 * groups - 1, groups, groups
+    assert found == [
+        (ranks * steps * groups, ranks * (steps * both + evaluation)),
+        (ranks * steps * groups, ranks * (steps * once + evaluation)),
+        (ranks * steps * groups, ranks * (3 * steps * both + evaluation)),
+        (ranks * 3 * steps * groups, ranks * (3 * steps * both + evaluation)),
+    ]
+
+
+def counted(function: Any, count: Any) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
+        with count.get_lock():
+            count.value += 1
+        return function(*args, **options)
+
+    return call
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------------
