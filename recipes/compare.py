@@ -2,10 +2,10 @@
 
 Each recipe is started as a person would start it, with the same config, in turn and as many rounds as asked, so that a
 machine that gets slower meets them all alike. The table gives images/s with its spread, the seconds from the command
-to its first step, memory by rank or device and its imbalance (the largest over the mean), how long parts sat idle, and
-of DataParallel's threads how many computed at a time: where that is far below their number, they waited for each other
-in one interpreter. DataParallel's other two faults, the first device that holds more and does more, are the imbalance
-and the speed.
+to its first step, memory by rank or device and its imbalance (the largest over the mean), what of it is weights,
+gradients and optimizer on the rank that holds most, how long parts sat idle, and of DataParallel's threads how many
+computed at a time: where that is far below their number, they waited for each other in one interpreter. DataParallel's
+other two faults, the first device that holds more and does more, are the imbalance and the speed.
 
     python -m recipes.compare recipes=[data_parallel,ddp] max_steps=30
     python -m recipes.compare rounds=3 model=resnet50 data=synthetic data.image_size=64 max_steps=10
@@ -73,6 +73,7 @@ def summary(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
         "fastest": max(speeds),
         "start_seconds": statistics.median(result["start_seconds"] for result in results),
         "memory_bytes": memory,
+        "state_bytes": max(last["state_bytes_by_rank"]),
         "memory_imbalance": max(memory) / statistics.mean(memory),
         "idle_shares": last.get("idle_shares"),
         "threads_busy": threads,
@@ -84,7 +85,7 @@ def show(run: Run, rows: list[dict[str, Any]]) -> None:
     """The table, for people."""
     table = Table(title=f"{run.config.model.name} on {run.config.data.name}, {run.device.type}", title_justify="left")
     speed = ("images/s", "from, to", "start s")
-    for column in ("recipe", "ranks", *speed, "MiB", "imbalance", "idle", "threads busy", "accuracy"):
+    for column in ("recipe", "ranks", *speed, "peak MiB", "imbalance", "state MiB", "idle", "threads busy", "accuracy"):
         table.add_column(column)
     for row in rows:
         table.add_row(
@@ -95,6 +96,7 @@ def show(run: Run, rows: list[dict[str, Any]]) -> None:
             f"{row['start_seconds']:.1f}",
             ", ".join(f"{size / 2**20:,.0f}" for size in row["memory_bytes"]),
             f"{row['memory_imbalance']:.2f}",
+            f"{row['state_bytes'] / 2**20:,.0f}",
             ", ".join(f"{share:.0%}" for share in row["idle_shares"] or []),
             "" if row["threads_busy"] is None else f"{row['threads_busy']:.2f}",
             f"{row['eval_accuracy']:.1%}",

@@ -135,6 +135,7 @@ def train(run: Run) -> None:
     held = {name: gather_numbers(size, run.device) for name, size in files.held_bytes().items()}
     run.note(
         f"a rank holds {', '.join(f'{max(sizes) / 2**20:,.1f} MiB of {name}' for name, sizes in held.items())}",
+        state_bytes_by_rank=[int(sum(sizes)) for sizes in zip(*held.values(), strict=True)],
         **{f"held_{name}_bytes": [int(size) for size in sizes] for name, sizes in held.items()},
     )
 

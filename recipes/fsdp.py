@@ -40,8 +40,6 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
-from lockstep.memory import state_bytes
-from lockstep.metrics import gather_numbers
 from lockstep.models import build_model
 from lockstep.run import DTYPES
 from lockstep.schema import Config
@@ -148,15 +146,6 @@ def train(run: Run) -> None:
             run.record(loss=loss, weight=micro.weight)
         optimizer.step()
         optimizer.zero_grad()
-
-    mine, total = state_bytes(optimizer)
-    held = gather_numbers(mine, run.device)
-    run.note(
-        f"state: {', '.join(f'{size / 2**20:,.1f}' for size in held)} MiB of weights, gradients and optimizer, by "
-        f"rank; DDP has {total / 2**20:,.1f} MiB on each",
-        state_bytes_by_rank=[int(size) for size in held],
-        state_bytes_unsharded=total,
-    )
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ def test_compare_reports_what_each_run_reported(tmp_path: Path) -> None:
         assert run["steps"] == 2, "the runs got this config"
         assert row["slowest"] == row["fastest"] == run["images_per_second"]
         assert row["start_seconds"] > run["setup_seconds"] > 0
+        assert row["state_bytes"] == 12 * run["parameters"], "weights, gradients and momentum in fp32"
     assert 0 < rows[0]["threads_busy"] <= 2.5
     assert len(rows[1]["idle_shares"]) == 2
     assert "data_parallel" in done.stdout

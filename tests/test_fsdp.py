@@ -50,7 +50,7 @@ def test_a_rank_holds_its_part_of_the_state_and_says_how_much(tmp_path: Path) ->
     assert found["state_bytes_unsharded"] == pytest.approx(4 * size, rel=0.001)
     assert found["state_bytes_by_rank"] == pytest.approx([2 * size] * 2, rel=0.01)
     log = (tmp_path / "run" / "ranks" / "0.log").read_text()
-    assert f"DDP has {found['state_bytes_unsharded'] / 2**20:,.1f} MiB on each" in log
+    assert f"by rank; unsharded {found['state_bytes_unsharded'] / 2**20:,.1f}\n" in log
     # Each rank wrote what it holds, less the gradients, and nothing was gathered for it.
     files = [path.stat().st_size for path in sorted(newest(tmp_path / "run").glob("__*.distcp"))]
     assert len(files) == 2

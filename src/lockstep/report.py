@@ -110,7 +110,10 @@ class Report:
         """Show the run in numbers and what to try next."""
         if self.progress:
             self.progress.stop()
-        memory = ", ".join(f"{size / 2**20:,.0f}" for size in result["peak_memory_bytes_by_rank"])
+        memory = by_rank(result["peak_memory_bytes_by_rank"])
+        state = f"{by_rank(result['state_bytes_by_rank'])} MiB of weights, gradients and optimizer, by rank"
+        if result["state_bytes_unsharded"] > 1.01 * max(result["state_bytes_by_rank"]):
+            state += f"; unsharded {by_rank([result['state_bytes_unsharded']])}"
         speed = "no step taken"
         if result["images_per_second"] is not None:
             milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
@@ -121,6 +124,7 @@ class Report:
             "speed": speed,
             "time": f"{result['wall_seconds']:.1f} s for {count(result['steps'] - self.first_step, 'step')}",
             "memory": f"{memory} MiB at peak, by rank",
+            "state": state,
             "written": f"{short(self.out)}/: model.pt, result.json, metrics.jsonl, config.yaml, ranks/",
         }
         for note in self.notes:
@@ -138,3 +142,8 @@ class Report:
             self.console.print(f"{self.recipe} finished", markup=False)
             for name, text in rows.items():
                 self.console.print(f"  {name:9} {text}", soft_wrap=True, markup=False)
+
+
+def by_rank(sizes: list[int]) -> str:
+    """Bytes as MiB, one number a rank."""
+    return ", ".join(f"{size / 2**20:,.1f}" for size in sizes)

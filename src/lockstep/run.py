@@ -25,6 +25,7 @@ from lockstep.checkpoint import Checkpoints
 from lockstep.data import Batch
 from lockstep.errors import UserError
 from lockstep.files import write_atomically, write_json
+from lockstep.memory import state_bytes
 from lockstep.models import count_parameters
 from lockstep.monitor import Monitor, open_monitors
 from lockstep.preemption import Agreement, Listener, Preempted
@@ -233,6 +234,9 @@ class Run:
         module = self._whole()
         weights = whole_weights(module, self.device, keep=self.world.rank == 0)
         memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
+        mine, total = state_bytes(self._optimizer)
+        state = metrics.gather_numbers(mine, self.device)
+        self._notes = {"state_bytes_by_rank": [int(m) for m in state], "state_bytes_unsharded": total} | self._notes
         for monitor in self.monitors:
             monitor.close()
         if self.world.rank == 0:
