@@ -301,12 +301,13 @@ class Run:
         self._resume(state, model)
         return state
 
-    def _begin(self, optimizer: Optimizer | None) -> None:
+    def _begin(self, optimizer: Optimizer) -> None:
         """Start to listen, to log and to keep time, when the state is the one to go on from.
 
         Raises:
             NothingLeft: it is that of the last step.
         """
+        self._optimizer = optimizer
         if self.listener:
             self._agreement, self.listener.training = Agreement(self.world.control, self.listener), True
         if self.world.rank == 0:
@@ -325,8 +326,6 @@ class Run:
         if self.step >= self.total_steps:
             self._evaluation = self._evaluate()
             raise NothingLeft
-        assert optimizer is not None
-        self._optimizer = optimizer
 
     def _before_step(self, state: TrainingState) -> bool:
         """Save where a checkpoint is due, and leave where a signal has come; whether there is a step to take."""

@@ -175,10 +175,11 @@ class RunHooks(Checkpoint):
         self.files_of_the_trainer = InMemory()
         self._gradients: dict[str, Tensor] | None = None
         self._state = run._take_up(self._model, engine=self)
-        if run.step >= run.total_steps:
-            if self.ckpt_path:
-                self.load(self.weights(self.ckpt_path.parent))
-            run._begin(None)
+        if self.ckpt_path and run.step >= run.total_steps:  # the Trainer would not even restore
+            saved, configured = self.files_of_the_trainer.load_checkpoint(self.ckpt_path), module.configure_optimizers()
+            module.load_state_dict(saved["state_dict"])
+            configured["optimizer"].load_state_dict(saved["optimizer_states"][0])
+            run._begin(configured["optimizer"])
         self._generators = generators(run.device)
 
     # Between two steps
