@@ -57,9 +57,20 @@ def test_a_recipe_that_these_ranks_cannot_run_is_named_and_not_called_equal(tmp_
     assert all(row["verdict"].startswith("not run: stages=2") for row in rows)
 
 
+def test_a_precision_that_a_recipe_lacks_is_not_called_equal(tmp_path: Path) -> None:
+    execute(verify.train, tmp_path / "run", 2, "recipes=[deepspeed_zero]", "precision=fp64")
+    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert [row["verdict"][:24] for row in rows] == ["not run: precision=fp64:"]
+
+
 # Broken on purpose. Each of these mistakes has been published in somebody's tutorial. -------------------------------
 
 BROKEN = {
+    "gradients clipped to a length of 1, as DeepSpeed does by default": (
+        "deepspeed_zero",
+        '"gradient_clipping": 0.0,',
+        "",
+    ),
     "accumulation that does not weight its pieces": (
         "grad_accumulation",
         "(loss * weight).backward()",
@@ -139,8 +150,9 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_a_broken_recipe_is_named(mistake: str, replace: Any, tmp_path: Path) -> None:
     name, old, new = BROKEN[mistake]
     replace(name, old, new)
-    with pytest.raises(AssertionError, match=f"not the training that recipes.single computes: {name} in fp64"):
-        execute(verify.train, tmp_path / "run", 2, f"recipes=[{name}]", "max_steps=2", "precision=fp64")
+    precision = "fp32" if name == "deepspeed_zero" else "fp64"
+    with pytest.raises(AssertionError, match=f"not the training that recipes.single computes: {name} in {precision}"):
+        execute(verify.train, tmp_path / "run", 2, f"recipes=[{name}]", "max_steps=2", f"precision={precision}")
     rows = json.loads((tmp_path / "run" / "verify.json").read_text())
     assert any(row["verdict"].startswith("OFF: ") for row in rows)
 
