@@ -47,12 +47,12 @@ from lockstep.models import build_model
 from lockstep.schema import Config
 
 
-def deepspeed_config(config: Config, share: int) -> dict[str, Any]:
-    """DeepSpeed's configuration: what ours says, in its words, and nothing left to its defaults that decides numbers.
+def deepspeed_config(run: Run) -> dict[str, Any]:
+    """DeepSpeed's configuration: what ours says, in its words, and no number left to its defaults.
 
-    Args:
-        share: images of a global batch that one rank works on.
+    Learning rate, momentum and weight decay are the optimizer's, which is handed in beside it.
     """
+    config, share = run.config, run.config.batch_size // run.shards  # images of a global batch for this rank
     largest = -(-share // config.accumulate)  # images in a micro-batch; the last one may be smaller
     found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": largest,
@@ -67,7 +67,7 @@ def deepspeed_config(config: Config, share: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,  # it has tested Adam; the proof below tests SGD
     }
     if config.zero.offload:
-        found["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": config.device == "cuda"}
+        found["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": run.device.type == "cuda"}
         found["zero_force_ds_cpu_optimizer"] = False  # torch's own will do: DeepSpeed's has to be compiled
     return found
 
@@ -113,8 +113,7 @@ def train(run: Run) -> None:
     else:
         optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
     with zero.prepared(run):
-        settings = deepspeed_config(run.config, run.config.batch_size // run.shards)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(run))
 
     def whole() -> nn.Module:
         if run.config.zero.stage < 3:
@@ -134,8 +133,9 @@ def train(run: Run) -> None:
 
     held = {name: gather_numbers(size, run.device) for name, size in files.held_bytes().items()}
     run.note(
-        f"a rank holds {', '.join(f'{max(sizes) / 2**20:,.1f} MiB of {name}' for name, sizes in held.items())}",
+        f"held: {', '.join(f'{max(sizes) / 2**20:,.1f} MiB {name}' for name, sizes in held.items())}, by a rank",
         state_bytes_by_rank=[int(sum(sizes)) for sizes in zip(*held.values(), strict=True)],
+        state_bytes_unsharded=files.unsharded_bytes(),
         **{f"held_{name}_bytes": [int(size) for size in sizes] for name, sizes in held.items()},
     )
 

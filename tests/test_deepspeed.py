@@ -101,9 +101,12 @@ def test_a_rank_holds_only_its_part(fit: Fit) -> None:
     whole = sum(4 * tensor.numel() for name, tensor in weights.items() if not name.endswith(BUFFERS))
     for stage, (w, g, o) in {0: (1, 1, 2), 1: (1, 1 / 2, 1), 2: (1, 1 / 2, 3 / 2), 3: (1 / 2, 1 / 2, 1)}.items():
         found = result(fit(deepspeed_zero.train, *stage_words(stage))[1])
-        for kind, share in {"weights": w, "gradients": g, "optimizer_state": o}.items():
+        for kind, share in {"weights": w, "gradients": g, "optimizer": o}.items():
             held = found[f"held_{kind}_bytes"]
             assert held == pytest.approx([share * whole] * 2, rel=0.1), f"{kind} in stage {stage}"
+        moments = 2 if STAGES[stage] == "adamw" else 1
+        assert found["state_bytes_by_rank"] == pytest.approx([(w + g + o) * whole] * 2, rel=0.1)
+        assert found["state_bytes_unsharded"] == (2 + moments) * whole
 
 
 BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -245,6 +248,6 @@ def test_it_keeps_the_console_to_lockstep(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     starts = ("deepspeed_zero", "  model ", "  data ", "  batch ", "  run ", "step 2/2", "  accuracy", "  speed")
-    starts += ("  time", "  memory", "  written", "  a rank holds", "  next")
+    starts += ("  time", "  memory", "  written", "  held", "  next")
     assert all(line.startswith(starts) for line in done.stdout.splitlines()), done.stdout
     assert "untested optimizer" in (tmp_path / "run" / "ranks" / "0.log").read_text()

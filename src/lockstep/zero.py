@@ -242,8 +242,14 @@ class Files:
         return {
             "weights": sum(weights.values()),
             "gradients": self.gradient_bytes,
-            "optimizer_state": sum(others.values()),
+            "optimizer": sum(others.values()),
         }
+
+    def unsharded_bytes(self) -> int:
+        """What a rank of DDP's holds: weights, gradients, and as much again for each moment of the optimizer's."""
+        entries = {(k, v.dim()) for state in self.optimizer.state.values() for k, v in state.items()}
+        numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
+        return 4 * numel * (2 + sum(dim > 0 for _, dim in entries))
 
     def _measure(self) -> None:
         if not self.gradient_bytes:
