@@ -247,9 +247,9 @@ class Files:
 
     def unsharded_bytes(self) -> int:
         """What a rank of DDP's holds: weights, gradients, and as much again for each moment of the optimizer's."""
-        entries = {(k, v.dim()) for state in self.optimizer.state.values() for k, v in state.items()}
+        moments = {key for state in self.optimizer.state.values() for key, value in state.items() if value.dim()}
         numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
-        return 4 * numel * (2 + sum(dim > 0 for _, dim in entries))
+        return 4 * numel * (2 + len(moments))
 
     def _measure(self) -> None:
         if not self.gradient_bytes:
