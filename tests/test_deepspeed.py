@@ -20,7 +20,7 @@ from lockstep.checks import complete
 from lockstep.errors import UserError
 from lockstep.proof import difference
 from recipes import ddp, deepspeed_zero
-from tests.harness import command, compose_config, train
+from tests.harness import command, compose_config, preload, train
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -205,6 +205,20 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     assert result(tmp_path / "run")["checkpoints_failed"] == 1
     assert [path.name for path in names(tmp_path / "run" / "checkpoints")] == ["step-00000008"]
     assert same(found, fit(ddp.train, "optim=adamw")[0])
+
+
+def test_its_collectives_wait_as_long_as_lockstep_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    preload(deepspeed_zero.train)
+    from lockstep import zero
+
+    def noting(files: Any, engine: Any, make: Any = zero.Files.__init__) -> None:
+        make(files, engine)
+        options = engine.data_parallel_group._get_backend(torch.device("cpu")).options
+        (tmp_path / "seconds").write_text(str(options._timeout.total_seconds()))
+
+    monkeypatch.setattr(zero.Files, "__init__", noting)
+    train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, "max_steps=1", "timeout_seconds=77")
+    assert (tmp_path / "seconds").read_text() == "77.0"
 
 
 def test_another_recipe_s_checkpoint_is_refused(fit: Fit, tmp_path: Path) -> None:

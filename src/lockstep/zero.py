@@ -8,11 +8,13 @@ classes named here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,7 +49,9 @@ def prepared(run: Run) -> Iterator[None]:
     # all-reduce within a host, while the ranks wait: half a minute, and a toolchain that many machines lack. Told that
     # none can, it leaves the tensors to gloo and the update to torch's optimizer.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
-    with contextlib.redirect_stdout(run.report.log):
+    # Its collectives go through a group of its own, which would wait half an hour for a rank that hangs.
+    new_group = functools.partial(dist.new_group, timeout=timedelta(seconds=run.config.timeout_seconds))
+    with contextlib.redirect_stdout(run.report.log), mock.patch.object(dist, "new_group", new_group):
         # When it looks whether an optimizer is Muon, it has that one's functions compiled: 3 s in each rank.
         with mock.patch.object(compiler, "compile", return_value=lambda function: function):
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
