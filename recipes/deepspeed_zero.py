@@ -79,7 +79,9 @@ def check(config: Config, share: int) -> None:
             "precision=fp64: DeepSpeed's optimizer computes in fp32 and would lose it; allowed are fp32 and bf16"
         )
     if config.compile:
-        raise UserError("compile=true: DeepSpeed compiles in a way of its own, which this recipe leaves out; leave compile out")
+        raise UserError(
+            "compile=true: DeepSpeed compiles in a way of its own, which this recipe leaves out; leave compile out"
+        )
     if config.channels_last:
         raise UserError("channels_last=true: DeepSpeed keeps the weights as one long vector; leave channels_last out")
     if config.zero.offload and not config.zero.stage:
