@@ -17,9 +17,10 @@ def result(out: Path) -> dict[str, object]:
     return json.loads((out / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-def test_one_rank_over_nccl_trains(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["ddp", "lightning_trainer"])
+def test_one_rank_over_nccl_trains(name: str, tmp_path: Path) -> None:
     words = ["nproc=1", "epochs=3", "out=run", "precision=bf16", "channels_last=true"]
-    done = command("-m", "recipes.ddp", *words, cwd=tmp_path, timeout=240)
+    done = command("-m", f"recipes.{name}", *words, cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
     found = result(tmp_path / "run")
     assert (found["backend"], found["device"]) == ("nccl", "cuda")
