@@ -22,8 +22,9 @@ divide each loss by N; here a micro-batch counts for what it is, also a ragged l
 as every recipe, DeepSpeed joins their process group, and nothing is compiled. BatchNorm stays local, as under DDP.
 
 A checkpoint holds DeepSpeed's own files in the folder deepspeed/, for its own tools too (`zero_to_fp32.py … -t
-deepspeed`), and goes on with any number of ranks in any stage. They are pickles; here they are read only where their
-hashes are intact, and without running code. In stage 3 every rank holds the whole model while it evaluates or exports.
+deepspeed`, and with AdamW `ds_to_universal --inject_missing_state`), and goes on with any number of ranks in any stage.
+They are pickles; here they are read only where their hashes are intact, and without running code. In stage 3 every rank
+holds the whole model while it evaluates or exports.
 
     python -m recipes.deepspeed_zero                                         stage 2, two ranks
     python -m recipes.deepspeed_zero zero.stage=3 optim=adamw accumulate=4

@@ -129,6 +129,23 @@ def test_other_ranks_go_on(stage: int, fit: Fit, tmp_path: Path) -> None:
     assert difference(parts, expected) < 1e-3
 
 
+def test_deepspeed_s_own_converter_makes_a_universal_checkpoint_of_it(fit: Fit, tmp_path: Path) -> None:
+    """As its users call it: for AdamW, the one optimizer it knows."""
+    weights, out = fit(deepspeed_zero.train, *stage_words(2))
+    folder = names(out / "checkpoints")[0] / "deepspeed"
+    words = ["--inject_missing_state", "--input_folder", str(folder), "--output_folder", str(tmp_path / "universal")]
+    done = command("-m", "deepspeed.checkpoint.ds_to_universal", *words, "--num_merge_workers=1")
+    assert done.returncode == 0, done.stderr
+    from lockstep import zero
+
+    _, moments = zero.assemble(folder)
+    for name, states in moments.items():
+        made = {file.stem: torch.load(file) for file in (tmp_path / "universal" / "zero" / name).glob("*.pt")}
+        assert torch.equal(made["fp32"]["param"].flatten(), weights[name].flatten()), name
+        assert torch.equal(made["exp_avg_sq"]["param"].flatten(), states["exp_avg_sq"].flatten()), name
+    assert moments
+
+
 def test_a_run_goes_on_in_another_stage(fit: Fit, tmp_path: Path) -> None:
     """With the moments: weights alone would not do."""
     expected, theirs = fit(deepspeed_zero.train, *stage_words(3))
