@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import runpy
 import signal
@@ -50,6 +50,8 @@ class Launcher(_MultiProcessingLauncher):
 
     def launch(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[int, tuple[int, int]]:
         """Call `function` in every rank, wait; return {local rank: (pid, exit code)} of who failed first."""
+        if self._start_method == "spawn":  # its helper, once started, lets some signals through again
+            multiprocessing.resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # the ranks inherit it; their Listener lifts it
         try:
             started = torch.multiprocessing.start_processes(

@@ -22,8 +22,15 @@ def test_a_recipe_s_command_learns_the_digits(name: str, tmp_path: Path) -> None
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.96
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_the_main_job_learns_the_digits(tmp_path: Path) -> None:
-    done = command("-m", "recipes.ddp", "out=run", cwd=tmp_path, timeout=280)
+    done = command("-m", "recipes.ddp", "out=run", cwd=tmp_path, timeout=580)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.97
+
+
+def test_a_fifth_of_the_main_job_has_learned_most_of_it(tmp_path: Path) -> None:
+    done = command("-m", "recipes.ddp", "epochs=3", "out=run", cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.8

@@ -62,6 +62,9 @@ if __name__ == "__main__":
 WORDS = ["batch_size=24", "max_steps=50", "log_every=1", "out=run"]
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "crash.py").write_text(CRASHING)
@@ -82,9 +85,9 @@ def test_an_exception_is_shown_once_from_the_rank_that_raised_it(folder: Path) -
     ("how", "code", "words"),
     [
         ("kill", 137, "rank 1 was killed by SIGKILL"),
-        ("exit", 7, "rank 1 ended with exit code 7"),
+        pytest.param("exit", 7, "rank 1 ended with exit code 7", marks=SLOW),
         ("forget", 2, "error: crash: no loss to log; call run.record(loss=loss) in every step"),
-        ("break", 2, "error: crash left run.steps after step 0 of 50; run the loop to its end"),
+        pytest.param("break", 2, "error: crash left run.steps after step 0 of 50; run the loop to its end", marks=SLOW),
     ],
 )
 def test_a_rank_that_just_ends_is_named(how: str, code: int, words: str, folder: Path) -> None:
@@ -150,7 +153,7 @@ def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
     wait_until(lambda: not processes_of(tmp_path / "run"), 10)
 
 
-@pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5, 3.5])
+@pytest.mark.parametrize("seconds", [0.3, pytest.param(1.0, marks=SLOW), 2.5, pytest.param(3.5, marks=SLOW)])
 def test_ctrl_c_while_starting_shows_no_traceback(seconds: float, tmp_path: Path) -> None:
     process = as_a_shell(LONG, tmp_path, stderr=subprocess.PIPE)
     time.sleep(seconds)

@@ -193,6 +193,7 @@ def test_a_hang_is_reported_with_the_line_where_it_stands(tmp_path: Path, monkey
 # The real launcher ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_a_user_types_loses_nothing(tmp_path: Path) -> None:
     """Preempted; started again, loses a rank, and starts its ranks again by itself."""
     blows = (Blow(signal.SIGTERM, -1, 4, 0.0), Blow(signal.SIGKILL, 1, 11, 0.0))

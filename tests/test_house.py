@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -147,16 +148,30 @@ TRAINS = "-m recipes."
 SHORT = ["max_steps=2", "data.augment=false"]  # a README command trains for a minute; that it starts and ends is tested
 
 
-ELSEWHERE = {"python -m recipes.verify"}  # a minute's work: tests/test_verify.py runs the very same
+# What every change is tried on; the other commands that train are `slow`: their techniques have tests of their own.
+QUICK = {
+    "python -m recipes.ddp",
+    "torchrun --nproc-per-node=2 -m recipes.ddp",
+    "python -m recipes.checkpoint_resume forget=optimizer",
+    "python -m recipes.ddp +cluster=lightning cluster.start=fork",
+}
+ELSEWHERE = {"python -m recipes.verify"}  # minutes of work: tests/test_verify.py runs the very same
 
 
-def test_the_commands_tested_elsewhere_are_in_the_readme() -> None:
-    assert set(readme_commands()) >= ELSEWHERE
+def test_the_commands_named_here_are_in_the_readme() -> None:
+    assert set(readme_commands()) >= ELSEWHERE | QUICK
 
 
-@pytest.mark.parametrize(
-    "line", [line for line in readme_commands() if not line.startswith("make ") and line not in ELSEWHERE]
-)
+def readme_cases() -> list[Any]:
+    lines = [line for line in readme_commands() if not line.startswith("make ") and line not in ELSEWHERE]
+    trains = [TRAINS in line and "--help" not in line and "--cfg" not in line for line in lines]
+    return [
+        pytest.param(line, marks=pytest.mark.slow if slow and line not in QUICK else [])
+        for line, slow in zip(lines, trains, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("line", readme_cases())
 def test_every_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     if TRAINS in line and "--help" not in words and "--cfg" not in words:

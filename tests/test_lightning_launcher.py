@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from recipes import ddp
-from tests.harness import clean_environment, command, train
-from tests.test_failures import CRASHING, WORDS, read, wait_until
+from tests.harness import command, train
+from tests.processes import as_a_shell, read, wait_until
+from tests.test_failures import CRASHING, WORDS
 from tests.test_start_paths import free_port, start_all
 
 TINY = ["data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "log_every=1", "eval_every=0"]
@@ -71,6 +72,7 @@ def test_a_sweep_runs_once_a_point(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "sweep" / point / "result.json").read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_several_machines_by_hand(tmp_path: Path) -> None:
     words = [sys.executable, *FORK, "cluster.nodes=2", "cluster.tasks_per_node=2", *SMOKE, "out=run"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
@@ -93,8 +95,13 @@ def folder(tmp_path: Path) -> Path:
     [
         ("raise", 1, "rank 1 failed\nTraceback"),
         ("kill", 137, "rank 1 was killed by SIGKILL; its last words are in ranks/1.log\n"),
-        ("exit", 7, "rank 1 ended with exit code 7"),
-        ("forget", 2, "error: crash: no loss to log; call run.record(loss=loss) in every step"),
+        pytest.param("exit", 7, "rank 1 ended with exit code 7", marks=pytest.mark.slow),
+        pytest.param(
+            "forget",
+            2,
+            "error: crash: no loss to log; call run.record(loss=loss) in every step",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_the_rank_that_broke_is_shown_once(how: str, code: int, words: str, folder: Path) -> None:
@@ -117,20 +124,14 @@ def test_a_killed_rank_comes_back_as_often_as_asked(folder: Path) -> None:
 
 
 def begin(folder: Path, start: str) -> subprocess.Popen[str]:
-    """A run that would take hours, with DataLoader workers, in a session of its own."""
-    return subprocess.Popen(
-        [sys.executable, *LIGHTNING, f"cluster.start={start}", *TINY, "epochs=100000", "out=run", "data.workers=1"],
-        cwd=folder,
-        env=clean_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    """A run that would take hours, with DataLoader workers."""
+    words = [sys.executable, *LIGHTNING, f"cluster.start={start}", *TINY, "epochs=100000", "out=run", "data.workers=1"]
+    return as_a_shell(words, folder, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminated", "Ctrl-C"])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["terminated", "Ctrl-C"]
+)
 def test_asked_to_leave_the_ranks_save_and_leave(number: signal.Signals, tmp_path: Path) -> None:
     process = begin(tmp_path, "fork")
     wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)

@@ -143,7 +143,9 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 4, *DIGITS))
 
 
-@pytest.mark.parametrize("name", ["deepspeed_zero", "fsdp", "lightning_fabric", "lightning_trainer"])
+@pytest.mark.parametrize(
+    "name", ["deepspeed_zero", "fsdp", pytest.param("lightning_fabric", marks=pytest.mark.slow), "lightning_trainer"]
+)
 def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
     words = ["-m", f"recipes.{name}", *SHORT, "out=run", "cluster.nodes=2"]
@@ -153,6 +155,7 @@ def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "run"), train(reference, tmp_path / "reference", 2, *SHORT))
 
 
+@pytest.mark.slow
 def test_torchrun_in_a_batch_job_trains_the_same(box: Box, tmp_path: Path) -> None:
     """Its variables win over Slurm's, which count one task a node."""
     script = str(ROOT / "slurm" / "torchrun.sbatch")
@@ -193,6 +196,7 @@ def test_lightning_takes_over_what_srun_has_started(box: Box, tmp_path: Path) ->
         assert_equal(weights(tmp_path / node), reference)
 
 
+@pytest.mark.slow
 def test_in_lightning_s_job_signals_have_one_owner(
     box: Box, folder: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:

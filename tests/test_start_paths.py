@@ -70,7 +70,14 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
 
 @pytest.mark.parametrize(
     ("start", "nproc"),
-    [(by_python, 2), (by_python, 4), (by_torchrun, 2), (by_two_agents, 2), (by_two_agents, 4), (by_variables, 2)],
+    [
+        (by_python, 2),
+        pytest.param(by_python, 4, marks=pytest.mark.slow),
+        (by_torchrun, 2),
+        pytest.param(by_two_agents, 2, marks=pytest.mark.slow),
+        (by_two_agents, 4),
+        (by_variables, 2),
+    ],
 )
 def test_every_start_gives_the_same_run(start, nproc, weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     out = tmp_path / "run"

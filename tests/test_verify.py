@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import sys
@@ -16,7 +17,7 @@ from lockstep import data
 from lockstep.batchnorm import SyncBatchNorm
 from lockstep.proof import angle, difference
 from recipes import verify
-from tests.harness import ROOT, command, execute
+from tests.harness import ROOT, command, execute, preload
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -24,10 +25,24 @@ PROVEN = ["data_parallel", "ddp", "deepspeed_zero", "fsdp", "grad_accumulation",
 PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_every_recipe_is_proven_by_the_command(tmp_path: Path) -> None:
-    done = command("-m", "recipes.verify", "out=run", cwd=tmp_path, timeout=280)
+    done = command("-m", "recipes.verify", "out=run", cwd=tmp_path, timeout=880)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    check_rows(tmp_path / "run")
+
+
+def test_every_recipe_is_proven(tmp_path: Path) -> None:
+    """As the command does it, on a narrow model."""
+    for package in ("deepspeed_zero", "lightning_trainer"):
+        preload(importlib.import_module(f"recipes.{package}").train)
+    execute(verify.train, tmp_path / "run", 2, timeout=300)
+    check_rows(tmp_path / "run")
+
+
+def check_rows(out: Path) -> None:
+    rows = json.loads((out / "verify.json").read_text())
     proofs = [row for row in rows if not row["verdict"].startswith("differs")]
     precisions = {"deepspeed_zero": ["fp32"]}
     expected = [(name, precision) for name in PROVEN for precision in precisions.get(name, ["fp64", "fp32"])]
@@ -195,5 +210,6 @@ def test_differences_see_what_is_missing_or_not_a_number() -> None:
     assert difference(ones, ones) == 0
     assert difference(twos, ones) == pytest.approx(1.0)
     assert difference({}, ones) == difference({"a": torch.full((3,), float("nan"))}, ones) == float("inf")
-    assert angle(twos, ones) == pytest.approx(0.0, abs=1e-12)
+    assert angle(twos, ones) == pytest.approx(1.0), "the same direction, and twice as long"
+    assert angle(ones, ones) == pytest.approx(0.0, abs=1e-12)
     assert angle({"a": -torch.ones(3)}, ones) == pytest.approx(2.0)
