@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
@@ -84,23 +85,24 @@ def summary(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
 def show(run: Run, rows: list[dict[str, Any]]) -> None:
     """The table, for people."""
     table = Table(title=f"{run.config.model.name} on {run.config.data.name}, {run.device.type}", title_justify="left")
-    speed = ("images/s", "from, to", "start s")
-    for column in ("recipe", "ranks", *speed, "peak MiB", "imbalance", "state MiB", "idle", "threads busy", "accuracy"):
-        table.add_column(column)
+    columns: dict[str, Callable[[dict[str, Any]], str]] = {
+        "recipe": lambda row: row["recipe"],
+        "ranks": lambda row: str(row["ranks"]),
+        "images/s": lambda row: f"{row['images_per_second']:,.0f}",
+        "from, to": lambda row: f"{row['slowest']:,.0f}, {row['fastest']:,.0f}",
+        "start s": lambda row: f"{row['start_seconds']:.1f}",
+        "peak MiB": lambda row: ", ".join(f"{size / 2**20:,.0f}" for size in row["memory_bytes"]),
+        "imbalance": lambda row: f"{row['memory_imbalance']:.2f}",
+        "state MiB": lambda row: f"{row['state_bytes'] / 2**20:,.0f}",
+        "idle": lambda row: ", ".join(f"{share:.0%}" for share in row["idle_shares"] or []),
+        "threads busy": lambda row: "" if row["threads_busy"] is None else f"{row['threads_busy']:.2f}",
+        "accuracy": lambda row: f"{row['eval_accuracy']:.1%}",
+    }
+    for name, cell in columns.items():
+        if any(map(cell, rows)):
+            table.add_column(name)
     for row in rows:
-        table.add_row(
-            row["recipe"],
-            str(row["ranks"]),
-            f"{row['images_per_second']:,.0f}",
-            f"{row['slowest']:,.0f}, {row['fastest']:,.0f}",
-            f"{row['start_seconds']:.1f}",
-            ", ".join(f"{size / 2**20:,.0f}" for size in row["memory_bytes"]),
-            f"{row['memory_imbalance']:.2f}",
-            f"{row['state_bytes'] / 2**20:,.0f}",
-            ", ".join(f"{share:.0%}" for share in row["idle_shares"] or []),
-            "" if row["threads_busy"] is None else f"{row['threads_busy']:.2f}",
-            f"{row['eval_accuracy']:.1%}",
-        )
+        table.add_row(*(cell(row) for cell in columns.values() if any(map(cell, rows))))
     run.report.console.print(table)
 
 

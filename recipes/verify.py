@@ -11,7 +11,7 @@ that declaration.
     python -m recipes.verify                             all recipes, two ranks on this machine
     python -m recipes.verify recipes=[ddp] nproc=4 precision=fp64
 
-Expect: every row green and exit code 0, in one to two minutes on two CPU cores; exit code 1 if a row is off.
+Expect: every row green and exit code 0, in about three minutes on two CPU cores; exit code 1 if a row is off.
 Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 """
 

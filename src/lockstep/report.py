@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class Report:
         self.next_command = next_command
         self.speaks = world.rank == 0 and not quiet
         self.log = (out / "ranks" / f"{world.rank}.log").open("a", buffering=1)
-        self.console = _Console(quiet=not self.speaks, highlight=False)
+        # Written to a file or a pipe, a table is not squeezed into the 80 columns of a terminal that is not there.
+        self.console = _Console(quiet=not self.speaks, highlight=False, width=None if sys.stdout.isatty() else 140)
         self.last_line = time.monotonic()
         self.accuracy = ""
         self.notes: list[str] = []
