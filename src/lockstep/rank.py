@@ -264,7 +264,9 @@ def tell(error: BaseException, place: world.Place, out: Path | None, console: in
     if secondary and told_to_stop:
         return
     if secondary:
-        time.sleep(2)  # another rank broke first; it, or the launcher that sees it dead, is to be heard first
+        # Another rank broke first; it, or the launcher that sees it dead, is to be heard first. An agent ends this rank
+        # meanwhile, however slow the machine.
+        time.sleep(5 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         # An agent started this rank and reads this file; our launcher, or torchrun's summary, shows the first failing
         # rank's. The format is torch.distributed.elastic's (multiprocessing/errors/error_handler.py).
