@@ -1,8 +1,8 @@
 # Everything starts here, and needs nothing before it: `make demo` trains, `make test` proves.
 PYTHON ?= python3
 BIN := .venv/bin
-# More workers than cores: much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
-SIDE_BY_SIDE := --numprocesses=$(shell expr $$(nproc) + 1) --dist=loadfile --no-loadscope-reorder
+# Much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
+SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all fuzz check format bench clean help slurm
 

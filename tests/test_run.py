@@ -183,6 +183,7 @@ def compiled(run: Run) -> tuple[list[str], bool]:
     return list(model.state_dict()), same and model._compiled_call_impl is not None
 
 
+@pytest.mark.slow
 def test_a_compiled_model_keeps_its_names_and_its_numbers(tmp_path: Path) -> None:
     assert in_run(compiled, tmp_path, "compile=true") == (["0.weight", "0.bias"], True)
 

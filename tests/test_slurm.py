@@ -322,6 +322,7 @@ def test_preempted_it_saves_and_comes_back(box: Box, folder: Path, uninterrupted
     assert_equal(weights(folder / "run"), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_lost_node_costs_only_the_steps_since_the_last_checkpoint(
     box: Box, folder: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:

@@ -97,6 +97,7 @@ def test_without_out_the_directory_is_named_by_recipe_and_time(tmp_path: Path) -
     assert (run / "model.pt").is_file()
 
 
+@pytest.mark.slow
 def test_a_sweep_is_one_run_a_point(tmp_path: Path) -> None:
     done = command("-m", "recipes.single", "-m", "optim.lr=0.01,0.02", *SMOKE, "out=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
