@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -134,6 +135,22 @@ def _train(world: World, target: str, config: str, out: str) -> None:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
     recipe(Run(recipe.name, from_yaml(config), world, Path(out)))
+
+
+def result(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "result.json").read_text()))
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in found]
+
+
+def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """To the last bit."""
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
 
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from lockstep.checks import complete
 from lockstep.errors import UserError
 from lockstep.proof import difference
 from recipes import ddp, deepspeed_zero
-from tests.harness import command, compose_config, preload, train
+from tests.harness import command, compose_config, lines, preload, result, train
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -48,16 +48,6 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
 
 def stage_words(stage: int) -> tuple[str, ...]:
     return f"zero.stage={stage}", f"optim={STAGES[stage]}"
-
-
-def result(out: Path) -> dict[str, Any]:
-    return dict(json.loads((out / "result.json").read_text()))
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in found]
 
 
 def losses(out: Path) -> list[float]:

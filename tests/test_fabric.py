@@ -20,17 +20,12 @@ from lockstep.lightning import joined
 from lockstep.proof import difference
 from lockstep.world import World
 from recipes import ddp, lightning_fabric, single, sync_batchnorm
-from tests.harness import run_ranks, train
+from tests.harness import assert_equal, run_ranks, train
 from tests.narrow import narrow_resnet18
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
 TINY = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "max_steps=4", "optim.warmup_steps=0")
-
-
-def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
 
 
 @pytest.mark.parametrize("words", [("accumulate=3",), ("precision=bf16",)], ids=str)

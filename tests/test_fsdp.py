@@ -23,8 +23,8 @@ from lockstep.rundir import freeze
 from lockstep.storage import described
 from lockstep.world import World
 from recipes import ddp, fsdp, single
-from tests.harness import compose_config, run_ranks, train
-from tests.test_resume import PROOF, lines, newest, result
+from tests.harness import compose_config, lines, result, run_ranks, train
+from tests.test_resume import PROOF, newest
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

@@ -8,13 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.harness import command
+from tests.harness import command, result
 
 pytestmark = pytest.mark.gpu
-
-
-def result(out: Path) -> dict[str, object]:
-    return json.loads((out / "result.json").read_text())  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("name", ["ddp", "lightning_trainer"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from recipes import ddp
+from tests import harness
 from tests.harness import command, train
 from tests.processes import as_a_shell, read, wait_until
 from tests.test_failures import CRASHING, WORDS
@@ -25,9 +26,7 @@ SMOKE = [*TINY, "max_steps=2"]
 
 
 def assert_equal(out: Path, theirs: dict[str, torch.Tensor]) -> None:
-    mine = torch.load(out / "model.pt", weights_only=True)
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
+    harness.assert_equal(torch.load(out / "model.pt", weights_only=True), theirs)
 
 
 def session(process: subprocess.Popen[str]) -> list[int]:

@@ -21,8 +21,8 @@ from lockstep.rundir import freeze
 from lockstep.schema import to_yaml
 from lockstep.world import World
 from recipes import ddp, lightning_trainer, single, sync_batchnorm
-from tests.harness import command, compose_config, execute, preload, run_ranks
-from tests.test_resume import DATA, SHORT, interrupted, lines, result
+from tests.harness import command, compose_config, execute, lines, preload, result, run_ranks
+from tests.test_resume import DATA, SHORT, interrupted
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

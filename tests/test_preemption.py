@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from recipes import ddp
-from tests.harness import clean_environment, command, train
+from tests import harness
+from tests.harness import clean_environment, command, lines, result, train
 from tests.processes import as_a_shell, children, processes_of, read, wait_until
 from tests.test_start_paths import TORCHRUN, free_port
 
@@ -44,20 +43,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def logged(out: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
-
-
 def assert_equal(out: Path, whole: Path) -> None:
-    assert logged(out) == logged(whole)
+    assert lines(out) == lines(whole)
     mine, theirs = (torch.load(run / "model.pt", weights_only=True) for run in (out, whole))
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-
-
-def result(out: Path) -> dict[str, Any]:
-    return dict(json.loads((out / "result.json").read_text()))
+    harness.assert_equal(mine, theirs)
 
 
 def reached(out: Path, step: int) -> bool:
@@ -204,14 +193,14 @@ def test_elastic_agents_grow_and_shrink(tmp_path: Path) -> None:
     wait_until(lambda: reached(out, 3), 60)
     second = join()
     wait_until(lambda: worlds()[-1:] == ["2"] or first.poll() is not None, 90)
-    grown = len(logged(out))
-    wait_until(lambda: len(logged(out)) > grown + 3 or first.poll() is not None, 90)
+    grown = len(lines(out))
+    wait_until(lambda: len(lines(out)) > grown + 3 or first.poll() is not None, 90)
     for pid in (second.pid, *children(second.pid)):  # a node that loses power takes the agent and its rank
         os.kill(pid, signal.SIGKILL)
     assert first.wait(timeout=200) == 0, (tmp_path / "log").read_text()[-3000:]
     assert worlds()[0] == "1"
     assert "2" in worlds()
     assert worlds()[-1] == "1"
-    mine, theirs = ([line["loss"] for line in logged(run) if "loss" in line] for run in (out, tmp_path / "whole"))
+    mine, theirs = ([line["loss"] for line in lines(run) if "loss" in line] for run in (out, tmp_path / "whole"))
     assert len(mine) == len(theirs) == 64
     assert mine == pytest.approx(theirs, rel=1e-6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable
@@ -40,7 +39,7 @@ from recipes import (
     single,
     sync_batchnorm,
 )
-from tests.harness import compose_config, execute, run_ranks, tensors_of
+from tests.harness import compose_config, execute, lines, result, run_ranks, tensors_of
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -64,16 +63,6 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "pipeline_parallel": (pipeline_parallel.train, 2, ("stages=2", "micro_batches=4")),
     "pipelines": (pipeline_parallel.train, 4, ("stages=2", "micro_batches=2", "optim=adamw")),
 }
-
-
-def lines(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in found]
-
-
-def result(out: Path) -> dict[str, Any]:
-    return dict(json.loads((out / "result.json").read_text()))
 
 
 def newest(out: Path) -> Path:

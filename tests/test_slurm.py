@@ -22,7 +22,7 @@ from lockstep.errors import UserError
 from lockstep.world import discover, interface_towards, nodes_of_tasks
 from recipes import ddp
 from tests.cluster import Box, Command
-from tests.harness import ROOT, command, train
+from tests.harness import ROOT, assert_equal, command, train
 
 DIGITS = ["batch_size=24", "max_steps=2", "log_every=1", "threads=1"]
 TINY = ["batch_size=12", "data=synthetic", "data.size=48", "data.image_size=8", "epochs=100", "eval_every=0"]
@@ -111,11 +111,6 @@ def wait_for_steps(out: Path, steps: int, seconds: float = 120) -> None:
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
     return torch.load(out / "model.pt", weights_only=True)
-
-
-def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    assert mine.keys() == theirs.keys()
-    assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.items())
 
 
 def log_of(folder: Path, job: str) -> str:
