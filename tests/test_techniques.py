@@ -625,7 +625,7 @@ def test_two_parts_on_the_host_share_the_time(fit: Fit) -> None:
     shares = result["idle_shares"]
     assert len(shares) == 2
     assert all(0 < share < 1 for share in shares)
-    assert 0.9 < sum(shares) < 1.3  # the rest is what is neither's: on a busy machine, waiting for a core
+    assert 0.9 < sum(shares) < 1.1
     assert result["cuts"] == ["layer3.0"]
     assert difference(found, fit(single.train, 1, *PROOF)[0]) <= TOLERANCE
 
@@ -639,7 +639,7 @@ def test_model_parallel_trains_what_one_process_does(words: tuple[str, ...], fit
     parts = 3 if "devices=[cpu,cpu,cpu]" in words else 2
     assert len(result["idle_shares"]) == parts
     assert all(0 < share < 1 for share in result["idle_shares"])
-    assert parts - 1.1 < sum(result["idle_shares"]) < parts - 0.7, "one part works at a time"
+    assert parts - 1.1 < sum(result["idle_shares"]) < parts - 0.9, "one part works at a time"
 
 
 def test_evaluation_runs_the_parts_on_their_devices(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -679,7 +679,7 @@ def test_the_part_that_works_less_idles_more() -> None:
     shares = clock.idle_shares()
     assert shares[0] > shares[1] + 0.1
     assert all(0 < share < 1 for share in shares)
-    assert 0.9 < sum(shares) < 1.3  # the rest is what is neither's: on a busy machine, waiting for a core
+    assert 0.9 < sum(shares) < 1.1
     assert len(clock.whole.seconds()) == 4, "an interval a step"
 
 
