@@ -29,10 +29,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
+from launchers.local import ASK_AGAIN, MISTAKE
+
 if TYPE_CHECKING:
     from lockstep.schema import ClusterConfig
 
-ASK_AGAIN = os.EX_TEMPFAIL  # the exit code of ranks that were asked to leave, and have saved
 NOTICE = signal.SIGUSR1  # what Slurm sends some time before the end; it is not submitit's USR2, which has a handler
 DETACHED = 128 + signal.SIGINT  # Ctrl-C while following: how the job will end is not known
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "OUT_OF_MEMORY", "REVOKED", "TIMEOUT"}
@@ -390,9 +391,9 @@ class Head:
             code = subprocess.call(
                 self.srun(nodes), env=QUIET | os.environ | self.environment | meeting_point(nodes[0])
             )
-            if code in (0, 2, ASK_AGAIN):
+            if code in (0, MISTAKE, ASK_AGAIN):
                 break
-        if code in (0, 2):
+        if code in (0, MISTAKE):
             sys.exit(code)
         why = "asked to leave, and saved" if code == ASK_AGAIN else self.lost(nodes)
         if why and ask(os.environ["SLURM_JOB_ID"]).get("JobState") not in RUNNING:

@@ -27,7 +27,7 @@ from typing import Any
 from rich.table import Table
 
 from lockstep import Run, UserError, recipe
-from lockstep.checks import require
+from lockstep.checks import check_package
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.schema import Config, walk
@@ -98,11 +98,11 @@ def show(run: Run, rows: list[dict[str, Any]]) -> None:
         "threads busy": lambda row: "" if row["threads_busy"] is None else f"{row['threads_busy']:.2f}",
         "accuracy": lambda row: f"{row['eval_accuracy']:.1%}",
     }
-    for name, cell in columns.items():
-        if any(map(cell, rows)):
-            table.add_column(name)
+    columns = {name: cell for name, cell in columns.items() if any(map(cell, rows))}
+    for name in columns:
+        table.add_column(name)
     for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values() if any(map(cell, rows))))
+        table.add_row(*(cell(row) for cell in columns.values()))
     run.report.console.print(table)
 
 
@@ -115,10 +115,8 @@ def check(config: Config, share: int) -> None:
 def train(run: Run) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for name in choose(run.config.recipes):
-        needs = importlib.import_module(f"recipes.{name}").train.needs
         try:
-            if needs:
-                require(needs, f"recipes.{name}")
+            check_package(importlib.import_module(f"recipes.{name}").train)
             results[name] = []
         except UserError as error:
             run.report.line(f"left out: {error}")

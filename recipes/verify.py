@@ -25,7 +25,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from lockstep import Proof, Recipe, Run, UserError, recipe
-from lockstep.checks import check_batch, require
+from lockstep.checks import check_batch, check_package
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.proof import Trace, angle, difference, trace, with_values
@@ -165,8 +165,7 @@ def train(run: Run) -> None:
         mine = with_values(base, proof.own)
         ranks = each.ranks or run.world.world_size
         try:
-            if each.needs:
-                require(each.needs, f"recipes.{each.name}")
+            check_package(each)
             check_batch(mine, ranks)
             if each.check:
                 each.check(mine, mine.batch_size // (ranks // mine.stages))

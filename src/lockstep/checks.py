@@ -27,8 +27,7 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
         UserError: a package is missing, or a value is out of its range, does not fit another one, or is not supported
             yet.
     """
-    if recipe.needs:
-        require(recipe.needs, f"recipes.{recipe.name}")
+    check_package(recipe)
     check_values(config)
     refuse_what_is_not_there_yet(config)
     for name, value, rule in walk(config):
@@ -70,6 +69,12 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
         check_batchnorm(config, share)
     if recipe.check:
         recipe.check(config, share)
+
+
+def check_package(recipe: Recipe) -> None:
+    """Hold a recipe to the package it cannot do without; raises UserError as `require` does."""
+    if recipe.needs:
+        require(recipe.needs, f"recipes.{recipe.name}")
 
 
 def require(package: str, who: str) -> None:
