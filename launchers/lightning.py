@@ -8,8 +8,8 @@ and are turned off.
 Of Lightning's two launchers it is the one on torch.multiprocessing (`ddp_spawn`, `ddp_fork`). The other one (`ddp`)
 makes the process that was typed rank 0 and starts the others by typing its command again: under Hydra's `-m` each
 would run the whole sweep; a killed rank takes the others with it after up to 5 s, by SIGKILL and without a word.
-`cluster.start=spawn` starts an interpreter a rank, as torchrun does. `cluster.start=fork` copies this process, which
-has loaded everything already: the ranks are there in a tenth of a second, but only the CPU can be used in a copy.
+`start=spawn` starts an interpreter a rank. `start=fork`, which CPU ranks have unless told otherwise, copies this
+process, which has loaded everything already: the ranks are there at once, but no GPU can be used in a copy.
 
     python -m recipes.ddp +cluster=lightning                         two ranks on this machine, or one per GPU
     NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29500 python -m recipes.ddp +cluster=lightning cluster.nodes=2
@@ -34,6 +34,7 @@ from launchers.local import MISTAKE, SIGNALS, attempts
 if TYPE_CHECKING:
     from lockstep.schema import ClusterConfig
 
+STARTS = ("spawn", "fork")  # what config.start may say
 SEVERAL = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a person says on each of several machines
 
 
@@ -44,6 +45,7 @@ def launch(
     nproc: int,
     max_restarts: int = 0,
     cluster: ClusterConfig | None = None,
+    start: str = "spawn",
 ) -> int:
     """Run `nproc` ranks of `target` here to their end; return 0, the failing rank's exit code, or 128 + a signal.
 
@@ -52,17 +54,19 @@ def launch(
         environment: variables for every rank, besides torchrun's own.
         nproc: ranks to start, on each machine where there are several.
         max_restarts: times that all ranks are started again after one of them has failed.
-        cluster: `start` and `nodes` count; None: spawn, one.
+        cluster: its `nodes` count; None: one.
+        start: spawn, or fork.
     """
-    nodes, method = (cluster.nodes, cluster.start) if cluster else (1, "spawn")
-    from launchers.lightning_start import ranks, start
+    nodes = cluster.nodes if cluster else 1
+    from launchers import lightning_start
+    from launchers.children import ranks
 
     before = dict(os.environ)
     os.environ.update(environment)
     try:
         # Kept through all attempts: ranks started by hand note their run directory in it.
         with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
-            return attempts(lambda: start(target, nproc, nodes, method, folder), max_restarts, ranks)
+            return attempts(lambda: lightning_start.start(target, nproc, nodes, start, folder), max_restarts, ranks)
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -132,7 +136,7 @@ def become_a_rank(target: str) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
-    from launchers.lightning_start import run
+    from launchers.children import run
 
     run(target)
 

@@ -1,7 +1,10 @@
-"""Starts the ranks of one machine with torchrun's own engine, in this process.
+"""Starts the ranks of one machine as torchrun does, from this process.
 
 The same as `torchrun --standalone --nproc-per-node=N -m TARGET`, but the first failing rank's traceback is all that is
 shown, the exit code is that rank's, and a signal goes on to the ranks, which save and leave instead of being killed.
+
+With start=spawn torchrun's own engine starts an interpreter a rank. With start=fork, which CPU ranks have unless told
+otherwise, the ranks are copies of this process, and torch is imported once, not once more in each of them.
 Source: https://docs.pytorch.org/docs/stable/elastic/run.html
 """
 
@@ -12,11 +15,16 @@ import os
 import sys
 import tempfile
 from collections.abc import Mapping
+from typing import Any
 
 from launchers.local import attempts, show, show_cursor
 
+STARTS = ("spawn", "fork")  # what config.start may say
 
-def launch(target: str, environment: Mapping[str, str], *, nproc: int, max_restarts: int = 0) -> int:
+
+def launch(
+    target: str, environment: Mapping[str, str], *, nproc: int, max_restarts: int = 0, start: str = "spawn"
+) -> int:
     """Run `nproc` ranks of `target` to their end; return 0, the failing rank's exit code, or 128 + a signal.
 
     Args:
@@ -24,8 +32,15 @@ def launch(target: str, environment: Mapping[str, str], *, nproc: int, max_resta
         environment: variables for every rank, besides torchrun's own.
         nproc: ranks to start, numbered from 0.
         max_restarts: times that all ranks are started again after one of them has failed.
+        start: spawn, or fork.
     """
     os.environ.update(environment)
+    if start == "fork":
+        from launchers.children import ranks
+
+        # Kept through all attempts: ranks started by hand note their run directory in it.
+        with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+            return attempts(lambda: copy(target, nproc, folder), max_restarts, ranks)
     # torch 2.15's restarted gloo ranks otherwise find the dead ranks' addresses in the agent's store and hang on them.
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     # Each attempt is an agent of its own, with max_restarts=0: the engine's restart would also bring back ranks that
@@ -33,8 +48,27 @@ def launch(target: str, environment: Mapping[str, str], *, nproc: int, max_resta
     return attempts(lambda: run(target, nproc), max_restarts)
 
 
+def copy(target: str, nproc: int, folder: str) -> int:
+    """One attempt with copies of this process; return as `launch` does."""
+    from launchers import children
+
+    store = children.open_store()
+    code = children.attempt(lambda *whom: children.start(be_a_copy, (nproc, *whom), nproc, "fork"), target, folder)
+    del store
+    return code
+
+
+def be_a_copy(local_rank: int, nproc: int, *whom: Any) -> None:
+    """In the copy: torchrun's variables on a single machine."""
+    from launchers import children
+
+    number, count = str(local_rank), str(nproc)
+    variables = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    children.be_a_rank(variables | {"GROUP_RANK": "0"}, *whom)
+
+
 def run(target: str, nproc: int) -> int:
-    """One attempt; return as `launch` does."""
+    """One attempt with torchrun's engine; return as `launch` does."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch

@@ -52,7 +52,7 @@ from lockstep.rundir import freeze
 from lockstep.world import Place
 from tests.harness import compose_config, preload, renew_threads, tensors_of
 from tests.narrow import NarrowResNet
-from tests.processes import as_a_shell, children, processes_of
+from tests.processes import as_a_shell, children, processes_in
 
 START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes one or two
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
@@ -775,9 +775,9 @@ def play_launched(blows: tuple[Blow, ...], folder: Path) -> Outcome:
             outcome.counts["kills" if blow.sign == signal.SIGKILL else "signals"] += 1
             outcome.counts["preemptions"] += process.returncode == PREEMPTED
         deadline = time.monotonic() + 10
-        while processes_of(out) and time.monotonic() < deadline:
+        while processes_in(out.parent) and time.monotonic() < deadline:
             time.sleep(0.05)
-        outcome.wrong = judge_launched(hit, blow, process.returncode, said, processes_of(out))
+        outcome.wrong = judge_launched(hit, blow, process.returncode, said, processes_in(out.parent))
         if outcome.wrong:
             return outcome
         if rundir.read_result(out).get("status") == "finished":

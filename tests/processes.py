@@ -29,7 +29,7 @@ def as_a_shell(
 
 
 def children(parent: int) -> list[int]:
-    """The processes that a process has started, in the order of their numbers; none where it has ended."""
+    """The processes that a process has started, in the order of their numbers: a launcher's are its ranks."""
     found: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
@@ -37,12 +37,12 @@ def children(parent: int) -> list[int]:
     return sorted(found)
 
 
-def processes_of(run: Path) -> list[int]:
-    """The processes, DataLoader workers among them, whose environment names the run directory."""
+def processes_in(folder: Path) -> list[int]:
+    """The processes that work in a folder: a command that was started there, its ranks, their DataLoader workers."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        with suppress(OSError):  # it ended while we looked
-            if f"LOCKSTEP_RUN_DIR={run}\0".encode() in entry.read_bytes():
+    for entry in Path("/proc").glob("[0-9]*/cwd"):
+        with suppress(OSError):  # it has ended
+            if entry.readlink() == folder:
                 found.append(int(entry.parent.name))
     return found
 

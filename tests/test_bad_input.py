@@ -78,6 +78,8 @@ BAD = {
     "patience=0": ["patience=0", "from 1 up"],
     "metric=speed": ["metric=speed", "eval_accuracy, eval_loss"],
     "max_restarts=-1": ["max_restarts=-1", "from 0 up"],
+    "start=magic": ["start=magic", "auto, spawn, fork"],
+    "start=fork +cluster=slurm": ["start=fork", "srun starts"],
     "precision=fp16": ["precision=fp16", "not yet"],
     "monitor=wandb": ["monitor=wandb", "not yet"],
     "+cluster=slurm cluster.partitoin=gpu": ["unknown key cluster.partitoin", "did you mean cluster.partition?"],

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.harness import clean_environment, command
-from tests.processes import as_a_shell, processes_of, read, wait_until
+from tests.processes import as_a_shell, processes_in, read, wait_until
 from tests.test_start_paths import TORCHRUN, free_port
 
 CRASHING = '''
@@ -71,8 +71,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_an_exception_is_shown_once_from_the_rank_that_raised_it(folder: Path) -> None:
-    done = command("crash.py", *WORDS, cwd=folder, HOW="raise")
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_an_exception_is_shown_once_from_the_rank_that_raised_it(start: str, folder: Path) -> None:
+    done = command("crash.py", *WORDS, f"start={start}", cwd=folder, HOW="raise")
     assert done.returncode == 1
     assert done.stderr.startswith("rank 1 failed\n")
     assert done.stderr.count("Traceback") == 1
@@ -144,13 +145,14 @@ def test_ranks_started_by_hand_say_it_themselves(folder: Path) -> None:
 LONG = [sys.executable, "-m", "recipes.ddp", "epochs=1000", "out=run", "data.workers=1"]
 
 
-def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
-    process = as_a_shell(LONG, tmp_path, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=SLOW)])
+def test_a_killed_launcher_leaves_no_process(start: str, tmp_path: Path) -> None:
+    process = as_a_shell([*LONG, f"start={start}"], tmp_path, stderr=subprocess.PIPE)
     wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)
-    os.killpg(process.pid, signal.SIGKILL)  # nobody is left to say anything, and no rank to go on
+    process.kill()  # nobody is left to say anything, and no rank to go on
     assert process.communicate(timeout=10)[1] == ""
     assert process.returncode == -9
-    wait_until(lambda: not processes_of(tmp_path / "run"), 10)
+    wait_until(lambda: not processes_in(tmp_path), 10)
 
 
 @pytest.mark.parametrize("seconds", [0.3, pytest.param(1.0, marks=SLOW), 2.5, pytest.param(3.5, marks=SLOW)])
@@ -161,7 +163,7 @@ def test_ctrl_c_while_starting_shows_no_traceback(seconds: float, tmp_path: Path
     said = process.communicate(timeout=15)[1]
     assert "Traceback" not in said, said
     assert process.returncode in (130, 75, -2), said
-    wait_until(lambda: not processes_of(tmp_path / "run"), 10)
+    wait_until(lambda: not processes_in(tmp_path), 10)
 
 
 def test_ranks_that_never_join_are_named(tmp_path: Path) -> None:

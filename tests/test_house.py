@@ -83,7 +83,12 @@ def test_recipes_never_import_launchers() -> None:
 
 
 def test_launchers_import_nothing_of_training() -> None:
-    own = {"torchrun.py": {"torch"}, "lightning_start.py": {"lightning", "torch"}, "slurm.py": {"submitit"}}
+    own = {
+        "torchrun.py": {"torch"},
+        "children.py": {"torch"},
+        "lightning_start.py": {"lightning"},
+        "slurm.py": {"submitit"},
+    }
     for path in python_files("launchers"):
         assert not imports(path) & ({"recipes", "torch", "lightning", "submitit"} - own.get(path.name, set())), path
         trained = re.findall(r"lockstep\.(run|data|models|metrics|app)", path.read_text())
@@ -153,7 +158,7 @@ QUICK = {
     "python -m recipes.ddp",
     "torchrun --nproc-per-node=2 -m recipes.ddp",
     "python -m recipes.checkpoint_resume forget=optimizer",
-    "python -m recipes.ddp +cluster=lightning cluster.start=fork",
+    "python -m recipes.ddp +cluster=lightning",
 }
 ELSEWHERE = {"python -m recipes.verify"}  # minutes of work: tests/test_verify.py runs the very same
 

@@ -21,7 +21,7 @@ from tests.test_start_paths import free_port, start_all
 
 TINY = ["data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "log_every=1", "eval_every=0"]
 LIGHTNING = ["-m", "recipes.ddp", "+cluster=lightning"]
-FORK = [*LIGHTNING, "cluster.start=fork"]
+FORK = [*LIGHTNING, "start=fork"]
 SMOKE = [*TINY, "max_steps=2"]
 
 
@@ -47,7 +47,7 @@ def session(process: subprocess.Popen[str]) -> list[int]:
 
 @pytest.mark.parametrize(("start", "nproc"), [("spawn", 2), ("fork", 4)])
 def test_it_is_the_run_that_torchrun_starts(start: str, nproc: int, tmp_path: Path) -> None:
-    words = [*LIGHTNING, f"cluster.start={start}", f"nproc={nproc}", *SMOKE, "out=run"]
+    words = [*LIGHTNING, f"start={start}", f"nproc={nproc}", *SMOKE, "out=run"]
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -104,7 +104,7 @@ def folder(tmp_path: Path) -> Path:
     ],
 )
 def test_the_rank_that_broke_is_shown_once(how: str, code: int, words: str, folder: Path) -> None:
-    done = command("crash.py", *WORDS, "+cluster=lightning", "cluster.start=fork", cwd=folder, HOW=how)
+    done = command("crash.py", *WORDS, "+cluster=lightning", "start=fork", cwd=folder, HOW=how)
     assert done.returncode == code, done.stderr
     assert done.stderr.startswith(words)
     assert done.stderr.count("Traceback") == done.stderr.count("KeyError: 'the cause'") == (how == "raise")
@@ -113,7 +113,7 @@ def test_the_rank_that_broke_is_shown_once(how: str, code: int, words: str, fold
 
 
 def test_a_killed_rank_comes_back_as_often_as_asked(folder: Path) -> None:
-    words = ["crash.py", *WORDS, "+cluster=lightning", "cluster.start=fork", "max_restarts=1"]
+    words = ["crash.py", *WORDS, "+cluster=lightning", "start=fork", "max_restarts=1"]
     done = command(*words, cwd=folder, HOW="exit")
     assert done.returncode == 7
     assert done.stderr.splitlines()[1::2] == ["restart 1 of max_restarts=1, from the newest checkpoint"], done.stderr
@@ -124,7 +124,7 @@ def test_a_killed_rank_comes_back_as_often_as_asked(folder: Path) -> None:
 
 def begin(folder: Path, start: str) -> subprocess.Popen[str]:
     """A run that would take hours, with DataLoader workers."""
-    words = [sys.executable, *LIGHTNING, f"cluster.start={start}", *TINY, "epochs=100000", "out=run", "data.workers=1"]
+    words = [sys.executable, *LIGHTNING, f"start={start}", *TINY, "epochs=100000", "out=run", "data.workers=1"]
     return as_a_shell(words, folder, stderr=subprocess.PIPE)
 
 
@@ -171,8 +171,8 @@ def test_ctrl_c_while_the_ranks_import_shows_no_traceback(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        ("cluster.partition=gpu", ["cluster.partition=gpu", "has no queue", "cluster.start"]),
-        ("cluster.start=magic", ["cluster.start=magic", "spawn, fork"]),
+        ("cluster.partition=gpu", ["cluster.partition=gpu", "has no queue", "cluster.tasks_per_node"]),
+        ("start=magic", ["start=magic", "spawn, fork"]),
         ("cluster.nodes=2", ["cluster.nodes=2", "NODE_RANK, MASTER_ADDR, MASTER_PORT not set", "lightning_slurm"]),
         ("nproc=2 cluster.tasks_per_node=4", ["nproc=2", "leave it out"]),
         ("nproc=5", ["batch_size=96", "5 ranks"]),

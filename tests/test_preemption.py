@@ -14,7 +14,7 @@ import torch
 from recipes import ddp
 from tests import harness
 from tests.harness import clean_environment, command, lines, result, train
-from tests.processes import as_a_shell, children, processes_of, read, wait_until
+from tests.processes import as_a_shell, children, processes_in, read, wait_until
 from tests.test_start_paths import TORCHRUN, free_port
 
 RUN = ["data=synthetic", "data.size=96", "data.image_size=8", "batch_size=12", "log_every=1", "checkpoint.every=5"]
@@ -53,25 +53,11 @@ def reached(out: Path, step: int) -> bool:
     return f'"step": {step},' in read(out / "metrics.jsonl")
 
 
-def ranks_of(out: Path) -> dict[int, int]:
-    """{rank: process id} of a run under our launcher, DataLoader workers left out."""
-    found = {}
-    for pid in processes_of(out):
-        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
-        rank = [int(entry[5:]) for entry in environment if entry.startswith(b"RANK=")]
-        if rank and f"LOCKSTEP_LAUNCHER_PID={parent}".encode() in environment:
-            found[rank[0]] = pid
-    return found
-
-
 def test_ctrl_c_saves_and_the_printed_command_goes_on(whole: Path, tmp_path: Path) -> None:
     """With DataLoader workers, which a signal to the whole session reaches too."""
     out = tmp_path / "run"
     process = as_a_shell([*DDP, "out=run", "data.workers=1"], tmp_path)
     wait_until(lambda: reached(out, 7), 60)
-    for rank in ranks_of(out).values():
-        os.killpg(rank, signal.SIGINT)
     os.killpg(process.pid, signal.SIGINT)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 75, said
@@ -99,7 +85,7 @@ def test_a_scheduler_s_signal_to_one_process_preempts_all(sign: int, target: str
     out = tmp_path / "run"
     process = as_a_shell([*DDP, "out=run"], tmp_path)
     wait_until(lambda: reached(out, 3), 60)
-    os.kill(process.pid if target == "launcher" else ranks_of(out)[1], sign)
+    os.kill(process.pid if target == "launcher" else children(process.pid)[1], sign)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == 75, said
     assert f"preempted by {signal.Signals(sign).name}" in said
@@ -113,7 +99,7 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs(tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = as_a_shell([*DDP, "out=run", "epochs=1000"], tmp_path)
     wait_until(lambda: reached(out, 3), 60)
-    stopped = ranks_of(out)[1]
+    stopped = children(process.pid)[1]
     os.kill(stopped, signal.SIGSTOP)
     os.kill(process.pid, signal.SIGINT)
     with pytest.raises(subprocess.TimeoutExpired):
@@ -121,7 +107,7 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs(tmp_path: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     process.communicate(timeout=20)
     assert process.returncode == 130
-    wait_until(lambda: not processes_of(out), 10)
+    wait_until(lambda: not processes_in(tmp_path), 10)
 
 
 def test_a_rank_that_dies_is_started_again_from_the_last_checkpoint(whole: Path, tmp_path: Path) -> None:

@@ -39,9 +39,13 @@ def start_all(commands: list[list[str]], cwd: Path, variables: list[dict[str, st
         assert process.returncode == 0, output
 
 
-def by_python(out: Path, cwd: Path, nproc: int) -> None:
-    done = command("-m", "recipes.ddp", *SMOKE, f"out={out}", f"nproc={nproc}", cwd=cwd)
+def by_python(out: Path, cwd: Path, nproc: int, *words: str) -> None:
+    done = command("-m", "recipes.ddp", *SMOKE, f"out={out}", f"nproc={nproc}", *words, cwd=cwd)
     assert done.returncode == 0, done.stderr
+
+
+def by_interpreters(out: Path, cwd: Path, nproc: int) -> None:
+    by_python(out, cwd, nproc, "start=spawn")  # what ranks on GPUs need; else they are copies of one process
 
 
 def by_torchrun(out: Path, cwd: Path, nproc: int) -> None:
@@ -73,6 +77,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
     [
         (by_python, 2),
         pytest.param(by_python, 4, marks=pytest.mark.slow),
+        (by_interpreters, 2),
         (by_torchrun, 2),
         pytest.param(by_two_agents, 2, marks=pytest.mark.slow),
         (by_two_agents, 4),

@@ -150,12 +150,13 @@ def submit(recipe: Recipe) -> int:
             points.append(config)
             return
         device, backend = world.resolve_device(config.device, config.backend)
-        asked = cluster.check_here(config, device) if there else config.nproc
+        asked = cluster.check_here(config) if there else config.nproc
         nproc = asked or recipe.ranks or world.default_nproc(device)
         world.check_nproc(nproc, device, backend)
+        how = how_to_start(config, device, launcher)
         config = replace(config, cluster=None)
         if there and there.nodes > 1:
-            codes.append(launch_by_hand(config, there, launcher, nproc))
+            codes.append(launch_by_hand(config, there, launcher, nproc, how))
             return
         complete(config, recipe, nproc)
         if note := cluster.idle_nodes(os.environ):
@@ -168,7 +169,11 @@ def submit(recipe: Recipe) -> int:
         try:
             environment = {rank.RUN_DIRECTORY: str(out), rank.LAUNCHER: str(os.getpid())}
             more = {"cluster": there} if there else {}
-            code = launcher.launch(recipe.target, environment, nproc=nproc, max_restarts=config.max_restarts, **more)
+            if how.get("start") == "fork":
+                rank.preload()
+            code = launcher.launch(
+                recipe.target, environment, nproc=nproc, max_restarts=config.max_restarts, **more, **how
+            )
         finally:
             if code:
                 rundir.note_failure(out, recipe.name, nproc, time.perf_counter() - started)
@@ -178,18 +183,37 @@ def submit(recipe: Recipe) -> int:
         if code in (PREEMPTED, 128 + signal.SIGINT):  # it ends a sweep, not just one point of it
             raise SystemExit(code)
 
-    def launch_by_hand(config: Config, there: ClusterConfig, launcher: ModuleType, nproc: int) -> int:
+    def launch_by_hand(
+        config: Config, there: ClusterConfig, launcher: ModuleType, nproc: int, how: dict[str, str]
+    ) -> int:
         """This machine's ranks of several machines': like all that are started by hand, they make the run directory."""
         complete(replace(config, nproc=None), recipe, nproc * there.nodes)
         environment = {rank.LAUNCHER: str(os.getpid())}
         return int(
-            launcher.launch(recipe.target, environment, nproc=nproc, max_restarts=config.max_restarts, cluster=there)
+            launcher.launch(
+                recipe.target, environment, nproc=nproc, max_restarts=config.max_restarts, cluster=there, **how
+            )
         )
 
     compose(recipe, launch)
     if points:
         codes.append(cluster.submit(recipe, points, load_launcher))
     return max(codes)
+
+
+def how_to_start(config: Config, device: str, launcher: ModuleType) -> dict[str, str]:
+    """`start` for a launcher that can start ranks in more than one way, resolved; nothing for another one.
+
+    Raises:
+        UserError: it cannot start them as asked, or they could not use their device.
+    """
+    ways = getattr(launcher, "STARTS", ("spawn",))
+    if config.start not in ("auto", *ways):
+        raise UserError(f"start={config.start}: {launcher.__name__} cannot; allowed are auto, {', '.join(ways)}")
+    if config.start == "fork" and device == "cuda":
+        raise UserError("start=fork: a copied process cannot use a GPU; set start=spawn, or device=cpu")
+    fork = "fork" in ways and device == "cpu" and config.start != "spawn"
+    return {"start": "fork" if fork else "spawn"} if len(ways) > 1 else {}
 
 
 def again(recipe: Recipe, out: Path) -> str:

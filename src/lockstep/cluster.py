@@ -36,8 +36,8 @@ def check(config: Config, recipe: Recipe) -> None:
     assert config.cluster is not None
     check_values(config)
     there = config.cluster
-    if there.start != ClusterConfig().start:
-        raise UserError(f"cluster.start={there.start}: srun starts the ranks; it is for +cluster=lightning")
+    if config.start != "auto":
+        raise UserError(f"start={config.start}: is for ranks on this machine; srun starts those on a cluster")
     if there.tasks_per_node is None:
         there.tasks_per_node = recipe.ranks or there.gpus_per_node or 1
     world_size = there.nodes * there.tasks_per_node
@@ -62,10 +62,10 @@ def check(config: Config, recipe: Recipe) -> None:
     complete(config, recipe, world_size)
 
 
-HERE = ("launcher", "nodes", "tasks_per_node", "start")  # the keys of a cluster that has no queue
+HERE = ("launcher", "nodes", "tasks_per_node")  # the keys of a cluster that has no queue
 
 
-def check_here(config: Config, device: str) -> int | None:
+def check_here(config: Config) -> int | None:
     """Hold a cluster whose launcher starts ranks on this machine to what it uses; return the ranks asked for.
 
     Raises:
@@ -80,8 +80,6 @@ def check_here(config: Config, device: str) -> int | None:
                 f"cluster.{name}={value}: {there.launcher} has no queue and does not use it; it uses "
                 f"{', '.join(f'cluster.{key}' for key in HERE)}"
             )
-    if there.start == "fork" and device == "cuda":
-        raise UserError("cluster.start=fork: a copied process cannot use a GPU; set cluster.start=spawn, or device=cpu")
     if config.nproc and (there.nodes > 1 or there.tasks_per_node not in (None, config.nproc)):
         raise UserError(f"nproc={config.nproc}: with cluster.nodes or cluster.tasks_per_node leave it out")
     return there.tasks_per_node or config.nproc

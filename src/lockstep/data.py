@@ -7,6 +7,7 @@ Images stay uint8 until they are on the device: a quarter of the bytes to copy.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import pickle
 from collections.abc import Iterator
@@ -278,12 +279,14 @@ def digits() -> tuple[Images, Images]:
 
     Source: https://archive.ics.uci.edu/dataset/80. The split is a fixed shuffle, so it is the same for every seed.
     """
-    from sklearn.datasets import load_digits  # a second to import: only who trains on digits pays it
-
-    bunch = load_digits()
-    grey = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8)  # the file counts 0…16
+    # The file that scikit-learn's load_digits reads. To import scikit-learn would take every rank seconds.
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None, "a dependency of lockstep"
+    file = Path(str(package.origin)).parent / "datasets/data/digits.csv.gz"
+    table = torch.from_numpy(np.loadtxt(file, delimiter=","))
+    grey = (table[:, :64].view(-1, 8, 8) * (255 / 16)).round().to(torch.uint8)  # the file counts 0…16
     images = grey[:, None].expand(-1, 3, -1, -1)  # a ResNet takes 3 channels; expand copies nothing
-    labels = torch.from_numpy(bunch.target).long()
+    labels = table[:, 64].long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     train, test = order[:-360], order[-360:]
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import importlib
 import json
 import os
 import signal
@@ -73,6 +74,12 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def preload() -> None:
+    """Load what every rank will, in the process whose copies they are to be."""
+    for module in ("torchvision.models", "torch._dynamo"):  # the models; whatever wraps or steps an optimizer
+        importlib.import_module(module)
 
 
 def end_with_launcher() -> None:

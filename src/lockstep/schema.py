@@ -136,7 +136,6 @@ class ClusterConfig:
     container: str | None = key(None, "command in front of each rank, such as apptainer exec --nv image.sif")
     python: str | None = key(None, "the ranks' interpreter (null: this one; in a container: python)")
     ranks: str = key("launchers.slurm", "module that makes a rank of each of srun's tasks")
-    start: str = key("spawn", "how Lightning starts ranks (fork: at once, but on the CPU only)", ("spawn", "fork"))
     sbatch: dict[str, Any] = key({}, "further options of sbatch, such as {reservation: course}")
     srun: list[str] = key((), "further options of the srun that starts the ranks")
     follow: bool = key(True, "follow the job's log until it ends; false: return at once")
@@ -223,6 +222,12 @@ class Config:
     )
     out: str | None = key(None, "run directory (null: outputs/<recipe>/<time>)", free=True)
     launcher: str = key("launchers.torchrun", "module that starts the ranks where there is no cluster", free=True)
+    start: str = key(
+        "auto",
+        "ranks on this machine: spawn, an interpreter each, or fork, copies of this process (auto: on the CPU)",
+        ("auto", "spawn", "fork"),
+        free=True,
+    )
 
 
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
