@@ -119,6 +119,15 @@ def test_a_script_of_ones_own_runs_without_a_yaml(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["recipe"] == "mine"
 
 
+def test_a_script_that_has_computed_something_gets_interpreters(tmp_path: Path) -> None:
+    """OpenMP's threads are not there in a copy of the process that has them, and its next product would hang."""
+    work = "import torch\n\n(torch.rand(3000, 3000) * 2).sum()\n\n"
+    script = (ROOT / "recipes" / "single.py").read_text()
+    (tmp_path / "mine.py").write_text(script.replace("if __name__", work + "if __name__"))
+    done = command("mine.py", *SMOKE, "out=run", "threads=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_conf_folder_where_the_user_stands_does_not_hide_ours(tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf" / "ddp.yaml").write_text("nonsense: true\n")

@@ -212,8 +212,18 @@ def how_to_start(config: Config, device: str, launcher: ModuleType) -> dict[str,
         raise UserError(f"start={config.start}: {launcher.__name__} cannot; allowed are auto, {', '.join(ways)}")
     if config.start == "fork" and device == "cuda":
         raise UserError("start=fork: a copied process cannot use a GPU; set start=spawn, or device=cpu")
-    fork = "fork" in ways and device == "cpu" and config.start != "spawn"
+    # In a copy, OpenMP would wait for ever for threads that only the original has.
+    can = "fork" in ways and device == "cpu" and threads() <= THREADS
+    fork = config.start == "fork" or (config.start == "auto" and can)
     return {"start": "fork" if fork else "spawn"} if len(ways) > 1 else {}
+
+
+def threads() -> int:
+    """Threads of this process."""
+    return len(os.listdir("/proc/self/task"))
+
+
+THREADS = threads()  # those of imported libraries, which know what to do in a copy
 
 
 def again(recipe: Recipe, out: Path) -> str:
