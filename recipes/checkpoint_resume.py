@@ -59,7 +59,7 @@ class Training:
             )
         else:
             optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.scaler = model, optimizer, run.scaler()
         self.schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / run.total_steps)))
         self.step = 0
         self.losses: list[float] = []
@@ -71,8 +71,9 @@ class Training:
         for batch in run.batches(self.step, stop):
             with run.autocast():
                 loss = cross_entropy(self.model(batch.images), batch.labels)
-            loss.backward()
-            self.optimizer.step()
+            self.scaler.scale(loss).backward()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
             self.optimizer.zero_grad()
             self.schedule.step()
             self.step += 1
@@ -86,6 +87,7 @@ class Training:
             "model": self.model.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),  # empty, unless precision=fp16
             "step": self.step,
             "random": random,
         }
@@ -102,6 +104,8 @@ class Training:
             self.optimizer.load_state_dict(state["optimizer"])
         if forget != "schedule":
             self.schedule.load_state_dict(state["schedule"])
+        if forget != "scaler":
+            self.scaler.load_state_dict(state["scaler"])
         if forget != "step":
             self.step = state["step"]
         if forget != "random":

@@ -79,6 +79,11 @@ def check(config: Config, share: int) -> None:
         raise UserError(
             "precision=fp64: DeepSpeed's optimizer computes in fp32 and would lose it; allowed are fp32 and bf16"
         )
+    if config.precision == "fp16":
+        raise UserError(
+            "precision=fp16: DeepSpeed scales the loss in a way of its own, which this recipe leaves out; "
+            "allowed are fp32 and bf16"
+        )
     if config.compile:
         raise UserError(
             "compile=true: DeepSpeed compiles in a way of its own, which this recipe leaves out; leave compile out"

@@ -43,7 +43,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.models import build_model
-from lockstep.run import DTYPES
+from lockstep.run import AUTOCAST, DTYPES
 from lockstep.schema import Config
 
 
@@ -66,12 +66,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run) -> None:
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy(),
     }
     arithmetic, rest = MixedPrecisionPolicy(), MixedPrecisionPolicy()
-    if run.config.precision == "bf16":  # instead of autocast: weights are cast when they are gathered, half the traffic
+    if run.config.precision in AUTOCAST:  # instead: weights are cast when they are gathered, which halves the traffic
         mean = torch.float32 if config.reduce == "fp32" else torch.bfloat16
-        arithmetic = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=mean)
+        arithmetic = MixedPrecisionPolicy(param_dtype=AUTOCAST[run.config.precision], reduce_dtype=mean)
         rest = replace(arithmetic, output_dtype=torch.float32)  # the logits, for the loss
         for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):  # takes bf16 images with fp32 weights, as under autocast
+            if isinstance(layer, nn.BatchNorm2d):  # takes 16-bit images with fp32 weights, as under autocast
                 own = MixedPrecisionPolicy(cast_forward_inputs=False)
                 fully_shard(layer, mp_policy=own, reshard_after_forward=False, **options)
     for name in ("layer1", "layer2", "layer3", "layer4"):
@@ -111,7 +111,7 @@ def check(config: Config, share: int) -> None:
         raise UserError(f"fsdp.replicas={fsdp.replicas}: {ranks} ranks do not divide by it; allowed are {allowed}")
     if fsdp.reduce != "fp32" and config.precision != "bf16":
         raise UserError(
-            f"fsdp.reduce={fsdp.reduce}: precision={config.precision} averages its gradients as they are; "
+            f"fsdp.reduce={fsdp.reduce}: precision={config.precision} averages its gradients in full; "
             "set precision=bf16, or leave it out"
         )
 
@@ -138,15 +138,17 @@ def train(run: Run) -> None:
         )
     else:
         optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     for batch in run.steps(model=model, optimizer=optimizer):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             # Not averaged yet, gradients stay whole on each rank, as much memory as DDP's: the price of sending less.
             model.set_requires_gradient_sync(micro.last or run.config.fsdp.sync == "every")
             loss = cross_entropy(model(micro.images), micro.labels)
-            (loss * micro.weight).backward()
+            scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
-        optimizer.step()
+        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        scaler.update()
         optimizer.zero_grad()
 
 

@@ -65,6 +65,7 @@ def train(run: Run) -> None:
         )
     else:
         optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     for batch in run.steps(model=model, optimizer=optimizer):
         pieces = cut(batch, run.config.accumulate, run.config.accumulate_by)
@@ -75,9 +76,10 @@ def train(run: Run) -> None:
             with contextlib.nullcontext() if last else model.no_sync():
                 with run.autocast():
                     loss = cross_entropy(model(micro.images), micro.labels)
-                (loss * weight).backward()
+                scaler.scale(loss * weight).backward()
             run.record(loss=loss, weight=weight)
-        optimizer.step()
+        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        scaler.update()
         optimizer.zero_grad()
 
     piece, whole = saved_bytes(model.module, pieces[0].images), saved_bytes(model.module, batch.images)

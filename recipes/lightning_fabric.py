@@ -33,13 +33,15 @@ from lockstep.models import build_model
 )
 def train(run: Run) -> None:
     from lightning.fabric import Fabric
+    from lightning.fabric.plugins import MixedPrecision
     from lightning.fabric.strategies import DDPStrategy
 
-    from lockstep.lightning import PRECISION, joined
+    from lockstep.lightning import PRECISION, joined, loss_scaling
 
     synchronised = run.config.sync_batchnorm
     strategy = DDPStrategy(**joined(run.world), **(NO_BUFFER_SYNC if synchronised else {}))
-    fabric = Fabric(strategy=strategy, precision=PRECISION[run.config.precision])
+    plugins = loss_scaling(run, MixedPrecision)  # its backward and step then scale and unscale
+    fabric = Fabric(strategy=strategy, precision=PRECISION[run.config.precision], plugins=plugins)
     fabric.launch()  # the ranks are there: it starts none
 
     model = run.place(build_model(run.config.model))

@@ -43,8 +43,9 @@ from lockstep.models import build_model
 )
 def train(run: Run) -> None:
     from lightning.pytorch import LightningModule, Trainer
+    from lightning.pytorch.plugins import MixedPrecision
 
-    from lockstep.lightning import PRECISION
+    from lockstep.lightning import PRECISION, loss_scaling
     from lockstep.trainer import DDP, EvalBatches, RunHooks, SyncBatchNorm, TrainBatches
 
     model = run.place(build_model(run.config.model))
@@ -85,11 +86,12 @@ def train(run: Run) -> None:
             self.evaluation = self.tally.result(run.device)
 
     module, batches = Classifier(), TrainBatches(run)
+    scaling = loss_scaling(run, MixedPrecision)
     hooks = RunHooks(run, module, batches)
     trainer = Trainer(
         strategy=DDP(run.world),
         precision=PRECISION[run.config.precision],
-        plugins=[hooks.files_of_the_trainer, *([SyncBatchNorm()] if run.config.sync_batchnorm else [])],
+        plugins=[hooks.files_of_the_trainer, *scaling, *([SyncBatchNorm()] if run.config.sync_batchnorm else [])],
         callbacks=[hooks],
         accumulate_grad_batches=batches.pieces,
         max_epochs=run.config.epochs,

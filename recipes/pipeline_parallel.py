@@ -25,6 +25,7 @@ https://arxiv.org/abs/2401.10241 (zero bubble), https://docs.pytorch.org/docs/st
 """
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -115,15 +116,15 @@ def build_stages(
     return stages, [part.names for part in parts]
 
 
-def build_schedule(run: Run, stages: list[TimedStage]) -> Any:
+def build_schedule(run: Run, stages: list[TimedStage], loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Any:
     """The object whose step() runs a batch through the pipeline, each micro-batch's mean loss counting 1 / m."""
     name, pieces = run.config.schedule, run.config.micro_batches
     if name == "gpipe":
-        return ScheduleGPipe(stages[0], pieces, loss_fn=cross_entropy)
+        return ScheduleGPipe(stages[0], pieces, loss_fn=loss_fn)
     if name == "1f1b":
-        return Schedule1F1B(stages[0], pieces, loss_fn=cross_entropy)
+        return Schedule1F1B(stages[0], pieces, loss_fn=loss_fn)
     kind = ScheduleInterleaved1F1B if name == "interleaved" else ScheduleInterleavedZeroBubble
-    return kind(list(stages), pieces, loss_fn=cross_entropy)
+    return kind(list(stages), pieces, loss_fn=loss_fn)
 
 
 def average_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
@@ -188,7 +189,6 @@ def train(run: Run) -> None:
     data_group, stage_group = mesh.get_group("data"), mesh.get_group("stage")
     model = run.place(build_model(run.config.model))
     stages, names = build_stages(run, model, stage_group)
-    schedule = build_schedule(run, stages)
     first, last = stages[0].is_first, stages[-1].is_last
     every = blocks(model)
     mine = Part({name: every[name] for stage in stages for name in names[stage.stage_index]})
@@ -199,20 +199,30 @@ def train(run: Run) -> None:
         )
     else:
         optimizer = AdamW(mine.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     def whole() -> nn.Module:
         return gather_model(model, names, run.config.stages)
 
+    losses: list[Tensor] = []
+
+    def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:  # called where the model ends, for each micro-batch
+        loss = cross_entropy(logits, labels)
+        losses.append(loss.detach())
+        return scaler.scale(loss)
+
+    schedule = build_schedule(run, stages, loss_fn)
     clock = Stopwatch(run.device)
     for batch in run.steps(model=mine, optimizer=optimizer, whole=whole):
         images = (batch.images,) if first else ()
-        losses: list[Tensor] = []
+        losses.clear()
         clock.start()
         with run.autocast():  # the schedule runs forwards and backwards, and divides the gradients by micro_batches
-            schedule.step(*images, **({"target": batch.labels, "losses": losses} if last else {}))
+            schedule.step(*images, **({"target": batch.labels} if last else {}))
         clock.stop()
         average_gradients(mine, data_group)
-        optimizer.step()
+        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        scaler.update()
         optimizer.zero_grad()
         if last:  # only here the model ends, and with it the loss is known
             run.record(loss=torch.stack(losses).mean())

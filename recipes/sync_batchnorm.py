@@ -54,14 +54,16 @@ def train(run: Run) -> None:
         )
     else:
         optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     for batch in run.steps(model=model, optimizer=optimizer):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
                 loss = cross_entropy(model(micro.images), micro.labels)
-            (loss * micro.weight).backward()
+            scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
-        optimizer.step()
+        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        scaler.update()
         optimizer.zero_grad()
 
 

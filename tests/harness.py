@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torchvision.models  # noqa: F401  once here, not once in every forked rank
+import torchmetrics  # noqa: F401  once here, not once in every forked rank
+import torchvision.models  # noqa: F401
 
 from lockstep import storage
 from lockstep.app import Recipe

@@ -80,7 +80,6 @@ BAD = {
     "max_restarts=-1": ["max_restarts=-1", "from 0 up"],
     "start=magic": ["start=magic", "auto, spawn, fork"],
     "start=fork +cluster=slurm": ["start=fork", "srun starts"],
-    "precision=fp16": ["precision=fp16", "not yet"],
     "monitor=wandb": ["monitor=wandb", "not yet"],
     "+cluster=slurm cluster.partitoin=gpu": ["unknown key cluster.partitoin", "did you mean cluster.partition?"],
     "+cluster=slurm cluster.nodes=0": ["cluster.nodes=0", "from 1 up"],

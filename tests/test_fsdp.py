@@ -234,7 +234,7 @@ def test_an_optimizer_made_before_the_model_was_sharded_is_refused(tmp_path: Pat
     [
         (fsdp.train, ["fsdp.replicas=3"], "fsdp.replicas=3: 4 ranks do not divide by it; allowed are 1, 2, 4"),
         (fsdp.train, ["fsdp.replicas=0"], "fsdp.replicas=0: allowed are numbers from 1 up"),
-        (fsdp.train, ["fsdp.reduce=bf16"], "fsdp.reduce=bf16: precision=fp32 averages its gradients as they are"),
+        (fsdp.train, ["fsdp.reduce=bf16"], "fsdp.reduce=bf16: precision=fp32 averages its gradients in full"),
         (fsdp.train, ["fsdp.sync=never"], "fsdp.sync=never: allowed are last, every"),
         (ddp.train, ["fsdp.offload=true"], "fsdp.offload=True: recipes.ddp does not use it; fsdp and verify do"),
     ],

@@ -17,31 +17,34 @@ from tests.harness import ROOT, clean_environment, command
 HEAVY = {"lightning", "deepspeed", "ray", "wandb", "hydra", "sklearn", "tensorboard", "torchvision"}
 LOOP = [
     "for micro in micro_batches(batch, run.config.accumulate, model):",
-    "(loss * micro.weight).backward()",
+    "scaler.scale(loss * micro.weight).backward()",
     "run.record(loss=loss, weight=micro.weight)",
 ]
 LOSS = "loss = cross_entropy(model(micro.images), micro.labels)"
+SCALER = ["scaler.step(optimizer)", "scaler.update()"]
 # The lines of single.py that a technique replaces by its own; every other line of single.py stands in every recipe.
 REPLACES: dict[str, list[str]] = {
     "data_parallel": [],
     "deepspeed_zero": [
+        "scaler = run.scaler()",
         "for batch in run.steps(model=model, optimizer=optimizer):",
         LOSS,
         LOOP[1],
-        "optimizer.step()",
+        *SCALER,
         "optimizer.zero_grad()",
     ],
     "ddp": [],
     "fsdp": ["model = run.place(build_model(run.config.model))", "with run.autocast():"],
     "grad_accumulation": LOOP,
-    "lightning_fabric": [LOOP[0], "with run.autocast():", LOOP[1]],
+    "lightning_fabric": ["scaler = run.scaler()", LOOP[0], "with run.autocast():", LOOP[1], *SCALER],
     "lightning_trainer": [
+        "scaler = run.scaler()",
         "for batch in run.steps(model=model, optimizer=optimizer):",
         LOOP[0],
         "with run.autocast():",
         LOSS,
         LOOP[1],
-        "optimizer.step()",
+        *SCALER,
         "optimizer.zero_grad()",
     ],
     "model_parallel": [LOSS],

@@ -30,7 +30,7 @@ DIE = (
     "            open('mark', 'w').close()\\n"
     "            os.kill(os.getpid(), 9)\\n"
 )
-source = open(ddp.__file__).read().replace("        optimizer.step()\\n", DIE + "        optimizer.step()\\n")
+source = open(ddp.__file__).read().replace("        scaler.step(", DIE + "        scaler.step(")
 exec(compile(source, __file__, "exec"))
 """
 

@@ -148,7 +148,5 @@ def check_batchnorm(config: Config, share: int) -> None:
 
 def refuse_what_is_not_there_yet(config: Config) -> None:
     """Refuse keys whose part of the suite has not landed, rather than ignore them."""
-    if config.precision == "fp16":
-        raise UserError("precision=fp16: not yet, it needs loss scaling; allowed now are fp32, bf16, fp64")
     if config.monitor.name == "wandb":
         raise UserError("monitor=wandb: not yet; allowed now are csv and tensorboard")

@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments import ClusterEnvironment
 
+from lockstep.run import Run
 from lockstep.world import World
 
-PRECISION: dict[str, Any] = {"fp32": "32-true", "fp64": "64-true", "bf16": "bf16-mixed"}  # Lightning's names
+# Lightning's names. Asked for "16-mixed" on a CPU it would quietly take bf16, hence fp16's plugin below.
+PRECISION: dict[str, Any] = {"fp32": "32-true", "fp64": "64-true", "bf16": "bf16-mixed", "fp16": None}
 
 for name in ("lightning.fabric", "lightning.pytorch"):
     logging.getLogger(name).setLevel(logging.WARNING)  # the run says itself what it runs on
@@ -79,3 +81,8 @@ def joined(world: World) -> dict[str, Any]:
         "cluster_environment": Ranks(world),
         "process_group_backend": world.backend,
     }
+
+
+def loss_scaling(run: Run, mixed: Any) -> list[Any]:
+    """What Fabric or the Trainer needs for fp16: `mixed`, which is its own MixedPrecision, with the run's scaler."""
+    return [mixed("16-mixed", run.device.type, run.scaler())] if run.config.precision == "fp16" else []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
 from lockstep.data import Batch, EvalSampler
@@ -18,10 +19,14 @@ from lockstep.data import Batch, EvalSampler
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Mean loss and accuracy over the whole evaluation set."""
+    """Over the whole evaluation set: mean loss, accuracy, and macro-F1, the mean of the classes' F1 scores.
+
+    A class that no image has and none was taken for has no F1 and does not count.
+    """
 
     loss: float
     accuracy: float
+    f1: float
     count: int
 
 
@@ -30,20 +35,27 @@ class Tally:
 
     Each rank writes its batches' sums into their own rows of a table of zeros, and one all-reduce adds the tables.
     Adding zero is exact, so every rank then holds the very table that one process would have made, and adds its rows
-    in the same order: the same metric to the last bit on any number of ranks.
+    in the same order: the same metric to the last bit on any number of ranks. What is counted by class are whole
+    numbers, exact in any order.
     """
 
     def __init__(self, sampler: EvalSampler) -> None:
         self._size, self._rows = sampler.size, iter(sampler.numbers())
         self._table = torch.zeros(sampler.batches(), 3, dtype=torch.float64)
+        self._classes = torch.zeros(3, 0, dtype=torch.float64)  # of each: images, images taken for it, rightly so
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count this rank's next batch: logits [N, C], labels [N]."""
         labels = labels.to(logits.device)  # a model split over devices answers on its last one
         row = self._table[next(self._rows)]
         row[0] = cross_entropy(logits.double(), labels, reduction="sum").item()
-        row[1] = (logits.argmax(1) == labels).sum().item()
+        taken_for = logits.argmax(1)
+        right = taken_for == labels
+        row[1] = right.sum().item()
         row[2] = len(labels)
+        count = logits.shape[1]
+        counts = [which.bincount(minlength=count).cpu() for which in (labels, taken_for, labels[right])]
+        self._classes = self._wide(count) + torch.stack(counts)
 
     def result(self, device: torch.device) -> Evaluation:
         """All ranks' sums; all call it together.
@@ -51,12 +63,31 @@ class Tally:
         Raises:
             RuntimeError: a sample was lost or counted twice.
         """
-        table = self._table.to(device)
-        dist.all_reduce(table)
-        loss, correct, count = table.cpu().sum(0).tolist()
+        width = torch.tensor(self._classes.shape[1], device=device)
+        dist.all_reduce(width, dist.ReduceOp.MAX)  # a rank without a batch has seen no classes
+        classes = self._wide(int(width.item()))
+        both = torch.cat([self._table.flatten(), classes.flatten()]).to(device)
+        dist.all_reduce(both)
+        table, classes = both.cpu().split([self._table.numel(), classes.numel()])
+        loss, correct, count = table.view(-1, 3).sum(0).tolist()
         if count != self._size:
             raise RuntimeError(f"evaluation counted {count:g} samples of {self._size}")
-        return Evaluation(loss / count, correct / count, int(count))
+        return Evaluation(loss / count, correct / count, macro_f1(*classes.view(3, -1)), int(count))
+
+    def _wide(self, count: int) -> Tensor:
+        return functional.pad(self._classes, (0, count - self._classes.shape[1]))
+
+
+def macro_f1(images: Tensor, taken_for: Tensor, right: Tensor) -> float:
+    """The mean of the classes' F1 scores, from three counts of each: its images, those taken for it, both.
+
+    torchmetrics computes it, from counts that are exact; classes with none are left out, as in scikit-learn.
+    """
+    # Here and not above: it takes a second to import, which no start need wait for.
+    from torchmetrics.functional.classification.f_beta import _fbeta_reduce
+
+    wrong, missed = taken_for - right, images - right
+    return float(_fbeta_reduce(right, wrong, torch.zeros_like(right), missed, beta=1.0, average="macro"))
 
 
 @torch.no_grad()

@@ -40,7 +40,10 @@ class JsonLines:
 class Csv:
     """`metrics.csv`, for spreadsheets: one column a scalar, empty where a step has none."""
 
-    COLUMNS = ("step", "epoch", "samples_seen", "loss", "lr", "images_per_second", "eval_loss", "eval_accuracy")
+    COLUMNS = (
+        *("step", "epoch", "samples_seen", "loss", "lr", "images_per_second", "loss_scale", "skipped_steps"),
+        *("eval_loss", "eval_accuracy", "eval_f1"),
+    )
 
     def __init__(self, out: Path, step: int) -> None:
         path = out / "metrics.csv"

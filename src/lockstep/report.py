@@ -75,6 +75,8 @@ class Report:
             f"  batch  {config.batch_size} = {count(shards, 'share')} × {config.batch_size // shards}; "
             f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
         )
+        if config.precision == "fp16" and world.device.type == "cpu":
+            self.line("  fp16   CPUs are slow at it, up to 80 × slower than at bf16: set precision=bf16, or use a GPU")
         self.line(f"  run    {short(self.out)}")
         self.total_steps, self.steps_per_epoch, self.eval_images = steps[1], steps[0], images[1]
         if self.speaks and self.console.is_terminal:
@@ -105,7 +107,7 @@ class Report:
         self.last_line = time.monotonic()
         self.line(
             f"step {step}/{self.total_steps}  epoch {step / self.steps_per_epoch:.4g}  "
-            f"eval loss {result.loss:.4f}  accuracy {result.accuracy:.2%}"
+            f"eval loss {result.loss:.4f}  accuracy {result.accuracy:.2%}  F1 {result.f1:.4f}"
         )
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -122,7 +124,8 @@ class Report:
             speed = f"{result['images_per_second']:,.0f} images/s ({milliseconds[0]} ms a step, 95 % within "
             speed += f"{milliseconds[1]} ms)"
         rows = {
-            "accuracy": f"{result['eval_accuracy']:.2%} of {self.eval_images:,} evaluation images",
+            "accuracy": f"{result['eval_accuracy']:.2%} of {self.eval_images:,} evaluation images, "
+            f"macro-F1 {result['eval_f1']:.4f}",
             "speed": speed,
             "time": f"{result['wall_seconds']:.1f} s for {count(result['steps'] - self.first_step, 'step')}",
             "memory": f"{memory} MiB at peak, by rank",

@@ -28,6 +28,7 @@ from lockstep.files import write_atomically, write_json
 from lockstep.memory import state_bytes
 from lockstep.models import count_parameters
 from lockstep.monitor import Monitor, open_monitors
+from lockstep.precision import Scaler
 from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.report import Report
 from lockstep.rundir import CHECKPOINTS, checkpoint_folder
@@ -101,6 +102,8 @@ class Run:
         self.first_gradients: dict[str, Tensor] = {}
         self._whole: Callable[[], nn.Module] | None = None
         self._engine: Engine | None = None
+        self._module: nn.Module | None = None  # what is trained, unwrapped
+        self._scaler: Scaler | None = None
         self._sharded = False  # no rank ever holds the whole model
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
@@ -138,6 +141,14 @@ class Run:
             return torch.autocast(self.device.type, AUTOCAST[self.config.precision])
         return contextlib.nullcontext()
 
+    def scaler(self) -> Scaler:
+        """What scales the loss before backward and the gradients back before the update: for fp16; else it passes on.
+
+        Its state becomes part of the checkpoints.
+        """
+        self._scaler = Scaler(self.device, enabled=self.config.precision == "fp16")
+        return self._scaler
+
     def record(self, *, loss: Tensor, weight: float = 1.0) -> None:
         """Hand over a mean loss; of several in one step, each with its share of this rank's images as its weight.
 
@@ -173,7 +184,7 @@ class Run:
             optimizer: what updates it; its learning rate is set from here.
             whole: called on all ranks together, returns the complete model on each, for evaluation and export; needed
                 where a rank holds only some of its layers. A model sharded by fully_shard is evaluated as it is.
-            keep: further objects that checkpoints are to hold, by name, such as a GradScaler.
+            keep: further objects that checkpoints are to hold, by name, such as an average of the weights.
             engine: what saves and restores model and optimizer by its own means.
 
         Yields:
@@ -281,6 +292,7 @@ class Run:
         An engine may make its optimizer later.
         """
         self._engine, self._whole = engine, whole or (lambda: unwrap(model))
+        self._module = unwrap(model)
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
         if self.keep_gradients and engine:
             engine.keep_gradients(self.first_gradients)
@@ -289,10 +301,11 @@ class Run:
         seed_generators(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
         for group in optimizer.param_groups if optimizer else []:
             group.setdefault("initial_lr", group["lr"])
+        scaler = {"scaler": self._scaler} if self._scaler and self._scaler.is_enabled() else {}
         state = TrainingState(
             unwrap(model),
             optimizer,
-            keep or {},
+            scaler | dict(keep or {}),
             rank=self.world.rank,
             device=self.device,
             owns_buffers=self.shard == 0,
@@ -347,29 +360,51 @@ class Run:
         return not last
 
     def _after_step(self) -> bool:
-        """Count and log a step that was taken; whether an evaluation is due, whose result `_evaluated` takes."""
+        """Count and log a step that was taken; whether an evaluation is due, whose result `_evaluated` takes.
+
+        Raises:
+            UserError: the model is in evaluation mode.
+        """
         self._timer.stop()
         self.step += 1
+        if self._module and not self._module.training:
+            raise UserError(
+                f"{self.recipe}: step {self.step} left the model in evaluation mode, which trains without dropout and "
+                "with BatchNorm's old statistics; call model.train() after your own model.eval()"
+            )
+        left_out = self._scaler is not None and self._scaler.left_out
+        if left_out:
+            scale = self._scaling["loss_scale"]
+            self.report.line(f"step {self.step} left out: gradients are not finite; the loss scale is now {scale:g}")
         last = self.step == self.total_steps
         if self.step % self.config.log_every == 0 or last:
             self._train_loss = loss = self._mean_loss()
             now = time.perf_counter()
             speed = (self.step - self._logged_step) * self.config.batch_size / (now - self._logged_at)
             self._logged_at, self._logged_step = now, self.step
-            self._log(loss=loss, lr=self._lr, images_per_second=round(speed, 1))
+            self._log(loss=loss, lr=self._lr, images_per_second=round(speed, 1), **self._scaling)
             self.report.step(self.step, loss, speed)
         else:
             self._loss = None
+            if left_out:
+                self._log(**self._scaling)
         self._paused_at = time.perf_counter()
         return last or self._epoch_ends_with_evaluation()
 
     def _evaluated(self, result: metrics.Evaluation) -> None:
         """Log an evaluation, and judge by it."""
         self._evaluation = result
-        self._log(eval_loss=result.loss, eval_accuracy=result.accuracy)
+        self._log(eval_loss=result.loss, eval_accuracy=result.accuracy, eval_f1=result.f1)
         self.report.evaluation(self.step, result)
         self._judge(result)
         self._logged_at += time.perf_counter() - self._paused_at
+
+    @property
+    def _scaling(self) -> dict[str, float]:
+        """The loss scale and the steps left out so far, where there is one."""
+        if self._scaler is None or not self._scaler.is_enabled():
+            return {}
+        return {"loss_scale": self._scaler.get_scale(), "skipped_steps": self._scaler.skipped}
 
     def _next_lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
@@ -504,8 +539,10 @@ class Run:
 
         All ranks hold the same evaluation to the last bit, so all of them come to the same end.
         """
-        value = result.accuracy if self.config.metric == "eval_accuracy" else -result.loss
-        if self._best is None or value > self._best:
+        value = getattr(result, self.config.metric.removeprefix("eval_"))
+        if self.config.metric == "eval_loss":
+            value = -value
+        if value == value and (self._best is None or value > self._best):  # no NaN is best
             self._best, self._best_is_new, self._waited = value, self.config.checkpoint.best, 0
             return
         self._waited += 1
@@ -517,7 +554,7 @@ class Run:
 
     def _before_update(self, module: nn.Module) -> None:
         """Keep what a proof compares: the first update's gradients, by the names of this rank's parameters."""
-        if self.step == 0:
+        if not self.first_gradients:
             named = module.named_parameters()
             self.first_gradients = {
                 name: whole_tensor(p.grad.detach(), self.device).clone() for name, p in named if p.grad is not None
@@ -593,32 +630,37 @@ class Run:
         parameters, trainable = self._parameters
         seconds = metrics.warmed_up(self._timer.seconds())
         median = metrics.percentile(seconds, 50) if seconds else None
-        return {
-            "recipe": self.recipe,
-            "status": status,
-            "world_size": self.world.world_size,
-            "backend": self.world.backend,
-            "device": self.device.type,
-            "precision": self.config.precision,
-            "steps": self.step,
-            "epochs": self.epoch,
-            "samples_seen": self.step * self.config.batch_size,
-            "train_loss": self._train_loss,
-            "eval_loss": self._evaluation.loss if self._evaluation else None,
-            "eval_accuracy": self._evaluation.accuracy if self._evaluation else None,
-            "images_per_second": self.config.batch_size / median if median else None,
-            "step_seconds_p50": median,
-            "step_seconds_p95": metrics.percentile(seconds, 95) if seconds else None,
-            "peak_memory_bytes": int(max(memory)),
-            "peak_memory_bytes_by_rank": [int(m) for m in memory],
-            "parameters": parameters,
-            "trainable_parameters": trainable,
-            "resumed_from": self._resumed_from,
-            "setup_seconds": self._setup_seconds,
-            "wall_seconds": time.perf_counter() - self.started,
-            "checkpoint_stall_seconds": self._checkpoints.stall_seconds if self._checkpoints else 0.0,
-            "checkpoints_failed": self._checkpoints.failed if self._checkpoints else 0,
-        } | self._notes
+        return (
+            {
+                "recipe": self.recipe,
+                "status": status,
+                "world_size": self.world.world_size,
+                "backend": self.world.backend,
+                "device": self.device.type,
+                "precision": self.config.precision,
+                "steps": self.step,
+                "epochs": self.epoch,
+                "samples_seen": self.step * self.config.batch_size,
+                "train_loss": self._train_loss,
+                "eval_loss": self._evaluation.loss if self._evaluation else None,
+                "eval_accuracy": self._evaluation.accuracy if self._evaluation else None,
+                "eval_f1": self._evaluation.f1 if self._evaluation else None,
+                "images_per_second": self.config.batch_size / median if median else None,
+                "step_seconds_p50": median,
+                "step_seconds_p95": metrics.percentile(seconds, 95) if seconds else None,
+                "peak_memory_bytes": int(max(memory)),
+                "peak_memory_bytes_by_rank": [int(m) for m in memory],
+                "parameters": parameters,
+                "trainable_parameters": trainable,
+                "resumed_from": self._resumed_from,
+                "setup_seconds": self._setup_seconds,
+                "wall_seconds": time.perf_counter() - self.started,
+                "checkpoint_stall_seconds": self._checkpoints.stall_seconds if self._checkpoints else 0.0,
+                "checkpoints_failed": self._checkpoints.failed if self._checkpoints else 0,
+            }
+            | self._scaling
+            | self._notes
+        )
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -165,7 +165,9 @@ class Config:
     batch_size: int = key(96, "global batch: images the optimizer sees in one step, over all ranks", minimum=1)
     epochs: int = key(15, "passes over the training set", minimum=1)
     max_steps: int | None = key(None, "end after this many steps, if epochs does not end first", minimum=1, free=True)
-    metric: str = key("eval_accuracy", "what is best, and what `patience` watches", ("eval_accuracy", "eval_loss"))
+    metric: str = key(
+        "eval_accuracy", "what is best, and what `patience` watches", ("eval_accuracy", "eval_loss", "eval_f1")
+    )
     patience: int | None = key(None, "end after so many evaluations without a better `metric` (null: never)", minimum=1)
     accumulate: int = key(1, "micro-batches a step", minimum=1)
     accumulate_by: str = key("chunk", "how the micro-batches are cut", ("chunk", "unbind"), only=("grad_accumulation",))
@@ -191,13 +193,17 @@ class Config:
     forget: str | None = key(
         None,
         "part of the state that the resumed half is not given",
-        ("optimizer", "schedule", "step", "random", "buckets"),
+        ("optimizer", "schedule", "scaler", "step", "random", "buckets"),
         only=("checkpoint_resume",),
     )
     recipes: list[str] | None = key(None, "recipes to run (null: all)", only=("verify", "compare"))
     rounds: int = key(1, "times that each recipe is run, in turn", minimum=1, only=("compare",))
     seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
-    precision: str = key("fp32", "arithmetic (fp64: for proofs)", ("fp32", "bf16", "fp16", "fp64"))
+    precision: str = key(
+        "fp32",
+        "arithmetic; bf16, fp16: by autocast, weights stay fp32 (fp64: for proofs)",
+        ("fp32", "bf16", "fp16", "fp64"),
+    )
     tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")
     compile: bool = key(False, "torch.compile the model")
     channels_last: bool = key(False, "NHWC memory format for images and weights")
