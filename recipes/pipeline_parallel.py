@@ -204,28 +204,24 @@ def train(run: Run) -> None:
     def whole() -> nn.Module:
         return gather_model(model, names, run.config.stages)
 
-    losses: list[Tensor] = []
+    def scaled_loss(logits: Tensor, labels: Tensor) -> Tensor:
+        return scaler.scale(cross_entropy(logits, labels))
 
-    def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:  # called where the model ends, for each micro-batch
-        loss = cross_entropy(logits, labels)
-        losses.append(loss.detach())
-        return scaler.scale(loss)
-
-    schedule = build_schedule(run, stages, loss_fn)
+    schedule = build_schedule(run, stages, scaled_loss)
     clock = Stopwatch(run.device)
     for batch in run.steps(model=mine, optimizer=optimizer, whole=whole):
         images = (batch.images,) if first else ()
-        losses.clear()
+        losses: list[Tensor] = []
         clock.start()
         with run.autocast():  # the schedule runs forwards and backwards, and divides the gradients by micro_batches
-            schedule.step(*images, **({"target": batch.labels} if last else {}))
+            schedule.step(*images, **({"target": batch.labels, "losses": losses} if last else {}))
         clock.stop()
+        if last:  # only here the model ends, and with it the loss is known
+            run.record(loss=torch.stack(losses).mean() / scaler.get_scale())
         average_gradients(mine, data_group)
         scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
         scaler.update()
         optimizer.zero_grad()
-        if last:  # only here the model ends, and with it the loss is known
-            run.record(loss=torch.stack(losses).mean())
 
     busy = sum(sum(stage.watch.seconds()) for stage in stages)
     idle = gather_numbers(1 - busy / sum(clock.seconds()), run.device)

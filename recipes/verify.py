@@ -29,11 +29,12 @@ from lockstep.checks import check_batch, check_package
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.proof import Trace, angle, difference, trace, with_values
+from lockstep.run import AUTOCAST
 from lockstep.schema import Config
 from recipes import choose
 
-TOLERANCE = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1}
-STEPS = {"fp64": 5, "fp32": 3, "bf16": 3}
+TOLERANCE = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}
+STEPS = {"fp64": 5, "fp32": 3, "bf16": 3, "fp16": 3}
 IMAGES_A_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 images for BatchNorm
 
 
@@ -88,7 +89,7 @@ def plan(run: Run) -> list[tuple[Recipe, Proof, str, dict[str, Any], str]]:
     """
     found: list[tuple[Recipe, Proof, str, dict[str, Any], str]] = []
     everything = run.config.precision == Config().precision
-    precisions = ["fp64", "fp32", "bf16"] if run.device.type == "cuda" else ["fp64", "fp32"]
+    precisions = ["fp64", "fp32", *AUTOCAST] if run.device.type == "cuda" else ["fp64", "fp32"]
     for each, proof in ((one, proof) for one in find(run.config.recipes) for proof in one.proofs):
         for precision in precisions if everything else [run.config.precision]:
             if precision in proof.precisions or not everything:  # asked for, and said to be impossible
@@ -100,7 +101,7 @@ def plan(run: Run) -> list[tuple[Recipe, Proof, str, dict[str, Any], str]]:
 
 def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
     """What both sides train: few steps, small batches, every step logged, one evaluation at the end."""
-    common = {
+    common: dict[str, Any] = {
         "precision": precision,
         "batch_size": IMAGES_A_RANK * run.world.world_size,
         "max_steps": run.config.max_steps or STEPS[precision],
@@ -109,6 +110,8 @@ def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
         "optim.warmup_steps": 0,
         "recipes": None,
     }
+    if precision == "fp16":  # so small that no step is left out: which ones are depends on how images are dealt out
+        common["loss_scale"] = 256.0
     return with_values(run.config, common | values)
 
 

@@ -112,7 +112,7 @@ def in_run(body: Any, tmp_path: Path, *overrides: str) -> Any:
     """Call body(run) on one rank and return what it returns."""
     config = compose_config(single.train, "batch_size=96", *overrides)
     complete(config, single.train, 1)
-    (tmp_path / "ranks").mkdir()
+    (tmp_path / "ranks").mkdir(parents=True)
     return run_ranks(drive, 1, config, str(tmp_path), body)[0]
 
 

@@ -44,7 +44,7 @@ class Proof:
     own: dict[str, Any] = field(default_factory=dict)
     differs: dict[str, Any] = field(default_factory=dict)
     because: str = ""
-    precisions: tuple[str, ...] = ("fp64", "fp32", "bf16")
+    precisions: tuple[str, ...] = ("fp64", "fp32", "bf16", "fp16")
 
 
 @dataclass(frozen=True)

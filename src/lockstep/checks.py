@@ -33,6 +33,11 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
     for name, value, rule in walk(config):
         if rule["only"] and recipe.name not in rule["only"] and value != rule["default"]:
             raise UserError(f"{name}={value}: recipes.{recipe.name} does not use it; {' and '.join(rule['only'])} do")
+    if config.loss_scale != Config().loss_scale and config.precision != "fp16":
+        raise UserError(
+            f"loss_scale={config.loss_scale:g}: precision={config.precision} scales no loss; "
+            "set precision=fp16, or leave it out"
+        )
     if recipe.ranks not in (None, world_size):
         raise UserError(
             f"recipes.{recipe.name} runs on {recipe.ranks} rank, not {world_size}; "

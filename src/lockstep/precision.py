@@ -20,7 +20,6 @@ from torch.optim import Optimizer
 from lockstep.errors import UserError
 from lockstep.state import is_sharded
 
-FIRST_SCALE = 2.0**16
 GOOD_STEPS = 2000  # in a row, after which the scale is doubled
 
 
@@ -37,6 +36,7 @@ class Scaler(torch.amp.GradScaler):
 
     Args:
         device: where the ranks talk.
+        first: the scale to begin with.
         enabled: else `scale` gives back what it gets, `step` is the optimizer's and `update` does nothing.
 
     Attributes:
@@ -44,8 +44,8 @@ class Scaler(torch.amp.GradScaler):
         left_out: whether the last one was.
     """
 
-    def __init__(self, device: torch.device, enabled: bool = True) -> None:
-        super().__init__(device.type, init_scale=FIRST_SCALE, growth_interval=GOOD_STEPS, enabled=enabled)
+    def __init__(self, device: torch.device, first: float = 2.0**16, enabled: bool = True) -> None:
+        super().__init__(device.type, init_scale=first, growth_interval=GOOD_STEPS, enabled=enabled)
         self.skipped = 0
         self.left_out = self._overflow = False
         if enabled:

@@ -146,7 +146,7 @@ class Run:
 
         Its state becomes part of the checkpoints.
         """
-        self._scaler = Scaler(self.device, enabled=self.config.precision == "fp16")
+        self._scaler = Scaler(self.device, self.config.loss_scale, enabled=self.config.precision == "fp16")
         return self._scaler
 
     def record(self, *, loss: Tensor, weight: float = 1.0) -> None:

@@ -204,6 +204,7 @@ class Config:
         "arithmetic; bf16, fp16: by autocast, weights stay fp32 (fp64: for proofs)",
         ("fp32", "bf16", "fp16", "fp64"),
     )
+    loss_scale: float = key(2.0**16, "precision=fp16: what the loss is multiplied by at first", minimum=1)
     tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")
     compile: bool = key(False, "torch.compile the model")
     channels_last: bool = key(False, "NHWC memory format for images and weights")
