@@ -638,6 +638,53 @@ def test_a_missing_root_is_named(name: str, tmp_path: Path) -> None:
     assert "data.root" in complaint(DataConfig(name=name, image_size=32))
 
 
+# Some classes of a set ------------------------------------------------------------------------------------------
+
+
+def test_some_classes_keep_their_images_and_are_relabelled_in_the_order_asked_for() -> None:
+    chosen = [7, 0, 3]
+    config = DataConfig(classes=[str(label) for label in chosen])
+    for part, whole in zip(data.load(config, 8, 0), data.digits(), strict=True):
+        all_of_it = everything(whole)
+        keep = [i for i, label in enumerate(all_of_it.labels.tolist()) if label in chosen]
+        mine = everything(part)
+        assert torch.equal(mine.images, all_of_it.images[keep])
+        assert mine.labels.tolist() == [chosen.index(all_of_it.labels[i].item()) for i in keep]
+        assert torch.equal(part.labels, mine.labels)
+        assert (part.classes, len(part)) == (3, len(keep))
+    assert data.check(config) == (3, len(data.load(config, 8, 0)[0]))
+
+
+def test_some_classes_of_cifar10_and_of_an_image_folder(tmp_path: Path, folder: Path) -> None:
+    cifar_binaries(tmp_path / "root")
+    of_cifar = DataConfig(name="cifar10", root=str(tmp_path / "root"), image_size=32, classes=["1", "9"])
+    labels = [label for name in CIFAR_NAMES[:5] for label in cifar_records()[name][1] if label in (1, 9)]
+    assert data.check(of_cifar) == (2, len(labels))
+    train, _ = data.load(of_cifar, 32, 0)
+    assert everything(train).labels.tolist() == [(1, 9).index(label) for label in labels]
+    folders = DataConfig(name="imagefolder", root=str(folder), classes=["dog", "cat"])
+    assert data.check(folders) == (2, 10)
+    train, _ = data.load(folders, 32, 0)
+    assert everything(train).labels.tolist() == [1] * 5 + [0] * 5
+
+
+@pytest.mark.parametrize(
+    ("classes", "name", "said"),
+    [
+        (["3", "11"], "digits", "data.classes=[3,11]: digits has no class 11; allowed are 0, 1, 2"),
+        (["3"], "digits", "data.classes=[3]: allowed are two or more"),
+        ([], "digits", "two or more classes, each named once"),
+        (["3", "4", "3"], "digits", "each named once"),
+        (["3", "4"], "synthetic", "labels at random; set data.num_classes=2 instead"),
+        (["cat", "fox"], "imagefolder", "imagefolder has no class fox; allowed are cat, dog"),
+    ],
+)
+def test_classes_that_are_not_there_are_refused(classes: list[str], name: str, said: str, folder: Path) -> None:
+    with pytest.raises(UserError) as refused:
+        data.check(DataConfig(name=name, classes=classes, root=str(folder)))
+    assert said in str(refused.value)
+
+
 # Download ---------------------------------------------------------------------------------------------------------
 
 

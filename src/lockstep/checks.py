@@ -56,7 +56,8 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
             f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"
         )
     if config.data.num_classes not in (None, classes):
-        raise UserError(f"data.num_classes={config.data.num_classes}: {config.data.name} has {classes}; leave it out")
+        where = "data.classes" if config.data.classes else config.data.name
+        raise UserError(f"data.num_classes={config.data.num_classes}: {where} has {classes}; leave it out")
     config.data.num_classes = classes
     config.model.num_classes = config.model.num_classes or classes
     if config.model.num_classes < classes:

@@ -25,6 +25,7 @@ from lockstep.preemption import ignore_signals
 from lockstep.schema import DataConfig
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
+DIGITS = [str(number) for number in range(10)]  # the classes of digits, and CIFAR-10's by its labels
 CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then 3 planes of 32 × 32
 CIFAR_PICKLES = "cifar-10-batches-py"
 CIFAR_BINARIES = "cifar-10-batches-bin"
@@ -132,6 +133,7 @@ class Images(Protocol):
     """A labelled set of images. `draws` holds each sample's random numbers where the set is to be augmented."""
 
     classes: int
+    labels: Tensor
 
     def __len__(self) -> int: ...
 
@@ -226,6 +228,25 @@ class ImageFolder:
         return image.flip(2) if draws[4] < 0.5 else image
 
 
+class SomeClasses:
+    """The samples of some classes of a set, relabelled 0…n − 1 in the order in which `chosen` has the old labels."""
+
+    def __init__(self, images: Images, chosen: list[int]) -> None:
+        self.images, self.classes = images, len(chosen)
+        self._new = torch.full((images.classes,), -1)
+        self._new[chosen] = torch.arange(len(chosen))
+        everyone = self._new[images.labels]
+        self._samples = (everyone >= 0).nonzero().squeeze(1)
+        self.labels = everyone[self._samples]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
+        batch = self.images.fetch(self._samples[samples], draws)
+        return Batch(batch.images, self._new[batch.labels])
+
+
 class Samples(Dataset[Batch]):
     """What a DataLoader reads: a sampler's (epoch, sample numbers) in, a whole Batch out."""
 
@@ -266,12 +287,37 @@ def load(config: DataConfig, image_size: int, seed: int) -> tuple[Images, Images
         UserError: a folder or a file is not what its format says.
     """
     if config.name == "digits":
-        return digits()
+        sets = digits()
+    elif config.name == "synthetic":
+        sets = synthetic(config, seed)
+    elif config.name == "cifar10":
+        sets = cifar10(_root(config))
+    else:
+        sets = ImageFolder(_root(config) / "train", image_size), ImageFolder(_root(config) / "val", image_size)
+    if config.classes is None:
+        return sets
+    names = list_folder(_root(config) / "train")[2] if config.name == "imagefolder" else DIGITS
+    chosen = chosen_classes(config, names)
+    return SomeClasses(sets[0], chosen), SomeClasses(sets[1], chosen)
+
+
+def chosen_classes(config: DataConfig, names: list[str]) -> list[int]:
+    """The labels of the classes that data.classes names.
+
+    Raises:
+        UserError: the data set has no such class, or one is named twice.
+    """
+    classes = config.classes or []
+    text = f"data.classes=[{','.join(classes)}]"
     if config.name == "synthetic":
-        return synthetic(config, seed)
-    if config.name == "cifar10":
-        return cifar10(_root(config))
-    return ImageFolder(_root(config) / "train", image_size), ImageFolder(_root(config) / "val", image_size)
+        raise UserError(f"{text}: synthetic images have labels at random; set data.num_classes={len(classes)} instead")
+    wrong = [name for name in classes if name not in names]
+    if wrong:
+        allowed = ", ".join(names) if len(names) <= 20 else f"{', '.join(names[:20])}, … ({len(names)} in all)"
+        raise UserError(f"{text}: {config.name} has no class {wrong[0]}; allowed are {allowed}")
+    if len(classes) < 2 or len(set(classes)) < len(classes):
+        raise UserError(f"{text}: allowed are two or more classes, each named once")
+    return [names.index(name) for name in classes]
 
 
 def digits() -> tuple[Images, Images]:
@@ -424,6 +470,8 @@ def check(config: DataConfig) -> tuple[int, int]:
         UserError: data.root is missing or does not hold the format.
     """
     if config.name == "synthetic":
+        if config.classes is not None:
+            chosen_classes(config, [])
         return config.num_classes or 10, config.size
     native = {"digits": 8, "cifar10": 32}.get(config.name, config.image_size)
     if config.image_size != native:
@@ -431,26 +479,33 @@ def check(config: DataConfig) -> tuple[int, int]:
             f"data.image_size={config.image_size}: {config.name} has images of {native} × {native}; "
             "set model.image_size to have them resized"
         )
+    names = DIGITS
     if config.name == "digits":
-        return 10, 1437
-    root = _root(config)
-    if config.name == "cifar10":
+        if config.classes is None:
+            return 10, 1437  # without a second to import what has them
+        labels = digits()[0].labels
+    elif config.name == "cifar10":
+        root = _root(config)
         if config.download and not any((root / folder).is_dir() for folder in (CIFAR_BINARIES, CIFAR_PICKLES)):
             download_cifar10(root)
         train_files, test_files = cifar10_files(root)
-        counts = [len(read_cifar(file)[1]) for file in train_files + test_files]
-        return 10, sum(counts[: len(train_files)])
-    paths, _, classes = list_folder(root / "train")
-    val_paths, _, val_classes = list_folder(root / "val")
-    if classes != val_classes:
-        odd = ", ".join(sorted(set(classes) ^ set(val_classes)))
-        raise UserError(
-            f"{root}: train/ has {len(classes)} classes, val/ {len(val_classes)}, and they differ in {odd}; "
-            "data.root needs the same in both"
-        )
-    for path in (paths + val_paths)[: config.check_files]:
-        _check_ends(path)
-    return len(classes), len(paths)
+        read = [read_cifar(file)[1] for file in train_files + test_files]
+        labels = torch.from_numpy(np.concatenate(read[: len(train_files)])).long()
+    else:
+        root = _root(config)
+        paths, listed, names = list_folder(root / "train")
+        val_paths, _, val_names = list_folder(root / "val")
+        if names != val_names:
+            odd = ", ".join(sorted(set(names) ^ set(val_names)))
+            raise UserError(
+                f"{root}: train/ has {len(names)} classes, val/ {len(val_names)}, and they differ in {odd}; "
+                "data.root needs the same in both"
+            )
+        for path in (paths + val_paths)[: config.check_files]:
+            _check_ends(path)
+        labels = torch.tensor(listed)
+    chosen = range(len(names)) if config.classes is None else chosen_classes(config, names)
+    return len(chosen), int(torch.isin(labels, torch.tensor(chosen)).sum())
 
 
 def download_cifar10(root: Path) -> None:

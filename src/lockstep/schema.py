@@ -55,6 +55,9 @@ class DataConfig:
     name: str = key("digits", "data set", ("digits", "synthetic", "cifar10", "imagefolder"))
     root: str | None = key(None, "folder that holds the data (cifar10, imagefolder)", free=True)
     num_classes: int | None = key(None, "classes (null: counted)", minimum=1)
+    classes: list[str] | None = key(
+        None, "take these alone, relabelled 0, 1, … (0…9, or an imagefolder's folders; null: all)"
+    )
     image_size: int = key(8, "side of the square images in pixels, before model.image_size resizes them", minimum=1)
     mean: list[float] = key((0.5, 0.5, 0.5), "mean of each channel, images scaled to 0…1")
     std: list[float] = key((0.5, 0.5, 0.5), "standard deviation of each channel, images scaled to 0…1")
