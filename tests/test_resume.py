@@ -97,6 +97,7 @@ def test_a_run_in_three_parts_is_the_run_in_one(name: str, tmp_path: Path) -> No
     for stop in (3, 8, STEPS):
         execute(recipe, tmp_path / "parts", ranks, *SHORT, *words, f"max_steps={stop}")
     assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000008"
+    assert "parameters_without_gradient" not in result(tmp_path / "parts")
     # The parts were evaluated where each of them ended, too.
     extra = [line for line in lines(tmp_path / "parts") if line["step"] == 3 and "eval_loss" in line]
     assert len(extra) == 1

@@ -45,6 +45,7 @@ from lockstep.state import (
     whole_weights,
 )
 from lockstep.state import whole as whole_tensor
+from lockstep.unused import Audit, listed
 from lockstep.words import short
 from lockstep.world import World, make_group
 
@@ -105,6 +106,7 @@ class Run:
         self._module: nn.Module | None = None  # what is trained, unwrapped
         self._scaler: Scaler | None = None
         self._sharded = False  # no rank ever holds the whole model
+        self._audit: Audit | None = None
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
@@ -195,7 +197,7 @@ class Run:
         """
         state = self._take_up(model, optimizer, whole, keep, engine)
         schedule = LambdaLR(optimizer, self.lr_factor, last_epoch=self.step - 1)
-        self._begin(optimizer)
+        self._begin(optimizer, model)
         batches = self.batches(self.step, self.total_steps)
         model.train()
         while self._before_step(state):
@@ -314,8 +316,8 @@ class Run:
         self._resume(state, model)
         return state
 
-    def _begin(self, optimizer: Optimizer) -> None:
-        """Start to listen, to log and to keep time, when the state is the one to go on from.
+    def _begin(self, optimizer: Optimizer, model: nn.Module) -> None:
+        """Start to listen, to log and to keep time, when the state is the one to go on from; `model`: wrapped or not.
 
         Raises:
             NothingLeft: it is that of the last step.
@@ -339,6 +341,7 @@ class Run:
         if self.step >= self.total_steps:
             self._evaluation = self._evaluate()
             raise NothingLeft
+        self._audit = Audit(self._module, model, optimizer)
 
     def _before_step(self, state: TrainingState) -> bool:
         """Save where a checkpoint is due, and leave where a signal has come; whether there is a step to take."""
@@ -376,6 +379,9 @@ class Run:
         if left_out:
             scale = self._scaling["loss_scale"]
             self.report.line(f"step {self.step} left out: gradients are not finite; the loss scale is now {scale:g}")
+        if self._audit:
+            self._name_unused(self._audit.finish())
+            self._audit = None
         last = self.step == self.total_steps
         if self.step % self.config.log_every == 0 or last:
             self._train_loss = loss = self._mean_loss()
@@ -390,6 +396,15 @@ class Run:
                 self._log(**self._scaling)
         self._paused_at = time.perf_counter()
         return last or self._epoch_ends_with_evaluation()
+
+    def _name_unused(self, mine: list[str]) -> None:
+        """Say which parameters got no gradient in this start's first step, whichever rank has them."""
+        names = list(dict.fromkeys(name for some in checkpoint.gather(mine, self.world.control) for name in some))
+        if names:
+            self._notes["parameters_without_gradient"] = names
+            self.report.line(
+                f"warning: no gradient in the first step for {listed(names)}: not trained; use them, or freeze them"
+            )
 
     def _evaluated(self, result: metrics.Evaluation) -> None:
         """Log an evaluation, and judge by it."""

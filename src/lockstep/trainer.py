@@ -179,7 +179,7 @@ class RunHooks(Checkpoint):
             saved, configured = self.files_of_the_trainer.load_checkpoint(self.ckpt_path), module.configure_optimizers()
             module.load_state_dict(saved["state_dict"])
             configured["optimizer"].load_state_dict(saved["optimizer_states"][0])
-            run._begin(configured["optimizer"])
+            run._begin(configured["optimizer"], self._model)
         self._generators = generators(run.device)
 
     # Between two steps
@@ -211,7 +211,8 @@ class RunHooks(Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_generators(self._generators, self._run.device)  # whatever Lightning has drawn since
-        self._run._begin(trainer.optimizers[0])
+        assert trainer.strategy.model is not None
+        self._run._begin(trainer.optimizers[0], trainer.strategy.model)
         self._before_step(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
