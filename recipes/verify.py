@@ -175,11 +175,15 @@ def train(run: Run) -> None:
         except UserError as error:
             row.verdict = f"not run: {error}"
             continue
-        key = "-".join([precision, *words(values)])
+        # Where a part of the model is frozen, say, the same part is frozen in `single`.
+        alike = proof.prepare is not None
+        key = "-".join([precision, *words(values), *(own if alike else [])])
         try:
             if key not in references:
-                references[key] = trace(run, single, base, f"single-{key}")
-            found, reference = trace(run, each, mine, "-".join([each.name, key, *own])), references[key]
+                reference_config = mine if alike else base
+                references[key] = trace(run, single, reference_config, f"single-{key}", proof.prepare)
+            name = "-".join([each.name, precision, *words(values), *own])
+            found, reference = trace(run, each, mine, name), references[key]
             if found and reference:
                 compare(row, found, reference, differs)
         except Exception as error:

@@ -58,6 +58,11 @@ REPLACES: dict[str, list[str]] = {
         *LOOP[1:],
     ],
     "sync_batchnorm": [],
+    "transfer_learning": [
+        "optimizer: Optimizer = SGD(model.parameters(), lr=optim.lr, momentum=optim.momentum, "
+        "weight_decay=optim.weight_decay)",
+        "optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)",
+    ],
 }
 TOOLS = {"verify", "compare", "doctor"}
 DEMONSTRATIONS = {"checkpoint_resume"}  # single's loop several times over, taken apart

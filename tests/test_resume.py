@@ -38,6 +38,7 @@ from recipes import (
     pipeline_parallel,
     single,
     sync_batchnorm,
+    transfer_learning,
 )
 from tests.harness import compose_config, execute, lines, result, run_ranks, tensors_of
 
@@ -61,6 +62,9 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "lightning_trainer": (lightning_trainer.train, 3, ("accumulate=2", "optim=adamw")),
     "model_parallel": (model_parallel.train, 1, ()),
     "pipeline_parallel": (pipeline_parallel.train, 2, ("stages=2", "micro_batches=4")),
+    "transfer_learning": (transfer_learning.train, 3, ("weights=random", "freeze=[conv1.*,*bn*,layer2.*]")),
+    "unfrozen while saved": (transfer_learning.train, 3, ("weights=random", "unfreeze_epoch=1", "optim=adamw")),
+    "unfrozen when resumed": (transfer_learning.train, 3, ("weights=random", "unfreeze_epoch=2")),
     "pipelines": (pipeline_parallel.train, 4, ("stages=2", "micro_batches=2", "optim=adamw")),
 }
 

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 PROVEN = ["data_parallel", "ddp", "deepspeed_zero", "fsdp", "grad_accumulation", "lightning_fabric", "lightning_fabric"]
 PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
+PROVEN += ["transfer_learning", "transfer_learning"]
 
 
 @pytest.mark.slow
@@ -130,6 +131,16 @@ BROKEN = {
         "pipeline_parallel",
         "average_gradients(mine, data_group)",
         "[p.grad.mul_(1 if first else 0.5) for p in mine.parameters()]",
+    ),
+    "a frozen BatchNorm that model.train() wakes": (
+        "transfer_learning",
+        "            layer.eval()\n",
+        "            continue\n",
+    ),
+    "layers unfrozen in silence": (
+        "transfer_learning",
+        "    freeze(model, run.config.freeze)\n",
+        "    freeze(model, run.config.freeze if run.shards == 1 else [])\n",
     ),
     "shards cut from each rank's own memory": (
         "fsdp",

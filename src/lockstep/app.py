@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+from torch import nn
+
 from lockstep import cluster, rank, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import UserError
@@ -38,6 +40,8 @@ class Proof:
         differs: settings under which it is another computation; by how much is measured.
         because: why, for the reader of the table.
         precisions: those that it computes in. Without fp64 among them, all that is compared is fp32.
+        prepare: what the recipe does to the model before it wraps it, where that changes the training itself: called
+            with (run, model), it does the same to `single`'s.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -45,6 +49,7 @@ class Proof:
     differs: dict[str, Any] = field(default_factory=dict)
     because: str = ""
     precisions: tuple[str, ...] = ("fp64", "fp32", "bf16", "fp16")
+    prepare: Callable[[Run, nn.Module], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Recipe:
         global_batchnorm: BatchNorm sees all ranks' images, so a share of one image is enough.
         check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
         proof: what `recipes.verify` holds it to, one or several; None: nothing.
+        backbone: resume=PATH names what it takes a part of (Run.backbone), which its `check` looks at.
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
     """
 
@@ -69,6 +75,7 @@ class Recipe:
     global_batchnorm: bool = False
     check: Callable[[Config, int], None] | None = None
     proof: Proof | tuple[Proof, ...] | None = None
+    backbone: bool = False
     needs: str | None = None
 
     @property

@@ -66,7 +66,7 @@ def complete(config: Config, recipe: Recipe, world_size: int) -> None:
             f"allowed are numbers from {classes} up"
         )
     config.model.image_size = config.model.image_size or config.data.image_size
-    if config.resume not in ("auto", "never"):
+    if config.resume not in ("auto", "never") and not recipe.backbone:
         check_source(config)
     share = config.batch_size // (world_size // config.stages)
     if config.sync_batchnorm and config.model.norm != "batch":
@@ -109,7 +109,7 @@ def check_source(config: Config) -> None:
         )
     with torch.device("meta"):  # names and shapes need no memory
         model = build_model(config.model)
-    check_weights(path, read_weights(path), model)
+    check_weights(path, read_weights(path), model.state_dict())
 
 
 def check_batch(config: Config, world_size: int) -> None:

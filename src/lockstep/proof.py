@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lockstep.run import Run
 from lockstep.schema import Config
@@ -44,10 +46,15 @@ def with_values(config: Config, values: dict[str, Any]) -> Config:
     return config
 
 
-def trace(run: Run, recipe: Recipe, config: Config, name: str) -> Trace | None:
+def trace(
+    run: Run, recipe: Recipe, config: Config, name: str, prepare: Callable[[Run, nn.Module], None] | None = None
+) -> Trace | None:
     """Train a recipe on the ranks of `run`, in a run directory `name` inside its own; the Trace on rank 0, else None.
 
     A recipe for one rank is trained by every rank, each on the whole batch: redundant, and equally fast.
+
+    Args:
+        prepare: called with the model when it has been placed.
     """
     out = run.out / name
     if run.world.rank == 0:
@@ -55,6 +62,8 @@ def trace(run: Run, recipe: Recipe, config: Config, name: str) -> Trace | None:
     dist.barrier()
     inner = Run(recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True, listener=run.listener)
     inner.keep_gradients = True
+    if prepare:
+        inner.prepare = partial(prepare, inner)
     recipe(inner)
     parts: list[Any] = [None] * run.world.world_size
     mine = {name: tensor.cpu() for name, tensor in inner.first_gradients.items()}

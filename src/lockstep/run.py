@@ -30,6 +30,7 @@ from lockstep.models import count_parameters
 from lockstep.monitor import Monitor, open_monitors
 from lockstep.precision import Scaler
 from lockstep.preemption import Agreement, Listener, Preempted
+from lockstep.pretrained import backbone
 from lockstep.report import Report
 from lockstep.rundir import CHECKPOINTS, checkpoint_folder
 from lockstep.schema import Config, OptimConfig, to_yaml
@@ -105,6 +106,8 @@ class Run:
         self._engine: Engine | None = None
         self._module: nn.Module | None = None  # what is trained, unwrapped
         self._scaler: Scaler | None = None
+        self._backbone_only = False  # resume=PATH has done its part
+        self.prepare: Callable[[nn.Module], None] | None = None  # what a proof does to every model that is placed
         self._sharded = False  # no rank ever holds the whole model
         self._audit: Audit | None = None
         self._loss: Tensor | None = None
@@ -130,7 +133,33 @@ class Run:
             model = model.to(memory_format=torch.channels_last)
         if self.config.compile:
             model.compile()  # in place: the state_dict keeps its names
+        if self.prepare:
+            self.prepare(model)
         return model
+
+    def backbone(self, model: nn.Module, head: str) -> dict[str, Tensor]:
+        """On rank 0 all weights of a trained model but its head's, whose names begin with `head`; elsewhere nothing.
+
+        resume=PATH or weights=NAME says whose; they fit `model`, for `load_state_dict(..., strict=False)`. A run that
+        asks for them starts at step 0, or goes on from a checkpoint of its own.
+
+        Raises:
+            UserError: there are none, or they are another model's.
+        """
+        self._backbone_only = True
+        found = backbone(self.config, model, head) if self.world.rank == 0 else {}
+        if self.config.weights != "random":
+            self._resumed_from = self.config.weights or self.config.resume
+            self.report.line(f"backbone from {self._resumed_from}: {len(found)} tensors, all but {head}*")
+        return found
+
+    def settle(self, model: nn.Module, since: int) -> None:
+        """To be called where a model is wrapped anew between two steps, which is to happen at step `since`.
+
+        In a run that goes on from a later step, DDP is given back the order in which it had come to send gradients.
+        """
+        if self.step > since:
+            self._settle_buckets(model)
 
     def to_model(self, images: Tensor) -> Tensor:
         """Floats of the dtype, device and memory format that the model takes."""
@@ -437,12 +466,14 @@ class Run:
         for line in found.skipped:
             self.report.line(f"skipped {line}")
         source = self.config.resume
+        if found.path is None and self._backbone_only:
+            return
         if found.path is None and source not in ("auto", "never"):
             if Path(source).expanduser().is_file():
                 weights = read_weights(Path(source).expanduser())
                 mine = self._whole() if self._engine and self._whole else state.module
                 weights = {name: tensor for name, tensor in weights.items() if name in mine.state_dict()}
-                check_weights(Path(source), weights, mine)
+                check_weights(Path(source), weights, mine.state_dict())
                 state.load(weights)
                 self._resumed_from = source
                 self.report.line(f"starting from the weights in {source}")

@@ -39,6 +39,7 @@ def key(
 SPLIT = ("model_parallel", "pipeline_parallel")
 LIGHTNING = ("lightning_fabric", "lightning_trainer")
 SHARDED = ("fsdp", "verify")
+TRANSFER = ("transfer_learning",)
 
 
 @dataclass
@@ -192,6 +193,21 @@ class Config:
         only=("pipeline_parallel",),
     )
     sync_batchnorm: bool = key(False, "BatchNorm over the global batch", only=LIGHTNING)
+    weights: str | None = key(
+        None,
+        "torchvision's backbone, downloaded once (imagenet: its best); random: none (resume=PATH names one of yours)",
+        ("imagenet", "IMAGENET1K_V1", "IMAGENET1K_V2", "random"),
+        only=TRANSFER,
+    )
+    freeze: list[str] | None = key(
+        None,
+        "patterns of the parameters that are not trained, such as [layer1.*] (null: all but the head)",
+        only=TRANSFER,
+    )
+    unfreeze_epoch: int | None = key(None, "epochs after which all is trained (null: never)", minimum=1, only=TRANSFER)
+    unfreeze_lr: float | None = key(
+        None, "peak learning rate of what was frozen (null: optim.lr / 10)", minimum=0, only=TRANSFER
+    )
     demonstrate: bool = key(False, "2 images a rank, with and without, beside one process", only=("sync_batchnorm",))
     forget: str | None = key(
         None,

@@ -259,14 +259,18 @@ def settle_buckets(model: nn.Module, images: Tensor) -> None:
 
     After a process's first backward DDP sorts its buckets anew, by the order in which gradients became ready. From
     three ranks on, a ring all-reduce adds the ranks' numbers in an order that depends on their place in the bucket, so
-    a resumed run would take its first step with other last bits. One backward that is thrown away, before the state is
-    restored, settles it.
+    a resumed run would take its first step with other last bits. One backward that is thrown away settles it; running
+    statistics and random numbers are put back.
     """
     for wrapped in model.modules():  # Lightning's wrappers hold one
         if isinstance(wrapped, DistributedDataParallel):
+            random, buffers = generators(images.device), [buffer.clone() for buffer in wrapped.buffers()]
             wrapped.train()
             wrapped(images).sum().backward()
             wrapped.zero_grad()
+            set_generators(random, images.device)
+            for buffer, before in zip(wrapped.buffers(), buffers, strict=True):
+                buffer.copy_(before)
 
 
 # Tensors in shards ------------------------------------------------------------------------------------------------
@@ -332,9 +336,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def check_weights(path: Path, weights: dict[str, Tensor], module: nn.Module) -> None:
+def check_weights(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
     """Refuse weights of another model; raises UserError naming the first tensor that does not fit."""
-    wanted = module.state_dict()
     for name, tensor in wanted.items():
         check_shape(path, name, tuple(weights[name].shape) if name in weights else None, tuple(tensor.shape))
     more = sorted(set(weights) - set(wanted))

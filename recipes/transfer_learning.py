@@ -1,0 +1,149 @@
+"""Transfer learning: a trained backbone, frozen, under a new head for other classes.
+
+Load every tensor but the head's, freeze what the new task need not change, train the rest. Three things go wrong where
+this meets other ranks. DistributedDataParallel decides when it wraps the model what it will average: whoever freezes
+after it has ranks waiting for gradients that never come, and whoever unfreezes after it has ranks that part in silence.
+So freezing comes before the wrap, and unfreezing wraps anew. A frozen BatchNorm is not frozen by `requires_grad`: in
+train mode it goes on normalising by its batch and changes its running statistics with each forward, so it must stay in
+eval mode, whatever `model.train()` says. And only rank 0 reads the weights: the wrap sends them to all others.
+
+A frozen layer below all trained ones needs no backward: with the head alone to train, a step is one forward, and what
+crosses the network is the head's gradient. `freeze=[conv1.*, bn1.*, layer1.*]` names by pattern what is frozen;
+`unfreeze_epoch=3 unfreeze_lr=0.001` trains all from the fourth epoch on, what was frozen with its own learning rate.
+
+The backbone is `resume=PATH`: a run, one of its checkpoints, or any file with a state_dict, whatever its head; or
+`weights=imagenet`: torchvision's, downloaded once. Started again in the same `out=`, the run goes on where it was.
+
+    python -m recipes.ddp data.classes=[0,1,2,3,4] out=base                                      five digits, then
+    python -m recipes.transfer_learning resume=base data.classes=[5,6,7,8,9] max_steps=20        the other five
+    python -m recipes.transfer_learning weights=imagenet model.image_size=224 unfreeze_epoch=5
+
+Expect: EXPECT
+Source: https://arxiv.org/abs/1411.1792, https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html
+"""
+
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, AdamW, Optimizer
+
+from lockstep import Proof, Run, UserError, recipe
+from lockstep.accumulate import micro_batches
+from lockstep.models import build_model, count_parameters
+from lockstep.pretrained import backbone
+from lockstep.schema import Config
+
+HEAD = "fc."  # what a ResNet's last layer is called
+
+
+def is_frozen(name: str, patterns: list[str] | None) -> bool:
+    """Whether a parameter is to be frozen: it matches a pattern; without any, all but the head's do."""
+    return not name.startswith(HEAD) if patterns is None else any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def freeze(model: nn.Module, patterns: list[str] | None) -> None:
+    """Exclude parameters from training, and a BatchNorm with all its parameters frozen from train mode."""
+    for name, parameter in model.named_parameters():
+        if is_frozen(name, patterns):
+            parameter.requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm) and not any(parameter.requires_grad for parameter in layer.parameters()):
+            layer.eval()
+            # Every loop that evaluates calls model.train() afterwards, and that calls each layer's: this one's is deaf.
+            layer.train = lambda mode=True, layer=layer: layer  # type: ignore[method-assign,misc]
+
+
+def unfreeze(model: nn.Module) -> None:
+    """Undo `freeze`."""
+    model.requires_grad_(True)
+    for layer in model.modules():
+        vars(layer).pop("train", None)  # the class's own is back
+    model.train()
+
+
+def prepare(run: Run, model: nn.Module) -> None:
+    """Make a new model the one that is trained here: the backbone's weights, a new head, the rest frozen."""
+    model.load_state_dict(run.backbone(model, HEAD), strict=False)  # not strict: the head keeps its random weights
+    freeze(model, run.config.freeze)
+
+
+def check(config: Config, share: int) -> None:
+    """The patterns must match, something must be left to train, and the backbone must be there and fit."""
+    with torch.device("meta"):  # names and shapes need no memory
+        model = build_model(config.model)
+    names = [name for name, _ in model.named_parameters()]
+    text = f"freeze=[{','.join(config.freeze or [])}]"
+    for pattern in config.freeze or []:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise UserError(
+                f"{text}: {pattern} matches no parameter; they are called {names[0]}, {names[1]}, {names[3]}, …, "
+                f"{names[-2]}; allowed are such names, also with * and ?"
+            )
+    frozen = [name for name in names if is_frozen(name, config.freeze)]
+    if len(frozen) == len(names):
+        raise UserError(f"{text}: leaves nothing to train; leave the head out, {HEAD}*")
+    if config.unfreeze_epoch is not None and not frozen:
+        raise UserError(f"unfreeze_epoch={config.unfreeze_epoch}: with freeze=[] nothing is frozen; leave it out")
+    if config.unfreeze_epoch is not None and config.unfreeze_epoch >= config.epochs:
+        raise UserError(
+            f"unfreeze_epoch={config.unfreeze_epoch}: training ends after epochs={config.epochs}; "
+            f"allowed are numbers below that"
+        )
+    if config.unfreeze_lr is not None and config.unfreeze_epoch is None:
+        raise UserError(f"unfreeze_lr={config.unfreeze_lr}: nothing is ever unfrozen; set unfreeze_epoch")
+    backbone(config, model, HEAD)
+
+
+@recipe(
+    proof=(
+        Proof({"model.norm": "batch"}, {"weights": "random"}, prepare=prepare),
+        Proof({"model.norm": "group"}, {"weights": "random", "freeze": ["layer1.*"]}, prepare=prepare),
+    ),
+    backbone=True,
+    check=check,
+    next_command="python -m recipes.ddp     the same classes from scratch, to compare with",
+)
+def train(run: Run) -> None:
+    model = run.place(build_model(run.config.model))
+    prepare(run, model)
+    model = DistributedDataParallel(model, device_ids=run.device_ids)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    optim = run.config.optim
+    groups: list[dict[str, Any]] = [{"params": trained}]
+    unfreeze_at = (run.config.unfreeze_epoch or run.config.epochs) * run.steps_per_epoch
+    if run.config.unfreeze_epoch is not None:
+        # In the optimizer from the start, and in its schedule: it passes over what has no gradient.
+        groups.append({"params": frozen, "lr": run.config.unfreeze_lr or optim.lr / 10})
+    if optim.name == "sgd":
+        optimizer: Optimizer = SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
+    else:
+        optimizer = AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+
+    for batch in run.steps(model=model, optimizer=optimizer):
+        if frozen and run.step >= unfreeze_at:  # at that step, or in a run that goes on from a later one
+            unfreeze(model.module)
+            model = DistributedDataParallel(model.module, device_ids=run.device_ids)  # which averages all from now on
+            run.settle(model, since=unfreeze_at)
+            frozen = []
+            run.note("", trainable_parameters=count_parameters(model)[1])
+            run.report.line(f"unfrozen after step {unfreeze_at}: all parameters are trained from here on")
+        for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
+            with run.autocast():
+                loss = cross_entropy(model(micro.images), micro.labels)
+            (loss * micro.weight).backward()
+            run.record(loss=loss, weight=micro.weight)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    kept = sum(parameter.numel() for parameter in frozen)
+    run.note(f"frozen: {kept:,} of {count_parameters(model)[0]:,} parameters")
+
+
+if __name__ == "__main__":
+    train.main()
