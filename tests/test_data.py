@@ -11,10 +11,8 @@ import shutil
 import socket
 import struct
 import tarfile
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +35,7 @@ from lockstep.metrics import Evaluation, evaluate
 from lockstep.schema import DataConfig
 from lockstep.world import World
 from tests.harness import run_ranks
+from tests.site import Site, serving
 
 few = settings(max_examples=60, deadline=None)
 
@@ -688,46 +687,17 @@ def test_classes_that_are_not_there_are_refused(classes: list[str], name: str, s
 # Download ---------------------------------------------------------------------------------------------------------
 
 
-class Site(HTTPServer):
-    """A web site that holds `archive`, or nothing where that is None, and remembers who asked."""
-
-    archive: bytes | None
-    asked: list[str]
-
-
-class Page(BaseHTTPRequestHandler):
-    server: Site
-
-    def do_GET(self) -> None:
-        self.server.asked.append(self.path)
-        if self.server.archive is None:
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(self.server.archive)))
-        self.end_headers()
-        self.wfile.write(self.server.archive)
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    """A small archive where torchvision believes the published one is. Over HTTP: it cannot fetch file:// addresses."""
+    """A small archive where torchvision believes the published one is."""
     cifar_pickles(tmp_path / "published", python2_pickle)
     with tarfile.open(tmp_path / "archive.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "published" / "cifar-10-batches-py", "cifar-10-batches-py")
-    with Site(("127.0.0.1", 0), Page) as site:
-        site.archive, site.asked = (tmp_path / "archive.tar.gz").read_bytes(), []
+    with serving((tmp_path / "archive.tar.gz").read_bytes()) as site:
         monkeypatch.setattr(CIFAR10, "url", f"http://127.0.0.1:{site.server_port}/cifar.tar.gz")
-        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(site.archive).hexdigest())
+        monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(site.archive or b"").hexdigest())
         monkeypatch.setenv("no_proxy", "*")
-        thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
         yield site
-        site.shutdown()
-        thread.join()  # tests that fork come later
 
 
 def test_cifar10_is_downloaded_where_asked_and_only_once(site: Site, tmp_path: Path) -> None:

@@ -51,10 +51,10 @@ def backbone(config: Config, model: nn.Module, head: str) -> dict[str, Tensor]:
 
 
 def plain_weights(path: Path) -> dict[str, Tensor]:
-    """The state_dict in a file, in a finished run, in a run's newest intact checkpoint or in that one checkpoint.
+    """The state_dict in a file, in a finished run, in a run's newest checkpoint or in that one checkpoint.
 
     Raises:
-        UserError: there is none.
+        UserError: there is none, or the checkpoint is damaged.
     """
     if path.is_file():
         return read_weights(path)
@@ -63,14 +63,11 @@ def plain_weights(path: Path) -> dict[str, Tensor]:
     if read_result(path).get("status") == "finished" and (path / "model.pt").is_file():
         return read_weights(path / "model.pt")
     folder, name = checkpoint_folder(path)
-    problems = []
-    for found in checkpoint.names(folder):
-        if name in ("", found.name):
-            problem = checkpoint.whats_wrong(found)
-            if not problem:
-                return weights_in(found)
-            problems.append(f"{found.name}: {problem}")
-    raise UserError(f"resume={path}: holds no intact checkpoint ({problems[0]}); name another one")
+    found = folder / name if name else checkpoint.names(folder)[0]
+    problem = checkpoint.whats_wrong(found)
+    if problem:
+        raise UserError(f"resume={found}: not intact ({problem}); name another checkpoint")
+    return weights_in(found)
 
 
 def weights_in(path: Path) -> dict[str, Tensor]:
