@@ -357,6 +357,7 @@ class Run:
         if self.world.rank == 0:
             self.monitors = open_monitors(self.config.monitor.name, self.out, self.step)
         assert self._whole is not None
+        assert self._module is not None
         self._parameters = count_parameters(self._whole())
         self.report.start(
             parameters=self._parameters,
