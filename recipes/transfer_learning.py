@@ -124,6 +124,7 @@ def train(run: Run) -> None:
         optimizer: Optimizer = SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
     else:
         optimizer = AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+    scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     for batch in run.steps(model=model, optimizer=optimizer):
         if frozen and run.step >= unfreeze_at:  # at that step, or in a run that goes on from a later one
@@ -136,9 +137,10 @@ def train(run: Run) -> None:
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
                 loss = cross_entropy(model(micro.images), micro.labels)
-            (loss * micro.weight).backward()
+            scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
-        optimizer.step()
+        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        scaler.update()
         optimizer.zero_grad()
 
     kept = sum(parameter.numel() for parameter in frozen)
