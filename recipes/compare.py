@@ -30,29 +30,19 @@ from lockstep import Run, UserError, recipe
 from lockstep.checks import check_package
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
-from lockstep.schema import Config, walk
+from lockstep.schema import Config, overrides
+from lockstep.trial import environment
 from recipes import choose
 
 OURS = {"recipes", "rounds", "out", "nproc"}  # keys that mean this tool, not the runs it starts
 
 
-def overrides(config: Config) -> list[str]:
-    """The command line that gives another recipe this config: what differs from the defaults."""
-    return [
-        f"{key}={json.dumps(value)}"
-        for key, value, rule in walk(config)
-        if key not in OURS and value != rule["default"]
-    ]
-
-
 def measure(run: Run, name: str, number: int) -> dict[str, Any]:
     """Run a recipe to its end in processes of its own; its result.json and, as `start_seconds`, its way to step 1."""
     out = run.out / f"{name}-{number}"
-    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCKSTEP_", "TORCHELASTIC_", "MASTER_")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(run.config)]
+    command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(run.config, OURS)]
     began = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment(os.environ), capture_output=True, text=True)
     seconds = time.perf_counter() - began
     if done.returncode:
         raise CheckFailed(f"recipes.{name} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -64,7 +64,7 @@ REPLACES: dict[str, list[str]] = {
         "optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)",
     ],
 }
-TOOLS = {"verify", "compare", "doctor"}
+TOOLS = {"verify", "compare", "doctor", "tune"}
 DEMONSTRATIONS = {"checkpoint_resume"}  # single's loop several times over, taken apart
 
 

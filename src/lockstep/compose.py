@@ -5,6 +5,7 @@ Hydra only composes. It does not change the working directory, makes no output d
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -20,7 +21,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -59,6 +60,31 @@ def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
         raise explain(error) from None
     if found:
         raise found[0]
+
+
+def compose_another(recipe: Recipe, words: list[str]) -> Config:
+    """The config that another recipe's command with these words would compose.
+
+    Raises:
+        UserError: it would be refused.
+    """
+    register(recipe)
+    directory, name = config_source(recipe)
+    here = GlobalHydra.instance()
+    with (
+        contextlib.nullcontext()
+        if here.is_initialized()
+        else hydra.initialize_config_dir(str(directory), version_base="1.3")
+    ):
+        try:
+            composed = here.config_loader().load_configuration(name, overrides=words, run_mode=RunMode.RUN)
+            with open_dict(composed):
+                del composed["hydra"]
+            config = OmegaConf.to_object(composed)
+        except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
+            raise explain(error) from None
+    assert isinstance(config, Config)
+    return config
 
 
 def check_cluster_words(words: list[str]) -> None:
@@ -107,7 +133,9 @@ def to_config(composed: DictConfig) -> Config:
     # `+key=value` adds to any node, typed or not; a key that no one reads is a mistake, not an addition.
     known = {name for name, _, _ in walk(Config())} | {f"cluster.{name}" for name, _, _ in walk(ClusterConfig())}
     for name in leaves(composed):
-        if name not in known and not name.startswith("cluster.sbatch."):  # its names are sbatch's
+        if name not in known and not name.startswith(
+            ("cluster.sbatch.", "tune.space.")
+        ):  # they hold names of their own
             raise unknown_key(name, "")
     try:
         config = OmegaConf.to_object(composed)
@@ -192,7 +220,7 @@ def explain(error: Exception) -> UserError:
 def unknown_key(name: str, where: str) -> UserError:
     """Name the nearest keys that do exist."""
     keys = [key for key, _, _ in walk(Config())] + [f"cluster.{key}" for key, _, _ in walk(ClusterConfig())]
-    groups = ["model", "data", "optim", "monitor"]
+    groups = ["model", "data", "optim", "monitor", "tune"]
     near = difflib.get_close_matches(name, keys + groups, n=1, cutoff=0.5) or [
         key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
     ]

@@ -6,8 +6,10 @@ A rank reads the frozen `config.yaml` back through the same classes.
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -40,6 +42,7 @@ SPLIT = ("model_parallel", "pipeline_parallel")
 LIGHTNING = ("lightning_fabric", "lightning_trainer")
 SHARDED = ("fsdp", "verify")
 TRANSFER = ("transfer_learning",)
+TUNE = ("tune",)
 
 
 @dataclass
@@ -117,6 +120,28 @@ class MonitorConfig:
 
 
 @dataclass
+class TuneConfig:
+    recipe: str = key("ddp", "recipe whose settings are searched", only=TUNE)
+    space: dict[str, Any] = key(
+        {}, "config key: where its values come from, such as {optim: {lr: 'loguniform(1e-4, 1e-1)'}}", only=TUNE
+    )
+    trials: int = key(8, "settings that are tried", minimum=1, only=TUNE)
+    concurrent: int | None = key(
+        None, "trials at once (null: as many as there are cores or GPUs for)", minimum=1, only=TUNE, free=True
+    )
+    nproc: int | None = key(
+        None, "ranks of a trial (null: as many as the recipe alone would have)", minimum=1, only=TUNE
+    )
+    search: str = key("random", "what draws the settings", ("random", "optuna"), only=TUNE)
+    scheduler: str = key("asha", "asha: stop early those trials that are behind", ("asha", "none"), only=TUNE)
+    grace: int = key(1, "asha: evaluations that every trial gets", minimum=1, only=TUNE)
+    reduction: int = key(2, "asha: of so many trials at a rung, one goes on", minimum=2, only=TUNE)
+    address: str | None = key(
+        None, "an existing Ray cluster: auto, or HOST:PORT (null: this machine)", only=TUNE, free=True
+    )
+
+
+@dataclass
 class ClusterConfig:
     launcher: str = key("launchers.slurm", "module that starts the ranks")
     nodes: int = key(1, "nodes", minimum=1)
@@ -165,6 +190,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
+    tune: TuneConfig = field(default_factory=TuneConfig)
     cluster: ClusterConfig | None = None
     batch_size: int = key(96, "global batch: images the optimizer sees in one step, over all ranks", minimum=1)
     epochs: int = key(15, "passes over the training set", minimum=1)
@@ -264,6 +290,34 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, An
             yield from walk(value, f"{prefix}{entry.name}.")
         elif entry.metadata:
             yield f"{prefix}{entry.name}", value, dict(entry.metadata)
+
+
+def overrides(config: Config, without: Collection[str] = ()) -> list[str]:
+    """The words that give another command this config: what differs from the defaults.
+
+    Args:
+        without: keys that are left out, and groups of them.
+    """
+    data, model = config.data, config.model
+    follows = {  # what `complete` fills in, and fills in there as well
+        "data.num_classes": data.name != "synthetic" or data.num_classes == 10,
+        "model.num_classes": model.num_classes == data.num_classes,
+        "model.image_size": model.image_size == data.image_size,
+    }
+    skip = set(without)
+    return [
+        typed(name, value)
+        for name, value, rule in walk(config)
+        if value != (list(rule["default"]) if isinstance(rule["default"], tuple) else rule["default"])
+        and not (follows.get(name) or {name, name.partition(".")[0]} & skip)
+    ]
+
+
+def typed(name: str, value: Any) -> str:
+    """A key and its value as a person would type them, but for the shell's own quotes."""
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value)
+    special = isinstance(value, str) and value.lower() in ("true", "false", "null", "nan", "inf")
+    return f"{name}={value}" if plain and not special else f"{name}={json.dumps(value)}"
 
 
 def check_values(config: Config) -> None:

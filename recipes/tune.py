@@ -1,0 +1,525 @@
+"""Tune: a search for good settings of any recipe with Ray Tune, in which trials that are behind are stopped early.
+
+A trial is the command that a person would type, `python -m recipes.ddp optim.lr=0.0123 batch_size=48 …`, with launcher,
+ranks and run directory of its own. An actor of Ray's starts it where there is room, follows its metrics.jsonl, and
+reports each evaluation to this process, which holds the search: a searcher that draws settings (at random, or Optuna's
+TPE from what earlier ones came to) and a scheduler, ASHA: of the trials that get to a rung, grace × reductionᵏ
+evaluations, those among the better 1/reduction so far go on, the others are asked to leave; they save, and are gone.
+Nobody waits at a rung for the others, so no core is idle.
+
+`tune.space` says for each config key what to draw it from (lockstep/space.py has the words); `conf/tune/` holds spaces,
+and every other key is the same for all trials. Trials at once share the cores: each gets `threads` for each of its
+ranks, which Ray counts as its CPUs; of GPUs, Ray gives each trial `tune.nproc` of its own. What Ray sets for its workers
+(OMP_NUM_THREADS, RAY_…) does not get as far as the ranks. With `tune.address` the trials run wherever an existing Ray
+cluster has room, on nodes that must share the run directory's file system.
+
+    python -m recipes.tune tune.recipe=ddp epochs=4
+    python -m recipes.tune tune=optuna tune.concurrent=4 'tune.space.model.norm=choice(batch, group)'
+
+Ctrl-C it, kill it, and type it again with the `out=` it had: what has ended is not run again, what was cut off goes on
+from its own checkpoint, and the settings still to come are those that would have come. (Ray keeps the search as a
+pickle in `ray/`: go on only in a run directory that you trust.)
+
+Expect: a table of eight trials after some minutes on two CPU cores, and the best settings as a command, which gives the
+same model to the last bit.
+Source: https://arxiv.org/abs/1810.05934 (ASHA)
+"""
+
+import contextlib
+import csv
+import importlib
+import importlib.util
+import json
+import logging
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from lockstep import Recipe, Run, UserError, data, recipe, rundir, trial, world
+from lockstep.checks import complete
+from lockstep.errors import CheckFailed
+from lockstep.files import write_json
+from lockstep.preemption import SIGNALS, Preempted
+from lockstep.schema import Config, overrides, typed
+from lockstep.space import Space
+from lockstep.words import count, interpreter
+from recipes import choose
+
+OURS = {"tune", "out", "nproc", "threads", "resume", "launcher", "recipes", "rounds"}  # keys that mean this tool
+SAME = {"epochs", "max_steps", "eval_every", "metric", "patience"}  # trials of different lengths are not to be compared
+OBJECT_STORE = 200 * 2**20  # bytes; Ray would take a third of the memory, for objects that there are none of here
+QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a trial without GPUs of Ray's sees what this process sees
+    "RAY_kill_child_processes_on_worker_exit": "false",  # the kernel asks them to save and leave: lockstep.trial
+    "RAY_AIR_NEW_OUTPUT": "0",  # the other one speaks even when it is told not to
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals have one owner, and it is not Tune
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # before its first evaluation a trial has none
+    "TUNE_GLOBAL_CHECKPOINT_S": "2",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+}
+WAIT_SECONDS = 60  # for runs of trials that a killed start has left behind, and that are saving
+
+
+# What a trial is -----------------------------------------------------------------------------------------------------
+
+
+def find(config: Config) -> Recipe:
+    """The recipe that is tuned; UserError where there is none of that name."""
+    name, every = config.tune.recipe, choose(None)
+    if name not in every:
+        raise UserError(f"tune.recipe={name}: no such recipe; allowed are {', '.join(every)}")
+    found: Recipe = importlib.import_module(f"recipes.{name}").train
+    return found
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many trials run at once, and with what."""
+
+    ranks: int  # of a trial
+    threads: int  # of a rank
+    concurrent: int | None  # None: as many as the cluster has room for
+    gpus: int  # of a trial
+
+
+def plan(config: Config, each: Recipe, device: str) -> Plan:
+    """Divide this machine among the trials; on a cluster, Ray does."""
+    tune = config.tune
+    ranks = tune.nproc or each.ranks or world.default_nproc(device)
+    gpus = ranks if device == "cuda" else 0
+    if tune.address is not None:
+        return Plan(ranks, config.threads or 1, tune.concurrent, gpus)
+    cores = len(os.sched_getaffinity(0))
+    room = torch.cuda.device_count() // ranks if gpus else cores // ranks
+    concurrent = min(tune.trials, tune.concurrent or max(1, room))
+    return Plan(ranks, config.threads or max(1, cores // (concurrent * ranks)), concurrent, gpus)
+
+
+def words(config: Config, how: Plan) -> list[str]:
+    """The overrides that all trials have in common. The threads are part of them: other threads, other last bits."""
+    rest = overrides(config, OURS | set(Space(config.tune.space).texts))
+    return [*rest, f"nproc={how.ranks}", f"threads={how.threads}"]
+
+
+def check(config: Config, share: int) -> None:
+    """Whatever can be drawn must be what the recipe takes; and an earlier search can only go on as it was."""
+    tune, each = config.tune, find(config)
+    space = Space(tune.space)
+    if not space.texts:
+        raise UserError("tune.space: is empty; choose tune=asha, or set 'tune.space.optim.lr=loguniform(1e-4, 1e-1)'")
+    for key in space.texts:
+        if key in SAME or {key, key.partition(".")[0]} & OURS:
+            raise UserError(f"tune.space.{key}: must be the same for all trials; set {key}=… without tune.space")
+    if tune.search == "optuna" and importlib.util.find_spec("optuna") is None:
+        raise UserError("tune.search=optuna: optuna is not installed: pip install 'lockstep[ray]'")
+    check_address(tune.address)
+    before = rundir.found_in(config, "tune")
+    if before and before[1].max_steps != config.max_steps:
+        raise UserError(
+            f"max_steps={config.max_steps}: the trials in out={config.out} have max_steps={before[1].max_steps}; "
+            "set it as it was, or name a new out"
+        )
+    from lockstep.compose import compose_another  # Hydra: only who checks needs it
+
+    device, backend = world.resolve_device(config.device, config.backend)
+    how = plan(config, each, device)
+    if tune.address is None:
+        world.check_nproc(how.ranks, device, backend)
+    common = words(config, how)
+    base = compose_another(each, common)
+    counted = None if any(key.startswith("data.") for key in space.texts) else data.check(base.data)
+    tree = OmegaConf.structured(base)
+    for drawn in space.examples():
+        values = space.values(drawn, base)
+        shown = ", ".join(typed(*pair) for pair in values.items())
+        try:
+            one = tree.copy()
+            for key, value in values.items():
+                OmegaConf.update(one, key, value)
+            made: Any = OmegaConf.to_object(one)
+            complete(made, each, how.ranks, counted)
+        except (UserError, OmegaConfBaseException) as error:
+            raise UserError(f"tune.space can draw {shown}: {str(error).splitlines()[0]}") from None
+
+
+def check_address(address: str | None) -> None:
+    """Hold tune.address to what Ray can connect to."""
+    if address in (None, "auto"):
+        return
+    host, _, port = str(address).rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UserError(f"tune.address={address}: allowed are auto, and HOST:PORT of a cluster's head node")
+    if not world.answers(host, int(port), 5):
+        raise UserError(f"tune.address={address}: nobody answers there; start it with ray start --head --port={port}")
+
+
+def trainable(run: Run, each: Recipe) -> Any:
+    """What Ray runs as an actor, one for each trial, where it finds room: it holds the command that trains."""
+    from ray import cloudpickle
+    from ray.tune import Trainable
+
+    cloudpickle.register_pickle_by_value(trial)  # so that the worker does not import lockstep, and torch with it
+    config = run.config
+    target, folder, metric = each.target, run.out / "trials", config.metric
+    ends = {"step": config.max_steps, "epoch": config.epochs}  # of the last evaluation, one or the other
+    here, variables = os.getcwd(), {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+
+    class Trial(Trainable):
+        def setup(self, config: dict[str, Any]) -> None:
+            self.record = trial.Record(folder, config["number"], config["words"], config["values"])
+            self.command = trial.Command(target, config["words"], self.record.start(), here, variables)
+            self.coming: list[dict[str, Any]] = []  # evaluations that are not reported yet
+            self.latest: dict[str, Any] = {"evaluations": 0}
+
+        def step(self) -> dict[str, Any]:
+            """The next evaluation, or after a second without one the latest: Tune can stop a trial only in between."""
+            try:
+                ended = self.command.ended(seconds=0 if self.can_report() else 1)
+            except trial.Failed as error:
+                self.record.change(state="failed", problem=str(error))
+                return self.latest | {"done": True}
+            known = self.latest["evaluations"] + len(self.coming)
+            self.coming += trial.evaluations(trial.metrics(self.command.out), metric)[known:]
+            if self.coming and (ended or self.can_report()):
+                self.latest = self.coming.pop(0)
+            done = ended and not self.coming
+            if done:
+                self.record.change(state="finished")
+            return self.latest | {"done": done}
+
+        def can_report(self) -> bool:
+            """Whether there is an evaluation, other than the last: with that one the trial is over for Tune, while its
+            process has yet to write its model."""
+            return bool(self.coming) and all(self.coming[0][name] != end for name, end in ends.items())
+
+        def cleanup(self) -> None:
+            if self.command.leave():
+                self.record.change(state="stopped")
+
+    return Trial
+
+
+def searcher(config: Config, each: Recipe, common: list[str]) -> Any:
+    """What draws the settings of each trial, at random or Optuna's TPE, and numbers them."""
+    from ray import tune
+    from ray.tune.search import Searcher
+    from ray.tune.search.optuna import OptunaSearch
+
+    from lockstep.compose import compose_another
+
+    space, base = Space(config.tune.space), compose_another(each, common)
+
+    class Numbered(Searcher):
+        number = 0
+        draw: Callable[[str], dict[str, Any]]
+
+        def suggest(self, trial_id: str) -> dict[str, Any]:
+            values = space.values(self.draw(trial_id), base)
+            number, self.number = self.number, self.number + 1
+            return {"number": number, "values": values, "words": [*common, *(typed(*pair) for pair in values.items())]}
+
+        def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+            pass  # what counts is what a trial comes to
+
+    class Random(Numbered):
+        """Each trial's settings depend on the seed and its number alone."""
+
+        def draw(self, trial_id: str) -> dict[str, Any]:
+            return space.sample(config.seed, self.number)
+
+        def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+            pass
+
+        def save(self, checkpoint_path: str) -> None:
+            Path(checkpoint_path).write_text(str(self.number))
+
+        def restore(self, checkpoint_path: str) -> None:
+            self.number = int(Path(checkpoint_path).read_text())
+
+    class Optuna(Numbered, OptunaSearch):
+        def draw(self, trial_id: str) -> dict[str, Any]:
+            return OptunaSearch.suggest(self, trial_id) or {}
+
+    if config.tune.search == "random":
+        return Random()
+    domains = {
+        name: tune.choice(draw.arguments) if draw.kind == "choice" else getattr(tune, draw.kind)(*draw.arguments)
+        for name, draw in space.draws.items()
+    }
+    return Optuna(OptunaSearch.convert_search_space(domains), seed=config.seed)
+
+
+def scheduler(run: Run) -> Any:
+    """ASHA, by the number of evaluations, or nothing that stops a trial."""
+    from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
+
+    config, folder = run.config, run.out / "trials"
+    metric = config.metric
+
+    class Asha(ASHAScheduler):
+        def on_trial_add(self, controller: Any, added: Any) -> None:
+            """Tune restores trials, but not what its scheduler knew of them: that is read from what they logged."""
+            super().on_trial_add(controller, added)
+            for line in trial.evaluations(trial.metrics(folder / str(added.config["number"])), metric):
+                self.on_trial_result(controller, added, line)
+
+    if config.tune.scheduler == "none":
+        return FIFOScheduler()
+    evaluations = math.ceil(config.epochs / config.eval_every) if config.eval_every else 1
+    return Asha(
+        time_attr="evaluations",
+        grace_period=config.tune.grace,
+        reduction_factor=config.tune.reduction,
+        max_t=max(evaluations, config.tune.grace) + 1,  # a trial's last evaluation is its own end, not ASHA's
+    )
+
+
+def tuner(run: Run, each: Recipe, how: Plan) -> Any:
+    """The search in the run directory, as it was when it was cut off; else a new one."""
+    from ray import tune
+
+    tuned = run.config.tune
+    resources: Any = {"CPU": how.ranks * how.threads, "GPU": how.gpus}
+    runs = tune.with_resources(trainable(run, each), resources)
+    state = run.out / "ray"
+    if any(state.glob("experiment_state-*.json")) and tune.Tuner.can_restore(str(state)):
+        try:
+            found = tune.Tuner.restore(str(state), trainable=runs)
+            run.report.line("going on with the search")
+            return found
+        except Exception as error:
+            # It was killed while it wrote. The trials are still there; those that are drawn again go on, or have ended.
+            run.report.line(
+                f"the search in {state} cannot be read ({error}); beginning it again with the trials it left"
+            )
+    shutil.rmtree(state, ignore_errors=True)
+    return tune.Tuner(
+        runs,
+        tune_config=tune.TuneConfig(
+            metric=run.config.metric,
+            mode="min" if run.config.metric == "eval_loss" else "max",
+            num_samples=tuned.trials,
+            max_concurrent_trials=how.concurrent,
+            search_alg=searcher(run.config, each, words(run.config, how)),
+            scheduler=scheduler(run),
+            trial_dirname_creator=lambda trial: str(trial.config["number"]),
+        ),
+        run_config=tune.RunConfig(
+            name=state.name,
+            storage_path=str(run.out),
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # a trial's own are better
+            verbose=0,
+        ),
+    )
+
+
+@contextlib.contextmanager
+def ray_for(run: Run, how: Plan) -> Iterator[None]:
+    """Ray on this machine for as long as this lasts, nothing of it outside the run directory; or a cluster's."""
+    os.environ.update(QUIET)
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
+    folder = ""
+    try:
+        if run.config.tune.address:
+            try:
+                ray.init(address=run.config.tune.address, **common)
+            except ConnectionError as error:
+                raise UserError(f"tune.address={run.config.tune.address}: {str(error).splitlines()[0]}") from None
+        else:
+            # Sockets lie in it, whose paths are at most 107 characters long; a run directory's may be longer.
+            folder = tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp")
+            ray.init(
+                address="local",
+                num_cpus=how.ranks * how.threads * (how.concurrent or 1),
+                num_gpus=how.gpus * (how.concurrent or 1),
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE,
+                _temp_dir=folder,
+                **common,
+            )
+        for number in SIGNALS:  # Ray has taken SIGTERM for itself; the run's listener hears all of them
+            signal.signal(number, lambda *_: None)
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+# What is seen of it --------------------------------------------------------------------------------------------------
+
+
+def results(run: Run) -> list[dict[str, Any]]:
+    """A row a trial, the best first: those that were trained to the end, then those that were not, then the rest."""
+    metric, rows = run.config.metric, []
+    for file in (run.out / "trials").glob("[0-9]*.json"):
+        row = json.loads(file.read_text())
+        lines = trial.evaluations(trial.metrics(file.with_suffix("")), metric)
+        latest = lines[-1] if lines else {}
+        row["steps"], row["evaluations"] = latest.get("step", 0), len(lines)
+        row |= {name: value for name, value in latest.items() if name.startswith("eval_")}
+        rows.append(row)
+
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        value = row.get(metric, math.nan)
+        there = not math.isnan(value) and row["state"] != "failed"
+        value = value if metric == "eval_loss" else -value
+        return (not there, row["state"] != "finished", value if there else 0, row["number"])
+
+    return sorted(rows, key=order)
+
+
+def table(run: Run, rows: list[dict[str, Any]]) -> Table:
+    """The trials as the notes' reporter has them."""
+    keys = list(Space(run.config.tune.space).texts)
+    metrics = sorted({name for row in rows for name in row if name.startswith("eval_")})
+    metrics = sorted(metrics, key=lambda name: name != run.config.metric)
+    title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {run.config.metric}"
+    found = Table(title=title, title_justify="left")
+    for column in ("trial", *keys, "steps", *metrics, "state"):
+        found.add_column(column)
+    styles = {"finished": "green", "failed": "red", "running": "cyan"}
+    for row in rows:
+        state = f"[{styles.get(row['state'], 'yellow')}]{row['state']}[/]"
+        problem = f" {escape(row['problem'])}" if row["problem"] else ""
+        figures = [f"{row[name]:.4f}" if name in row else "" for name in metrics]
+        values = [str(row["values"][key]) for key in keys]
+        found.add_row(str(row["number"]), *values, str(row["steps"]), *figures, state + problem)
+    return found
+
+
+class Watch(threading.Thread):
+    """Shows the trials while Tune has this process's attention, and tells Tune of a signal."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(daemon=True)
+        self.run_, self.over = run, threading.Event()
+        self.seen: dict[int, tuple[int, str]] = {}
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+    def run(self) -> None:
+        console, told = self.run_.report.console, False
+        live = Live(console=console, transient=True) if console.is_terminal else None
+        with live or contextlib.nullcontext():
+            while not self.over.wait(1):
+                rows = results(self.run_)
+                if live:
+                    live.update(table(self.run_, rows))
+                else:
+                    self.say(rows)
+                if self.run_.listener and self.run_.listener.received and not told:
+                    told = True
+                    os.kill(os.getpid(), signal.SIGUSR1)  # what Tune ends by, with its state saved
+        if not live:
+            self.say(results(self.run_))
+
+    def say(self, rows: list[dict[str, Any]]) -> None:
+        """A line for each evaluation, and for each end of a trial."""
+        metric = self.run_.config.metric
+        for row in sorted(rows, key=lambda row: int(row["number"])):
+            now, before = (row["evaluations"], row["state"]), self.seen.get(row["number"], (0, ""))
+            if now == before:
+                continue
+            self.seen[row["number"]] = now
+            values = " ".join(typed(*pair) for pair in row["values"].items())
+            figure = f", step {row['steps']}: {metric} {row[metric]:.4f}" if metric in row else ""
+            problem = f": {row['problem']}" if row["problem"] else ""
+            self.run_.report.line(f"trial {row['number']} {row['state']}{problem}{figure}  {values}")
+
+
+def again(run: Run, row: dict[str, Any]) -> str:
+    """The command that trains a trial's model again, to the last bit."""
+    stop = [f"max_steps={row['steps']}"] if row["state"] != "finished" else []
+    kept = [word for word in row["words"] if not (stop and word.startswith("max_steps="))]
+    return f"{interpreter()} -m recipes.{run.config.tune.recipe} {shlex.join([*kept, *stop])}"
+
+
+def write_results(run: Run, rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
+    """result.json and trials.csv; returns what is in the former."""
+    metric = run.config.metric
+    good = [row for row in rows if metric in row and row["state"] != "failed"]
+    result: dict[str, Any] = {"recipe": "tune", "status": status, "tuned": run.config.tune.recipe, "metric": metric}
+    result |= {"best": good[0] if good else None, "command": again(run, good[0]) if good else None, "trials": rows}
+    write_json(run.out / "result.json", result | {"wall_seconds": time.perf_counter() - run.started})
+    flat = [
+        {name: value for name, value in row.items() if name not in ("words", "values")} | row["values"] for row in rows
+    ]
+    with (run.out / "trials.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in flat for name in row)))
+        writer.writeheader()
+        writer.writerows(flat)
+    return result
+
+
+@recipe(ranks=1, check=check, needs="ray")
+def train(run: Run) -> None:
+    each = find(run.config)
+    how = plan(run.config, each, run.device.type)
+    (run.out / "trials").mkdir(exist_ok=True)
+    for folder in (run.out / "trials").glob("[0-9]*/config.yaml"):
+        rundir.lock(folder.parent, WAIT_SECONDS).close()  # of an earlier start's trial, which may be saving still
+    at_once = f"{count(how.concurrent, 'trial')} at once" if how.concurrent else "as many trials at once as have room"
+    run.report.line(
+        f"tune: {count(run.config.tune.trials, 'trial')} of recipes.{each.name}, {at_once}, each "
+        f"{count(how.ranks, 'rank')} with {count(how.threads, 'thread')}"
+    )
+    with ray_for(run, how):
+        if run.listener:
+            run.listener.training = True  # from now on there is something to save
+        with Watch(run):
+            tuner(run, each, how).fit()
+    received = run.listener.received if run.listener else 0
+    rows = results(run)
+    result = write_results(run, rows, "preempted" if received else "finished")
+    if received:
+        for folder in (run.out / "trials").glob("[0-9]*/config.yaml"):
+            rundir.lock(folder.parent, WAIT_SECONDS).close()
+        ended = sum(row["state"] in ("finished", "failed") for row in rows)
+        run.report.line(f"preempted: {ended} of {count(run.config.tune.trials, 'trial')} trained to the end")
+        raise Preempted(signal.Signals(received).name)
+    run.report.console.print(table(run, rows))
+    if not result["best"]:
+        raise CheckFailed(f"no trial came to an evaluation; trial 0: {rows[-1]['problem']}" if rows else "no trial ran")
+    run.report.line(f"best: trial {result['best']['number']}\n  {result['command']}")
+
+
+def quoted(word: str) -> str:
+    """`tune.space.KEY=choice(1, 2)` as Hydra takes it: parentheses are its own, and a key that is new needs pluses."""
+    key, equals, value = word.partition("=")
+    if not equals or not key.lstrip("+").startswith("tune.space.") or value[:1] in "\"'":
+        return word
+    return f"++{key.lstrip('+')}={json.dumps(value)}"
+
+
+if __name__ == "__main__":
+    sys.argv[1:] = map(quoted, sys.argv[1:])
+    train.main()
