@@ -9,9 +9,9 @@ Nobody waits at a rung for the others, so no core is idle.
 
 `tune.space` says for each config key what to draw it from (lockstep/space.py has the words); `conf/tune/` holds spaces,
 and every other key is the same for all trials. Trials at once share the cores: each gets `threads` for each of its
-ranks, which Ray counts as its CPUs; of GPUs, Ray gives each trial `tune.nproc` of its own. What Ray sets for its workers
-(OMP_NUM_THREADS, RAY_…) does not get as far as the ranks. With `tune.address` the trials run wherever an existing Ray
-cluster has room, on nodes that must share the run directory's file system.
+ranks, which Ray counts as its CPUs; of GPUs, Ray gives each trial `tune.nproc` of its own. What Ray sets for its own
+workers (OMP_NUM_THREADS, RAY_…) does not get as far as the ranks. With `tune.address` the trials run wherever an
+existing Ray cluster has room, on nodes that must share the run directory's file system.
 
     python -m recipes.tune tune.recipe=ddp epochs=4
     python -m recipes.tune tune=optuna tune.concurrent=4 'tune.space.model.norm=choice(batch, group)'
@@ -36,6 +36,7 @@ import os
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -77,6 +78,20 @@ QUIET = {
     "TUNE_MAX_PENDING_TRIALS_PG": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
+# Ends with the process that started it, whatever that dies of, and then removes what Ray has left: its helpers would
+# stay for another minute, and its folder for ever. All of them have the folder's name in their environment.
+REAPER = """
+import os, shutil, signal, sys
+from pathlib import Path
+sys.stdin.read()
+for entry in Path("/proc").glob("[0-9]*/environ"):
+    try:
+        if f"LOCKSTEP_RAY={sys.argv[1]}\\0".encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
+            os.kill(int(entry.parent.name), signal.SIGKILL)
+    except OSError:
+        pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
+"""
 WAIT_SECONDS = 60  # for runs of trials that a killed start has left behind, and that are saving
 
 
@@ -169,7 +184,7 @@ def check_address(address: str | None) -> None:
     host, _, port = str(address).rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise UserError(f"tune.address={address}: allowed are auto, and HOST:PORT of a cluster's head node")
-    if not world.answers(host, int(port), 5):
+    if not world.answers(host, int(port), 1):
         raise UserError(f"tune.address={address}: nobody answers there; start it with ray start --head --port={port}")
 
 
@@ -187,23 +202,25 @@ def trainable(run: Run, each: Recipe) -> Any:
     class Trial(Trainable):
         def setup(self, config: dict[str, Any]) -> None:
             self.record = trial.Record(folder, config["number"], config["words"], config["values"])
-            self.command = trial.Command(target, config["words"], self.record.start(), here, variables)
+            self.command = None
+            if not self.record.has_ended():  # an earlier start may have been killed before Tune had noted it
+                self.command = trial.Command(target, config["words"], self.record.start(), here, variables)
             self.coming: list[dict[str, Any]] = []  # evaluations that are not reported yet
             self.latest: dict[str, Any] = {"evaluations": 0}
 
         def step(self) -> dict[str, Any]:
             """The next evaluation, or after a second without one the latest: Tune can stop a trial only in between."""
             try:
-                ended = self.command.ended(seconds=0 if self.can_report() else 1)
+                ended = self.command is None or self.command.ended(seconds=0 if self.can_report() else 1)
             except trial.Failed as error:
                 self.record.change(state="failed", problem=str(error))
                 return self.latest | {"done": True}
             known = self.latest["evaluations"] + len(self.coming)
-            self.coming += trial.evaluations(trial.metrics(self.command.out), metric)[known:]
+            self.coming += trial.evaluations(trial.metrics(self.record.out), metric)[known:]
             if self.coming and (ended or self.can_report()):
                 self.latest = self.coming.pop(0)
             done = ended and not self.coming
-            if done:
+            if done and self.command:
                 self.record.change(state="finished")
             return self.latest | {"done": done}
 
@@ -213,8 +230,8 @@ def trainable(run: Run, each: Recipe) -> Any:
             return bool(self.coming) and all(self.coming[0][name] != end for name, end in ends.items())
 
         def cleanup(self) -> None:
-            if self.command.leave():
-                self.record.change(state="stopped")
+            if self.command and self.command.leaves():
+                self.record.change(state="stopped" if self.command.process.returncode else "finished")
 
     return Trial
 
@@ -341,20 +358,24 @@ def ray_for(run: Run, how: Plan) -> Iterator[None]:
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    folder = ""
+    address, reaper = run.config.tune.address, None
     try:
-        if run.config.tune.address:
+        if address:
             try:
-                ray.init(address=run.config.tune.address, **common)
+                ray.init(address=address, **common)
             except ConnectionError as error:
-                raise UserError(f"tune.address={run.config.tune.address}: {str(error).splitlines()[0]}") from None
+                raise UserError(f"tune.address={address}: {str(error).splitlines()[0]}") from None
         else:
             # Sockets lie in it, whose paths are at most 107 characters long; a run directory's may be longer.
             folder = tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp")
+            words = [sys.executable, "-I", "-S", "-c", REAPER, folder]
+            reaper = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
+            os.environ["LOCKSTEP_RAY"] = folder
+            at_once = how.concurrent or 1
             ray.init(
                 address="local",
-                num_cpus=how.ranks * how.threads * (how.concurrent or 1),
-                num_gpus=how.gpus * (how.concurrent or 1),
+                num_cpus=how.ranks * how.threads * at_once,
+                num_gpus=how.gpus * at_once,
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE,
                 _temp_dir=folder,
@@ -365,8 +386,8 @@ def ray_for(run: Run, how: Plan) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
-        if folder:
-            shutil.rmtree(folder, ignore_errors=True)
+        if reaper:
+            reaper.communicate()
 
 
 # What is seen of it --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import ddp, single
+from recipes import ddp, single, tune
 from tests.harness import command
 
 NO_GPU = not torch.cuda.is_available()
@@ -111,6 +111,41 @@ def test_bad_input_is_refused_in_one_line(words, tmp_path, monkeypatch, capfd) -
     for part in BAD[words]:
         assert part in said.err
     assert list(tmp_path.iterdir()) == [], "nothing may be created"
+
+
+TUNE = {
+    "tune.recipe=ddpp": ["tune.recipe=ddpp", "allowed are", "grad_accumulation"],
+    "tune=bayes": ["tune=bayes", "asha, optuna"],
+    "tune.search=grid": ["tune.search=grid", "random, optuna"],
+    "tune.trials=0": ["tune.trials=0", "from 1 up"],
+    "tune.trails=4": ["unknown key tune.trails", "did you mean tune.trials?"],
+    "tune.space.optim.lrr=uniform(0,1)": ["unknown key optim.lrr in tune.space", "did you mean optim.lr?"],
+    "tune.space.optim.lr=normal(0,1)": ["tune.space.optim.lr=normal(0,1)", "loguniform", "choice"],
+    "tune.space.optim.lr=uniform(-1,1)": ["optim.lr=-1.0", "from 0 up"],
+    "tune.space.model.norm=choice(batch,layer)": ["model.norm=layer", "batch, group"],
+    "tune.space.batch_size=choice(48,49)": ["tune.space can draw", "batch_size=49", "2 ranks", "48, 50"],
+    "tune.space.eval_batch_size=choice(big)": ["batch_size=big", "Integer"],
+    "tune.space.epochs=choice(1,2)": ["tune.space.epochs", "same for all trials"],
+    "tune.space.out=choice(a,b)": ["tune.space.out", "same for all trials"],
+    "tune.space.stages=choice(2)": ["stages=2", "recipes.ddp does not use it"],
+    "~tune.space.optim ~tune.space.batch_size": ["tune.space", "is empty", "tune=asha"],
+    "tune.nproc=5": ["tune.space can draw", "5 ranks"],
+    "tune.recipe=single tune.nproc=2": ["recipes.single runs on 1 rank, not 2"],
+    "tune.address=ray://head:10001": ["tune.address=ray://head:10001", "auto", "HOST:PORT"],
+    "tune.address=127.0.0.1:1": ["tune.address=127.0.0.1:1", "ray start --head"],
+}
+
+
+@pytest.mark.parametrize("words", TUNE)
+def test_a_search_is_refused_before_ray_starts(words, tmp_path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    assert run_main(tune.train, [tune.quoted(word) for word in words.split()], monkeypatch) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1, said
+    assert all(part in said for part in TUNE[words]), said
+    assert list(tmp_path.iterdir()) == []
+    assert "ray" not in sys.modules or "tests.test_tune" in sys.modules
 
 
 def test_the_number_of_ranks_is_part_of_a_recipe(tmp_path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]

@@ -90,8 +90,8 @@ class Command:
             raise Failed(self._last_words() or f"ended with exit code {code} and said nothing")
         return True
 
-    def leave(self) -> bool:
-        """Have it save and end, and wait for that; whether it had not ended already."""
+    def leaves(self) -> bool:
+        """Have it save and end, and wait for that; False where it had ended already."""
         if self.process.poll() is not None:
             return False
         self.process.send_signal(signal.SIGTERM)
@@ -122,8 +122,16 @@ class Record:
     """
 
     def __init__(self, folder: Path, number: int, words: list[str], values: dict[str, Any]) -> None:
-        self.path = folder / f"{number}.json"
+        self.path, self.out = folder / f"{number}.json", folder / str(number)
         self.content = {"number": number, "words": words, "values": values, "state": "running", "problem": ""}
+        self.before = json.loads(self.path.read_text()) if self.path.exists() else {}
+
+    def has_ended(self) -> bool:
+        """Whether this very trial has come to its end before."""
+        if self.before.get("words") != self.content["words"] or self.before["state"] not in ("finished", "failed"):
+            return False
+        self.content = self.before
+        return True
 
     def start(self) -> Path:
         """Begin it, or go on with it; return its run directory.
@@ -131,11 +139,10 @@ class Record:
         The search may have been killed before it had noted this trial. If it then draws another one for the same
         number, what the first has left is set aside.
         """
-        out = self.path.with_suffix("")
-        if self.path.exists() and json.loads(self.path.read_text())["words"] != self.content["words"] and out.exists():
-            out.rename(out.with_name(f"{out.name}.{os.getpid()}.aside"))
+        if self.before and self.before["words"] != self.content["words"] and self.out.exists():
+            self.out.rename(self.out.with_name(f"{self.out.name}.{os.getpid()}.aside"))
         self.change(state="running")
-        return out
+        return self.out
 
     def change(self, **values: str) -> None:
         """Note something, in one piece."""
