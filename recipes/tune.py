@@ -236,6 +236,10 @@ def trainable(run: Run, each: Recipe) -> Any:
     return Trial
 
 
+def mode(config: Config) -> str:
+    return "min" if config.metric == "eval_loss" else "max"
+
+
 def searcher(config: Config, each: Recipe, common: list[str]) -> Any:
     """What draws the settings of each trial, at random or Optuna's TPE, and numbers them."""
     from ray import tune
@@ -283,7 +287,8 @@ def searcher(config: Config, each: Recipe, common: list[str]) -> Any:
         name: tune.choice(draw.arguments) if draw.kind == "choice" else getattr(tune, draw.kind)(*draw.arguments)
         for name, draw in space.draws.items()
     }
-    return Optuna(OptunaSearch.convert_search_space(domains), seed=config.seed)
+    distributions = OptunaSearch.convert_search_space(domains)
+    return Optuna(distributions, metric=config.metric, mode=mode(config), seed=config.seed)
 
 
 def scheduler(run: Run) -> Any:
@@ -334,7 +339,7 @@ def tuner(run: Run, each: Recipe, how: Plan) -> Any:
         runs,
         tune_config=tune.TuneConfig(
             metric=run.config.metric,
-            mode="min" if run.config.metric == "eval_loss" else "max",
+            mode=mode(run.config),
             num_samples=tuned.trials,
             max_concurrent_trials=how.concurrent,
             search_alg=searcher(run.config, each, words(run.config, how)),
@@ -407,7 +412,7 @@ def results(run: Run) -> list[dict[str, Any]]:
     def order(row: dict[str, Any]) -> tuple[Any, ...]:
         value = row.get(metric, math.nan)
         there = not math.isnan(value) and row["state"] != "failed"
-        value = value if metric == "eval_loss" else -value
+        value = value if mode(run.config) == "min" else -value
         return (not there, row["state"] != "finished", value if there else 0, row["number"])
 
     return sorted(rows, key=order)

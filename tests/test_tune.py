@@ -22,7 +22,7 @@ from lockstep.schema import Config
 from lockstep.space import Space
 from recipes import tune
 from tests.harness import clean_environment, command, result
-from tests.processes import as_a_shell, processes_of, wait_until
+from tests.processes import as_a_shell, wait_until
 
 # The space --------------------------------------------------------------------------------------------------------
 
@@ -249,11 +249,11 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def ray_processes(folder: Path) -> list[int]:
-    """Ray's processes, and the trials, of a search in this folder."""
+    """All that a search in this folder has started, Ray's processes and the trials."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if str(folder) in (entry / "environ").read_text() + (entry / "cmdline").read_text():
+            if os.readlink(entry / "cwd") == str(folder) or str(folder) in (entry / "environ").read_text():
                 found.append(int(entry.name))
         except OSError:
             continue
@@ -267,10 +267,8 @@ def states(folder: Path) -> list[str]:
 def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bits(tmp_path: Path) -> None:
     process = as_a_shell([sys.executable, *SINGLE], tmp_path)
     wait_until(lambda: "finished" in states(tmp_path), 240)
-    rank = [pid for pid in processes_of(tmp_path / "run") if b"recipes" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(ray_processes(tmp_path)) > 5
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=30)
-    assert rank
     wait_until(lambda: not ray_processes(tmp_path), 60)
     done = [row for row in (tmp_path / "run" / "trials").glob("?.json") if "finished" in row.read_text()]
     before = {path: (path.with_suffix("") / "environment.json").stat().st_mtime_ns for path in done}
@@ -302,8 +300,6 @@ def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bi
     assert alone.returncode == 0, alone.stderr
     mine = result(tmp_path / "alone")
     assert (mine["eval_loss"], mine["eval_accuracy"]) == (best["eval_loss"], best["eval_accuracy"])
-    third = command(*SINGLE, cwd=tmp_path)
-    assert (third.returncode, "has finished" in third.stdout) == (0, True)
 
 
 @pytest.mark.slow
