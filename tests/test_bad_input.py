@@ -42,6 +42,8 @@ BAD = {
     "nproc=0": ["nproc=0", "from 1 up"],
     "model=resnet19": ["model=resnet19", "allowed are resnet18, resnet34, resnet50, resnet101, resnet152"],
     "data=mnist": ["data=mnist", "digits", "cifar10"],
+    "tune=asha": ["tune", "only recipes.tune"],
+    "tune.trials=3": ["tune.trials=3", "recipes.ddp does not use it"],
     "optim=adam": ["optim=adam", "sgd", "adamw"],
     "monitor=tb": ["monitor=tb", "csv", "tensorboard"],
     "+debug=all": ["debug=all", "smoke"],

@@ -212,6 +212,8 @@ def explain(error: Exception) -> UserError:
         return UserError(f"{group}={option}: no such option; allowed are {', '.join(options(error.options))}")
     if override and cause is not error:
         return UserError(f"{override.group(1)}: {first_line(cause)}")
+    if override and override.group(1) == "tune" and "Could not override" in text:
+        return UserError("tune: only recipes.tune searches for settings; leave it out, or run that")
     if override and "Could not override" in text:
         return unknown_key(override.group(1), "")
     return UserError(" ".join(text.split()))
@@ -220,7 +222,7 @@ def explain(error: Exception) -> UserError:
 def unknown_key(name: str, where: str) -> UserError:
     """Name the nearest keys that do exist."""
     keys = [key for key, _, _ in walk(Config())] + [f"cluster.{key}" for key, _, _ in walk(ClusterConfig())]
-    groups = ["model", "data", "optim", "monitor", "tune"]
+    groups = ["model", "data", "optim", "monitor"]
     near = difflib.get_close_matches(name, keys + groups, n=1, cutoff=0.5) or [
         key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
     ]
