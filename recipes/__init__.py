@@ -4,7 +4,7 @@ import signal
 import sys
 from pathlib import Path
 
-TOOLS = {"compare", "tune", "verify"}  # run recipes, and are none themselves
+TOOLS = {"compare", "doctor", "tune", "verify"}  # run recipes, and are none themselves
 DEMONSTRATIONS = {"checkpoint_resume"}  # have a loop of their own: there is nothing to compare
 
 if sys.argv[0] == "-m":  # `python -m recipes.NAME` is importing: until it runs, Ctrl-C ends it without a page of frames

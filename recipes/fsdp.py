@@ -42,8 +42,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
-from lockstep.models import build_model
-from lockstep.run import AUTOCAST, DTYPES
+from lockstep.models import AUTOCAST, DTYPES, build_model
 from lockstep.schema import Config
 
 

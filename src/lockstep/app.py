@@ -66,6 +66,8 @@ class Recipe:
         proof: what `recipes.verify` holds it to, one or several; None: nothing.
         backbone: resume=PATH names what it takes a part of (Run.backbone), which its `check` looks at.
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
+        stands_for: of a tool that looks at one recipe, called with the config: which one.
+        word: the key that a first word without `=` on the command line is the value of.
     """
 
     train: Callable[[Run], None]
@@ -77,6 +79,12 @@ class Recipe:
     proof: Proof | tuple[Proof, ...] | None = None
     backbone: bool = False
     needs: str | None = None
+    stands_for: Callable[[Config], Recipe] | None = None
+    word: str | None = None
+
+    def subject(self, config: Config) -> Recipe:
+        """What is to be run in the end: this recipe, or the one that this tool looks at."""
+        return self.stands_for(config) if self.stands_for else self
 
     @property
     def name(self) -> str:
@@ -158,7 +166,7 @@ def submit(recipe: Recipe) -> int:
             return
         device, backend = world.resolve_device(config.device, config.backend)
         asked = cluster.check_here(config) if there else config.nproc
-        nproc = asked or recipe.ranks or world.default_nproc(device)
+        nproc = asked or recipe.subject(config).ranks or world.default_nproc(device)
         world.check_nproc(nproc, device, backend)
         how = how_to_start(config, device, launcher)
         config = replace(config, cluster=None)

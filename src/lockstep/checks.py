@@ -33,8 +33,9 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     check_package(recipe)
     check_values(config)
     refuse_what_is_not_there_yet(config)
+    names = {recipe.name, recipe.subject(config).name}
     for name, value, rule in walk(config):
-        if rule["only"] and recipe.name not in rule["only"] and value != rule["default"]:
+        if rule["only"] and not names & set(rule["only"]) and value != rule["default"]:
             raise UserError(f"{name}={value}: recipes.{recipe.name} does not use it; {' and '.join(rule['only'])} do")
     if config.loss_scale != Config().loss_scale and config.precision != "fp16":
         raise UserError(
@@ -50,6 +51,8 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
         raise UserError(
             f"nproc={config.nproc}: {world_size} ranks were started by hand; leave nproc out, or start as many"
         )
+    if config.memory and config.compile:
+        raise UserError(f"memory={config.memory}: counts layer by layer, and compile=true melts them; leave one out")
     check_batch(config, world_size)
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")

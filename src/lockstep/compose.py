@@ -39,6 +39,8 @@ def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
         UserError: an unknown key or option, a wrong type, a syntax error.
         SystemExit: Hydra was asked to print something (--help, --cfg, …) and has.
     """
+    if recipe.word:
+        sys.argv = [sys.argv[0], *spelled_out(sys.argv[1:], recipe.word)]
     check_cluster_words(sys.argv[1:])
     GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
     register(recipe)
@@ -85,6 +87,13 @@ def compose_another(recipe: Recipe, words: list[str]) -> Config:
             raise explain(error) from None
     assert isinstance(config, Config)
     return config
+
+
+def spelled_out(words: list[str], key: str) -> list[str]:
+    """`memory model=resnet50` as `check=memory model=resnet50`, for a tool that is told its task in a plain word."""
+    if words and re.fullmatch(r"\w+", words[0]):
+        return [f"{key}={words[0]}", *words[1:]]
+    return words
 
 
 def check_cluster_words(words: list[str]) -> None:

@@ -140,6 +140,19 @@ class Images(Protocol):
     def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch: ...
 
 
+class First:
+    """The first samples of a set."""
+
+    def __init__(self, images: Images, size: int) -> None:
+        self._images, self._size, self.classes = images, min(size, len(images)), images.classes
+
+    def __len__(self) -> int:
+        return self._size
+
+    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
+        return self._images.fetch(samples, draws)
+
+
 DRAWS = 5  # random numbers a sample may use: area, aspect, two positions, flip
 
 

@@ -8,10 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import nn
 
 from lockstep.schema import ModelConfig
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SMALL_IMAGE = 64  # up to this side, the ImageNet stem (stride 4 in all) would leave almost no pixels
 
 

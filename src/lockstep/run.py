@@ -21,12 +21,14 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep import checkpoint, data, metrics
+from lockstep.account import Account, everyone, in_a_line
 from lockstep.checkpoint import Checkpoints
 from lockstep.data import Batch
 from lockstep.errors import UserError
 from lockstep.files import write_atomically, write_json
+from lockstep.leaks import Graphs, warning
 from lockstep.memory import state_bytes
-from lockstep.models import count_parameters
+from lockstep.models import AUTOCAST, DTYPES, count_parameters
 from lockstep.monitor import Monitor, open_monitors
 from lockstep.precision import Scaler
 from lockstep.preemption import Agreement, Listener, Preempted
@@ -49,9 +51,6 @@ from lockstep.state import whole as whole_tensor
 from lockstep.unused import Audit, listed
 from lockstep.words import short
 from lockstep.world import World, make_group
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NothingLeft(Exception):
@@ -113,6 +112,8 @@ class Run:
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
+        self._graphs = Graphs()
+        self._account: Account | None = None  # of the first step of this start
         self._agreement: Agreement | None = None
         self._checkpoints: Checkpoints | None = None
         self._resumed_from: str | None = None
@@ -186,6 +187,7 @@ class Run:
         Detached, because a kept loss keeps its whole graph; read at logged steps only, because reading waits for the
         GPU.
         """
+        self._graphs.watch(loss, self.step)
         part = loss.detach() * weight
         self._loss = part if self._loss is None else self._loss + part
 
@@ -365,6 +367,8 @@ class Run:
             steps=(self.steps_per_epoch, self.total_steps),
             first=self.step,
         )
+        if self.config.memory:
+            self._account = Account(self._module, optimizer)
         self._logged_at, self._logged_step = time.perf_counter(), self.step
         self._saved_at, self._saved_step = self._logged_at, self.step
         self._setup_seconds = self._logged_at - self.started
@@ -389,6 +393,8 @@ class Run:
             self._leave(sign)
         if not last:
             self._lr = self._next_lr()
+            if self._account:
+                self._account.start()
             self._timer.start()
         return not last
 
@@ -412,6 +418,11 @@ class Run:
         if self._audit:
             self._name_unused(self._audit.finish())
             self._audit = None
+        if self._account:
+            self._report_memory(self._account)
+        if kept := self._graphs.kept(self.step):
+            self.report.line(warning(kept))
+            self._notes["graphs_kept"] = [number + 1 for number in kept]  # steps, as they are logged
         last = self.step == self.total_steps
         if self.step % self.config.log_every == 0 or last:
             self._train_loss = loss = self._mean_loss()
@@ -435,6 +446,14 @@ class Run:
             self.report.line(
                 f"warning: no gradient in the first step for {listed(names)}: not trained; use them, or freeze them"
             )
+
+    def _report_memory(self, account: Account) -> None:
+        """Write down what each rank held in the step that has ended, the first one."""
+        self._account = None
+        ranks = everyone(account.stop(), self.world.control)
+        self.note(f"held: {in_a_line(ranks)}, in MiB by rank; by layer in memory.json")
+        if self.world.rank == 0:
+            write_json(self.out / "memory.json", {"ranks": ranks})
 
     def _evaluated(self, result: metrics.Evaluation) -> None:
         """Log an evaluation, and judge by it."""

@@ -241,8 +241,14 @@ class Config:
         ("optimizer", "schedule", "scaler", "step", "random", "buckets"),
         only=("checkpoint_resume",),
     )
-    recipes: list[str] | None = key(None, "recipes to run (null: all)", only=("verify", "compare"))
+    recipes: list[str] | None = key(
+        None, "recipes to run or look at (null: all; doctor: ddp)", only=("verify", "compare", "doctor")
+    )
     rounds: int = key(1, "times that each recipe is run, in turn", minimum=1, only=("compare",))
+    check: str = key("memory", "what recipes.doctor looks at", ("memory",), only=("doctor",))
+    memory: str | None = key(
+        None, "report: count what each layer holds during the first step, into memory.json", ("report",), free=True
+    )
     seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
     precision: str = key(
         "fp32",
