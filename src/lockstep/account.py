@@ -11,7 +11,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
-from lockstep.memory import KINDS, Layer, Ledger, layers, size
+from lockstep.memory import ENGINE, KINDS, Layer, Ledger, layers, size
 from lockstep.words import mebibytes
 
 
@@ -42,7 +42,7 @@ class Account:
         named = {name: size(parameter.grad) for name, parameter in self._model.named_parameters()}
         if not any(named.values()):  # an engine's vectors have them
             groups = self._optimizer.param_groups
-            named = {"": sum(size(parameter.grad) for group in groups for parameter in group["params"])}
+            named = {ENGINE: sum(size(parameter.grad) for group in groups for parameter in group["params"])}
         self._gradients = named
 
 

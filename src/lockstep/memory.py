@@ -23,6 +23,7 @@ from lockstep.schema import Config
 from lockstep.state import is_sharded
 
 LOSS = "(loss)"  # what is saved outside of every layer
+ENGINE = "(engine)"  # what is held for all layers in one piece
 
 
 # What a step holds ------------------------------------------------------------------------------------------------
@@ -192,14 +193,15 @@ def layers(model: nn.Module, optimizer: Optimizer, gradients: Mapping[str, int],
     found = {name: Layer(name or "(model)", type(module).__name__) for name, module in model.named_modules()}
     for name, parameter in model.named_parameters():
         layer = found[name.rpartition(".")[0]]
-        layer.parameters += size(parameter)
+        layer.parameters += size(parameter) or size(getattr(parameter, "ds_tensor", None))  # DeepSpeed's part of it
         layer.gradients += gradients.get(name, 0)
         layer.optimizer += sum(map(size, optimizer.state.get(parameter, {}).values()))
     mine = {id(parameter) for parameter in model.parameters()}
-    others = [state for parameter, state in optimizer.state.items() if id(parameter) not in mine]
-    if others:  # an engine's own vectors, cut across all layers
-        vectors = sum(size(value) for state in others for value in state.values())
-        found["(optimizer)"] = Layer("(optimizer)", "all layers", optimizer=vectors)
+    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in mine]
+    if others:  # an engine's own vectors, cut across all layers: weights once more, and what goes with them
+        states = [value for parameter in others for value in optimizer.state.get(parameter, {}).values()]
+        vectors = sum(map(size, [*others, *states]))
+        found[ENGINE] = Layer(ENGINE, "", gradients=gradients.get(ENGINE, 0), optimizer=vectors)
     found[LOSS] = Layer(LOSS, "")
     for name, kept in ledger.peak.items():
         found[name].activations += kept
@@ -365,13 +367,13 @@ def host_bytes() -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def group_bytes() -> Iterator[tuple[int, str]]:
+def group_bytes(machine: Path = Path("/")) -> Iterator[tuple[int, str]]:
     """What the control groups of this process may still take: a container's limit, or a Slurm job's."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in (machine / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         if controllers not in ("", "memory"):
             continue
-        root = Path("/sys/fs/cgroup", controllers)
+        root = machine / "sys/fs/cgroup" / controllers
         names = ("memory.max", "memory.current", "inactive_file")
         if controllers:
             names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
@@ -381,7 +383,8 @@ def group_bytes() -> Iterator[tuple[int, str]]:
         for group in [folder, *folder.parents]:
             try:
                 most, used = ((group / name).read_text().strip() for name in names[:2])
-                cached = [row.split()[1] for row in (group / "memory.stat").read_text().splitlines() if names[2] in row]
+                rows = (row.split() for row in (group / "memory.stat").read_text().splitlines())
+                cached = [row[1] for row in rows if row[0] == names[2]]
             except OSError:
                 continue
             if most != "max" and int(most) < 2**60:
