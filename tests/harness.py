@@ -26,6 +26,7 @@ from lockstep import storage
 from lockstep.app import Recipe
 from lockstep.checks import complete
 from lockstep.compose import compose
+from lockstep.rank import carry_out
 from lockstep.run import Run
 from lockstep.rundir import freeze
 from lockstep.schema import Config, from_yaml, to_yaml
@@ -135,7 +136,7 @@ def _train(world: World, target: str, config: str, out: str) -> None:
     recipe = importlib.import_module(target).train
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
-    recipe(Run(recipe.name, from_yaml(config), world, Path(out)))
+    carry_out(recipe, Run(recipe.name, from_yaml(config), world, Path(out)))
 
 
 def result(out: Path) -> dict[str, Any]:

@@ -15,18 +15,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
 from torch import nn
 
-from lockstep import cluster, rank, rundir, world
+from lockstep import cluster, fit, rank, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import UserError
 from lockstep.preemption import PREEMPTED
 from lockstep.run import NothingLeft, Run
-from lockstep.schema import ClusterConfig, Config
+from lockstep.schema import AUTO, ClusterConfig, Config
 from lockstep.words import short
 
 
@@ -173,6 +174,18 @@ def submit(recipe: Recipe) -> int:
         if there and there.nodes > 1:
             codes.append(launch_by_hand(config, there, launcher, nproc, how))
             return
+        more = {"cluster": there} if there else {}
+
+        def start(out: Path, variables: dict[str, str], target: str) -> int:
+            environment = {rank.RUN_DIRECTORY: str(out), rank.LAUNCHER: str(os.getpid()), **variables}
+            restarts = 0 if rank.TRIAL in variables else config.max_restarts
+            if how.get("start") == "fork":
+                rank.preload()
+            return int(launcher.launch(target, environment, nproc=nproc, max_restarts=restarts, **more, **how))
+
+        if config.batch_size == AUTO:
+            subject = recipe.subject(config)
+            config.batch_size = fit.settle(config, subject, nproc, partial(start, target=subject.target))
         complete(config, recipe, nproc)
         if note := cluster.idle_nodes(os.environ):
             print(note, file=sys.stderr)
@@ -182,13 +195,7 @@ def submit(recipe: Recipe) -> int:
             return
         started, code = time.perf_counter(), 1
         try:
-            environment = {rank.RUN_DIRECTORY: str(out), rank.LAUNCHER: str(os.getpid())}
-            more = {"cluster": there} if there else {}
-            if how.get("start") == "fork":
-                rank.preload()
-            code = launcher.launch(
-                recipe.target, environment, nproc=nproc, max_restarts=config.max_restarts, **more, **how
-            )
+            code = start(out, {}, recipe.target)
         finally:
             if code:
                 rundir.note_failure(out, recipe.name, nproc, time.perf_counter() - started)

@@ -13,7 +13,7 @@ from lockstep import data
 from lockstep.errors import UserError
 from lockstep.models import SMALL_IMAGE, build_model
 from lockstep.rundir import checkpoint_folder
-from lockstep.schema import Config, check_values, walk
+from lockstep.schema import AUTO, Config, check_values, walk
 from lockstep.state import check_weights, read_weights
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     """
     check_package(recipe)
     check_values(config)
+    refuse_auto(config)
     refuse_what_is_not_there_yet(config)
     names = {recipe.name, recipe.subject(config).name}
     for name, value, rule in walk(config):
@@ -155,6 +156,16 @@ def check_batchnorm(config: Config, share: int) -> None:
         raise UserError(
             f"batch_size={config.batch_size}: leaves a forward with a single image, whose last layers are one pixel: "
             "BatchNorm has nothing to average; set a larger batch_size, fewer micro-batches, or model.norm=group"
+        )
+
+
+def refuse_auto(config: Config) -> None:
+    """Where the ranks will be somewhere else, or were started already, no batch can be tried; raises UserError."""
+    if config.batch_size == AUTO:
+        raise UserError(
+            "batch_size=auto: is found by a command that starts its ranks on its own machine; find it there first with "
+            "python -m recipes.doctor memory recipes=[NAME] batch_size=auto nproc=RANKS (on a cluster after srun "
+            "--nodes=1 --ntasks=1), and set batch_size to that number times the machines"
         )
 
 

@@ -210,6 +210,33 @@ def layers(model: nn.Module, optimizer: Optimizer, gradients: Mapping[str, int],
     return [layer for layer in found.values() if layer.total]
 
 
+def held_bytes(
+    model: nn.Module | None, optimizer: Optimizer | None, device: torch.device, before: int
+) -> dict[str, int]:
+    """What this process's memory is held by, in bytes by name; the last line is what no list of tensors explains.
+
+    Args:
+        before: bytes that it held before it had a model: on the CPU the interpreter, libraries and images.
+    """
+    parameters = list(model.parameters()) if model is not None else []
+    states = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
+    found = {
+        "parameters": sum(map(size, parameters)),
+        "gradients": sum(size(parameter.grad) for parameter in parameters),
+        "optimizer": sum(map(size, states)),
+    }
+    if device.type == "cuda":
+        total = torch.cuda.memory_allocated(device)
+        found["activations and the rest"] = max(0, total - sum(found.values()))
+        found["kept by torch, in pieces too small"] = torch.cuda.memory_reserved(device) - total
+        free, everything = torch.cuda.mem_get_info(device)
+        found["CUDA itself and other processes"] = max(0, everything - free - torch.cuda.memory_reserved(device))
+        return found
+    found["activations and the rest"] = max(0, process_bytes("VmRSS") - before - sum(found.values()))
+    found["interpreter, libraries, images"] = before
+    return found
+
+
 # What a step would hold ---------------------------------------------------------------------------------------------
 
 

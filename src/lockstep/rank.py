@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import torch.distributed as dist
 
-from lockstep import files, rundir, world
+from lockstep import files, oom, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import Busy, UserError
 from lockstep.preemption import PREEMPTED, Listener, Preempted, alone_under_srun, unsaved
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RUN_DIRECTORY = "LOCKSTEP_RUN_DIR"  # set by launchers that start ranks for a run that is already frozen
 LAUNCHER = "LOCKSTEP_LAUNCHER_PID"
+TRIAL = "LOCKSTEP_TRIAL"  # set for ranks that only try whether a batch fits
 COMPOSE_SECONDS = 3600.0  # rank 0 may list a million images, or download them, before the others learn the config
 
 
@@ -128,8 +129,26 @@ def train(
     )
     if here.rank == 0:
         files.write_json(out / "environment.json", files.environment(here.hosts, str(here.device), here.backend))
-    recipe(Run(recipe.name, config, here, out, recipe.next_command, listener=listener))
+    carry_out(recipe, Run(recipe.name, config, here, out, recipe.next_command, listener=listener))
     del lock
+
+
+def carry_out(recipe: Recipe, run: Run) -> None:
+    """Run the recipe's function; an error that only says that there is no memory left ends with what holds it.
+
+    Raises:
+        oom.OutOfMemory: the page.
+    """
+    if TRIAL in os.environ:
+        from lockstep import fit
+
+        fit.shorten(run)
+    try:
+        recipe(run)
+    except (RuntimeError, MemoryError) as error:
+        if not oom.ran_out(error, run.device):
+            raise
+        raise oom.explain(error, run) from None
 
 
 def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dist.Store, list[str]]:

@@ -27,7 +27,7 @@ from lockstep.data import Batch
 from lockstep.errors import UserError
 from lockstep.files import write_atomically, write_json
 from lockstep.leaks import Graphs, warning
-from lockstep.memory import state_bytes
+from lockstep.memory import held_bytes, process_bytes, state_bytes
 from lockstep.models import AUTOCAST, DTYPES, count_parameters
 from lockstep.monitor import Monitor, open_monitors
 from lockstep.precision import Scaler
@@ -96,6 +96,7 @@ class Run:
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.step = 0  # optimizer updates done
+        self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.quiet, self.listener = quiet, listener
         self.monitors: list[Monitor] = []
         self.report = Report(self.recipe, config, world, out, next_command, quiet)
@@ -310,6 +311,10 @@ class Run:
             storage.load(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
         export(weights, self.out / "best.pt")
 
+    def held_bytes(self) -> dict[str, int]:
+        """What this rank's memory is held by right now, in bytes by name."""
+        return held_bytes(self._module, getattr(self, "_optimizer", None), self.device, self._bytes_before)
+
     # What happens between two batches ---------------------------------------------------------------------------
 
     def _take_up(
@@ -367,7 +372,7 @@ class Run:
             steps=(self.steps_per_epoch, self.total_steps),
             first=self.step,
         )
-        if self.config.memory:
+        if self.config.memory and self._module:
             self._account = Account(self._module, optimizer)
         self._logged_at, self._logged_step = time.perf_counter(), self.step
         self._saved_at, self._saved_step = self._logged_at, self.step

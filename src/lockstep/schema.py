@@ -38,6 +38,8 @@ def key(
     return field(default=default, metadata=metadata)
 
 
+AUTO = "auto"  # batch_size, before it is found
+NO_AUTO = ("checkpoint_resume", "compare", "verify")  # several trainings, so there is no one batch to find
 SPLIT = ("model_parallel", "pipeline_parallel")
 LIGHTNING = ("lightning_fabric", "lightning_trainer")
 SHARDED = ("fsdp", "verify")
@@ -192,7 +194,14 @@ class Config:
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     cluster: ClusterConfig | None = None
-    batch_size: int = key(96, "global batch: images the optimizer sees in one step, over all ranks", minimum=1)
+    batch_size: Any = key(
+        96,
+        "global batch: images the optimizer sees in one step, over all ranks; auto: the largest that fits",
+        minimum=1,
+    )
+    memory_fraction: float = key(
+        0.9, "batch_size=auto: share of the free memory that the ranks may take", minimum=0, free=True
+    )
     epochs: int = key(15, "passes over the training set", minimum=1)
     max_steps: int | None = key(None, "end after this many steps, if epochs does not end first", minimum=1, free=True)
     metric: str = key(
@@ -328,7 +337,13 @@ def typed(name: str, value: Any) -> str:
 
 def check_values(config: Config) -> None:
     """Hold every key to its own choices and minimum; raise UserError naming the key, its value and what is allowed."""
+    if config.batch_size != AUTO and type(config.batch_size) is not int:
+        raise UserError(f"batch_size={config.batch_size}: allowed are whole numbers from 1 up, or {AUTO}")
+    if not 0 < config.memory_fraction <= 1:
+        raise UserError(f"memory_fraction={config.memory_fraction}: allowed are numbers above 0, up to 1")
     for name, value, rule in walk(config):
+        if name == "batch_size" and value == AUTO:
+            continue
         if rule["choices"] and value is not None and value not in rule["choices"]:
             raise UserError(f"{name}={value}: allowed are {', '.join(map(str, rule['choices']))}")
         numbers = value if isinstance(value, list) else [value]
