@@ -176,11 +176,12 @@ def submit(recipe: Recipe) -> int:
             return
         more = {"cluster": there} if there else {}
 
+        if how.get("start") == "fork":
+            rank.preload()
+
         def start(out: Path, variables: dict[str, str], target: str) -> int:
             environment = {rank.RUN_DIRECTORY: str(out), rank.LAUNCHER: str(os.getpid()), **variables}
             restarts = 0 if rank.TRIAL in variables else config.max_restarts
-            if how.get("start") == "fork":
-                rank.preload()
             return int(launcher.launch(target, environment, nproc=nproc, max_restarts=restarts, **more, **how))
 
         if config.batch_size == AUTO:

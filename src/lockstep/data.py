@@ -145,6 +145,7 @@ class First:
 
     def __init__(self, images: Images, size: int) -> None:
         self._images, self._size, self.classes = images, min(size, len(images)), images.classes
+        self.labels = images.labels[: self._size]
 
     def __len__(self) -> int:
         return self._size

@@ -31,7 +31,7 @@ from lockstep import data, oom, rank, rundir, world
 from lockstep.checks import check_batch, check_batchnorm, complete
 from lockstep.data import First
 from lockstep.errors import CheckFailed, UserError
-from lockstep.memory import group_bytes, host_bytes
+from lockstep.memory import group_bytes, host_bytes, process_bytes
 from lockstep.proof import with_values
 from lockstep.schema import NO_AUTO, Config, check_values, from_yaml
 from lockstep.words import mebibytes
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 TRIAL_SECONDS = 1800.0  # by then it hangs, or is too slow to be of use
 FIRST_SHARE = 16  # images a rank in the first trial
-SLACK = 2**29  # what a process maps and never touches
+SLACK = 2**29  # what a rank may map and not touch, beyond what this process does
 CLOSE = 16  # the answer is within 1 / CLOSE of the largest that fits
 SHORT = {
     "max_steps": 2,  # the second one has the optimizer's state from its beginning
@@ -251,7 +251,8 @@ def in_a_child(work: Callable[[], int], log: Path, room: int | None) -> int:
             rank.end_with_launcher()
             if room is not None:
                 most = resource.getrlimit(resource.RLIMIT_DATA)[1]
-                least = room + SLACK if most == resource.RLIM_INFINITY else min(room + SLACK, most)
+                wanted = room + SLACK + max(0, process_bytes("VmData") - process_bytes("VmRSS"))
+                least = wanted if most == resource.RLIM_INFINITY else min(wanted, most)
                 resource.setrlimit(resource.RLIMIT_DATA, (least, most))
             code = work()
         except BaseException:

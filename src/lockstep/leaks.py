@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lockstep.words import listed
+from lockstep.unused import listed
 
 EVERY_STEP = 16  # of the first so many steps every graph is watched, later one in so many
 PATIENCE = 3  # steps a graph may outlive its own: a variable still holds the last one
@@ -68,7 +68,7 @@ def first_node(node: Any) -> Any:
 
 def warning(steps: list[int]) -> str:
     """What is said of them."""
-    numbers = listed([number + 1 for number in steps])
+    numbers = listed([str(number + 1) for number in steps])
     return (
         f"memory leak: the graphs of steps {numbers} are still held, so memory grows with every step. Something "
         "keeps a loss or an output with its graph, as losses.append(loss) and total += loss do: keep loss.item() or "

@@ -87,7 +87,8 @@ def explain(error: BaseException, run: Run) -> OutOfMemory:
     gc.collect()
     try:
         found = knobs(run.config, run.recipe, run.world.world_size, run.shards, where["phase"], run.device.type)
-    except (RuntimeError, MemoryError):  # not even for that
+    except (RuntimeError, MemoryError) as failed:  # not even for that
+        run.report.log.write(f"no estimates: {failed}\n")
         found = []
     asked = asked_for(error)
     figures = {

@@ -372,7 +372,8 @@ class Run:
             steps=(self.steps_per_epoch, self.total_steps),
             first=self.step,
         )
-        if self.config.memory and self._module:
+        assert self._module is not None
+        if self.config.memory:
             self._account = Account(self._module, optimizer)
         self._logged_at, self._logged_step = time.perf_counter(), self.step
         self._saved_at, self._saved_step = self._logged_at, self.step

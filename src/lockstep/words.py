@@ -24,12 +24,6 @@ def short(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def listed(numbers: list[int]) -> str:
-    """`1, 2, 3`; of many `1, 2, 3 and 12 more`."""
-    shown = ", ".join(map(str, numbers[:3]))
-    return f"{shown} and {len(numbers) - 3} more" if len(numbers) > 3 else shown
-
-
 def mebibytes(size: float, digits: int = 1) -> str:
     """Bytes in MiB, without the unit."""
     return f"{size / 2**20:,.{digits}f}"
