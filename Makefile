@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
 SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all fuzz check format bench clean help slurm
+.PHONY: demo test test-all fuzz check format board bench clean help slurm
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ check: .venv/installed  ## lint, format, types
 format: .venv/installed  ## put the code into the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+board: .venv/installed  ## TensorBoard on all runs in outputs/ that were started with monitor=tensorboard
+	@$(BIN)/tensorboard --logdir outputs
 
 bench: .venv/installed  ## the benchmarks, as paired ratios
 	$(BIN)/python -m benchmarks.startup

@@ -58,7 +58,8 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": largest,
         "gradient_accumulation_steps": -(-share // largest),
-        "gradient_clipping": 0.0,  # its default is 1.0
+        # Its default is 1.0. In stage 0 the gradients are whole, and run.steps sees to it, as in every recipe.
+        "gradient_clipping": (config.gradients.clip_norm or 0.0) if config.zero.stage else 0.0,
         "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
         "zero_optimization": {
             "stage": config.zero.stage,

@@ -37,9 +37,18 @@ def test_every_recipe_composes_with_every_option(name: str, option: str) -> None
         assert config.cluster is not None
     elif group == "tune":
         assert config.tune.space
+    elif group == "monitor":  # which may be several
+        chosen = [kind for kind in ("csv", "tensorboard", "wandb") if getattr(config.monitor, kind)]
+        assert chosen == [choice]
     elif group != "debug":
         assert getattr(config, group).name == choice
     assert from_yaml(to_yaml(config)) == config, "a rank reads back what was frozen"
+
+
+@pytest.mark.parametrize("words", ["monitor=[csv,wandb]", "monitor=[wandb,csv]"])
+def test_monitors_are_any_mix(words: str) -> None:
+    chosen = compose_config(ddp.train, words).monitor
+    assert (chosen.csv, chosen.tensorboard, chosen.wandb) == (True, False, True)
 
 
 def test_there_is_a_yaml_for_every_recipe_and_the_other_way_round() -> None:

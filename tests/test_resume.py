@@ -282,26 +282,6 @@ def test_generators_come_back_in_the_middle_of_a_pair() -> None:
     assert (random.gauss(0, 1), np.random.standard_normal(), torch.rand(3).tolist(), random.random()) == expected
 
 
-@pytest.mark.parametrize("monitor", ["csv", "tensorboard"])
-def test_curves_go_on_without_a_gap_or_a_step_twice(monitor: str, tmp_path: Path) -> None:
-    words = (*SHORT, f"monitor={monitor}", f"out={tmp_path / 'run'}")
-    execute(single.train, tmp_path / "run", 1, *words, "max_steps=6", "checkpoint.every=4")
-    newest(tmp_path / "run").rename(tmp_path / "gone")  # as if killed after step 6 was logged and before it was saved
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
-        stream.write('{"step": 7, "lo')
-    execute(single.train, tmp_path / "run", 1, *words)
-    assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == list(range(1, STEPS + 1))
-    if monitor == "csv":
-        rows = [row.split(",") for row in (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:]]
-        assert [int(row[0]) for row in rows if row[3]] == list(range(1, STEPS + 1))
-        return
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
-    events.Reload()
-    assert [event.step for event in events.Scalars("loss")] == list(range(1, STEPS + 1))
-
-
 # Which to keep, where to start ------------------------------------------------------------------------------------
 
 

@@ -84,7 +84,7 @@ def test_a_precision_that_a_recipe_lacks_is_not_called_equal(tmp_path: Path) -> 
 BROKEN = {
     "gradients clipped to a length of 1, as DeepSpeed does by default": (
         "deepspeed_zero",
-        '"gradient_clipping": 0.0,',
+        '"gradient_clipping": (config.gradients.clip_norm or 0.0) if config.zero.stage else 0.0,',
         "",
     ),
     "accumulation that does not weight its pieces": (

@@ -11,6 +11,7 @@ import torch
 
 from lockstep import data
 from lockstep.errors import UserError
+from lockstep.gradients import limits
 from lockstep.models import SMALL_IMAGE, build_model
 from lockstep.rundir import checkpoint_folder
 from lockstep.schema import AUTO, Config, check_values, walk
@@ -33,7 +34,8 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     check_package(recipe)
     check_values(config)
     refuse_auto(config)
-    refuse_what_is_not_there_yet(config)
+    if config.monitor.wandb:
+        require("wandb", "monitor=wandb")
     names = {recipe.name, recipe.subject(config).name}
     for name, value, rule in walk(config):
         if rule["only"] and not names & set(rule["only"]) and value != rule["default"]:
@@ -75,6 +77,9 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     config.model.image_size = config.model.image_size or config.data.image_size
     if config.resume not in ("auto", "never") and not recipe.backbone:
         check_source(config)
+    if config.gradients.clip_value:
+        with torch.device("meta"):  # names need no memory
+            limits(config.gradients, [name for name, _ in build_model(config.model).named_parameters()])
     share = config.batch_size // (world_size // config.stages)
     if config.sync_batchnorm and config.model.norm != "batch":
         raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
@@ -167,9 +172,3 @@ def refuse_auto(config: Config) -> None:
             "python -m recipes.doctor memory recipes=[NAME] batch_size=auto nproc=RANKS (on a cluster after srun "
             "--nodes=1 --ntasks=1), and set batch_size to that number times the machines"
         )
-
-
-def refuse_what_is_not_there_yet(config: Config) -> None:
-    """Refuse keys whose part of the suite has not landed, rather than ignore them."""
-    if config.monitor.name == "wandb":
-        raise UserError("monitor=wandb: not yet; allowed now are csv and tensorboard")

@@ -141,10 +141,9 @@ def to_config(composed: DictConfig) -> Config:
     """
     # `+key=value` adds to any node, typed or not; a key that no one reads is a mistake, not an addition.
     known = {name for name, _, _ in walk(Config())} | {f"cluster.{name}" for name, _, _ in walk(ClusterConfig())}
+    free = ("cluster.sbatch.", "gradients.clip_value.", "tune.space.")  # they hold names of their own
     for name in leaves(composed):
-        if name not in known and not name.startswith(
-            ("cluster.sbatch.", "tune.space.")
-        ):  # they hold names of their own
+        if name not in known and not name.startswith(free):
             raise unknown_key(name, "")
     try:
         config = OmegaConf.to_object(composed)
@@ -219,6 +218,12 @@ def explain(error: Exception) -> UserError:
     if isinstance(error, MissingConfigException) and error.options:
         group, _, option = str(error.missing_cfg_file).rpartition("/")
         return UserError(f"{group}={option}: no such option; allowed are {', '.join(options(error.options))}")
+    unloaded = re.search(r"Could not load '(\w+)/(\w+)'", text)
+    if unloaded:  # one of a list
+        group, option = unloaded.groups()
+        folders = [Path(folder) for folder in re.findall(r"path=file://(\S+)", text)]
+        allowed = options(file.stem for folder in folders for file in (folder / group).glob("*.yaml"))
+        return UserError(f"{group}={option}: no such option; allowed are {', '.join(allowed)}")
     if override and cause is not error:
         return UserError(f"{override.group(1)}: {first_line(cause)}")
     if override and override.group(1) == "tune" and "Could not override" in text:

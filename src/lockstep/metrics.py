@@ -16,18 +16,22 @@ from torch.nn.functional import cross_entropy
 
 from lockstep.data import Batch, EvalSampler
 
+KEPT = 64  # wrong predictions that an evaluation remembers
+
 
 @dataclass(frozen=True)
 class Evaluation:
     """Over the whole evaluation set: mean loss, accuracy, and macro-F1, the mean of the classes' F1 scores.
 
-    A class that no image has and none was taken for has no F1 and does not count.
+    A class that no image has and none was taken for has no F1 and does not count. `wrong` has the first KEPT samples
+    that were taken for something else: (sample, label, prediction).
     """
 
     loss: float
     accuracy: float
     f1: float
     count: int
+    wrong: tuple[tuple[int, int, int], ...] = ()
 
 
 class Tally:
@@ -43,11 +47,13 @@ class Tally:
         self._size, self._rows = sampler.size, iter(sampler.numbers())
         self._table = torch.zeros(sampler.batches(), 3, dtype=torch.float64)
         self._classes = torch.zeros(3, 0, dtype=torch.float64)  # of each: images, images taken for it, rightly so
+        self._batch_size, self._wrong = sampler.batch_size, torch.empty(0, 3, dtype=torch.int64)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """Count this rank's next batch: logits [N, C], labels [N]."""
         labels = labels.to(logits.device)  # a model split over devices answers on its last one
-        row = self._table[next(self._rows)]
+        number = next(self._rows)
+        row = self._table[number]
         row[0] = cross_entropy(logits.double(), labels, reduction="sum").item()
         taken_for = logits.argmax(1)
         right = taken_for == labels
@@ -56,6 +62,10 @@ class Tally:
         count = logits.shape[1]
         counts = [which.bincount(minlength=count).cpu() for which in (labels, taken_for, labels[right])]
         self._classes = self._wide(count) + torch.stack(counts)
+        if len(self._wrong) < KEPT:
+            places = (~right).nonzero().flatten()[:KEPT]
+            wrong = [places + number * self._batch_size, labels[places], taken_for[places]]
+            self._wrong = torch.cat([self._wrong, torch.stack(wrong, 1).cpu()])[:KEPT]
 
     def result(self, device: torch.device) -> Evaluation:
         """All ranks' sums; all call it together.
@@ -72,10 +82,19 @@ class Tally:
         loss, correct, count = table.view(-1, 3).sum(0).tolist()
         if count != self._size:
             raise RuntimeError(f"evaluation counted {count:g} samples of {self._size}")
-        return Evaluation(loss / count, correct / count, macro_f1(*classes.view(3, -1)), int(count))
+        f1, wrong = macro_f1(*classes.view(3, -1)), self._gather_wrong(device)
+        return Evaluation(loss / count, correct / count, f1, int(count), wrong)
 
     def _wide(self, count: int) -> Tensor:
         return functional.pad(self._classes, (0, count - self._classes.shape[1]))
+
+    def _gather_wrong(self, device: torch.device) -> tuple[tuple[int, int, int], ...]:
+        """The same on any number of ranks: each has the first of its batches, so the first of all are among them."""
+        table = torch.zeros(dist.get_world_size(), KEPT, 3, dtype=torch.int64, device=device)
+        table[dist.get_rank(), : len(self._wrong)] = self._wrong.to(device) + 1  # 0 is no sample
+        dist.all_reduce(table)
+        rows = sorted((table.flatten(0, 1).cpu() - 1).tolist())
+        return tuple((sample, label, predicted) for sample, label, predicted in rows if sample >= 0)[:KEPT]
 
 
 def macro_f1(images: Tensor, taken_for: Tensor, right: Tensor) -> float:

@@ -26,10 +26,11 @@ from lockstep.checkpoint import Checkpoints
 from lockstep.data import Batch
 from lockstep.errors import UserError
 from lockstep.files import write_atomically, write_json
+from lockstep.gradients import Gradients, Parts, wanted
 from lockstep.leaks import Graphs, warning
 from lockstep.memory import held_bytes, process_bytes, state_bytes
 from lockstep.models import AUTOCAST, DTYPES, count_parameters
-from lockstep.monitor import Monitor, open_monitors
+from lockstep.monitor import Mistake, Monitor, open_monitors
 from lockstep.precision import Scaler
 from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.pretrained import backbone
@@ -99,6 +100,7 @@ class Run:
         self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.quiet, self.listener = quiet, listener
         self.monitors: list[Monitor] = []
+        self._gradients: Gradients | None = None
         self.report = Report(self.recipe, config, world, out, next_command, quiet)
         self.keep_gradients = False
         self.first_gradients: dict[str, Tensor] = {}
@@ -282,6 +284,7 @@ class Run:
         mine, total = state_bytes(self._optimizer)
         state = metrics.gather_numbers(mine, self.device)
         self._notes = {"state_bytes_by_rank": [int(m) for m in state], "state_bytes_unsharded": total} | self._notes
+        self._show_mistakes()
         for monitor in self.monitors:
             monitor.close()
         if self.world.rank == 0:
@@ -290,6 +293,18 @@ class Run:
             result = self._result("finished", memory)
             write_json(self.out / "result.json", result)
             self.report.finish(result)
+
+    def _show_mistakes(self) -> None:
+        """Give the monitors a few images that the trained model gets wrong; result.json says which they are."""
+        wrong = self._evaluation.wrong[: self.config.monitor.images] if self._evaluation else ()
+        self._notes["misclassified"] = [
+            dict(zip(("sample", "label", "predicted"), each, strict=True)) for each in wrong
+        ]
+        if wrong and self.monitors and not self.quiet:
+            images = self.eval_set.fetch(torch.tensor([sample for sample, _, _ in wrong]), None).images
+            mistakes = [Mistake(*each, image) for each, image in zip(wrong, images, strict=True)]
+            for monitor in self.monitors:
+                monitor.mistakes(self.step, mistakes)
 
     def _export_best(self, last: Mapping[str, Tensor]) -> None:
         """Write best.pt, from the checkpoint that BEST names, on rank 0; the last weights say what it consists of."""
@@ -361,18 +376,27 @@ class Run:
         self._optimizer = optimizer
         if self.listener:
             self._agreement, self.listener.training = Agreement(self.world.control, self.listener), True
-        if self.world.rank == 0:
-            self.monitors = open_monitors(self.config.monitor.name, self.out, self.step)
         assert self._whole is not None
         assert self._module is not None
-        self._parameters = count_parameters(self._whole())
+        complete = self._whole()
+        self._parameters = count_parameters(complete)
+        if wanted(self.config):
+            self._gradients = self._watch_gradients(optimizer, [name for name, _ in complete.named_parameters()])
+        if self.world.rank == 0:
+            self.monitors = open_monitors(
+                self.out,
+                self.config,
+                name=f"{self.recipe}/{self.out.name}",
+                step=self.step,
+                columns=self._gradients.columns if self._gradients else (),
+                say=self.report.line,
+            )
         self.report.start(
             parameters=self._parameters,
             images=(len(self.train_set), len(self.eval_set)),
             steps=(self.steps_per_epoch, self.total_steps),
             first=self.step,
         )
-        assert self._module is not None
         if self.config.memory:
             self._account = Account(self._module, optimizer)
         self._logged_at, self._logged_step = time.perf_counter(), self.step
@@ -382,6 +406,15 @@ class Run:
             self._evaluation = self._evaluate()
             raise NothingLeft
         self._audit = Audit(self._module, model, optimizer)
+
+    def _watch_gradients(self, optimizer: Optimizer, names: list[str]) -> Gradients:
+        assert self._module is not None
+        if self._engine:
+            parts = self._engine.parts(self._module, optimizer)
+        else:  # the same stages of several pipelines hold the same
+            pipeline = self.config.stages > 1
+            parts = Parts(self._module, optimizer, owns=not pipeline or self.shard == 0, differ=pipeline)
+        return Gradients(self.config, names, self._module, parts, device=self.device, say=self.report.line)
 
     def _before_step(self, state: TrainingState) -> bool:
         """Save where a checkpoint is due, and leave where a signal has come; whether there is a step to take."""
@@ -401,6 +434,10 @@ class Run:
             self._lr = self._next_lr()
             if self._account:
                 self._account.start()
+            if self._gradients:
+                logs, every = self._is_logged(self.step + 1), self.config.monitor.histograms
+                drawn = logs and every > 0 and -(-(self.step + 1) // self.config.log_every) % every == 0
+                self._gradients.prepare(self.step + 1, logs=logs, histograms=drawn)
             self._timer.start()
         return not last
 
@@ -430,12 +467,19 @@ class Run:
             self.report.line(warning(kept))
             self._notes["graphs_kept"] = [number + 1 for number in kept]  # steps, as they are logged
         last = self.step == self.total_steps
-        if self.step % self.config.log_every == 0 or last:
-            self._train_loss = loss = self._mean_loss()
+        if self._gradients:
+            self._gradients.check(self.world.rank, self._stop)
+        if self._is_logged(self.step):
+            self._train_loss, memory = self._loss_and_memory()
+            loss = self._train_loss
             now = time.perf_counter()
             speed = (self.step - self._logged_step) * self.config.batch_size / (now - self._logged_at)
             self._logged_at, self._logged_step = now, self.step
-            self._log(loss=loss, lr=self._lr, images_per_second=round(speed, 1), **self._scaling)
+            more = self._scaling | (self._gradients.scalars if self._gradients and not left_out else {})
+            self._log(loss=loss, lr=self._lr, images_per_second=round(speed, 1), peak_memory_bytes=memory, **more)
+            if self._gradients and self._gradients.histograms:
+                for monitor in self.monitors:
+                    monitor.histograms(self.step, self._gradients.histograms)
             self.report.step(self.step, loss, speed)
         else:
             self._loss = None
@@ -460,6 +504,16 @@ class Run:
         self.note(f"held: {in_a_line(ranks)}, in MiB by rank; by layer in memory.json")
         if self.world.rank == 0:
             write_json(self.out / "memory.json", {"ranks": ranks})
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.total_steps
+
+    def _stop(self) -> None:
+        """Bring to an end what is under way, before all ranks leave with an error."""
+        if self._checkpoints:
+            self._checkpoints.wait()
+        for monitor in self.monitors:
+            monitor.close()
 
     def _evaluated(self, result: metrics.Evaluation) -> None:
         """Log an evaluation, and judge by it."""
@@ -585,6 +639,8 @@ class Run:
             "config": self._config_text,
         }
         best, self._best_is_new = self._best_is_new, False
+        for monitor in self.monitors:
+            monitor.flush()
         self._checkpoints.save(state.tensors(), facts | state.facts(), files=state.files, best=best)
 
     def _leave(self, sign: int) -> None:
@@ -593,15 +649,12 @@ class Run:
         Raises:
             Preempted: always.
         """
-        if self._checkpoints:
-            self._checkpoints.wait()
+        self._stop()
         name = signal.Signals(sign).name
         if not self.quiet:
             step = (self._checkpoints and self._checkpoints.saved_step) or self._started_at
             saved = f"saved at step {step}" if step else "nothing is saved"
             self.report.line(f"preempted by {name} after step {self.step} of {self.total_steps}: {saved}")
-        for monitor in self.monitors:
-            monitor.close()
         if self.world.rank == 0 and not self.quiet:
             write_json(self.out / "result.json", self._result("preempted", [0.0]))
         raise Preempted(name)
@@ -654,23 +707,25 @@ class Run:
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         return Batch(self.to_model(images), batch.labels.to(self.device, non_blocking=True))
 
-    def _mean_loss(self) -> float:
-        """The loss over the global batch: the mean over the ranks that have one, whose shares are equal.
+    def _loss_and_memory(self) -> tuple[float, int]:
+        """(the loss over the global batch, the largest peak of a rank's memory so far), in one all-reduce.
 
-        Of a pipeline only the last stage has one.
+        The loss is the mean over the ranks that have one, whose shares are equal; of a pipeline only the last stage has
+        one. Of the memory each rank writes its own number, and zeros for the others.
 
         Raises:
             UserError: no rank called run.record(loss=...) in this step.
         """
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(2 + self.world.world_size, dtype=torch.float64, device=self.device)
         if self._loss is not None:
             total[0], total[1] = self._loss.double().to(self.device), 1
         self._loss = None
+        total[2 + self.world.rank] = metrics.peak_memory_bytes(self.device)
         dist.all_reduce(total)
-        loss, count = total.tolist()
+        loss, count, *memory = total.tolist()
         if not count:
             raise UserError(f"{self.recipe}: no loss to log; call run.record(loss=loss) in every step")
-        return loss / count
+        return loss / count, int(max(memory))
 
     def _epoch_ends_with_evaluation(self) -> bool:
         every = self.config.eval_every * self.steps_per_epoch

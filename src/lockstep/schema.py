@@ -118,7 +118,29 @@ class FsdpConfig:
 
 @dataclass
 class MonitorConfig:
-    name: str = key("csv", "where the curves go, besides metrics.jsonl", ("csv", "tensorboard", "wandb"), free=True)
+    csv: bool = key(False, "metrics.csv, for spreadsheets (monitor=csv)", free=True)
+    tensorboard: bool = key(False, "event files for TensorBoard (monitor=tensorboard)", free=True)
+    wandb: bool = key(False, "Weights & Biases, offline unless you are logged in (monitor=wandb)", free=True)
+    project: str = key("lockstep", "wandb: the project that the run belongs to", free=True)
+    histograms: int = key(
+        0, "histograms of weights and gradients, at every so many logged steps (0: none)", minimum=0, free=True
+    )
+    images: int = key(8, "misclassified images shown at the end, at most 64", minimum=0, free=True)
+
+
+@dataclass
+class GradientsConfig:
+    log: bool = key(
+        False, "at logged steps, each layer's gradient norm, and how far the update moved its weights", free=True
+    )
+    warn_above: float | None = key(None, "name a layer whose gradient norm is above this", free=True)
+    clip_norm: float | None = key(None, "scale all gradients down together where their global norm is above this")
+    clip_value: Any = key(
+        None, "clamp each number in the gradients of the parameters whose names fit, such as {fc.*: 0.1}"
+    )
+    stop_on_nan: bool = key(
+        False, "end the run where a layer's output or gradient is not finite, and name layer, step and rank", free=True
+    )
 
 
 @dataclass
@@ -189,6 +211,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    gradients: GradientsConfig = field(default_factory=GradientsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
@@ -353,8 +376,23 @@ def check_values(config: Config) -> None:
             raise UserError(f"{name}={value}: allowed are numbers from {rule['minimum']} up")
     if config.seed >= 2**32:
         raise UserError(f"seed={config.seed}: allowed are numbers from 0 to 2**32 − 1")
+    check_limits(config.gradients)
+    if config.monitor.images > 64:
+        raise UserError(f"monitor.images={config.monitor.images}: allowed are 0…64")
     if min(config.data.std, default=1) <= 0:
         raise UserError(f"data.std={config.data.std}: allowed are numbers above 0")
+
+
+def check_limits(config: GradientsConfig) -> None:
+    """Hold what gradients are measured against to numbers above 0; raises UserError."""
+    values = config.clip_value
+    if values is not None and not isinstance(values, dict):
+        raise UserError(f"gradients.clip_value={values}: allowed are a pattern and a number, such as {{fc.*: 0.1}}")
+    limits = {"warn_above": config.warn_above, "clip_norm": config.clip_norm}
+    limits |= {f"clip_value.{name}": value for name, value in (values or {}).items()}
+    for name, limit in limits.items():
+        if limit is not None and not (type(limit) in (int, float) and limit > 0 and math.isfinite(limit)):
+            raise UserError(f"gradients.{name}={limit}: allowed are finite numbers above 0")
 
 
 def to_yaml(config: Config) -> str:

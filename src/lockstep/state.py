@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ from torch.optim import Optimizer
 
 from lockstep.checkpoint import Files
 from lockstep.errors import UserError
+
+if TYPE_CHECKING:
+    from lockstep.gradients import Parts
 
 
 class Stateful(Protocol):
@@ -68,6 +71,10 @@ class Engine(Protocol):
 
     def weights(self, folder: Path) -> dict[str, Tensor]:
         """The plain state_dict in a folder of its files, on the CPU. One rank calls it alone."""
+        ...
+
+    def parts(self, module: nn.Module, optimizer: Optimizer) -> Parts:
+        """Where this rank's gradients and weights are seen, in `module` and `optimizer`, those that `run.steps` has."""
         ...
 
     def keep_gradients(self, into: dict[str, Tensor]) -> None:

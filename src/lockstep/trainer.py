@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from lockstep.accumulate import MicroBatch, micro_batches
 from lockstep.batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.data import Batch
+from lockstep.gradients import Parts
 from lockstep.lightning import joined
 from lockstep.metrics import sync_buffers
 from lockstep.run import Run
@@ -149,6 +150,21 @@ def put_at_step(counts: dict[str, Any], step: int, steps_per_epoch: int, pieces:
         }
 
 
+class FitParts(Parts):
+    """Gradients under the Trainer, which runs backward inside optimizer.step: the optimizer's own hook comes before it.
+
+    Args:
+        calls: what `on_before_optimizer_step` is to call, after backward and, under fp16, unscaling.
+    """
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, calls: list[Callable[[], None]]) -> None:
+        super().__init__(module, optimizer)
+        self._calls = calls
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        self._calls.append(call)
+
+
 class RunHooks(Checkpoint):
     """Calls the run where the Trainer's loop is between two steps, and is the run's Engine.
 
@@ -174,6 +190,7 @@ class RunHooks(Checkpoint):
         self.ckpt_path: Path | None = None
         self.files_of_the_trainer = InMemory()
         self._gradients: dict[str, Tensor] | None = None
+        self._calls: list[Callable[[], None]] = []
         self._state = run._take_up(self._model, engine=self)
         if self.ckpt_path and run.step >= run.total_steps:  # the Trainer would not even restore
             saved, configured = self.files_of_the_trainer.load_checkpoint(self.ckpt_path), module.configure_optimizers()
@@ -219,6 +236,8 @@ class RunHooks(Checkpoint):
         if self._gradients is not None and self._run.step == 0:
             named = self._model.named_parameters()
             self._gradients.update((name, p.grad.detach().clone()) for name, p in named if p.grad is not None)
+        for call in self._calls:
+            call()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -258,6 +277,9 @@ class RunHooks(Checkpoint):
     def weights(self, folder: Path) -> dict[str, Tensor]:
         saved = self.files_of_the_trainer.load_checkpoint(folder / FILE)["state_dict"]
         return {name.removeprefix("model."): tensor for name, tensor in saved.items()}
+
+    def parts(self, module: nn.Module, optimizer: Optimizer) -> Parts:
+        return FitParts(module, optimizer, self._calls)
 
     def keep_gradients(self, into: dict[str, Tensor]) -> None:
         self._gradients = into

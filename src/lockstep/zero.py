@@ -26,11 +26,12 @@ from deepspeed.runtime import compiler
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
-from deepspeed.utils import logger, safe_get_full_grad
+from deepspeed.utils import logger, safe_get_full_grad, safe_set_full_grad
 from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lockstep import gradients
 from lockstep.errors import UserError
 from lockstep.run import Run
 
@@ -216,17 +217,30 @@ class Files:
 
         self.before_update(keep)
 
+    def parts(self, module: nn.Module, optimizer: Optimizer) -> gradients.Parts:
+        return Parts(self) if self.stage else gradients.Parts(module, optimizer)
+
     def before_update(self, call: Callable[[], None]) -> None:
         """Have something called on all ranks in each step, between the last backward and the update."""
         outer = self.engine.optimizer
         if isinstance(outer, Optimizer):  # stage 0: the one that was handed in
             outer.register_step_pre_hook(lambda *_: call())
-            return
+        else:
+            self._around_update(call, lambda: None)
+
+    def after_update(self, call: Callable[[], None]) -> None:
+        """Have something called on all ranks in each step, when stage 1 to 3 has updated the weights."""
+        self._around_update(lambda: None, call)
+
+    def _around_update(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        outer = self.engine.optimizer
         update = outer.step
 
         def step(*args: Any, **options: Any) -> Any:
-            call()
-            return update(*args, **options)
+            before()
+            result = update(*args, **options)
+            after()
+            return result
 
         outer.step = step
 
@@ -292,6 +306,44 @@ class Files:
                 if mapping is not None:  # else all of it is another rank's
                     at, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
                     yield flat, self.names[id(parameter)], at.start, start, at.numel
+
+
+class Parts(gradients.Parts):
+    """What a rank holds of gradients and weights in stage 1 to 3.
+
+    The sections of gradients are no parameters' own, so each one is put together on every rank, one after the other.
+    """
+
+    clips_norm = True  # gradient_clipping does, in the update
+
+    def __init__(self, files: Files) -> None:
+        super().__init__(files.module, files.optimizer, owns=dist.get_rank() == 0, differ=True)
+        self._files = files
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        self._files.before_update(call)
+
+    def after_update(self, call: Callable[[], None]) -> None:
+        self._files.after_update(call)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        found: Tensor | None = safe_get_full_grad(parameter)
+        return found
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        section = getattr(parameter, "ds_tensor", None)
+        if section is None:
+            return parameter.detach()
+        size = section.numel()  # the last ranks' are padded
+        return section.flatten()[: max(0, min(size, vars(parameter)["ds_numel"] - dist.get_rank() * size))].detach()
+
+    def clamp(self, parameter: nn.Parameter, limit: float) -> None:
+        found = self.gradient(parameter)
+        if found is not None:
+            safe_set_full_grad(parameter, found.clamp(-limit, limit))
+
+    def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
+        return self._owns or (not gradient and hasattr(parameter, "ds_tensor"))
 
 
 # Stage 3 ----------------------------------------------------------------------------------------------------------

@@ -1,0 +1,368 @@
+"""Gradients seen, bounded and guarded by hooks, in every recipe and under every sharding.
+
+There are two moments at which to look. A tensor hook on a parameter (`tensor.register_hook`), and a module's backward
+hook, see what this rank has computed from one micro-batch, while backward runs: before micro-batches add up, before
+ranks average. That is the place to find out in which layer and on which rank a NaN appears, and the wrong one to clip:
+the mean of clipped gradients is not the clipped mean, so with two ranks or micro-batches it would be another training.
+What the optimizer is about to apply is there when its step begins: after the mean over ranks, and under fp16 unscaled,
+for GradScaler unscales before it calls the optimizer, and does not call it when a gradient has overflowed.
+`optimizer.register_step_pre_hook` is that moment, so norms, limits and histograms are taken there.
+
+A rank may hold a part of a gradient (FSDP), or of some layers only (a pipeline), or the same as all others (DDP). Each
+writes the sums of squares of what it holds into its rows of a table with a row for every parameter of the model, and
+where parts differ one all-reduce adds the tables, 8 bytes a parameter: all ranks then know every layer's norm and the
+norm over all, the same to the last bit. Who has the same as another rank writes zeros.
+
+Nothing asked for: no hook is registered, and nothing is computed.
+
+Source: https://docs.pytorch.org/docs/stable/notes/modules.html#module-hooks,
+https://arxiv.org/abs/1211.5063 (clipping by the norm)
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lockstep.errors import CheckFailed, UserError
+from lockstep.monitor import Histogram
+from lockstep.schema import Config, GradientsConfig
+from lockstep.state import is_sharded
+
+BINS = 64  # of a histogram
+WARN_STEPS = 100  # a layer is named at most once in so many steps
+
+
+def wanted(config: Config) -> bool:
+    """Whether there is anything to hook into."""
+    asked = config.gradients
+    return bool(
+        asked.log
+        or asked.warn_above
+        or asked.clip_norm
+        or asked.clip_value
+        or asked.stop_on_nan
+        or config.monitor.histograms
+    )
+
+
+def layer_of(parameter: str) -> str:
+    """The module that a parameter belongs to, by its name."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+def limits(config: GradientsConfig, names: list[str]) -> dict[str, float]:
+    """{parameter: the limit on each number of its gradient}, from clip_value's patterns; the last that fits counts.
+
+    Raises:
+        UserError: a pattern fits no parameter.
+    """
+    found: dict[str, float] = {}
+    for pattern, limit in (config.clip_value or {}).items():
+        fitting = fnmatch.filter(names, pattern)
+        if not fitting:
+            some = ", ".join([*names[:2], *names[-2:]])
+            raise UserError(f"gradients.clip_value.{pattern}: fits none of the model's parameters, such as {some}")
+        found |= dict.fromkeys(fitting, float(limit))
+    return found
+
+
+class Parts:
+    """What one rank holds of the gradients and weights that its optimizer works on, and when they can be seen.
+
+    Args:
+        owns: whether what this rank holds counts, where others may hold the same.
+        differ: whether ranks hold different parts, so that their sums add up to the whole.
+
+    Attributes:
+        clips_norm: whether somebody else sees to gradients.clip_norm.
+    """
+
+    clips_norm = False
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, *, owns: bool = True, differ: bool = False) -> None:
+        self.parameters = dict(module.named_parameters())
+        self._optimizer, self._owns = optimizer, owns
+        self.differ = differ or any(is_sharded(parameter) for parameter in self.parameters.values())
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        """Have something called in each step when its gradients are complete, before the weights change."""
+        self._optimizer.register_step_pre_hook(lambda *_: call())
+
+    def after_update(self, call: Callable[[], None]) -> None:
+        """Have something called in each step when the weights have changed."""
+        self._optimizer.register_step_post_hook(lambda *_: call())
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """This rank's part of a gradient; to write to it is to change it."""
+        return None if parameter.grad is None else local(parameter.grad)
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a parameter."""
+        return local(parameter.detach())
+
+    def clamp(self, parameter: nn.Parameter, limit: float) -> None:
+        """Bring each number of a gradient into −limit…limit."""
+        gradient = self.gradient(parameter)
+        if gradient is not None:
+            gradient.clamp_(-limit, limit)
+
+    def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
+        """Whether this rank's part of a parameter, or of its gradient, belongs into the sum over ranks."""
+        if not is_sharded(parameter):
+            return self._owns
+        sharded = cast(Any, parameter)  # in several copies: those in the first row of the mesh
+        places = zip(sharded.placements, sharded.device_mesh.get_coordinate(), strict=True)
+        return all(place == 0 for placement, place in places if placement.is_replicate())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded."""
+    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+
+
+class Gradients:
+    """What `gradients.*` and `monitor.histograms` ask for, on one rank. All ranks make one, or none does.
+
+    Args:
+        names: every parameter of the whole model, in the same order on all ranks.
+        module: what this rank holds of the model.
+        say: what prints a line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        names: list[str],
+        module: nn.Module,
+        parts: Parts,
+        *,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self._asked, self._names, self._parts, self._device, self._say = config.gradients, names, parts, device, say
+        self._may_overflow = config.precision == "fp16"
+        self._limits = limits(config.gradients, names)
+        self._rows = {name: row for row, name in enumerate(names)}
+        self.layers = list(dict.fromkeys(layer_of(name) for name in names))
+        self._layer_of_row = torch.tensor([self.layers.index(layer_of(name)) for name in names], device=device)
+        self._warned: dict[str, int] = {}
+        self._sentinel: Sentinel | None = None
+        if self._asked.stop_on_nan:
+            self._sentinel = Sentinel(module, outputs=not config.compile, gradients=not self._may_overflow)
+        self.prepare(0, logs=False, histograms=False)
+        parts.before_update(self._before_update)
+        if self._asked.log or config.monitor.histograms:
+            parts.after_update(self._after_update)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the scalars that logged steps have."""
+        total = ("gradient_norm",) if self._asked.log or self._asked.clip_norm else ()
+        if not self._asked.log:
+            return total
+        return (*total, *(f"{kind}/{layer}" for kind in ("gradient_norm", "update_ratio") for layer in self.layers))
+
+    def prepare(self, step: int, *, logs: bool, histograms: bool) -> None:
+        """Forget the last step, and learn of the coming one: its number, and whether it is logged."""
+        self._step, self._logs, self._draws = step, logs, histograms
+        self._squares: Tensor | None = None
+        self._before: dict[str, Tensor] = {}
+        self.scalars: dict[str, float] = {}
+        self.histograms: dict[str, Histogram] = {}
+        if self._sentinel:
+            self._sentinel.reset()
+
+    @torch.no_grad()
+    def _before_update(self) -> None:
+        asked, parameters = self._asked, self._parts.parameters
+        for name, limit in self._limits.items():
+            if name in parameters:  # a pipeline's other ranks have the others
+                self._parts.clamp(parameters[name], limit)
+        clips = asked.clip_norm is not None and not self._parts.clips_norm
+        logs = self._logs and bool(self.columns)
+        if clips or logs or asked.warn_above is not None or asked.stop_on_nan:
+            self._squares = self._sum_of_squares(self._gradients())
+            norm = self._squares.sum().sqrt()
+            if asked.warn_above is not None:
+                self._warn(asked.warn_above)
+            if logs:
+                self.scalars["gradient_norm"] = norm.item()
+            if logs and asked.log:
+                self.scalars |= {f"gradient_norm/{layer}": value for layer, value in self._by_layer(self._squares)}
+            if clips and asked.clip_norm is not None:
+                self._scale((asked.clip_norm / (norm + 1e-6)).clamp(max=1.0))  # torch's own formula
+        if self._draws:
+            self._draw("gradients", self._gradients)
+        if self._logs and asked.log:
+            self._before = {name: self._parts.weight(p).clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        if self._before:
+            now = dict(self._weights())
+            moved_by = self._sum_of_squares((name, now[name] - old) for name, old in self._weights(before=True))
+            length = self._sum_of_squares(self._weights(before=True))
+            pairs = zip(self._by_layer(moved_by), self._by_layer(length), strict=True)
+            self.scalars |= {f"update_ratio/{layer}": a / b if b else 0.0 for (layer, a), (_, b) in pairs}
+            self._before.clear()
+        if self._draws:
+            self._draw("weights", self._weights)
+
+    def check(self, rank: int, stopping: Callable[[], None]) -> None:
+        """End the run on all ranks together if in this step anything was not finite; all ranks call it in each step.
+
+        Args:
+            stopping: called before that.
+
+        Raises:
+            CheckFailed: naming the layer, the step and the rank where it came first.
+        """
+        if self._sentinel is None:
+            return
+        found = self._sentinel.found()
+        averaged = None if self._may_overflow else self._squares
+        if found is None and averaged is not None and not averaged.isfinite().all():
+            row = int((~averaged.isfinite()).nonzero()[-1])  # backward comes from the end
+            found = (2, f"the gradient of {self._names[row]}, averaged over the ranks,")
+        anyone = torch.tensor(float(found is not None), device=self._device)
+        dist.all_reduce(anyone)
+        if not anyone.item():
+            return
+        everyone: list[tuple[int, str] | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(everyone, found)
+        # Forward passes through a pipeline's ranks upwards, backward downwards.
+        first = min((each[0], -r if each[0] else r, each[1], r) for r, each in enumerate(everyone) if each is not None)
+        stopping()
+        raise CheckFailed(
+            f"gradients.stop_on_nan: in step {self._step}, {first[2]} is not finite, first on rank {first[3]}; "
+            "the step is not saved; lower optim.lr, set gradients.clip_norm, or look closer with +debug=anomaly"
+        )
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, part) of what counts of this rank's gradients. All ranks go through it together."""
+        for name, parameter in self._parts.parameters.items():
+            gradient = self._parts.gradient(parameter)
+            if gradient is not None and self._parts.counts(parameter, gradient=True):
+                yield name, gradient
+
+    def _weights(self, before: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(name, part) of what counts of this rank's weights, as they were before the update or are."""
+        for name, parameter in self._parts.parameters.items():
+            if self._parts.counts(parameter, gradient=False):
+                yield name, self._before[name] if before else self._parts.weight(parameter)
+
+    def _sum_of_squares(self, parts: Iterator[tuple[str, Tensor]]) -> Tensor:
+        """[parameters], float64: each one's, over all ranks."""
+        table = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        norms = {self._rows[name]: torch.linalg.vector_norm(part) for name, part in parts}
+        if norms:
+            rows = torch.tensor(list(norms), device=self._device)
+            table[rows] = torch.stack([norm.to(self._device, torch.float64) for norm in norms.values()]).square()
+        return self._everyone(table)
+
+    def _everyone(self, table: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+        if self._parts.differ:
+            dist.all_reduce(table, how)
+        return table
+
+    def _by_layer(self, squares: Tensor) -> list[tuple[str, float]]:
+        """(layer, norm), for every layer."""
+        sums = torch.zeros(len(self.layers), dtype=torch.float64, device=self._device)
+        return list(zip(self.layers, sums.index_add_(0, self._layer_of_row, squares).sqrt().tolist(), strict=True))
+
+    def _scale(self, factor: Tensor) -> None:
+        for parameter in self._parts.parameters.values():
+            gradient = self._parts.gradient(parameter)
+            if gradient is not None:
+                gradient.mul_(factor.to(gradient.device, gradient.dtype))
+
+    def _warn(self, limit: float) -> None:
+        assert self._squares is not None
+        for layer, norm in self._by_layer(self._squares):
+            if norm > limit and self._step >= self._warned.get(layer, -WARN_STEPS) + WARN_STEPS:
+                self._warned[layer] = self._step
+                self._say(f"step {self._step}: gradient norm {norm:.4g} of {layer} is above {limit:g}")
+
+    def _draw(self, kind: str, parts: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        """A histogram for each parameter. The ranks' counts add up once all of them use the same bins.
+
+        Numbers that are not finite are left out.
+        """
+        ends = torch.full((len(self._names), 2), float("inf"), dtype=torch.float64, device=self._device)
+        for name, part in parts():
+            finite = part[part.isfinite()]
+            if finite.numel():
+                low, high = finite.aminmax()
+                ends[self._rows[name], 0], ends[self._rows[name], 1] = low, -high
+        self._everyone(ends, dist.ReduceOp.MIN)
+        bounds = [(low, -high) if low < -high else (low - 1, 1 - high) for low, high in ends.tolist()]
+        table = torch.zeros(len(self._names), BINS + 2, dtype=torch.float64, device=self._device)
+        for name, part in parts():
+            row, exact = self._rows[name], part[part.isfinite()].double()
+            if exact.numel():
+                table[row, :BINS] = torch.histc(exact, BINS, *bounds[row])
+                table[row, BINS], table[row, BINS + 1] = exact.sum(), exact.square().sum()
+        for name, bound, row in zip(self._names, bounds, self._everyone(table).tolist(), strict=True):
+            if any(row[:BINS]):
+                counts = [int(count) for count in row[:BINS]]
+                self.histograms[f"{kind}/{name}"] = Histogram(*bound, counts, row[BINS], row[BINS + 1])
+
+
+class Sentinel:
+    """Notes the first thing in a step that is not finite on this rank: hooks of modules, and of tensors.
+
+    A hook on each layer's forward looks at its output, and hangs a hook on that tensor, which sees the gradient that
+    comes back to it; a hook on each parameter sees the parameter's own gradient. (A module's own full backward hook
+    would not do: it wraps the output in a view, which an in-place ReLU behind it may not write to.) Nothing waits for
+    the device: a number on it remembers which look was the first to find something, and is read once a step.
+
+    Args:
+        outputs: whether to look at layers' outputs; a compiled model's layers are no longer called one by one.
+        gradients: whether to look at gradients. Under fp16 they may overflow, which its scaler finds out and skips.
+    """
+
+    NONE = 2**62
+
+    def __init__(self, module: nn.Module, *, outputs: bool, gradients: bool) -> None:
+        self._gradients = gradients
+        self.reset()
+        for name, layer in module.named_modules() if outputs else ():
+            if not any(layer.children()):
+                layer.register_forward_hook(partial(self._forward, name))
+        for name, parameter in module.named_parameters() if gradients else ():
+            if parameter.requires_grad:
+                parameter.register_hook(partial(self._look, (1, f"the gradient of {name}")))
+
+    def reset(self) -> None:
+        self._looks: list[tuple[int, str]] = []
+        self._first: dict[torch.device, Tensor] = {}  # on each device, the first look that found something
+
+    def found(self) -> tuple[int, str] | None:
+        """(0 in forward or 1 in backward, what) of the first look that found something."""
+        first = min((int(number.item()) for number in self._first.values()), default=self.NONE)
+        return None if first == self.NONE else self._looks[first]
+
+    def _forward(self, name: str, layer: nn.Module, args: Any, output: Any) -> None:
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor):
+            return  # an evaluation
+        self._look((0, f"the output of {name}"), output)
+        if output.requires_grad and self._gradients:
+            output.register_hook(partial(self._look, (1, f"the gradient of {name}'s output")))
+
+    @torch.no_grad()
+    def _look(self, what: tuple[int, str], tensor: Tensor) -> None:
+        number = len(self._looks)
+        self._looks.append(what)
+        earlier = self._first.get(tensor.device)
+        if earlier is None:
+            earlier = torch.tensor(self.NONE, device=tensor.device)
+        now = torch.where(tensor.detach().isfinite().all(), self.NONE, number)
+        self._first[tensor.device] = torch.minimum(earlier, now)
