@@ -14,8 +14,8 @@ N ranks, one more of them with each stage, and every cut is paid by a message th
 The optimizer's state includes a copy of the weights in fp32, so with SGD and two ranks stage 1 saves nothing; the
 summary says what a rank holds. `zero.offload=true` moves the rank's part of it to the host's memory. Every stage trains
 what recipes.ddp does, on CPU and gloo to the last bit, as long as there is one micro-batch: stages 2 and 3 add them up
-in another order. `precision=bf16` is autocast, here as in every recipe, and from stage 1 on gradients also travel as
-bf16. There is no fp64, because DeepSpeed updates in fp32 whatever the model computes in.
+in another order. `precision=bf16` and `fp16` are autocast, here as in every recipe, and from stage 1 on gradients also
+travel in them. There is no fp64, because DeepSpeed updates in fp32 whatever the model computes in.
 
 `accumulate=N` is DeepSpeed's own: engine.step() updates after the last micro-batch, and only counts before. It would
 divide each loss by N; here a micro-batch counts for what it is, also a ragged last one. Started by the same launchers
@@ -45,6 +45,7 @@ from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.metrics import gather_numbers
 from lockstep.models import build_model
+from lockstep.run import AUTOCAST
 from lockstep.schema import Config
 
 
@@ -60,7 +61,10 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
         "gradient_accumulation_steps": -(-share // largest),
         # Its default is 1.0. In stage 0 the gradients are whole, and run.steps sees to it, as in every recipe.
         "gradient_clipping": (config.gradients.clip_norm or 0.0) if config.zero.stage else 0.0,
-        "torch_autocast": {"enabled": config.precision == "bf16", "dtype": "bfloat16"},
+        "torch_autocast": {
+            "enabled": config.precision in AUTOCAST,
+            "dtype": str(AUTOCAST.get(config.precision, torch.bfloat16)).removeprefix("torch."),
+        },
         "zero_optimization": {
             "stage": config.zero.stage,
             "reduce_bucket_size": 2**22,  # elements in one all-reduce; the default, 5e8, takes 2 GB
@@ -78,12 +82,7 @@ def check(config: Config, share: int) -> None:
     """What DeepSpeed cannot do, before anything starts."""
     if config.precision == "fp64":
         raise UserError(
-            "precision=fp64: DeepSpeed's optimizer computes in fp32 and would lose it; allowed are fp32 and bf16"
-        )
-    if config.precision == "fp16":
-        raise UserError(
-            "precision=fp16: DeepSpeed scales the loss in a way of its own, which this recipe leaves out; "
-            "allowed are fp32 and bf16"
+            "precision=fp64: DeepSpeed's optimizer computes in fp32 and would lose it; allowed are fp32, bf16 and fp16"
         )
     if config.compile:
         raise UserError(
@@ -102,7 +101,7 @@ def check(config: Config, share: int) -> None:
         {"accumulate": 4},
         {"model.norm": "batch"},
         "BatchNorm sees micro-batches",
-        precisions=("fp32", "bf16"),
+        precisions=("fp32", "bf16", "fp16"),
     ),
     check=check,
     next_command="python -m recipes.ddp     the whole of everything on each rank, to compare with",
@@ -123,6 +122,7 @@ def train(run: Run) -> None:
         optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
     with zero.prepared(run):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(run))
+    scaler = run.scaler()  # precision=fp16: in DeepSpeed's backward and step, in place of its own
 
     def whole() -> nn.Module:
         if run.config.zero.stage < 3:
@@ -131,7 +131,7 @@ def train(run: Run) -> None:
             plain = build_model(run.config.model)
         return zero.gather(model, plain)
 
-    files = zero.Files(engine)
+    files = zero.Files(engine, scaler)
     for batch in run.steps(model=engine, optimizer=optimizer, whole=whole, engine=files):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():

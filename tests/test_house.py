@@ -26,7 +26,6 @@ SCALER = ["scaler.step(optimizer)", "scaler.update()"]
 REPLACES: dict[str, list[str]] = {
     "data_parallel": [],
     "deepspeed_zero": [
-        "scaler = run.scaler()",
         "for batch in run.steps(model=model, optimizer=optimizer):",
         LOSS,
         LOOP[1],

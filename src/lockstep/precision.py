@@ -68,6 +68,13 @@ class Scaler(torch.amp.GradScaler):
                 "the training has diverged: lower optim.lr, or set precision=bf16"
             )
 
+    def leave_out(self) -> None:
+        """Halve the scale for a step that an engine of its own has left out, on all ranks."""
+        assert self._scale is not None
+        self._overflow = True
+        self._per_optimizer_states[0]["found_inf_per_device"] = {self._scale.device: torch.ones_like(self._scale)}
+        self.update()
+
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | ({"skipped": self.skipped} if self.is_enabled() else {})
 

@@ -22,7 +22,7 @@ from unittest import mock
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.runtime import compiler
+from deepspeed.runtime import compiler, torch_autocast
 from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -33,6 +33,7 @@ from torch.optim import Optimizer
 
 from lockstep import gradients
 from lockstep.errors import UserError
+from lockstep.precision import Scaler
 from lockstep.run import Run
 
 Tensors = dict[str, Tensor]
@@ -52,6 +53,7 @@ def prepared(run: Run) -> Iterator[None]:
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     # Its collectives go through a group of its own, which would wait half an hour for a rank that hangs.
     new_group = functools.partial(dist.new_group, timeout=timedelta(seconds=run.config.timeout_seconds))
+    vars(torch_autocast)["TORCH_AUTOCAST_INITIALIZED"] = False  # by an earlier run in this process
     with contextlib.redirect_stdout(run.report.log), mock.patch.object(dist, "new_group", new_group):
         # When it looks whether an optimizer is Muon, it has that one's functions compiled: 3 s in each rank.
         with mock.patch.object(compiler, "compile", return_value=lambda function: function):
@@ -168,14 +170,16 @@ class Files:
 
     name = "deepspeed"
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, scaler: Scaler) -> None:
         self.engine, self.module, self.optimizer = engine, engine.module, engine.basic_optimizer
         self.stage = engine.zero_optimization_stage()
         self.names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         engine.checkpoint_engine = self.memory = InMemory()
         engine._copy_recovery_script = lambda _: None  # a script it would write past the checkpoint engine
-        self.gradient_bytes = 0
+        self.scaler, self.gradient_bytes = scaler, 0
         self.before_update(self._measure)
+        if scaler.is_enabled():
+            self._scale()
 
     def files(self) -> dict[str, memoryview]:
         self.engine.save_checkpoint("checkpoints", tag=self.name, save_latest=False)
@@ -212,8 +216,9 @@ class Files:
     def keep_gradients(self, into: Tensors) -> None:
         def keep() -> None:
             if not into:
+                scale = self.scaler.get_scale() if self.stage else 1.0  # at stage 0 they have been unscaled
                 named = self.module.named_parameters()
-                into.update({name: safe_get_full_grad(parameter).detach().clone() for name, parameter in named})
+                into.update({name: safe_get_full_grad(parameter).detach() / scale for name, parameter in named})
 
         self.before_update(keep)
 
@@ -275,6 +280,27 @@ class Files:
             averaged = getattr(self.engine.optimizer, "averaged_gradients", {})  # stage 1 to 3
             parts = [part for group in averaged.values() for part in group or []]
             self.gradient_bytes = sum(stored([*gradients, *parts]).values())
+
+    def _scale(self) -> None:
+        """Put our scaler in the place of DeepSpeed's, which no checkpoint holds.
+
+        From stage 1 on DeepSpeed looks at the gradients' norm before it comes to the scaler. Where that is not finite
+        it leaves the step out by itself, on all ranks, and would never tell the scaler, which would never be halved.
+        """
+        if self.stage == 0:
+            self.engine.torch_autocast_z0_gradscaler = self.scaler
+            return
+        outer = self.engine.optimizer
+        outer.torch_autocast_gradscaler = self.scaler
+        update = outer.step
+
+        def step(*args: Any, **options: Any) -> Any:
+            found = update(*args, **options)
+            if outer.overflow:
+                self.scaler.leave_out()
+            return found
+
+        outer.step = step
 
     def _load_moments(self, moments: dict[str, Tensors]) -> None:
         if self.stage == 0:
