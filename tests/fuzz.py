@@ -67,7 +67,7 @@ OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2",
 IMAGES = 144, 36  # of the digits
 SIZE = ("batch_size=36", "epochs=4", "log_every=1", "optim.warmup_steps=3", "threads=1", "timeout_seconds=120")
 STEPS = 16
-LOGGED = ("step", "loss", "lr", "eval_loss", "eval_accuracy")
+LOGGED = ("step", "loss", "lr", "loss_scale", "skipped_steps", "eval_loss", "eval_accuracy", "eval_f1")
 
 Tensors = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests.harness import ROOT, clean_environment, command
 
-HEAVY = {"lightning", "deepspeed", "ray", "wandb", "hydra", "sklearn", "tensorboard", "torchvision"}
+HEAVY = {"lightning", "deepspeed", "ray", "wandb", "hydra", "sklearn", "tensorboard", "torchvision", "torchmetrics"}
 LOOP = [
     "for micro in micro_batches(batch, run.config.accumulate, model):",
     "scaler.scale(loss * micro.weight).backward()",

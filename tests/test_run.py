@@ -22,6 +22,7 @@ from tests.harness import complete, compose_config, run_ranks, train
 
 RESULT_KEYS = """
     recipe status world_size backend device precision steps epochs samples_seen train_loss eval_loss eval_accuracy
+    eval_f1
     images_per_second step_seconds_p50 step_seconds_p95 peak_memory_bytes parameters trainable_parameters resumed_from
     wall_seconds checkpoint_stall_seconds
 """.split()

@@ -51,5 +51,5 @@ def test_evaluation_is_the_same_to_the_last_bit_on_any_number_of_ranks(tmp_path:
             "model.norm=group",
         )
         result = json.loads((out / "result.json").read_text())
-        found.append((result["eval_loss"], result["eval_accuracy"]))
+        found.append((result["eval_loss"], result["eval_accuracy"], result["eval_f1"]))
     assert len(set(found)) == 1
