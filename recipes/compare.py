@@ -106,7 +106,10 @@ def train(run: Run) -> None:
     results: dict[str, list[dict[str, Any]]] = {}
     for name in choose(run.config.recipes):
         try:
-            check_package(importlib.import_module(f"recipes.{name}").train)
+            each = importlib.import_module(f"recipes.{name}").train
+            check_package(each)
+            if each.backbone:
+                raise UserError(f"recipes.{name} trains a part of a trained model, which is not the same work")
             results[name] = []
         except UserError as error:
             run.report.line(f"left out: {error}")

@@ -57,12 +57,15 @@ from tests.processes import as_a_shell, children, processes_in
 START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes one or two
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
 ALONE = ("single", "data_parallel", "model_parallel")
-RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(("ddp", "sync_batchnorm", "grad_accumulation"), (1, 2, 3))
+RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(
+    ("ddp", "sync_batchnorm", "grad_accumulation", "transfer_learning"), (1, 2, 3)
+)
 RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "fsdp": (2, 3, 4)}
 RANKS |= dict.fromkeys(("lightning_fabric", "lightning_trainer"), (1, 2, 3))
 RESIZED = ("fsdp",)  # started on another number of ranks each time: compared in fp64, and no longer bit by bit
 COPIES = {("fsdp", 4): ("fsdp.replicas=2",)}
 OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2", "micro_batches=4")}
+OWN |= {"transfer_learning": ("weights=random", "unfreeze_epoch=2")}  # half of the steps before it, half after
 # Four steps an epoch and an evaluation after each; a rank's share divides by 3 micro-batches on 1, 2 and 3 ranks.
 IMAGES = 144, 36  # of the digits
 SIZE = ("batch_size=36", "epochs=4", "log_every=1", "optim.warmup_steps=3", "threads=1", "timeout_seconds=120")
