@@ -138,16 +138,23 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 4, *DIGITS))
 
 
+ENGINES: dict[str, list[str]] = {
+    name: [] for name in ("deepspeed_zero", "fsdp", "lightning_fabric", "lightning_trainer")
+}
+ENGINES |= {"transfer_learning": ["weights=random"]}
+OFTEN = ("deepspeed_zero", "fsdp", "lightning_trainer")
+
+
 @pytest.mark.parametrize(
-    "name", ["deepspeed_zero", "fsdp", pytest.param("lightning_fabric", marks=pytest.mark.slow), "lightning_trainer"]
+    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in ENGINES]
 )
 def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
-    words = ["-m", f"recipes.{name}", *SHORT, "out=run", "cluster.nodes=2"]
-    code, said = end(start(box, tmp_path, *words))
+    words = [*SHORT, *ENGINES[name]]
+    code, said = end(start(box, tmp_path, "-m", f"recipes.{name}", *words, "out=run", "cluster.nodes=2"))
     assert code == 0, said
     reference: Recipe = importlib.import_module(f"recipes.{name}").train
-    assert_equal(weights(tmp_path / "run"), train(reference, tmp_path / "reference", 2, *SHORT))
+    assert_equal(weights(tmp_path / "run"), train(reference, tmp_path / "reference", 2, *words))
 
 
 @pytest.mark.slow
