@@ -117,7 +117,8 @@ def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
 
 def words(values: dict[str, Any]) -> list[str]:
     """Settings as they would be typed."""
-    return [f"{name}={json.dumps(value) if isinstance(value, bool) else value}" for name, value in values.items()]
+    typed = {bool: json.dumps, list: lambda value: f"[{','.join(value)}]"}
+    return [f"{name}={typed.get(type(value), str)(value)}" for name, value in values.items()]
 
 
 def compare(row: Row, mine: Trace, theirs: Trace, differs: str) -> None:
@@ -162,7 +163,8 @@ def train(run: Run) -> None:
         row = Row(each.name, precision, run.world.world_size, run.config.max_steps or STEPS[precision])
         row.tolerance = TOLERANCE[precision]
         own = words(proof.own)
-        row.variant = " ".join(own) if len(each.proofs) > 1 else ""
+        others = [words(other.own) for other in each.proofs]
+        row.variant = " ".join(word for word in own if not all(word in other for other in others))
         rows.append(row)
         base = settings(run, precision, values)
         mine = with_values(base, proof.own)
