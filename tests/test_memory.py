@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 
 from lockstep import Run
-from lockstep.memory import KINDS, Ledger, group_bytes, layers, predict, sharded, size
+from lockstep.memory import KINDS, Ledger, Meter, group_bytes, layers, predict, process_bytes, sharded, size
 from lockstep.models import build_model
 from lockstep.schema import Config
 from lockstep.world import World
@@ -49,6 +51,30 @@ def test_every_recipe_reports_what_its_ranks_hold_and_keeps_no_graph(name: str, 
         assert state == pytest.approx(held, rel=0.02)
         assert rank["total"]["activations"] > 0
         assert rank["total"] == {kind: sum(layer[kind] for layer in rank["layers"]) for kind in KINDS}
+
+
+def test_the_progress_line_says_how_busy_the_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the CPU for real; a GPU's figures with the driver's words put in."""
+    meter = Meter(torch.device("cpu"))
+    deadline = time.process_time() + 0.05
+    while time.process_time() < deadline:
+        pass
+    words, figures = meter.read()
+    busy, used = re.fullmatch(r"([\d.]+) cores busy, ([\d,]+) MiB", words).groups()  # type: ignore[union-attr]
+    assert 0 < float(busy) < 4
+    assert abs(int(used.replace(",", "")) * 2**20 - process_bytes("VmRSS")) < 2**25
+    assert figures == {}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 4 * 2**30))
+    monkeypatch.setattr(torch.cuda, "utilization", lambda device: 87)
+    words, figures = Meter(torch.device("cuda", 0)).read()
+    assert words == "GPU 87% busy, 3,072 of 4,096 MiB"
+    assert figures == {"gpu_memory_bytes": 3 * 2**30, "gpu_memory_share": 0.75, "gpu_busy": 0.87}
+
+    def missing(device: Any) -> int:
+        raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
+
+    monkeypatch.setattr(torch.cuda, "utilization", missing)
+    assert Meter(torch.device("cuda", 0)).read()[0] == "3,072 of 4,096 MiB"
 
 
 def test_counting_changes_no_bit(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import math
 import os
 import resource
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from lockstep.models import AUTOCAST, DTYPES, build_model
 from lockstep.schema import Config
 from lockstep.state import is_sharded
+from lockstep.words import mebibytes
 
 LOSS = "(loss)"  # what is saved outside of every layer
 ENGINE = "(engine)"  # what is held for all layers in one piece
@@ -436,14 +438,32 @@ def peak_of(device: torch.device) -> Iterator[list[int]]:
     found.append(process_bytes("VmHWM") - before)
 
 
-def usage(device: torch.device) -> dict[str, float]:
-    """How busy a GPU is and how full, by NVML: `gpu_busy`, a share of the last moment, and bytes in use and in all,
-    other processes' among them. Nothing on the CPU, or where NVML is not there."""
-    if device.type != "cuda":
-        return {}
-    try:
-        busy = torch.cuda.utilization(device) / 100  # by nvidia-ml-py, loaded here
-    except Exception:  # NVML is missing, or says nothing of this device: a slice of one (MIG) is busy without a figure
-        return {}
-    free, total = torch.cuda.mem_get_info(device)
-    return {"gpu_busy": busy, "gpu_memory_bytes": total - free, "gpu_memory_total_bytes": total}
+class Meter:
+    """How busy a rank's device is and how full, since it was last asked; a line for people, and figures on a GPU.
+
+    A GPU's figures are NVML's, other processes' work among them: the share of the last moment in which it computed. A
+    CPU's are this process's own: how many cores it kept busy.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._before = (time.perf_counter(), time.process_time())
+
+    def read(self) -> tuple[str, dict[str, float]]:
+        """(words for the progress line, figures for metrics.jsonl)."""
+        if self._device.type == "cuda":
+            return self._read_gpu()
+        now = (time.perf_counter(), time.process_time())
+        seconds, busy = (after - before for after, before in zip(now, self._before, strict=True))
+        self._before = now
+        return f"{busy / max(seconds, 1e-9):.1f} cores busy, {mebibytes(process_bytes('VmRSS'), 0)} MiB", {}
+
+    def _read_gpu(self) -> tuple[str, dict[str, float]]:
+        free, total = torch.cuda.mem_get_info(self._device)
+        figures: dict[str, float] = {"gpu_memory_bytes": total - free, "gpu_memory_share": round(1 - free / total, 3)}
+        words = f"{mebibytes(total - free, 0)} of {mebibytes(total, 0)} MiB"
+        try:
+            figures["gpu_busy"] = torch.cuda.utilization(self._device) / 100  # by nvidia-ml-py
+        except Exception:  # it is missing, or has no figure for this device, such as a slice of one (MIG)
+            return words, figures
+        return f"GPU {figures['gpu_busy']:.0%} busy, {words}", figures

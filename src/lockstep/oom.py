@@ -119,13 +119,10 @@ def page(figures: dict[str, Any], who: str, device: str, found: list[Knob]) -> s
         lines.append("  what helps most, by estimate")
         width = max(len(knob.setting) for knob in found)
         lines += [f"    {mebibytes(knob.saves):>10}  {knob.setting:{width}}  {knob.price}" for knob in found]
-    lines.append(
-        f"  by layer: python -m recipes.doctor memory, with the same settings and a smaller batch_size; {ADVICE}"
-    )
+    else:
+        lines.append("  no memory was left for estimates; try accumulate=2, a smaller batch_size, precision=bf16")
+    lines.append(f"  the traceback is in ranks/{figures['rank']}.log; python -m recipes.doctor memory counts by layer")
     return "\n".join(lines)
-
-
-ADVICE = "the traceback is in ranks/<rank>.log"
 
 
 def asked_for(error: BaseException) -> int | None:

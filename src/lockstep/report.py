@@ -91,9 +91,9 @@ class Report:
             self.progress.start()
             self.task = self.progress.add_task("", total=self.total_steps, epoch=1, numbers="")
 
-    def step(self, step: int, loss: float, images_per_second: float) -> None:
-        """Show a logged step."""
-        numbers = f"loss {loss:.4f}  {self.accuracy}{images_per_second:,.0f} images/s"
+    def step(self, step: int, loss: float, images_per_second: float, usage: str) -> None:
+        """Show a logged step, and how busy rank 0's device is."""
+        numbers = f"loss {loss:.4f}  {self.accuracy}{images_per_second:,.0f} images/s  {usage}"
         epoch = (step - 1) // self.steps_per_epoch + 1
         if self.progress:
             self.progress.update(self.task, completed=step, epoch=epoch, numbers=numbers)

@@ -28,7 +28,7 @@ from lockstep.errors import UserError
 from lockstep.files import write_atomically, write_json
 from lockstep.gradients import Gradients, Parts, wanted
 from lockstep.leaks import Graphs, warning
-from lockstep.memory import held_bytes, process_bytes, state_bytes
+from lockstep.memory import Meter, held_bytes, process_bytes, state_bytes
 from lockstep.models import AUTOCAST, DTYPES, count_parameters
 from lockstep.monitor import Mistake, Monitor, open_monitors
 from lockstep.precision import Scaler
@@ -115,7 +115,7 @@ class Run:
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
-        self._graphs = Graphs()
+        self._graphs, self._meter = Graphs(), Meter(self.device)
         self._account: Account | None = None  # of the first step of this start
         self._agreement: Agreement | None = None
         self._checkpoints: Checkpoints | None = None
@@ -476,11 +476,13 @@ class Run:
             speed = (self.step - self._logged_step) * self.config.batch_size / (now - self._logged_at)
             self._logged_at, self._logged_step = now, self.step
             more = self._scaling | (self._gradients.scalars if self._gradients and not left_out else {})
+            usage, figures = self._meter.read() if self.world.rank == 0 else ("", {})
+            more |= figures
             self._log(loss=loss, lr=self._lr, images_per_second=round(speed, 1), peak_memory_bytes=memory, **more)
             if self._gradients and self._gradients.histograms:
                 for monitor in self.monitors:
                     monitor.histograms(self.step, self._gradients.histograms)
-            self.report.step(self.step, loss, speed)
+            self.report.step(self.step, loss, speed, usage)
         else:
             self._loss = None
             if left_out:
