@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes import ddp, single, tune
+from recipes import compare, ddp, doctor, single, tune, verify
 from tests.harness import command
 
 NO_GPU = not torch.cuda.is_available()
@@ -19,8 +19,16 @@ BAD = {
     "lr=0.1": ["unknown key lr", "optim.lr"],
     "+foo=1": ["unknown key foo", "--help"],
     "+optim.lrr=1": ["unknown key optim.lrr", "optim.lr"],
-    "batch_size=abc": ["batch_size=abc", "Integer"],
-    "batch_size=null": ["batch_size=null", "not Optional"],
+    "batch_size=abc": ["batch_size=abc", "whole numbers from 1 up, or auto"],
+    "batch_size=null": ["batch_size=None", "whole numbers from 1 up, or auto"],
+    "batch_size=1.5": ["batch_size=1.5", "whole numbers from 1 up, or auto"],
+    "batch_size=true": ["batch_size=True", "whole numbers from 1 up, or auto"],
+    "batch_size=auto accumulate=2000": ["accumulate=2000", "718 images"],
+    "batch_size=auto memory_fraction=0": ["memory_fraction=0.0", "above 0, up to 1"],
+    "batch_size=auto epochs=0": ["epochs=0", "from 1 up"],
+    "memory=all": ["memory=all", "allowed are report"],
+    "memory=report compile=true": ["memory=report", "compile=true"],
+    "recipes=[ddp]": ["recipes=['ddp']", "recipes.ddp does not use it", "doctor"],
     "compile=maybe": ["compile=maybe", "bool"],
     "optim.lr=fast": ["optim.lr=fast", "Float"],
     "optim.lr=-1": ["optim.lr=-1", "from 0 up"],
@@ -167,6 +175,33 @@ def test_the_number_of_ranks_is_part_of_a_recipe(tmp_path, monkeypatch, capfd) -
     monkeypatch.chdir(tmp_path)
     assert run_main(single.train, ["nproc=2"], monkeypatch) == 2
     assert capfd.readouterr().err == "error: recipes.single runs on 1 rank, not 2; set nproc=1, or --nproc-per-node=1\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["memroy"], ["check=memroy", "allowed are memory"]),
+        (["memory", "recipes=[fsdp,ddp]"], ["recipes=[fsdp,ddp]", "one recipe at a time"]),
+        (["memory", "recipes=[none]"], ["recipes=[none]", "no such recipe"]),
+        (["memory", "recipes=[fsdp]", "fsdp.replicas=3"], ["fsdp.replicas=3", "allowed are 1, 2"]),
+        (["memory", "zero.stage=3"], ["zero.stage=3", "deepspeed_zero"]),
+        (["memory", "batch_size=33"], ["batch_size=33", "32, 34"]),
+    ],
+)
+def test_the_doctor_refuses_in_one_line(words, parts, tmp_path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    assert run_main(doctor.train, words, monkeypatch) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1, said
+    assert all(part in said for part in parts), said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("tool", [verify.train, compare.train, tune.train])
+def test_a_tool_of_many_trainings_has_no_one_batch(tool, tmp_path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
+    monkeypatch.chdir(tmp_path)
+    assert run_main(tool, ["batch_size=auto"], monkeypatch) == 2
+    assert "is no single training; set a number" in capfd.readouterr().err
 
 
 def test_a_directory_that_holds_something_is_never_written_to(tmp_path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]

@@ -185,8 +185,8 @@ def submit(recipe: Recipe) -> int:
             return int(launcher.launch(target, environment, nproc=nproc, max_restarts=restarts, **more, **how))
 
         if config.batch_size == AUTO:
-            subject = recipe.subject(config)
-            config.batch_size = fit.settle(config, subject, nproc, partial(start, target=subject.target))
+            target = recipe.subject(config).target
+            config.batch_size = fit.settle(config, recipe, nproc, partial(start, target=target))
         complete(config, recipe, nproc)
         if note := cluster.idle_nodes(os.environ):
             print(note, file=sys.stderr)

@@ -76,7 +76,7 @@ def settle(config: Config, recipe: Recipe, ranks: int, start: Start) -> int:
     """The largest global batch that fits, said in one line.
 
     Args:
-        recipe: what is to be trained.
+        recipe: what is to be trained, or a tool that looks at it.
         start: starts `ranks` ranks of it for a run directory, and returns their exit code.
 
     Raises:
@@ -87,7 +87,8 @@ def settle(config: Config, recipe: Recipe, ranks: int, start: Start) -> int:
         return there
     if recipe.name in NO_AUTO:
         raise UserError(f"batch_size=auto: recipes.{recipe.name} is no single training; set a number")
-    shards = ranks // config.stages
+    check_values(config)
+    each, shards = recipe.subject(config), max(1, ranks // config.stages)
     unit = shards * config.micro_batches  # a batch is a whole number of these
     short, smallest, images = first_allowed(config, recipe, ranks, unit)
     most = tidy(images // unit)
@@ -97,7 +98,7 @@ def settle(config: Config, recipe: Recipe, ranks: int, start: Start) -> int:
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
 
         def fits(count: int) -> bool:
-            trial = attempt(short, recipe, count * unit, room if device == "cpu" else None, start, Path(folder))
+            trial = attempt(short, each, count * unit, room if device == "cpu" else None, start, Path(folder))
             trials[count] = trial
             how = f"peak {mebibytes(trial.peak)} MiB" if trial.peak else "out of memory"
             print(f"batch_size=auto: {count * unit:,} tried: {how}", file=sys.stderr, flush=True)
@@ -141,10 +142,9 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
     """
     _, images = data.check(config.data)
     for count in range(1, max(1, images // unit) + 1):
-        trial = with_values(config, {"batch_size": count * unit, **SHORT})
+        whole = with_values(config, {"batch_size": count * unit})
         try:
-            check_values(trial)
-            check_share(with_values(trial, {}), recipe, ranks)
+            check_share(with_values(whole, {}), recipe.subject(config), ranks)
             break
         except UserError as error:
             wrong = error
@@ -152,8 +152,8 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
                 raise
     else:
         raise wrong
-    complete(trial, recipe, ranks)
-    return trial, count, images
+    complete(whole, recipe, ranks)
+    return with_values(whole, SHORT), count, images
 
 
 def check_share(config: Config, recipe: Recipe, ranks: int) -> None:

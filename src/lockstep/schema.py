@@ -39,7 +39,7 @@ def key(
 
 
 AUTO = "auto"  # batch_size, before it is found
-NO_AUTO = ("checkpoint_resume", "compare", "verify")  # several trainings, so there is no one batch to find
+NO_AUTO = ("checkpoint_resume", "compare", "tune", "verify")  # several trainings, so there is no one batch to find
 SPLIT = ("model_parallel", "pipeline_parallel")
 LIGHTNING = ("lightning_fabric", "lightning_trainer")
 SHARDED = ("fsdp", "verify")
