@@ -71,6 +71,7 @@ QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a trial without GPUs of Ray's sees what this process sees
     "RAY_kill_child_processes_on_worker_exit": "false",  # the kernel asks them to save and leave: lockstep.trial
     "RAY_AIR_NEW_OUTPUT": "0",  # the other one speaks even when it is told not to
+    "RAY_memory_monitor_refresh_ms": "0",  # it would kill workers, which hold no memory to speak of
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals have one owner, and it is not Tune
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # before its first evaluation a trial has none
@@ -133,7 +134,10 @@ def plan(config: Config, each: Recipe, device: str) -> Plan:
 def words(config: Config, how: Plan) -> list[str]:
     """The overrides that all trials have in common. The threads are part of them: other threads, other last bits."""
     rest = overrides(config, OURS | set(Space(config.tune.space).texts))
-    return [*rest, f"nproc={how.ranks}", f"threads={how.threads}"]
+    numbers = [f"nproc={how.ranks}", f"threads={how.threads}"]
+    if config.tune.address is not None and config.device == "auto":  # it might be another one on each node
+        numbers.append(f"device={'cuda' if how.gpus else 'cpu'}")
+    return [*rest, *numbers]
 
 
 def check(config: Config, share: int) -> None:
@@ -457,14 +461,14 @@ class Watch(threading.Thread):
         live = Live(console=console, transient=True) if console.is_terminal else None
         with live or contextlib.nullcontext():
             while not self.over.wait(1):
+                if self.run_.listener and self.run_.listener.received and not told:
+                    told = True
+                    os.kill(os.getpid(), signal.SIGUSR1)  # what Tune ends by, with its state saved
                 rows = results(self.run_)
                 if live:
                     live.update(table(self.run_, rows))
                 else:
                     self.say(rows)
-                if self.run_.listener and self.run_.listener.received and not told:
-                    told = True
-                    os.kill(os.getpid(), signal.SIGUSR1)  # what Tune ends by, with its state saved
         if not live:
             self.say(results(self.run_))
 
@@ -525,6 +529,12 @@ def train(run: Run) -> None:
             tuner(run, each, how).fit()
     received = run.listener.received if run.listener else 0
     rows = results(run)
+    for row in rows:
+        if row["state"] == "running" and not received:
+            row |= {
+                "state": "failed",
+                "problem": "Ray has lost it, perhaps with its node; its log says how far it came",
+            }
     result = write_results(run, rows, "preempted" if received else "finished")
     if received:
         for folder in (run.out / "trials").glob("[0-9]*/config.yaml"):
