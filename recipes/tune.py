@@ -33,6 +33,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shlex
 import shutil
 import signal
@@ -362,18 +363,24 @@ def tuner(run: Run, each: Recipe, how: Plan) -> Any:
 @contextlib.contextmanager
 def ray_for(run: Run, how: Plan) -> Iterator[None]:
     """Ray on this machine for as long as this lasts, nothing of it outside the run directory; or a cluster's."""
+    address, reaper = run.config.tune.address, None
     os.environ.update(QUIET)
+    if not address and "RAY_AUTH_MODE" not in os.environ:
+        # Nobody else on this machine may use this Ray; left to itself it would keep a token in the home directory.
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     import ray
 
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    address, reaper = run.config.tune.address, None
     try:
         if address:
             try:
                 ray.init(address=address, **common)
             except ConnectionError as error:
-                raise UserError(f"tune.address={address}: {str(error).splitlines()[0]}") from None
+                raise UserError(
+                    f"tune.address={address}: {str(error).splitlines()[0]}; start it with ray start --head, and if it "
+                    "asks for a token, set RAY_AUTH_MODE=token, as for any program of Ray's"
+                ) from None
         else:
             # Sockets lie in it, whose paths are at most 107 characters long; a run directory's may be longer.
             folder = tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp")

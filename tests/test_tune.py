@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -306,8 +308,8 @@ def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bi
 def test_a_search_with_several_ranks_a_trial_that_is_asked_to_leave_saves_and_goes_on(tmp_path: Path) -> None:
     """Steps enough that all trials are in the middle of it."""
     words = ["-m", "recipes.tune", "tune.recipe=ddp", "tune.nproc=2", "tune.trials=2", "tune.concurrent=1", "out=run"]
-    words += ["tune=optuna", "data=synthetic", "data.size=48", "data.image_size=8", "batch_size=24", "max_steps=120"]
-    words += ["epochs=60", "eval_every=20", "tune.space.batch_size=choice(12, 24)"]
+    words += ["tune=optuna", "data=synthetic", "data.size=48", "data.image_size=8", "batch_size=24", "max_steps=60"]
+    words += ["epochs=30", "eval_every=10", "tune.space.batch_size=choice(12, 24)"]
     process = as_a_shell([sys.executable, *words], tmp_path)
     wait_until((tmp_path / "run" / "trials" / "0" / "metrics.jsonl").exists, 240)
     os.kill(process.pid, signal.SIGTERM)
@@ -333,8 +335,10 @@ def test_on_an_existing_cluster(tmp_path: Path) -> None:
     start = f"start --head --block --port={port} --num-cpus=2 --include-dashboard=false --disable-usage-stats".split()
     # A short folder: the paths of sockets in it may have 107 characters.
     start += [f"--temp-dir=/tmp/ray-{port}", "--node-ip-address=127.0.0.1", "--object-store-memory=200000000"]
-    environment = clean_environment() | {"TEST_CLUSTER": str(tmp_path)}
-    cluster = subprocess.Popen([ray, *start], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}  # this cluster is for this test alone
+    cluster = subprocess.Popen(
+        [ray, *start], env=clean_environment() | own, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     try:
         address = f"tune.address=127.0.0.1:{port}"
         words = [*SINGLE, address, "tune.trials=2"]
@@ -345,10 +349,11 @@ def test_on_an_existing_cluster(tmp_path: Path) -> None:
 
         wait_until(is_up, 60)
         time.sleep(5)  # the port answers before the node has joined
-        done = command(*words, cwd=tmp_path, timeout=300)
+        done = command(*words, cwd=tmp_path, timeout=300, **own)
         assert done.returncode == 0, done.stderr
         assert [row["steps"] for row in rows(tmp_path)] == [6, 6]
         assert cluster.poll() is None, "it is left as it was"
     finally:
         cluster.terminate()
         cluster.wait(30)
+        shutil.rmtree(f"/tmp/ray-{port}", ignore_errors=True)
