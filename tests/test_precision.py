@@ -127,6 +127,19 @@ def test_a_step_that_is_left_out_is_a_step_of_the_schedule(tmp_path: Path) -> No
     assert rates == in_run(first_step_left_out, tmp_path / "fp32", *words)[1]
 
 
+@pytest.mark.usefixtures("quick")
+def test_what_looks_at_the_first_update_waits_for_one(tmp_path: Path) -> None:
+    """Zero-bubble pipelines set gradients by themselves, so parameters that have one are found at the update."""
+    words = (*FEW, *OVERFLOWING, *PIPELINE, "schedule=zero_bubble", "memory=report", "max_steps=6", "optim=adamw")
+    execute(pipeline_parallel.train, tmp_path / "run", 2, *words)
+    found = result(tmp_path / "run")
+    assert 1 <= found["skipped_steps"] < 6
+    assert "parameters_without_gradient" not in found
+    held = [rank["total"] for rank in json.loads((tmp_path / "run" / "memory.json").read_text())["ranks"]]
+    assert all(rank["gradients"] == rank["parameters"] for rank in held)
+    assert all(rank["optimizer"] > rank["parameters"] for rank in held)
+
+
 def test_a_training_that_has_diverged_ends_with_a_line() -> None:
     layer, scaler = nn.Linear(1, 1), Scaler(torch.device("cpu"))
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)

@@ -458,10 +458,12 @@ class Run:
         if left_out:
             scale = self._scaling["loss_scale"]
             self.report.line(f"step {self.step} left out: gradients are not finite; the loss scale is now {scale:g}")
-        if self._audit:
+        if self._audit and not left_out:  # which has no update, where they look for what an update needs
             self._name_unused(self._audit.finish())
             self._audit = None
-        if self._account:
+        if self._account and left_out:
+            self._account.stop()
+        elif self._account:
             self._report_memory(self._account)
         if kept := self._graphs.kept(self.step):
             self.report.line(warning(kept))
