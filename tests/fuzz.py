@@ -50,6 +50,7 @@ from lockstep.preemption import PREEMPTED, SIGNALS, Listener
 from lockstep.proof import difference
 from lockstep.rundir import freeze
 from lockstep.world import Place
+from tests import overflow
 from tests.harness import compose_config, preload, renew_threads, tensors_of
 from tests.narrow import NarrowResNet
 from tests.processes import as_a_shell, children, processes_in
@@ -173,6 +174,8 @@ def draw(seed: int) -> Plan:
     if recipe in RESIZED and dice.random() < 0.5:
         words += ["precision=fp64", "model.norm=group"]
         sizes = (ranks, *(dice.choice(RANKS[recipe]) for _ in range(count)))
+    if not sizes and random.Random(f"lockstep fp16 {seed}").random() < 0.15:  # drawn apart: seeds keep their plans
+        words += overflow.WORDS
     for number in range(count):
         faults.append(draw_fault(dice, sizes[number] if sizes else ranks, saves=STEPS // every))
         harm = dice.random() < 0.4
@@ -222,7 +225,8 @@ def warm() -> Iterator[None]:
     torch.set_num_threads(1)  # a fork must not inherit a running pool
     data.digits, resnet.resnet18 = lambda: (few[0], few[1]), shallow_resnet
     try:
-        yield
+        with overflow.overflowing():
+            yield
     finally:
         data.digits, resnet.resnet18 = before[:2]
         torch.set_num_threads(before[2])

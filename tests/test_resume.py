@@ -53,6 +53,7 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "single": (single.train, 1, ("optim=adamw",)),
     "ddp": (ddp.train, 2, ()),
     "ddp of 3": (ddp.train, 3, ()),
+    "ddp in fp16": (ddp.train, 2, ("precision=fp16", "loss_scale=4194304", "model.norm=group")),
     "sync_batchnorm": (sync_batchnorm.train, 2, ("optim=adamw",)),
     "fsdp": (fsdp.train, 2, ("optim=adamw",)),
     "fsdp in copies": (fsdp.train, 4, ("fsdp.replicas=2", "precision=bf16")),
@@ -88,7 +89,7 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 
 # make test takes those that differ most in what they keep; make test-all all, and tests/fuzz.py draws from all.
-MORE = ("ddp", "fsdp in copies", "data_parallel", "model_parallel", "pipeline_parallel")
+MORE = ("ddp", "ddp in fp16", "fsdp in copies", "data_parallel", "model_parallel", "pipeline_parallel")
 
 
 @pytest.mark.parametrize(
