@@ -156,7 +156,9 @@ class Gradients:
         self._warned: dict[str, int] = {}
         self._sentinel: Sentinel | None = None
         if self._asked.stop_on_nan:
-            self._sentinel = Sentinel(module, outputs=not config.compile, gradients=not self._may_overflow)
+            self._sentinel = Sentinel(
+                module, outputs=not config.compile, gradients=not self._may_overflow, blind=config.stages > 1
+            )
         self.prepare(0, logs=False, histograms=False)
         parts.before_update(self._before_update)
         if self._asked.log or config.monitor.histograms:
@@ -227,7 +229,7 @@ class Gradients:
         """
         if self._sentinel is None:
             return
-        found = self._sentinel.found()
+        found, self._sentinel.blind = self._sentinel.found(), False
         averaged = None if self._may_overflow else self._squares
         if found is None and averaged is not None and not averaged.isfinite().all():
             row = int((~averaged.isfinite()).nonzero()[-1])  # backward comes from the end
@@ -327,12 +329,14 @@ class Sentinel:
     Args:
         outputs: whether to look at layers' outputs; a compiled model's layers are no longer called one by one.
         gradients: whether to look at gradients. Under fp16 they may overflow, which its scaler finds out and skips.
+        blind: not to look yet. A pipeline of torch's begins with a forward and a backward of memory that was never
+            filled, to learn the shapes; so what is not finite in its first step is seen in the averaged gradients.
     """
 
     NONE = 2**62
 
-    def __init__(self, module: nn.Module, *, outputs: bool, gradients: bool) -> None:
-        self._gradients = gradients
+    def __init__(self, module: nn.Module, *, outputs: bool, gradients: bool, blind: bool = False) -> None:
+        self._gradients, self.blind = gradients, blind
         self.reset()
         for name, layer in module.named_modules() if outputs else ():
             if not any(layer.children()):
@@ -359,6 +363,8 @@ class Sentinel:
 
     @torch.no_grad()
     def _look(self, what: tuple[int, str], tensor: Tensor) -> None:
+        if self.blind:
+            return
         number = len(self._looks)
         self._looks.append(what)
         earlier = self._first.get(tensor.device)
