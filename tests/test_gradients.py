@@ -8,6 +8,7 @@ import json
 import math
 import re
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,15 @@ def test_the_limits_are_felt(clipped: Path, tmp_path: Path) -> None:
     assert numbers(tmp_path / "run")[-1]["loss"] != found[-1]["loss"]
 
 
-@pytest.mark.parametrize("name", HELD)
+# make test takes those that differ most; make test-all all.
+MORE = ("sharded", "stages", "two stages a rank", "fabric", "ddp", "trainer", "zero")
+
+
+def some(names: Iterable[str], more: tuple[str, ...] = MORE) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) if name in more else name for name in names]
+
+
+@pytest.mark.parametrize("name", some(HELD))
 def test_clipped_training_is_single_s_wherever_gradients_are(name: str, clipped: Path, tmp_path: Path) -> None:
     """The norm is global: the same number, and so the same training, whoever holds which part of the gradients."""
     recipe, ranks, words = HELD[name]
@@ -87,12 +96,14 @@ def test_clipped_training_is_single_s_wherever_gradients_are(name: str, clipped:
     assert_close(tmp_path / "run", clipped, 1e-10)
 
 
-@pytest.mark.parametrize("words", [("zero.stage=0",), ("zero.stage=2", "accumulate=2"), ("zero.stage=3",)])
-def test_deepspeed_clips_alike(words: tuple[str, ...], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "words", some(["zero.stage=0", "zero.stage=2 accumulate=2", "zero.stage=3"], ("zero.stage=0",))
+)
+def test_deepspeed_clips_alike(words: str, tmp_path: Path) -> None:
     """In fp32, for it has no fp64; from stage 1 on by its own gradient_clipping, in stage 0 by ours."""
     common = (*SHORT, *CLIP, "model.norm=group")
     train(single.train, tmp_path / "single", 1, *common)
-    train(deepspeed_zero.train, tmp_path / "zero", 2, *common, *words)
+    train(deepspeed_zero.train, tmp_path / "zero", 2, *common, *words.split())
     assert_close(tmp_path / "zero", tmp_path / "single", 2e-4)
 
 
@@ -141,7 +152,7 @@ STOPS = {
 }
 
 
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize("name", some(STOPS, ("ddp", "trainer", "zero")))
 def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, ranks, where, what = STOPS[name]
     pieces = ("stages=2", "micro_batches=2") if recipe == "pipeline_parallel" else ()
@@ -155,6 +166,31 @@ def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, mo
     assert [line["step"] for line in numbers(tmp_path / "run")] == list(range(1, step))
     assert checkpoint.names(tmp_path / "run" / "checkpoints")[0].name == f"step-{step - 1:08d}"
     assert not (tmp_path / "run" / "model.pt").exists()
+
+
+@pytest.mark.parametrize("name", ["ddp", "lightning_trainer"])
+def test_under_fp16_an_overflow_is_the_scaler_s_and_the_norm_is_unscaled(name: str, tmp_path: Path) -> None:
+    """The first steps overflow and are left out; what is clipped and logged then is what bf16 has, roughly."""
+    words = (
+        *SHORT,
+        "max_steps=8",
+        "epochs=4",
+        "model.norm=group",
+        "gradients.stop_on_nan=true",
+        "gradients.clip_norm=0.5",
+    )
+    recipe = importlib.import_module(f"recipes.{name}").train
+    execute(recipe, tmp_path / "fp16", 2, *words, "precision=fp16", "loss_scale=1048576", "optim.lr=0")
+    execute(recipe, tmp_path / "fp32", 2, *words, "optim.lr=0")
+    found = [numbers(tmp_path / run) for run in ("fp16", "fp32")]
+    assert 0 < result(tmp_path / "fp16")["skipped_steps"] < 8  # type: ignore[operator]
+    norms = [
+        (line["gradient_norm"], found[1][number]["gradient_norm"])
+        for number, line in enumerate(found[0])
+        if "gradient_norm" in line
+    ]
+    assert len(norms) == 8 - result(tmp_path / "fp16")["skipped_steps"]  # type: ignore[operator]
+    assert all(mine == pytest.approx(theirs, rel=0.1) for mine, theirs in norms)
 
 
 def test_without_it_a_nan_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -201,10 +201,10 @@ def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> N
     """The first of the evaluation set, with what they are and what the exported weights take them for."""
     words = ("batch_size=24", "max_steps=1", "optim.lr=0", "eval_batch_size=7", "model.norm=group", "monitor.images=5")
     found = []
-    for ranks in (1, 2, 3):
+    for ranks in (1, 3):
         execute(ddp.train, tmp_path / str(ranks), ranks, *words, "monitor=[csv,tensorboard]")
         found.append(result(tmp_path / str(ranks))["misclassified"])
-    assert found[0] == found[1] == found[2]
+    assert found[0] == found[1]
     config = from_yaml((tmp_path / "1" / "config.yaml").read_text())
     _, images = data.load(config.data, 8, 0)
     model = build_model(config.model).eval()
