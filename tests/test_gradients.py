@@ -168,7 +168,19 @@ def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, mo
     assert not (tmp_path / "run" / "model.pt").exists()
 
 
-@pytest.mark.parametrize("name", ["ddp", "lightning_trainer"])
+@pytest.mark.parametrize("words", ["zero.stage=2", "zero.stage=3"])
+def test_deepspeed_clips_alike_in_fp16(words: str, tmp_path: Path) -> None:
+    """It clips before it unscales: by a limit that is not scaled, next to nothing would be left of an update."""
+    common = (*SHORT, *CLIP, "model.norm=group")
+    train(single.train, tmp_path / "single", 1, *common)
+    train(deepspeed_zero.train, tmp_path / "zero", 2, *common, "precision=fp16", words)
+    (first, *_), (theirs, *_) = numbers(tmp_path / "zero"), numbers(tmp_path / "single")
+    assert first["skipped_steps"] == 0
+    for name, value in theirs.items():
+        assert first[name] == pytest.approx(value, rel=0.05, abs=1e-4), name
+
+
+@pytest.mark.parametrize("name", ["ddp", "lightning_trainer", "deepspeed_zero"])
 def test_under_fp16_an_overflow_is_the_scaler_s_and_the_norm_is_unscaled(name: str, tmp_path: Path) -> None:
     """The first steps overflow and are left out; what is clipped and logged then is what bf16 has, roughly."""
     words = (

@@ -289,7 +289,7 @@ class Gradients:
     def _warn(self, limit: float) -> None:
         assert self._squares is not None
         for layer, norm in self._by_layer(self._squares):
-            if norm > limit and self._step >= self._warned.get(layer, -WARN_STEPS) + WARN_STEPS:
+            if limit < norm < float("inf") and self._step >= self._warned.get(layer, -WARN_STEPS) + WARN_STEPS:
                 self._warned[layer] = self._step
                 self._say(f"step {self._step}: gradient norm {norm:.4g} of {layer} is above {limit:g}")
 

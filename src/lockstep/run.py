@@ -481,7 +481,7 @@ class Run:
             usage, figures = self._meter.read() if self.world.rank == 0 else ("", {})
             more |= figures
             self._log(loss=loss, lr=self._lr, images_per_second=round(speed, 1), peak_memory_bytes=memory, **more)
-            if self._gradients and self._gradients.histograms:
+            if self._gradients and self._gradients.histograms and not left_out:
                 for monitor in self.monitors:
                     monitor.histograms(self.step, self._gradients.histograms)
             self.report.step(self.step, loss, speed, usage)

@@ -338,23 +338,28 @@ class Parts(gradients.Parts):
     """What a rank holds of gradients and weights in stage 1 to 3.
 
     The sections of gradients are no parameters' own, so each one is put together on every rank, one after the other.
+    Under fp16 they are unscaled within the update, after DeepSpeed has clipped them: its limit has to grow with them.
     """
 
     clips_norm = True  # gradient_clipping does, in the update
 
     def __init__(self, files: Files) -> None:
         super().__init__(files.module, files.optimizer, owns=dist.get_rank() == 0, differ=True)
-        self._files = files
+        self._files, self._limit = files, files.engine.gradient_clipping()
 
     def before_update(self, call: Callable[[], None]) -> None:
-        self._files.before_update(call)
+        def scaled() -> None:
+            self._files.engine.optimizer.clip_grad = self._limit * self._scale
+            call()
+
+        self._files.before_update(scaled)
 
     def after_update(self, call: Callable[[], None]) -> None:
         self._files.after_update(call)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         found: Tensor | None = safe_get_full_grad(parameter)
-        return found
+        return None if found is None else found / self._scale
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         section = getattr(parameter, "ds_tensor", None)
@@ -364,9 +369,14 @@ class Parts(gradients.Parts):
         return section.flatten()[: max(0, min(size, vars(parameter)["ds_numel"] - dist.get_rank() * size))].detach()
 
     def clamp(self, parameter: nn.Parameter, limit: float) -> None:
-        found = self.gradient(parameter)
+        found = safe_get_full_grad(parameter)
         if found is not None:
-            safe_set_full_grad(parameter, found.clamp(-limit, limit))
+            safe_set_full_grad(parameter, found.clamp(-limit * self._scale, limit * self._scale))
+
+    @property
+    def _scale(self) -> float:
+        scaler = self._files.scaler
+        return float(scaler.get_scale()) if scaler.is_enabled() else 1.0
 
     def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
         return self._owns or (not gradient and hasattr(parameter, "ds_tensor"))
