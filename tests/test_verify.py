@@ -224,3 +224,12 @@ def test_differences_see_what_is_missing_or_not_a_number() -> None:
     assert angle(twos, ones) == pytest.approx(1.0), "the same direction, and twice as long"
     assert angle(ones, ones) == pytest.approx(0.0, abs=1e-12)
     assert angle({"a": -torch.ones(3)}, ones) == pytest.approx(2.0)
+
+
+@pytest.mark.slow
+def test_every_recipe_is_proven_with_clipped_gradients(tmp_path: Path) -> None:
+    """All keys go to both sides; the gradients' norm is above this limit in each step."""
+    for package in ("deepspeed_zero", "lightning_trainer"):
+        preload(importlib.import_module(f"recipes.{package}").train)
+    execute(verify.train, tmp_path / "run", 2, "gradients.clip_norm=0.3", "gradients.log=true", timeout=400)
+    check_rows(tmp_path / "run")
