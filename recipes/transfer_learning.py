@@ -14,11 +14,11 @@ crosses the network is the head's gradient. `freeze=[conv1.*, bn1.*, layer1.*]` 
 The backbone is `resume=PATH`: a run, one of its checkpoints, or any file with a state_dict, whatever its head; or
 `weights=imagenet`: torchvision's, downloaded once. Started again in the same `out=`, the run goes on where it was.
 
-    python -m recipes.ddp data.classes=[0,1,2,3,4] out=base                                      five digits, then
-    python -m recipes.transfer_learning resume=base data.classes=[5,6,7,8,9] max_steps=20        the other five
+    python -m recipes.ddp data.classes=[0,1,2,3,4] out=base                             five digits, then the other five
+    python -m recipes.transfer_learning resume=base data.classes=[5,6,7,8,9] optim=adamw unfreeze_epoch=2
     python -m recipes.transfer_learning weights=imagenet model.image_size=224 unfreeze_epoch=5
 
-Expect: EXPECT
+Expect: an accuracy of 0.96 or more on the other five digits with the second command, in about a minute on two CPU cores.
 Source: https://arxiv.org/abs/1411.1792, https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html
 """
 

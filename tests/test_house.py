@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.harness import ROOT, clean_environment, command
+from tests.test_transfer import COMMANDS
 
 HEAVY = {"lightning", "deepspeed", "ray", "wandb", "hydra", "sklearn", "tensorboard", "torchvision", "torchmetrics"}
 LOOP = [
@@ -167,7 +168,8 @@ QUICK = {
     "python -m recipes.checkpoint_resume forget=optimizer",
     "python -m recipes.ddp +cluster=lightning",
 }
-ELSEWHERE = {"python -m recipes.verify"}  # minutes of work: tests/test_verify.py runs the very same
+# What goes together, or is minutes of work: tests/test_verify.py and tests/test_transfer.py run the very same.
+ELSEWHERE = {"python -m recipes.verify"} | {shlex.join(shlex.split(line)) for line in COMMANDS}
 
 
 def test_the_commands_named_here_are_in_the_readme() -> None:

@@ -25,7 +25,7 @@ from lockstep.rundir import freeze
 from lockstep.schema import from_yaml, to_yaml
 from lockstep.world import World
 from recipes import ddp, transfer_learning
-from tests.harness import assert_equal, command, compose_config, execute, lines, result, run_ranks
+from tests.harness import ROOT, assert_equal, command, compose_config, execute, lines, result, run_ranks
 from tests.narrow import narrow_resnet18
 from tests.site import Site, serving
 from tests.test_bad_input import run_main
@@ -34,10 +34,13 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 DATA = ("batch_size=48", "epochs=2", "log_every=1", "max_steps=16")  # 14 steps an epoch of five digits
 LOW, HIGH = "data.classes=[0,1,2,3,4]", "data.classes=[5,6,7,8,9]"
-COMMANDS = [
-    "python -m recipes.ddp data.classes=[0,1,2,3,4] out=base",
-    "python -m recipes.transfer_learning resume=base data.classes=[5,6,7,8,9] max_steps=20",
-]
+COMMANDS = (  # of the README; the last two differ in the backbone alone
+    "python -m recipes.ddp data.classes=[0,1,2,3,4] model.norm=group optim=adamw epochs=8 out=base",
+    "python -m recipes.transfer_learning resume=base freeze=[conv1.*,bn1.*,layer1.*,layer2.*,layer3.*] "
+    "data.classes=[5,6,7,8,9] model.norm=group optim=adamw optim.warmup_steps=0 max_steps=14 out=transferred",
+    "python -m recipes.ddp data.classes=[5,6,7,8,9] model.norm=group optim=adamw optim.warmup_steps=0 max_steps=14 "
+    "out=scratch",
+)
 
 
 @pytest.fixture(scope="module")
@@ -286,12 +289,12 @@ def test_without_a_network_one_line_says_what_to_do(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_the_documented_commands_beat_training_from_scratch(tmp_path: Path) -> None:
-    """On the digits 5 to 9, after as many steps, by a wide margin."""
+def test_the_readme_s_commands_beat_training_from_scratch(tmp_path: Path) -> None:
+    """On five digits that the backbone has never seen, equal steps: over four seeds 0.66 to 0.75 against 0.20."""
+    readme = " ".join((ROOT / "README.md").read_text().replace("\\\n", " ").split())
     for line in COMMANDS:
+        assert f"$ {line} " in readme
         done = command(*shlex.split(line)[1:], cwd=tmp_path, timeout=500)
         assert done.returncode == 0, done.stderr
-    done = command("-m", "recipes.ddp", HIGH, "max_steps=20", "out=scratch", cwd=tmp_path, timeout=300)
-    assert done.returncode == 0, done.stderr
     found, scratch = (result(tmp_path / run)["eval_accuracy"] for run in ("transferred", "scratch"))
-    assert found >= scratch + 0.1
+    assert found >= scratch + 0.25
