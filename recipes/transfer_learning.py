@@ -18,7 +18,7 @@ The backbone is `resume=PATH`: a run, one of its checkpoints, or any file with a
     python -m recipes.transfer_learning resume=base data.classes=[5,6,7,8,9] optim=adamw unfreeze_epoch=2
     python -m recipes.transfer_learning weights=imagenet model.image_size=224 unfreeze_epoch=5
 
-Expect: an accuracy of 0.96 or more on the other five digits with the second command, in about a minute on two CPU cores.
+Expect: an accuracy of 0.96 or more on the other five digits with the second command, in a minute on two CPU cores.
 Source: https://arxiv.org/abs/1411.1792, https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html
 """
 
