@@ -34,6 +34,7 @@ from lockstep.account import cell, in_a_line, table
 from lockstep.checks import complete
 from lockstep.data import First
 from lockstep.files import write_json
+from lockstep.fit import SHORT
 from lockstep.memory import KINDS, Prediction, free_bytes, peak_of, predict, sharded
 from lockstep.metrics import gather_numbers
 from lockstep.proof import with_values
@@ -55,8 +56,7 @@ def patient(config: Config) -> Recipe:
 
 def as_patient(config: Config) -> Config:
     """The config of the steps that are really taken: few, and every one counted."""
-    values = {"check": "memory", "recipes": None, "memory": "report", "max_steps": STEPS, "epochs": STEPS}
-    return with_values(config, values | {"eval_every": 0, "log_every": 1, "resume": "never"})
+    return with_values(config, SHORT | {"max_steps": STEPS, "epochs": STEPS, "memory": "report"})
 
 
 def images_at_once(config: Config, shards: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from lockstep.proof import with_values
 from lockstep.schema import Config, from_yaml
 from lockstep.world import World
 from recipes import ddp
+from tests.harness import ROOT, clean_environment, command, compose_config, run_ranks
 from tests.harness import _train as train_in_a_rank
-from tests.harness import command, compose_config, run_ranks
+from tests.processes import processes_of, wait_until
 from tests.test_start_paths import TORCHRUN, free_port
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -120,6 +123,19 @@ def test_as_a_user_types_it(tmp_path: Path) -> None:
     assert f"batch_size=auto: {size}, {size // 2} images on each of 2" in done.stdout
 
 
+@pytest.mark.slow
+def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path: Path) -> None:
+    environment = clean_environment() | {"TMPDIR": str(tmp_path)}
+    words = [sys.executable, "-m", "recipes.ddp", "batch_size=auto", f"out={tmp_path}/run"]
+    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True) as process:
+        wait_until(lambda: list(tmp_path.glob("lockstep-*/*/ranks/1.log")), 120)
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+        wait_until(lambda: not processes_of(tmp_path), 30)
+    assert not (tmp_path / "run").exists()
+    assert list(tmp_path.glob("lockstep-*/*/model.pt")) == []
+
+
 def test_ranks_that_are_started_already_refuse_in_one_line(tmp_path: Path) -> None:
     words = ["--nproc-per-node=1", f"--master-port={free_port()}", "-m", "recipes.ddp", "batch_size=auto", "out=run"]
     done = command(*TORCHRUN[1:], *words, cwd=tmp_path)
@@ -155,7 +171,7 @@ if __name__ == "__main__":
 
 def test_out_of_memory_ends_with_one_page(tmp_path: Path) -> None:
     (tmp_path / "no_room.py").write_text(NO_ROOM)
-    words = ["model.image_size=64", "batch_size=128", "optim=adamw", "out=run"]
+    words = ["model.image_size=32", "batch_size=128", "optim=adamw", "out=run"]
     began = time.monotonic()
     done = command("no_room.py", *words, cwd=tmp_path, timeout=150)
     assert done.returncode == 1

@@ -80,7 +80,7 @@ def test_the_progress_line_says_how_busy_the_device_is(monkeypatch: pytest.Monke
 def test_counting_changes_no_bit(tmp_path: Path) -> None:
     ddp = importlib.import_module("recipes.ddp").train
     for name, words in {"plain": [], "counted": ["memory=report"]}.items():
-        execute(ddp, tmp_path / name, 2, *SHORT, *words)
+        execute(ddp, tmp_path / name, 2, *SHORT, "max_steps=2", *words)
     assert lines(tmp_path / "plain") == lines(tmp_path / "counted")
 
 
@@ -154,7 +154,7 @@ def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], 
         assert max(found["state_bytes_by_rank"]) == pytest.approx(formula["total"], rel=0.001)
 
 
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_the_doctor_sets_the_measured_beside_the_sum(name: str, tmp_path: Path) -> None:
     execute(doctor.train, tmp_path / "run", 2, f"recipes=[{name}]", "batch_size=24", "accumulate=2")
     found = json.loads((tmp_path / "run" / "memory.json").read_text())

@@ -23,7 +23,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,7 +33,7 @@ from lockstep.data import First
 from lockstep.errors import CheckFailed, UserError
 from lockstep.memory import group_bytes, host_bytes, process_bytes
 from lockstep.proof import with_values
-from lockstep.schema import NO_AUTO, Config, check_values, from_yaml
+from lockstep.schema import NO_AUTO, Config, MonitorConfig, check_values, from_yaml
 from lockstep.words import mebibytes
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ TRIAL_SECONDS = 1800.0  # by then it hangs, or is too slow to be of use
 FIRST_SHARE = 16  # images a rank in the first trial
 SLACK = 2**29  # what a rank may map and not touch, beyond what this process does
 CLOSE = 16  # the answer is within 1 / CLOSE of the largest that fits
-SHORT = {
+SHORT: dict[str, Any] = {  # what makes a trial of a config
     "max_steps": 2,  # the second one has the optimizer's state from its beginning
     "epochs": 2,
     "eval_every": 0,
@@ -57,7 +57,7 @@ SHORT = {
     "resume": "never",
     "recipes": None,
     "check": "memory",
-    "monitor.name": "csv",
+    "monitor": MonitorConfig(),
 }
 
 Start = Callable[[Path, dict[str, str]], int]  # (run directory, variables) → exit code, as a launcher's `launch`
@@ -95,7 +95,9 @@ def settle(config: Config, recipe: Recipe, ranks: int, start: Start) -> int:
     device = world.resolve_device(config.device, config.backend)[0]
     room = int(config.memory_fraction * min([host_bytes(), *(size for size, _ in group_bytes())]) / ranks)
     trials: dict[int, Trial] = {}
-    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+    # A signal that would end this process at once ends the trial first, and takes its folder away.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    with tempfile.TemporaryDirectory(prefix="lockstep-", ignore_cleanup_errors=True) as folder:
 
         def fits(count: int) -> bool:
             trial = attempt(short, each, count * unit, room if device == "cpu" else None, start, Path(folder))
@@ -105,6 +107,7 @@ def settle(config: Config, recipe: Recipe, ranks: int, start: Start) -> int:
             return trial.fits
 
         found = search(fits, trials, smallest, max(smallest, most), -(-FIRST_SHARE // config.micro_batches))
+    signal.signal(signal.SIGTERM, before)
     if found is None:
         raise CheckFailed(
             f"batch_size=auto: not even batch_size={smallest * unit} fits {allowance(trials[smallest], config)}; "
@@ -247,6 +250,9 @@ def in_a_child(work: Callable[[], int], log: Path, room: int | None) -> int:
         try:
             os.setsid()  # Ctrl-C is the parent's to hear
             rank.redirect_output(log)
+            tempfile.tempdir = os.environ["TMPDIR"] = str(
+                log.parent
+            )  # what a killed launcher leaves goes with the rest
             os.environ[rank.LAUNCHER] = str(me)
             rank.end_with_launcher()
             if room is not None:

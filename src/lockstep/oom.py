@@ -165,7 +165,7 @@ def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, devi
     now = kept(at_once)
     found = []
     if at_once > 1:
-        saves = now - kept(-(-at_once // 2))
+        saves = now * (at_once // 2) // at_once  # activations grow with the images, and nothing else does
         key = "micro_batches" if config.micro_batches > 1 else "accumulate"
         fewer = config.batch_size // (2 * shards * config.micro_batches) * shards * config.micro_batches
         price = f"activations of {-(-at_once // 2)} images at a time, not of {at_once}; the same training"
