@@ -26,6 +26,7 @@ BAD = {
     "batch_size=auto accumulate=2000": ["accumulate=2000", "718 images"],
     "batch_size=auto memory_fraction=0": ["memory_fraction=0.0", "above 0, up to 1"],
     "batch_size=auto epochs=0": ["epochs=0", "from 1 up"],
+    "batch_size=auto +cluster=slurm cluster.nodes=2": ["batch_size=auto", "srun", "python -m recipes.doctor memory"],
     "memory=all": ["memory=all", "allowed are report"],
     "memory=report compile=true": ["memory=report", "compile=true"],
     "recipes=[ddp]": ["recipes=['ddp']", "recipes.ddp does not use it", "doctor"],

@@ -21,9 +21,9 @@ from lockstep.proof import with_values
 from lockstep.schema import Config, from_yaml
 from lockstep.world import World
 from recipes import ddp
-from tests.harness import ROOT, clean_environment, command, compose_config, run_ranks
 from tests.harness import _train as train_in_a_rank
-from tests.processes import processes_of, wait_until
+from tests.harness import clean_environment, command, compose_config, run_ranks
+from tests.processes import processes_in, wait_until
 from tests.test_start_paths import TORCHRUN, free_port
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -127,11 +127,11 @@ def test_as_a_user_types_it(tmp_path: Path) -> None:
 def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path: Path) -> None:
     environment = clean_environment() | {"TMPDIR": str(tmp_path)}
     words = [sys.executable, "-m", "recipes.ddp", "batch_size=auto", f"out={tmp_path}/run"]
-    with subprocess.Popen(words, cwd=ROOT, env=environment, start_new_session=True) as process:
+    with subprocess.Popen(words, cwd=tmp_path, env=environment) as process:
         wait_until(lambda: list(tmp_path.glob("lockstep-*/*/ranks/1.log")), 120)
         process.terminate()
         assert process.wait(timeout=60) == 143
-        wait_until(lambda: not processes_of(tmp_path), 30)
+        wait_until(lambda: not processes_in(tmp_path), 30)
     assert not (tmp_path / "run").exists()
     assert list(tmp_path.glob("lockstep-*/*/model.pt")) == []
 

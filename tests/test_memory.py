@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 
 from lockstep import Run
-from lockstep.memory import KINDS, Ledger, Meter, group_bytes, layers, predict, process_bytes, sharded, size
+from lockstep.memory import KINDS, Ledger, Meter, foretell, group_bytes, layers, predict, process_bytes, sharded, size
 from lockstep.models import build_model
 from lockstep.schema import Config
 from lockstep.world import World
@@ -127,7 +127,9 @@ def test_activations_grow_with_the_images_and_nothing_else_does() -> None:
 
 
 def sums_of(world: World, sizes: tuple[int, ...]) -> list[dict[str, int]]:
-    return [predict(config_of(), images, peak=False).sums() for images in sizes]
+    found = [predict(config_of(), images, peak=False).sums() for images in sizes]
+    assert [foretell(config_of(), images).total for images in sizes] == [each["activations"] for each in found]
+    return found
 
 
 @pytest.mark.parametrize(

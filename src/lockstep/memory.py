@@ -7,7 +7,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -271,21 +271,32 @@ def predict(config: Config, images: int, device: str = "cpu", peak: bool = True)
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        model, optimizer, step = _training(config, images, device)
+        model, optimizer, forward = _training(config, images, device)
         ledger = Ledger(model)
         gradients: dict[str, int] = {}
         optimizer.register_step_pre_hook(
             lambda *_: gradients.update({name: size(p.grad) for name, p in model.named_parameters()})
         )
         with ledger:
-            step()
+            _step(forward, optimizer)
         by_layer = layers(model, optimizer, gradients, ledger)
         most = _peak(config, images, device) if peak else {}
     return Prediction(by_layer, most)
 
 
-def _training(config: Config, images: int, device: str) -> tuple[nn.Module, Optimizer, Any]:
-    """A model, its optimizer, and a function that takes a training step."""
+def foretell(config: Config, images: int, device: str = "cpu") -> Ledger:
+    """What one forward would keep for backward, found as `predict` does, but at once and without a thread."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.random.fork_rng(devices=[]), FakeTensorMode():
+        model, _, forward = _training(config, images, device)
+        with Ledger(model) as ledger:
+            forward()
+    return ledger
+
+
+def _training(config: Config, images: int, device: str) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
+    """A model, its optimizer, and a function that computes the loss of a batch."""
     optim, side = config.optim, config.model.image_size or config.data.image_size
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[config.precision])  # a fake model cannot be moved: it is built where it belongs
@@ -301,27 +312,30 @@ def _training(config: Config, images: int, device: str) -> tuple[nn.Module, Opti
     else:
         optimizer = AdamW(model.parameters(), lr=0.0)
 
-    def step() -> None:
+    def forward() -> Tensor:
         with torch.autocast(device, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
-            loss = cross_entropy(model(batch), labels)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+            return cross_entropy(model(batch), labels)
 
-    return model, optimizer, step
+    return model, optimizer, forward
+
+
+def _step(forward: Callable[[], Tensor], optimizer: Optimizer) -> None:
+    forward().backward()
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _peak(config: Config, images: int, device: str) -> dict[str, int]:
     """Bytes by kind at the peak of the second step, when there is an optimizer state."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    model, optimizer, step = _training(config, images, device)
+    model, optimizer, forward = _training(config, images, device)
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
     with tracker:
-        step()
+        _step(forward, optimizer)
         tracker.reset_mod_stats()
-        step()
+        _step(forward, optimizer)
     found = tracker.get_tracker_snapshot("peak")
     snapshot = next(found[each] for each in found if each.type == torch.device(device).type)
     names = {"Parameter": "parameters", "Gradient": "gradients", "Optstate": "optimizer", "Activation": "activations"}

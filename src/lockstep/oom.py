@@ -6,6 +6,8 @@ one wants to know is elsewhere: how much was asked for, what the rest is held by
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import linecache
 import math
@@ -21,7 +23,7 @@ from torch import nn
 
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
-from lockstep.memory import free_bytes, predict, sharded
+from lockstep.memory import foretell, free_bytes, sharded
 from lockstep.proof import with_values
 from lockstep.schema import Config
 from lockstep.words import mebibytes
@@ -85,6 +87,8 @@ def explain(error: BaseException, run: Run) -> OutOfMemory:
     held = run.held_bytes()
     traceback.clear_frames(error.__traceback__)  # they hold what the step held: room for what follows
     gc.collect()
+    with contextlib.suppress(AttributeError):  # glibc's: what it keeps for later counts against a limit
+        ctypes.CDLL(None).malloc_trim(0)
     try:
         found = knobs(run.config, run.recipe, run.world.world_size, run.shards, where["phase"], run.device.type)
     except (RuntimeError, MemoryError) as failed:  # not even for that
@@ -160,7 +164,7 @@ def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, devi
     at_once = -(-share // pieces)
 
     def kept(images: int, **values: Any) -> int:
-        return predict(with_values(config, values), images, device, peak=False).sums()["activations"]
+        return foretell(with_values(config, values), images, device).total
 
     now = kept(at_once)
     found = []
@@ -177,7 +181,7 @@ def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, devi
         found.append(Knob(f"precision={other}", now - kept(at_once, precision=other), "activations of half the size"))
     found += of_the_state(config, recipe, ranks)
     if phase == "evaluation":  # without backward a block's input, result and shortcut are all that is alive
-        largest = max(math.prod(layer.output[1:]) for layer in predict(config, 2, device, peak=False).layers)
+        largest = max(math.prod(shape[1:]) for shape in foretell(config, 2, device).outputs.values())
         half = config.eval_batch_size // 2
         found.append(Knob(f"eval_batch_size={half}", 3 * 4 * largest * half, "the same evaluation"))
     found = [knob for knob in found if knob.saves > 2**20]
