@@ -23,6 +23,7 @@ https://arxiv.org/abs/1910.02054 (ZeRO)
 
 import importlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -35,7 +36,7 @@ from lockstep.checks import complete
 from lockstep.data import First
 from lockstep.files import write_json
 from lockstep.fit import SHORT
-from lockstep.memory import KINDS, Prediction, free_bytes, peak_of, predict, sharded
+from lockstep.memory import KINDS, Prediction, free_bytes, peak_from_now, predict, sharded
 from lockstep.metrics import gather_numbers
 from lockstep.proof import with_values
 from lockstep.schema import Config
@@ -64,6 +65,17 @@ def images_at_once(config: Config, shards: int) -> int:
     return -(-config.batch_size // shards // max(config.accumulate, config.micro_batches))
 
 
+class Steps(Run):
+    """A run that notes by how much memory has risen when a step ends, before it evaluates and exports."""
+
+    risen: Callable[[], int]
+    rise = 0
+
+    def _after_step(self) -> bool:
+        self.rise = self.risen()
+        return super()._after_step()
+
+
 def measure(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
     """Take a few steps as the recipe takes them: (what each rank held by layer, each rank's measured peak in bytes)."""
     each, config = patient(run.config), as_patient(run.config)
@@ -71,11 +83,11 @@ def measure(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
     if run.world.rank == 0:
         (out / "ranks").mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    inner = Run(each.name, config, run.world, out, shards=each.ranks, quiet=True, listener=run.listener)
+    inner = Steps(each.name, config, run.world, out, shards=each.ranks, quiet=True, listener=run.listener)
     inner.eval_set = First(inner.eval_set, config.eval_batch_size * run.world.world_size)
-    with peak_of(run.device) as peak:
-        each(inner)
-    peaks = [int(size) for size in gather_numbers(peak[0], run.device)]
+    inner.risen = peak_from_now(run.device)
+    each(inner)
+    peaks = [int(size) for size in gather_numbers(inner.rise, run.device)]
     dist.barrier()
     return json.loads((out / "memory.json").read_text())["ranks"] if run.world.rank == 0 else [], peaks
 

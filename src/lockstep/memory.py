@@ -8,7 +8,6 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -436,20 +435,16 @@ def group_bytes(machine: Path = Path("/")) -> Iterator[tuple[int, str]]:
                 break
 
 
-@contextmanager
-def peak_of(device: torch.device) -> Iterator[list[int]]:
-    """A context that appends to a list, when it is left, by how many bytes memory rose in it at most."""
-    found: list[int] = []
+def peak_from_now(device: torch.device) -> Callable[[], int]:
+    """What tells by how many bytes memory has risen at most since this was called: what torch's allocator gave out on a
+    GPU, this process's resident memory on the CPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        yield found
-        found.append(torch.cuda.max_memory_allocated(device) - before)
-        return
+        return lambda: torch.cuda.max_memory_allocated(device) - before
     Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from VmRSS
     before = process_bytes("VmRSS")
-    yield found
-    found.append(process_bytes("VmHWM") - before)
+    return lambda: process_bytes("VmHWM") - before
 
 
 class Meter:
