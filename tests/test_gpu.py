@@ -69,3 +69,17 @@ def test_a_checkpoint_of_one_device_goes_on_on_the_other(first: str, second: str
     assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000005"
     assert len(curves["parts"]) == 10
     assert curves["parts"] == pytest.approx(curves["whole"], rel=1e-8)
+
+
+def test_memory_is_foretold_and_the_largest_batch_found(tmp_path: Path) -> None:
+    words = ["nproc=1", "batch_size=64", "model.image_size=64", "optim=adamw", "out=doctor"]
+    done = command("-m", "recipes.doctor", "memory", *words, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "doctor" / "memory.json").read_text())
+    (measured,), expected = found["measured_peak_bytes_by_rank"], sum(found["expected_peak"].values())
+    assert 0.8 * expected < measured < 3 * expected, "more by DDP's buckets and cuDNN's scratch space"
+    words = ["nproc=1", "batch_size=auto", "memory_fraction=0.02", "model.image_size=64", "max_steps=2", "out=auto"]
+    done = command("-m", "recipes.ddp", *words, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr
+    size = int(done.stdout.partition("batch_size=auto: ")[2].partition(",")[0])
+    assert size > 1400 or ": out of memory" in done.stderr, "the next larger one was tried, and did not fit"

@@ -123,7 +123,8 @@ def settle(config: Config, recipe: Recipe, ranks: int, start: Start) -> int:
 
 
 def allowance(trial: Trial, config: Config) -> str:
-    return f"the {mebibytes(trial.room)} MiB that memory_fraction={config.memory_fraction} leaves a rank"
+    size = f"the {mebibytes(trial.room)} MiB" if trial.room else "what"  # a GPU's rank took it with it
+    return f"{size} that memory_fraction={config.memory_fraction} leaves a rank"
 
 
 def known(config: Config, recipe: Recipe) -> int | None:
