@@ -30,7 +30,7 @@ from lockstep import Run, UserError, recipe
 from lockstep.checks import check_package
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
-from lockstep.schema import Config, overrides
+from lockstep.schema import Config
 from lockstep.trial import environment
 from recipes import choose
 
@@ -39,8 +39,10 @@ OURS = {"recipes", "rounds", "out", "nproc"}  # keys that mean this tool, not th
 
 def measure(run: Run, name: str, number: int) -> dict[str, Any]:
     """Run a recipe to its end in processes of its own; its result.json and, as `start_seconds`, its way to step 1."""
+    from lockstep.compose import overrides  # Hydra, which only a process that starts others needs
+
     out = run.out / f"{name}-{number}"
-    command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(run.config, OURS)]
+    command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(train, run.config, OURS)]
     began = time.perf_counter()
     done = subprocess.run(command, env=environment(os.environ), capture_output=True, text=True)
     seconds = time.perf_counter() - began

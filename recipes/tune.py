@@ -59,7 +59,7 @@ from lockstep.checks import complete
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.preemption import SIGNALS, Preempted
-from lockstep.schema import Config, overrides, typed
+from lockstep.schema import AUTO, Config, typed
 from lockstep.space import Space
 from lockstep.words import count, interpreter
 from recipes import choose
@@ -101,7 +101,11 @@ WAIT_SECONDS = 60  # for runs of trials that a killed start has left behind, and
 
 
 def find(config: Config) -> Recipe:
-    """The recipe that is tuned; UserError where there is none of that name."""
+    """The recipe that is tuned; UserError where there is none of that name, or no one batch for all trials' ranks."""
+    if config.batch_size == AUTO:
+        raise UserError(
+            "batch_size=auto: is found for one training; set a number, or draw it with tune.space.batch_size"
+        )
     name, every = config.tune.recipe, choose(None)
     if name not in every:
         raise UserError(f"tune.recipe={name}: no such recipe; allowed are {', '.join(every)}")
@@ -134,7 +138,9 @@ def plan(config: Config, each: Recipe, device: str) -> Plan:
 
 def words(config: Config, how: Plan) -> list[str]:
     """The overrides that all trials have in common. The threads are part of them: other threads, other last bits."""
-    rest = overrides(config, OURS | set(Space(config.tune.space).texts))
+    from lockstep.compose import overrides  # Hydra
+
+    rest = overrides(train, config, OURS | set(Space(config.tune.space).texts))
     numbers = [f"nproc={how.ranks}", f"threads={how.threads}"]
     if config.tune.address is not None and config.device == "auto":  # it might be another one on each node
         numbers.append(f"device={'cuda' if how.gpus else 'cpu'}")
@@ -517,7 +523,7 @@ def write_results(run: Run, rows: list[dict[str, Any]], status: str) -> dict[str
     return result
 
 
-@recipe(ranks=1, check=check, needs="ray")
+@recipe(ranks=1, check=check, needs="ray", stands_for=find)
 def train(run: Run) -> None:
     each = find(run.config)
     how = plan(run.config, each, run.device.type)

@@ -153,6 +153,8 @@ TUNE = {
     "tune.space.out=choice(a,b)": ["tune.space.out", "same for all trials"],
     "tune.space.stages=choice(2)": ["stages=2", "recipes.ddp does not use it"],
     "~tune.space.optim ~tune.space.batch_size": ["tune.space", "is empty", "tune=asha"],
+    "batch_size=auto": ["batch_size=auto"],
+    "zero.stage=3": ["zero.stage=3", "recipes.tune does not use it"],
     "tune.nproc=5": ["tune.space can draw", "5 ranks"],
     "tune.recipe=single tune.nproc=2": ["recipes.single runs on 1 rank, not 2"],
     "tune.address=ray://head:10001": ["tune.address=ray://head:10001", "auto", "HOST:PORT"],

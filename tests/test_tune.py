@@ -20,11 +20,13 @@ from typing import Any
 import pytest
 
 from lockstep import UserError, trial
-from lockstep.schema import Config
+from lockstep.schema import Config, walk
 from lockstep.space import Space
-from recipes import tune
-from tests.harness import clean_environment, command, result
+from recipes import ddp, tune
+from tests.harness import clean_environment, command, complete, compose_config, result
 from tests.processes import as_a_shell, wait_until
+
+SPACE = ["tune.space.batch_size=choice(12, 24)", "tune.space.optim.warmup_steps=sample_from(48 // batch_size)"]
 
 # The space --------------------------------------------------------------------------------------------------------
 
@@ -98,6 +100,38 @@ def test_the_shell_s_words_become_hydra_s() -> None:
     assert tune.quoted(tune.quoted("tune.space.optim.lr=uniform(0, 1)")) == '++tune.space.optim.lr="uniform(0, 1)"'
     assert tune.quoted("optim.lr=0.1") == "optim.lr=0.1"
     assert tune.quoted("~tune.space.batch_size") == "~tune.space.batch_size"
+
+
+def test_the_tuned_recipe_s_own_keys_can_be_set_and_drawn() -> None:
+    wanted = ["tune.recipe=pipeline_parallel", "schedule=gpipe", tune.quoted("tune.space.micro_batches=choice(2, 4)")]
+    config = compose_config(tune.train, *wanted)
+    complete(config, tune.train, 1)
+    common = tune.words(config, tune.plan(config, tune.find(config), "cpu"))
+    assert common == ["schedule=gpipe", "nproc=2", "threads=1"], "and nothing that the trial finds out by itself"
+
+
+def test_a_trial_s_command_composes_what_was_typed() -> None:
+    wanted = ["data=synthetic", "data.size=48", "optim=adamw", "optim.weight_decay=0.1", "batch_size=24", "patience=3"]
+    config = compose_config(
+        tune.train,
+        *wanted,
+        "tune.nproc=1",
+        "tune.concurrent=1",
+        "threads=1",
+        "model.norm=group",
+        *map(tune.quoted, SPACE),
+    )
+    complete(config, tune.train, 1)
+    common = tune.words(config, tune.plan(config, ddp.train, "cpu"))
+    assert common[:3] == ["data=synthetic", "optim=adamw", "model.norm=group"]
+    there = compose_config(ddp.train, *common)
+    complete(there, ddp.train, 1)
+    drawn = set(Space(config.tune.space).texts)
+    mine, theirs = (
+        {name: value for name, value, _ in walk(each) if name not in drawn and not name.startswith("tune.")}
+        for each in (config, there)
+    )
+    assert mine | {"nproc": 1} == theirs
 
 
 # A trial ----------------------------------------------------------------------------------------------------------
@@ -241,7 +275,6 @@ def test_asha_knows_after_a_restart_what_the_trials_had_logged(tmp_path: Path) -
 # The search, on a real Ray -----------------------------------------------------------------------------------------
 
 SMALL = "data=synthetic data.size=48 data.image_size=8 batch_size=24 max_steps=6 epochs=6".split()
-SPACE = ["tune.space.batch_size=choice(12, 24)", "tune.space.optim.warmup_steps=sample_from(48 // batch_size)"]
 SINGLE = ["-m", "recipes.tune", "tune.recipe=single", "tune.trials=4", "tune.concurrent=2", "out=run", *SMALL, *SPACE]
 
 

@@ -167,7 +167,7 @@ def submit(recipe: Recipe) -> int:
             return
         device, backend = world.resolve_device(config.device, config.backend)
         asked = cluster.check_here(config) if there else config.nproc
-        nproc = asked or recipe.subject(config).ranks or world.default_nproc(device)
+        nproc = asked or recipe.ranks or recipe.subject(config).ranks or world.default_nproc(device)
         world.check_nproc(nproc, device, backend)
         how = how_to_start(config, device, launcher)
         config = replace(config, cluster=None)

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lockstep.errors import UserError
-from lockstep.schema import ClusterConfig, Config, walk
+from lockstep.schema import ClusterConfig, Config, typed, walk
 
 if TYPE_CHECKING:
     from lockstep.app import Recipe
@@ -94,6 +94,32 @@ def spelled_out(words: list[str], key: str) -> list[str]:
     if words and re.fullmatch(r"\w+", words[0]):
         return [f"{key}={words[0]}", *words[1:]]
     return words
+
+
+def overrides(tool: Recipe, config: Config, without: Collection[str] = ()) -> list[str]:
+    """The words that give a recipe's command what a tool was given: what differs from the tool's own defaults.
+
+    Args:
+        without: keys that are left out, and groups of them.
+    """
+    skip, default = set(without), Config()
+    names = {"model": config.model.name, "data": config.data.name, "optim": config.optim.name}
+    groups = [
+        f"{group}={name}"
+        for group, name in names.items()
+        if name != getattr(default, group).name and not {group, f"{group}.name"} & skip
+    ]
+    plain = {name: value for name, value, _ in walk(compose_another(tool, groups))}
+    follows = {  # what `complete` fills in, and will fill in again
+        "data.num_classes": config.data.name != "synthetic" or config.data.num_classes == 10,
+        "model.num_classes": config.model.num_classes == config.data.num_classes,
+        "model.image_size": config.model.image_size == config.data.image_size,
+    }
+    return groups + [
+        typed(name, value)
+        for name, value, _ in walk(config)
+        if value != plain[name] and not (follows.get(name) or {name, name.partition(".")[0]} & skip)
+    ]
 
 
 def check_cluster_words(words: list[str]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -328,27 +328,6 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, An
             yield from walk(value, f"{prefix}{entry.name}.")
         elif entry.metadata:
             yield f"{prefix}{entry.name}", value, dict(entry.metadata)
-
-
-def overrides(config: Config, without: Collection[str] = ()) -> list[str]:
-    """The words that give another command this config: what differs from the defaults.
-
-    Args:
-        without: keys that are left out, and groups of them.
-    """
-    data, model = config.data, config.model
-    follows = {  # what `complete` fills in, and fills in there as well
-        "data.num_classes": data.name != "synthetic" or data.num_classes == 10,
-        "model.num_classes": model.num_classes == data.num_classes,
-        "model.image_size": model.image_size == data.image_size,
-    }
-    skip = set(without)
-    return [
-        typed(name, value)
-        for name, value, rule in walk(config)
-        if value != (list(rule["default"]) if isinstance(rule["default"], tuple) else rule["default"])
-        and not (follows.get(name) or {name, name.partition(".")[0]} & skip)
-    ]
 
 
 def typed(name: str, value: Any) -> str:
