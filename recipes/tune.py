@@ -83,15 +83,23 @@ QUIET = {
 # Ends with the process that started it, whatever that dies of, and then removes what Ray has left: its helpers would
 # stay for another minute, and its folder for ever. All of them have the folder's name in their environment.
 REAPER = """
-import os, shutil, signal, sys
+import os, shutil, signal, sys, time
 from pathlib import Path
+def found():
+    for entry in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if f"LOCKSTEP_RAY={sys.argv[1]}\\0".encode() in entry.read_bytes():
+                yield int(entry.parent.name)
+        except OSError:
+            pass
 sys.stdin.read()
-for entry in Path("/proc").glob("[0-9]*/environ"):
-    try:
-        if f"LOCKSTEP_RAY={sys.argv[1]}\\0".encode() in entry.read_bytes() and int(entry.parent.name) != os.getpid():
-            os.kill(int(entry.parent.name), signal.SIGKILL)
-    except OSError:
-        pass
+while left := list(found()):  # until there are none: one of them may have started another while it was looked for
+    for process in left:
+        try:
+            os.kill(process, signal.SIGKILL)
+        except OSError:
+            pass
+    time.sleep(0.1)
 shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 WAIT_SECONDS = 60  # for runs of trials that a killed start has left behind, and that are saving

@@ -124,7 +124,7 @@ def test_a_trial_s_command_composes_what_was_typed() -> None:
     complete(config, tune.train, 1)
     common = tune.words(config, tune.plan(config, ddp.train, "cpu"))
     assert common[:3] == ["data=synthetic", "optim=adamw", "model.norm=group"]
-    there = compose_config(ddp.train, *common)
+    there = compose_config(ddp.train, *common, "batch_size=24")
     complete(there, ddp.train, 1)
     drawn = set(Space(config.tune.space).texts)
     mine, theirs = (
