@@ -44,8 +44,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.metrics import gather_numbers
-from lockstep.models import build_model
-from lockstep.run import AUTOCAST
+from lockstep.models import AUTOCAST, build_model
 from lockstep.schema import Config
 
 

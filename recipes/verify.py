@@ -28,8 +28,8 @@ from lockstep import Proof, Recipe, Run, UserError, recipe
 from lockstep.checks import check_batch, check_package
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
+from lockstep.models import AUTOCAST
 from lockstep.proof import Trace, angle, difference, trace, with_values
-from lockstep.run import AUTOCAST
 from lockstep.schema import Config
 from recipes import choose
 

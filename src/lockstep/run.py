@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import math
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,38 +18,32 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lockstep import checkpoint, data, metrics
-from lockstep.account import Account, everyone, in_a_line
-from lockstep.checkpoint import Checkpoints
+from lockstep import data, metrics
 from lockstep.data import Batch
 from lockstep.errors import UserError
-from lockstep.files import write_atomically, write_json
-from lockstep.gradients import Gradients, Parts, wanted
-from lockstep.leaks import Graphs, warning
-from lockstep.memory import Meter, held_bytes, process_bytes, state_bytes
+from lockstep.files import write_json
+from lockstep.gradients import Parts
+from lockstep.instruments import Instruments
+from lockstep.keeper import Keeper, export
+from lockstep.memory import held_bytes, process_bytes, state_bytes
 from lockstep.models import AUTOCAST, DTYPES, count_parameters
 from lockstep.monitor import Mistake, Monitor, open_monitors
 from lockstep.precision import Scaler
 from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.pretrained import backbone
 from lockstep.report import Report
-from lockstep.rundir import CHECKPOINTS, checkpoint_folder
-from lockstep.schema import Config, OptimConfig, to_yaml
+from lockstep.schema import Config, OptimConfig
 from lockstep.state import (
     Engine,
     Stateful,
     TrainingState,
-    check_weights,
     is_sharded,
-    read_weights,
     seed_generators,
     settle_buckets,
     whole_weights,
 )
 from lockstep.state import whole as whole_tensor
-from lockstep.unused import Audit, listed
-from lockstep.words import short
-from lockstep.world import World, make_group
+from lockstep.world import World
 
 
 class NothingLeft(Exception):
@@ -100,7 +92,6 @@ class Run:
         self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.quiet, self.listener = quiet, listener
         self.monitors: list[Monitor] = []
-        self._gradients: Gradients | None = None
         self.report = Report(self.recipe, config, world, out, next_command, quiet)
         self.keep_gradients = False
         self.first_gradients: dict[str, Tensor] = {}
@@ -111,22 +102,14 @@ class Run:
         self._backbone_only = False  # resume=PATH has done its part
         self.prepare: Callable[[nn.Module], None] | None = None  # what a proof does to every model that is placed
         self._sharded = False  # no rank ever holds the whole model
-        self._audit: Audit | None = None
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
         self._timer = metrics.Stopwatch(self.device)
-        self._graphs, self._meter = Graphs(), Meter(self.device)
-        self._account: Account | None = None  # of the first step of this start
+        self._instruments = Instruments(self)
         self._agreement: Agreement | None = None
-        self._checkpoints: Checkpoints | None = None
-        self._resumed_from: str | None = None
-        self._started_at = 0  # the step of the checkpoint that this start went on from
+        self._keeper = Keeper(recipe, config, world, out, self.report)
         self._train_loss: float | None = None
         self._evaluation: metrics.Evaluation | None = None
-        self._best: float | None = None  # of config.metric, so far
-        self._best_step: int | None = None  # of the checkpoint that has it, where one was saved
-        self._best_is_new = False  # and a checkpoint is to keep it
-        self._waited = 0  # evaluations since then
 
     # What recipes call ------------------------------------------------------------------------------------------
 
@@ -153,8 +136,8 @@ class Run:
         self._backbone_only = True
         found = backbone(self.config, model, head) if self.world.rank == 0 else {}
         if self.config.weights != "random":
-            self._resumed_from = self.config.weights or self.config.resume
-            self.report.line(f"backbone from {self._resumed_from}: {len(found)} tensors, all but {head}*")
+            self._keeper.resumed_from = source = self.config.weights or self.config.resume
+            self.report.line(f"backbone from {source}: {len(found)} tensors, all but {head}*")
         return found
 
     def settle(self, model: nn.Module, since: int) -> None:
@@ -190,7 +173,7 @@ class Run:
         Detached, because a kept loss keeps its whole graph; read at logged steps only, because reading waits for the
         GPU.
         """
-        self._graphs.watch(loss, self.step)
+        self._instruments.recorded(loss)
         part = loss.detach() * weight
         self._loss = part if self._loss is None else self._loss + part
 
@@ -276,8 +259,7 @@ class Run:
                 f"{self.recipe} left run.steps after step {self.step} of {self.total_steps}; "
                 "run the loop to its end, or set max_steps"
             )
-        if self._checkpoints:
-            self._checkpoints.wait()
+        self._keeper.wait()
         module = self._whole()
         weights = whole_weights(module, self.device, keep=self.world.rank == 0)
         memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
@@ -289,7 +271,7 @@ class Run:
             monitor.close()
         if self.world.rank == 0:
             export(weights, self.out / "model.pt")
-            self._export_best(weights)
+            self._keeper.export_best(self._state, weights)
             result = self._result("finished", memory)
             write_json(self.out / "result.json", result)
             self.report.finish(result)
@@ -305,26 +287,6 @@ class Run:
             mistakes = [Mistake(*each, image) for each, image in zip(wrong, images, strict=True)]
             for monitor in self.monitors:
                 monitor.mistakes(self.step, mistakes)
-
-    def _export_best(self, last: Mapping[str, Tensor]) -> None:
-        """Write best.pt, from the checkpoint that BEST names, on rank 0; the last weights say what it consists of."""
-        best = checkpoint.named(self.out / CHECKPOINTS, "BEST")
-        if best is None:
-            return
-        problem = checkpoint.whats_wrong(best)
-        if problem:
-            self.report.line(f"best.pt not written: {best.name}: {problem}")
-            return
-        if best.name != checkpoint.folder_name(self._best_step or 0):
-            self.report.line(f"best.pt is {best.name}'s: step {self._best_step} was better and could not be saved")
-        if self._engine:
-            weights = self._engine.weights(best / self._engine.name)
-        else:
-            from lockstep import storage
-
-            weights = {name: torch.empty_like(tensor) for name, tensor in last.items()}
-            storage.load(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
-        export(weights, self.out / "best.pt")
 
     def held_bytes(self) -> dict[str, int]:
         """What this rank's memory is held by right now, in bytes by name."""
@@ -355,7 +317,7 @@ class Run:
         for group in optimizer.param_groups if optimizer else []:
             group.setdefault("initial_lr", group["lr"])
         scaler = {"scaler": self._scaler} if self._scaler and self._scaler.is_enabled() else {}
-        state = TrainingState(
+        self._state = TrainingState(
             unwrap(model),
             optimizer,
             scaler | dict(keep or {}),
@@ -364,8 +326,9 @@ class Run:
             owns_buffers=self.shard == 0,
             engine=engine,
         )
-        self._resume(state, model)
-        return state
+        if not self.quiet:  # a tool's run is never continued
+            self._resume(model)
+        return self._state
 
     def _begin(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Start to listen, to log and to keep time, when the state is the one to go on from; `model`: wrapped or not.
@@ -380,15 +343,15 @@ class Run:
         assert self._module is not None
         complete = self._whole()
         self._parameters = count_parameters(complete)
-        if wanted(self.config):
-            self._gradients = self._watch_gradients(optimizer, [name for name, _ in complete.named_parameters()])
+        names = [name for name, _ in complete.named_parameters()]
+        self._instruments.begin(self._module, model, optimizer, names, self._parts(optimizer))
         if self.world.rank == 0:
             self.monitors = open_monitors(
                 self.out,
                 self.config,
                 name=f"{self.recipe}/{self.out.name}",
                 step=self.step,
-                columns=self._gradients.columns if self._gradients else (),
+                columns=self._instruments.columns,
                 say=self.report.line,
             )
         self.report.start(
@@ -397,47 +360,35 @@ class Run:
             steps=(self.steps_per_epoch, self.total_steps),
             first=self.step,
         )
-        if self.config.memory:
-            self._account = Account(self._module, optimizer)
+        self._keeper.begin()
         self._logged_at, self._logged_step = time.perf_counter(), self.step
-        self._saved_at, self._saved_step = self._logged_at, self.step
         self._setup_seconds = self._logged_at - self.started
         if self.step >= self.total_steps:
             self._evaluation = self._evaluate()
             raise NothingLeft
-        self._audit = Audit(self._module, model, optimizer)
 
-    def _watch_gradients(self, optimizer: Optimizer, names: list[str]) -> Gradients:
+    def _parts(self, optimizer: Optimizer) -> Parts:
+        """What this rank holds of gradients and weights."""
         assert self._module is not None
         if self._engine:
-            parts = self._engine.parts(self._module, optimizer)
-        else:  # the same stages of several pipelines hold the same
-            pipeline = self.config.stages > 1
-            parts = Parts(self._module, optimizer, owns=not pipeline or self.shard == 0, differ=pipeline)
-        return Gradients(self.config, names, self._module, parts, device=self.device, say=self.report.line)
+            return self._engine.parts(self._module, optimizer)
+        pipeline = self.config.stages > 1  # the same stages of several pipelines hold the same
+        return Parts(self._module, optimizer, owns=not pipeline or self.shard == 0, differ=pipeline)
 
     def _before_step(self, state: TrainingState) -> bool:
         """Save where a checkpoint is due, and leave where a signal has come; whether there is a step to take."""
         sign, due = 0, False
         if self._agreement:
-            sign, due = self._agreement.ask(self.step, self._due_by_the_clock())
+            sign, due = self._agreement.ask(self.step, self._keeper.is_due_by_the_clock())
         last = self.step == self.total_steps
         leaves = bool(sign) and not last
-        if (leaves or due or self._due_by_step(last)) and self.step > self._saved_step:
-            paused = time.perf_counter()
+        if (leaves or due or self._keeper.is_due(self.step, last)) and self.step > self._keeper.saved_step:
             self._save(state)
-            self._saved_at, self._saved_step = time.perf_counter(), self.step
-            self._logged_at += self._saved_at - paused
         if leaves:
             self._leave(sign)
         if not last:
             self._lr = self._next_lr()
-            if self._account:
-                self._account.start()
-            if self._gradients:
-                logs, every = self._is_logged(self.step + 1), self.config.monitor.histograms
-                drawn = logs and every > 0 and -(-(self.step + 1) // self.config.log_every) % every == 0
-                self._gradients.prepare(self.step + 1, logs=logs, histograms=drawn)
+            self._instruments.before_step(self.step + 1, self._is_logged(self.step + 1))
             self._timer.start()
         return not last
 
@@ -458,64 +409,39 @@ class Run:
         if left_out:
             scale = self._scaling["loss_scale"]
             self.report.line(f"step {self.step} left out: gradients are not finite; the loss scale is now {scale:g}")
-        if self._audit and not left_out:  # which has no update, where they look for what an update needs
-            self._name_unused(self._audit.finish())
-            self._audit = None
-        if self._account and left_out:
-            self._account.stop()
-        elif self._account:
-            self._report_memory(self._account)
-        if kept := self._graphs.kept(self.step):
-            self.report.line(warning(kept))
-            self._notes["graphs_kept"] = [number + 1 for number in kept]  # steps, as they are logged
-        last = self.step == self.total_steps
-        if self._gradients:
-            self._gradients.check(self.world.rank, self._stop)
+        self._instruments.after_step(self.step, updated=not left_out)
         if self._is_logged(self.step):
-            self._train_loss, memory = self._loss_and_memory()
-            loss = self._train_loss
-            now = time.perf_counter()
-            speed = (self.step - self._logged_step) * self.config.batch_size / (now - self._logged_at)
-            self._logged_at, self._logged_step = now, self.step
-            more = self._scaling | (self._gradients.scalars if self._gradients and not left_out else {})
-            usage, figures = self._meter.read() if self.world.rank == 0 else ("", {})
-            more |= figures
-            self._log(loss=loss, lr=self._lr, images_per_second=round(speed, 1), peak_memory_bytes=memory, **more)
-            if self._gradients and self._gradients.histograms and not left_out:
-                for monitor in self.monitors:
-                    monitor.histograms(self.step, self._gradients.histograms)
-            self.report.step(self.step, loss, speed, usage)
-        else:
-            self._loss = None
-            if left_out:
-                self._log(**self._scaling)
+            self._log_step(left_out)
+        elif left_out:
+            self._log(**self._scaling)
+        self._loss = None
         self._paused_at = time.perf_counter()
-        return last or self._epoch_ends_with_evaluation()
+        return self.step == self.total_steps or self._epoch_ends_with_evaluation()
 
-    def _name_unused(self, mine: list[str]) -> None:
-        """Say which parameters got no gradient in this start's first step, whichever rank has them."""
-        names = list(dict.fromkeys(name for some in checkpoint.gather(mine, self.world.control) for name in some))
-        if names:
-            self._notes["parameters_without_gradient"] = names
-            self.report.line(
-                f"warning: no gradient in the first step for {listed(names)}: not trained; use them, or freeze them"
-            )
-
-    def _report_memory(self, account: Account) -> None:
-        """Write down what each rank held in the step that has ended, the first one."""
-        self._account = None
-        ranks = everyone(account.stop(), self.world.control)
-        self.note(f"held: {in_a_line(ranks)}, in MiB by rank; by layer in memory.json")
-        if self.world.rank == 0:
-            write_json(self.out / "memory.json", {"ranks": ranks})
+    def _log_step(self, left_out: bool) -> None:
+        self._train_loss, memory = self._loss_and_memory()
+        now = time.perf_counter()
+        speed = (self.step - self._logged_step) * self.config.batch_size / (now - self._logged_at)
+        self._logged_at, self._logged_step = now, self.step
+        more, histograms, usage = self._instruments.read(updated=not left_out)
+        self._log(
+            loss=self._train_loss,
+            lr=self._lr,
+            images_per_second=round(speed, 1),
+            peak_memory_bytes=memory,
+            **self._scaling,
+            **more,
+        )
+        for monitor in self.monitors if histograms else ():
+            monitor.histograms(self.step, histograms)
+        self.report.step(self.step, self._train_loss, speed, usage)
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.total_steps
 
-    def _stop(self) -> None:
-        """Bring to an end what is under way, before all ranks leave with an error."""
-        if self._checkpoints:
-            self._checkpoints.wait()
+    def stop(self) -> None:
+        """Bring to an end what is under way, before all ranks leave."""
+        self._keeper.wait()
         for monitor in self.monitors:
             monitor.close()
 
@@ -524,7 +450,11 @@ class Run:
         self._evaluation = result
         self._log(eval_loss=result.loss, eval_accuracy=result.accuracy, eval_f1=result.f1)
         self.report.evaluation(self.step, result)
-        self._judge(result)
+        self._keeper.judge(result)
+        if self._keeper.is_out_of_patience and self.step < self.total_steps:
+            waited = self._keeper.waited
+            self.report.line(f"stopping early: {self.config.metric} has not become better in {waited} evaluations")
+            self.total_steps = self.step
         self._logged_at += time.perf_counter() - self._paused_at
 
     @property
@@ -537,60 +467,20 @@ class Run:
     def _next_lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
 
-    def _resume(self, state: TrainingState, model: nn.Module) -> None:
+    def _resume(self, model: nn.Module) -> None:
         """Take up what this run directory holds, else what resume=PATH names, else start at step 0."""
-        if self.quiet:
-            return  # one of a tool's
-        group = self.world.control
-        folder = self.out / CHECKPOINTS
-        found = checkpoint.newest(folder, group)
-        if self.world.rank == 0 and folder.is_dir():
-            checkpoint.tidy(folder, found)
-        dist.barrier(group)
-        for line in found.skipped:
-            self.report.line(f"skipped {line}")
-        source = self.config.resume
-        if found.path is None and self._backbone_only:
-            return
-        if found.path is None and source not in ("auto", "never"):
-            if Path(source).expanduser().is_file():
-                weights = read_weights(Path(source).expanduser())
-                mine = self._whole() if self._engine and self._whole else state.module
-                weights = {name: tensor for name, tensor in weights.items() if name in mine.state_dict()}
-                check_weights(Path(source), weights, mine.state_dict())
-                state.load(weights)
-                self._resumed_from = source
-                self.report.line(f"starting from the weights in {source}")
-                return
-            folder, name = checkpoint_folder(Path(source).expanduser())
-            found = checkpoint.newest(folder, group, only=name)
-            for line in found.skipped:
-                self.report.line(f"skipped {line}")
-            if found.path is None:
-                raise UserError(f"resume={source}: holds no intact checkpoint; name another one")
-        if found.path is None:
-            return
-        facts = found.facts
-        if facts["samples_seen"] % self.config.batch_size:
-            raise UserError(
-                f"batch_size={self.config.batch_size}: {found.path.name} was saved after {facts['samples_seen']} "
-                f"samples, which is no whole number of such batches; set batch_size={facts['batch_size']}"
-            )
-        if facts["step"]:
-            self._settle_buckets(model)
-        state.restore(found.path, facts, group)
-        self.step = facts["samples_seen"] // self.config.batch_size
-        if self.step > self.total_steps:
-            raise UserError(
-                f"max_steps={self.total_steps}: {short(found.path)} is at step {self.step}; allowed is more"
-            )
-        self._train_loss, self._waited = facts["train_loss"], facts["waited"]
-        self._best, self._best_step = facts["best"], facts["best_step"]
-        self._resumed_from = os.path.relpath(found.path, self.out)
-        self._started_at = self.step
-        if self._is_out_of_patience():
-            self.total_steps = self.step
-        self.report.line(f"resuming from {short(found.path)}, at step {self.step} of {self.total_steps}")
+        assert self._whole is not None
+        facts = self._keeper.find(
+            self._state,
+            self.total_steps,
+            whole=self._whole,
+            weights=not self._backbone_only,
+            before=lambda: self._settle_buckets(model),
+        )
+        if facts:
+            self.step, self._train_loss = self._keeper.started_at, facts["train_loss"]
+            if self._keeper.is_out_of_patience:
+                self.total_steps = self.step
 
     def _settle_buckets(self, model: nn.Module) -> None:
         if self.shards > 2:
@@ -598,54 +488,18 @@ class Run:
             with self.autocast():
                 settle_buckets(model, self.to_model(torch.zeros(share, 3, self.image_size, self.image_size)))
 
-    def _due_by_step(self, last: bool) -> bool:
-        if self._best_is_new:
-            return True
-        every = self.config.checkpoint.every
-        return every is not None and (last or self.step % every == 0)
-
-    def _due_by_the_clock(self) -> bool:
-        """Rank 0's clock decides; the others learn it with the agreement."""
-        config = self.config.checkpoint
-        if self.world.rank or config.every is not None or not config.minutes:
-            return False
-        return time.perf_counter() - self._saved_at > 60 * config.minutes
-
     def _save(self, state: TrainingState) -> None:
-        """Have the checkpoint of this step written."""
+        """Have the checkpoint of this step written; the clock by which speed is measured stands still meanwhile."""
         if self.quiet:
             return
-        if self._checkpoints is None:
-            from lockstep.storage import Saver  # a second to import, which not every run needs
-
-            self._config_text = to_yaml(self.config)
-            if self.world.rank == 0:
-                (self.out / CHECKPOINTS).mkdir(exist_ok=True)
-            group = make_group(self.config.timeout_seconds)
-            saver = Saver(group, asynchronous=self.config.checkpoint.asynchronous)
-            keep = self.config.checkpoint.keep
-            self._checkpoints = Checkpoints(self.out / CHECKPOINTS, saver, keep=keep, warn=self.report.line)
-        if self._best_is_new:
-            self._best_step = self.step
-        facts = {
-            "recipe": self.recipe,
-            "step": self.step,
-            "epoch": self.epoch,
-            "samples_seen": self.step * self.config.batch_size,
-            "batch_size": self.config.batch_size,
-            "world_size": self.world.world_size,
-            "lr": self._next_lr(),
-            "train_loss": self._train_loss,
-            "metrics": asdict(self._evaluation) if self._evaluation else None,
-            "best": self._best,
-            "best_step": self._best_step,
-            "waited": self._waited,
-            "config": self._config_text,
-        }
-        best, self._best_is_new = self._best_is_new, False
+        paused = time.perf_counter()
         for monitor in self.monitors:
             monitor.flush()
-        self._checkpoints.save(state.tensors(), facts | state.facts(), files=state.files, best=best)
+        evaluation = asdict(self._evaluation) if self._evaluation else None
+        self._keeper.save(
+            state, self.step, epoch=self.epoch, lr=self._next_lr(), train_loss=self._train_loss, metrics=evaluation
+        )
+        self._logged_at += time.perf_counter() - paused
 
     def _leave(self, sign: int) -> None:
         """Write down how far it came, and go.
@@ -653,33 +507,15 @@ class Run:
         Raises:
             Preempted: always.
         """
-        self._stop()
+        self.stop()
         name = signal.Signals(sign).name
         if not self.quiet:
-            step = (self._checkpoints and self._checkpoints.saved_step) or self._started_at
+            step = self._keeper.newest_step
             saved = f"saved at step {step}" if step else "nothing is saved"
             self.report.line(f"preempted by {name} after step {self.step} of {self.total_steps}: {saved}")
         if self.world.rank == 0 and not self.quiet:
             write_json(self.out / "result.json", self._result("preempted", [0.0]))
         raise Preempted(name)
-
-    def _judge(self, result: metrics.Evaluation) -> None:
-        """Keep count of what is best, and end the training where it has long not become better.
-
-        All ranks hold the same evaluation to the last bit, so all of them come to the same end.
-        """
-        value = getattr(result, self.config.metric.removeprefix("eval_"))
-        if self.config.metric == "eval_loss":
-            value = -value
-        if value == value and (self._best is None or value > self._best):  # no NaN is best
-            self._best, self._best_is_new, self._waited = value, self.config.checkpoint.best, 0
-            return
-        self._waited += 1
-        if self._is_out_of_patience() and self.step < self.total_steps:
-            self.report.line(
-                f"stopping early: {self.config.metric} has not become better in {self._waited} evaluations"
-            )
-            self.total_steps = self.step
 
     def _before_update(self, module: nn.Module) -> None:
         """Keep what a proof compares: the first update's gradients, by the names of this rank's parameters."""
@@ -723,7 +559,6 @@ class Run:
         total = torch.zeros(2 + self.world.world_size, dtype=torch.float64, device=self.device)
         if self._loss is not None:
             total[0], total[1] = self._loss.double().to(self.device), 1
-        self._loss = None
         total[2 + self.world.rank] = metrics.peak_memory_bytes(self.device)
         dist.all_reduce(total)
         loss, count, *memory = total.tolist()
@@ -753,9 +588,6 @@ class Run:
         for monitor in self.monitors:
             monitor.log(where | scalars)
 
-    def _is_out_of_patience(self) -> bool:
-        return self.config.patience is not None and self._waited >= self.config.patience
-
     def _result(self, status: str, memory: list[float]) -> dict[str, Any]:
         """The run in numbers; speeds are those of this start, null where it took no step."""
         parameters, trainable = self._parameters
@@ -783,12 +615,10 @@ class Run:
                 "peak_memory_bytes_by_rank": [int(m) for m in memory],
                 "parameters": parameters,
                 "trainable_parameters": trainable,
-                "resumed_from": self._resumed_from,
                 "setup_seconds": self._setup_seconds,
                 "wall_seconds": time.perf_counter() - self.started,
-                "checkpoint_stall_seconds": self._checkpoints.stall_seconds if self._checkpoints else 0.0,
-                "checkpoints_failed": self._checkpoints.failed if self._checkpoints else 0,
             }
+            | self._keeper.result()
             | self._scaling
             | self._notes
         )
@@ -816,11 +646,3 @@ def lr_factor(config: OptimConfig, total_steps: int) -> Any:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
-
-
-def export(weights: Mapping[str, Tensor], path: Path) -> None:
-    """Write a plain state_dict on the CPU, for `load_state_dict(torch.load(path, weights_only=True))` anywhere."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())

@@ -1,0 +1,116 @@
+"""What looks on while a run trains, and says what it sees. Only gradients.* can change what is trained."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lockstep import checkpoint
+from lockstep.account import Account, everyone, in_a_line
+from lockstep.files import write_json
+from lockstep.gradients import Gradients, Parts, wanted
+from lockstep.leaks import Graphs, warning
+from lockstep.memory import Layer, Meter
+from lockstep.monitor import Histogram
+from lockstep.unused import Audit, listed
+
+if TYPE_CHECKING:
+    from lockstep.run import Run
+
+
+class Instruments:
+    """One rank's, for one start of a run. All ranks call each method together.
+
+    Those that belong to a start's first step end with it: which parameters got no gradient, and what memory each layer
+    held, where memory=report asks.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._graphs, self._meter = Graphs(), Meter(run.device)
+        self._gradients: Gradients | None = None
+        self._audit: Audit | None = None
+        self._account: Account | None = None
+
+    def begin(self, module: nn.Module, model: nn.Module, optimizer: Optimizer, names: list[str], parts: Parts) -> None:
+        """Attach what is asked for.
+
+        Args:
+            module: what this rank holds of the model.
+            model: the same, wrapped or not.
+            names: every parameter of the whole model.
+            parts: where gradients are to be seen.
+        """
+        run = self._run
+        if wanted(run.config):
+            self._gradients = Gradients(run.config, names, module, parts, device=run.device, say=run.report.line)
+        if run.config.memory:
+            self._account = Account(module, optimizer)
+        self._audit = Audit(module, model, optimizer)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the scalars that logged steps have of gradients."""
+        return self._gradients.columns if self._gradients else ()
+
+    def recorded(self, loss: Tensor) -> None:
+        """See a loss with its graph."""
+        self._graphs.watch(loss, self._run.step)
+
+    def before_step(self, step: int, logged: bool) -> None:
+        """Get ready for a step, which will be logged or not."""
+        if self._account:
+            self._account.start()
+        if self._gradients:
+            config = self._run.config
+            every = config.monitor.histograms
+            drawn = logged and every > 0 and -(-step // config.log_every) % every == 0
+            self._gradients.prepare(step, logs=logged, histograms=drawn)
+
+    def after_step(self, step: int, updated: bool) -> None:
+        """Judge a step that was taken; under fp16 it may have been left out, and what looks at an update waits for one.
+
+        Raises:
+            UserError: a parameter got no gradient that DistributedDataParallel waits for.
+            CheckFailed: gradients.stop_on_nan is set, and there was one.
+        """
+        run = self._run
+        if self._audit and updated:
+            self._name_unused(self._audit.finish())
+            self._audit = None
+        if self._account:
+            layers = self._account.stop()
+            if updated:
+                self._report_memory(layers)
+                self._account = None
+        if kept := self._graphs.kept(step):
+            run.report.line(warning(kept))
+            run.note("", graphs_kept=[number + 1 for number in kept])  # steps, as they are logged
+        if self._gradients:
+            self._gradients.check(run.world.rank, run.stop)
+
+    def read(self, updated: bool) -> tuple[dict[str, float], dict[str, Histogram], str]:
+        """(scalars, histograms, words for the progress line) of a logged step, of one with or without an update."""
+        usage, figures = self._meter.read() if self._run.world.rank == 0 else ("", {})
+        gradients = self._gradients if updated else None
+        return figures | (gradients.scalars if gradients else {}), gradients.histograms if gradients else {}, usage
+
+    def _name_unused(self, mine: list[str]) -> None:
+        """Say which parameters got no gradient in this start's first step, whichever rank has them."""
+        run = self._run
+        names = list(dict.fromkeys(name for some in checkpoint.gather(mine, run.world.control) for name in some))
+        if names:
+            run.note("", parameters_without_gradient=names)
+            run.report.line(
+                f"warning: no gradient in the first step for {listed(names)}: not trained; use them, or freeze them"
+            )
+
+    def _report_memory(self, layers: list[Layer]) -> None:
+        """Write down what each rank held in the step that has ended, the first one."""
+        run = self._run
+        ranks = everyone(layers, run.world.control)
+        run.note(f"held: {in_a_line(ranks)}, in MiB by rank; by layer in memory.json")
+        if run.world.rank == 0:
+            write_json(run.out / "memory.json", {"ranks": ranks})
