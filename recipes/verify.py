@@ -16,7 +16,6 @@ Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 """
 
 import importlib
-import json
 import traceback
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -30,7 +29,7 @@ from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.models import AUTOCAST
 from lockstep.proof import Trace, angle, difference, trace, with_values
-from lockstep.schema import Config
+from lockstep.schema import Config, typed
 from recipes import choose
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}
@@ -116,9 +115,7 @@ def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
 
 
 def words(values: dict[str, Any]) -> list[str]:
-    """Settings as they would be typed."""
-    typed = {bool: json.dumps, list: lambda value: f"[{','.join(value)}]"}
-    return [f"{name}={typed.get(type(value), str)(value)}" for name, value in values.items()]
+    return [typed(*pair) for pair in values.items()]
 
 
 def compare(row: Row, mine: Trace, theirs: Trace, differs: str) -> None:

@@ -34,7 +34,7 @@ from torch.optim import Optimizer
 from lockstep.errors import CheckFailed, UserError
 from lockstep.monitor import Histogram
 from lockstep.schema import Config, GradientsConfig
-from lockstep.state import is_sharded
+from lockstep.state import is_sharded, local
 
 BINS = 64  # of a histogram
 WARN_STEPS = 100  # a layer is named at most once in so many steps
@@ -121,11 +121,6 @@ class Parts:
         sharded = cast(Any, parameter)  # in several copies: those in the first row of the mesh
         places = zip(sharded.placements, sharded.device_mesh.get_coordinate(), strict=True)
         return all(place == 0 for placement, place in places if placement.is_replicate())
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded."""
-    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
 
 
 class Gradients:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep.models import AUTOCAST, DTYPES, build_model
 from lockstep.schema import Config
-from lockstep.state import is_sharded
+from lockstep.state import local
 from lockstep.words import mebibytes
 
 LOSS = "(loss)"  # what is saved outside of every layer
@@ -155,11 +155,6 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
     with Ledger(model) as ledger:
         model(images)
     return ledger.total
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
-    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def size(tensor: Tensor | None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import resource
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -103,10 +104,13 @@ def macro_f1(images: Tensor, taken_for: Tensor, right: Tensor) -> float:
     torchmetrics computes it, from counts that are exact; classes with none are left out, as in scikit-learn.
     """
     # Here and not above: it takes a second to import, which no start need wait for.
-    from torchmetrics.functional.classification.f_beta import _fbeta_reduce
+    from torchmetrics.classification import MulticlassF1Score
 
-    wrong, missed = taken_for - right, images - right
-    return float(_fbeta_reduce(right, wrong, torch.zeros_like(right), missed, beta=1.0, average="macro"))
+    metric = MulticlassF1Score(num_classes=len(images), average="macro", sync_on_compute=False)
+    metric.tp, metric.fp, metric.fn, metric.tn = right, taken_for - right, images - right, torch.zeros_like(right)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The ``compute`` method")  # that it has not seen predictions is intended
+        return float(metric.compute())
 
 
 @torch.no_grad()

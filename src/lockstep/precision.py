@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lockstep.errors import UserError
-from lockstep.state import is_sharded
+from lockstep.state import local
 
 GOOD_STEPS = 2000  # in a row, after which the scale is doubled
 
@@ -93,7 +93,7 @@ class Scaler(torch.amp.GradScaler):
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         with torch.no_grad():
             for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-                gradient = parameter.grad.to_local() if is_sharded(parameter.grad) else parameter.grad
+                gradient = local(parameter.grad)
                 if gradient.dtype == torch.float16 and not allow_fp16:
                     raise ValueError("gradients in fp16 cannot be unscaled: keep the weights in fp32")
                 if gradient.numel():

@@ -332,9 +332,15 @@ def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, An
 
 def typed(name: str, value: Any) -> str:
     """A key and its value as a person would type them, but for the shell's own quotes."""
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.-]*", value)
+    return f"{name}={word(value)}"
+
+
+def word(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{','.join(map(word, value))}]"
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.*-]*", value)
     special = isinstance(value, str) and value.lower() in ("true", "false", "null", "nan", "inf")
-    return f"{name}={value}" if plain and not special else f"{name}={json.dumps(value)}"
+    return str(value) if plain and not special else json.dumps(value)
 
 
 def check_values(config: Config) -> None:

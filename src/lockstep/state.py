@@ -288,6 +288,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds."""
+    return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
+
+
 def whole(tensor: Tensor, device: torch.device) -> Tensor:
     """The complete tensor. Where it is sharded, all ranks call this together, and `device` is where they talk."""
     return cast(Any, tensor.to(device)).full_tensor() if is_sharded(tensor) else tensor
