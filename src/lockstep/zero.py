@@ -179,7 +179,7 @@ class Files:
         self.scaler, self.gradient_bytes = scaler, 0
         self.before_update(self._measure)
         if scaler.is_enabled():
-            self._scale()
+            self._replace_scaler()
 
     def files(self) -> dict[str, memoryview]:
         self.engine.save_checkpoint("checkpoints", tag=self.name, save_latest=False)
@@ -216,9 +216,8 @@ class Files:
     def keep_gradients(self, into: Tensors) -> None:
         def keep() -> None:
             if not into:
-                scale = self.scaler.get_scale() if self.stage else 1.0  # at stage 0 they have been unscaled
                 named = self.module.named_parameters()
-                into.update({name: safe_get_full_grad(parameter).detach() / scale for name, parameter in named})
+                into.update({name: safe_get_full_grad(parameter).detach() / self.scale for name, parameter in named})
 
         self.before_update(keep)
 
@@ -281,7 +280,12 @@ class Files:
             parts = [part for group in averaged.values() for part in group or []]
             self.gradient_bytes = sum(stored([*gradients, *parts]).values())
 
-    def _scale(self) -> None:
+    @property
+    def scale(self) -> float:
+        """What gradients are multiplied by before the update: from stage 1 on they are unscaled within it."""
+        return self.scaler.get_scale() if self.stage else 1.0
+
+    def _replace_scaler(self) -> None:
         """Put our scaler in the place of DeepSpeed's, which no checkpoint holds.
 
         From stage 1 on DeepSpeed looks at the gradients' norm before it comes to the scaler. Where that is not finite
@@ -292,9 +296,10 @@ class Files:
             return
         outer = self.engine.optimizer
         outer.torch_autocast_gradscaler = self.scaler
-        update = outer.step
+        update, clip = outer.step, outer.clip_grad
 
         def step(*args: Any, **options: Any) -> Any:
+            outer.clip_grad = clip * self.scale  # it clips before it comes to the scaler, too
             found = update(*args, **options)
             if outer.overflow:
                 self.scaler.leave_out()
@@ -359,7 +364,7 @@ class Parts(gradients.Parts):
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         found: Tensor | None = safe_get_full_grad(parameter)
-        return None if found is None else found / self._scale
+        return found if found is None or self._files.scale == 1 else found / self._files.scale
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         section = getattr(parameter, "ds_tensor", None)
@@ -371,12 +376,7 @@ class Parts(gradients.Parts):
     def clamp(self, parameter: nn.Parameter, limit: float) -> None:
         found = safe_get_full_grad(parameter)
         if found is not None:
-            safe_set_full_grad(parameter, found.clamp(-limit * self._scale, limit * self._scale))
-
-    @property
-    def _scale(self) -> float:
-        scaler = self._files.scaler
-        return float(scaler.get_scale()) if scaler.is_enabled() else 1.0
+            safe_set_full_grad(parameter, found.clamp(-limit * self._files.scale, limit * self._files.scale))
 
     def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
         return self._owns or (not gradient and hasattr(parameter, "ds_tensor"))
