@@ -289,23 +289,24 @@ class Files:
         """Put our scaler in the place of DeepSpeed's, which no checkpoint holds.
 
         From stage 1 on DeepSpeed looks at the gradients' norm before it comes to the scaler. Where that is not finite
-        it leaves the step out by itself, on all ranks, and would never tell the scaler, which would never be halved.
+        it leaves the step out by itself, on all ranks, and would never tell the scaler, which would never be halved. It
+        clips before, too, so its limit has to grow with what is scaled.
         """
         if self.stage == 0:
             self.engine.torch_autocast_z0_gradscaler = self.scaler
             return
         outer = self.engine.optimizer
         outer.torch_autocast_gradscaler = self.scaler
-        update, clip = outer.step, outer.clip_grad
+        limit = outer.clip_grad
 
-        def step(*args: Any, **options: Any) -> Any:
-            outer.clip_grad = clip * self.scale  # it clips before it comes to the scaler, too
-            found = update(*args, **options)
+        def before() -> None:
+            outer.clip_grad = limit * self.scale
+
+        def after() -> None:
             if outer.overflow:
                 self.scaler.leave_out()
-            return found
 
-        outer.step = step
+        self._around_update(before, after)
 
     def _load_moments(self, moments: dict[str, Tensors]) -> None:
         if self.stage == 0:
@@ -343,21 +344,16 @@ class Parts(gradients.Parts):
     """What a rank holds of gradients and weights in stage 1 to 3.
 
     The sections of gradients are no parameters' own, so each one is put together on every rank, one after the other.
-    Under fp16 they are unscaled within the update, after DeepSpeed has clipped them: its limit has to grow with them.
     """
 
     clips_norm = True  # gradient_clipping does, in the update
 
     def __init__(self, files: Files) -> None:
         super().__init__(files.module, files.optimizer, owns=dist.get_rank() == 0, differ=True)
-        self._files, self._limit = files, files.engine.gradient_clipping()
+        self._files = files
 
     def before_update(self, call: Callable[[], None]) -> None:
-        def scaled() -> None:
-            self._files.engine.optimizer.clip_grad = self._limit * self._scale
-            call()
-
-        self._files.before_update(scaled)
+        self._files.before_update(call)
 
     def after_update(self, call: Callable[[], None]) -> None:
         self._files.after_update(call)
