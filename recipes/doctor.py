@@ -3,11 +3,11 @@
 `memory` says where a step's memory goes. For the model, batch, precision and optimizer that are asked for, a table has
 a row for each layer: the shape of its output, and the bytes of its parameters, their gradients, the optimizer's state,
 and the activations that it keeps from forward for backward. That much is found on torch's fake tensors, which have
-shapes and no bytes, for a whole model that is trained as a whole. Then the recipe really takes three steps on the
-ranks that are there: what each of them held, and its measured peak, stand beside the sum. A peak is less than the sum
-where gradients come while activations go, and more by what lies outside of the layers: temporary results, the buckets
-in which DDP exchanges gradients, scratch space of cuDNN or oneDNN, and on a CPU the code that is loaded on the way. A
-last table says what DDP, ZeRO's stages and FSDP make of parameters, gradients and optimizer on these ranks.
+shapes and no bytes, for a whole model that is trained as a whole. Then the recipe really takes three steps on the ranks
+that are there: what each of them held, and its measured peak, stand beside the sum. A peak is less than the sum where
+gradients come while activations go, and more by what lies outside of the layers: temporary results, the buckets in
+which DDP exchanges gradients, scratch space of cuDNN or oneDNN, and on a CPU the code that is loaded on the way. A last
+table says what DDP, ZeRO's stages and FSDP make of parameters, gradients and optimizer on these ranks.
 
 `recipes=[fsdp]` asks about another recipe than ddp. With `batch_size=auto` the largest batch is found first. And any
 recipe counts its own first step with `memory=report`, and trains on.
@@ -35,7 +35,7 @@ from lockstep.account import cell, in_a_line, table
 from lockstep.checks import complete
 from lockstep.data import First
 from lockstep.files import write_json
-from lockstep.fit import SHORT
+from lockstep.fit import cut_short
 from lockstep.memory import KINDS, Prediction, free_bytes, peak_from_now, predict, sharded
 from lockstep.metrics import gather_numbers
 from lockstep.proof import with_values
@@ -57,7 +57,8 @@ def patient(config: Config) -> Recipe:
 
 def as_patient(config: Config) -> Config:
     """The config of the steps that are really taken: few, and every one counted."""
-    return with_values(config, SHORT | {"max_steps": STEPS, "epochs": STEPS, "memory": "report"})
+    steps = {"max_steps": STEPS, "epochs": STEPS, "memory": "report"}
+    return with_values(cut_short(config, patient(config)), steps)
 
 
 def images_at_once(config: Config, shards: int) -> int:

@@ -34,7 +34,7 @@ from lockstep.errors import CheckFailed, UserError
 from lockstep.memory import group_bytes, host_bytes, process_bytes
 from lockstep.proof import with_values
 from lockstep.schema import NO_AUTO, Config, MonitorConfig, check_values, from_yaml
-from lockstep.words import mebibytes
+from lockstep.words import count, mebibytes
 
 if TYPE_CHECKING:
     from lockstep.app import Recipe
@@ -54,7 +54,6 @@ SHORT: dict[str, Any] = {  # what makes a trial of a config
     "checkpoint.minutes": 0,
     "checkpoint.best": False,
     "memory": None,
-    "resume": "never",
     "recipes": None,
     "check": "memory",
     "monitor": MonitorConfig(),
@@ -99,11 +98,11 @@ def settle(config: Config, recipe: Recipe, ranks: int, start: Start) -> int:
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with tempfile.TemporaryDirectory(prefix="lockstep-", ignore_cleanup_errors=True) as folder:
 
-        def fits(count: int) -> bool:
-            trial = attempt(short, each, count * unit, room if device == "cpu" else None, start, Path(folder))
-            trials[count] = trial
+        def fits(units: int) -> bool:
+            trial = attempt(short, each, units * unit, room if device == "cpu" else None, start, Path(folder))
+            trials[units] = trial
             how = f"peak {mebibytes(trial.peak)} MiB" if trial.peak else "out of memory"
-            print(f"batch_size=auto: {count * unit:,} tried: {how}", file=sys.stderr, flush=True)
+            print(f"batch_size=auto: {units * unit:,} tried: {how}", file=sys.stderr, flush=True)
             return trial.fits
 
         found = search(fits, trials, smallest, max(smallest, most), -(-FIRST_SHARE // config.micro_batches))
@@ -114,9 +113,9 @@ def settle(config: Config, recipe: Recipe, ranks: int, start: Start) -> int:
             "python -m recipes.doctor memory counts by layer"
         )
     if found == most:
-        why = f"the training set has {images:,} images"
+        why = f"the training set has {images:,} images, {count(images // (found * unit), 'step')} an epoch"
     else:
-        above = min((count for count, trial in trials.items() if not trial.fits), default=found)
+        above = min((units for units, trial in trials.items() if not trial.fits), default=found)
         why = f"{above * unit:,} is too much for {allowance(trials[found], config)}"
     print(f"batch_size=auto: {found * unit}, {found * config.micro_batches} images on each of {shards}: {why}")
     return found * unit
@@ -145,8 +144,8 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
         UserError: none does.
     """
     _, images = data.check(config.data)
-    for count in range(1, max(1, images // unit) + 1):
-        whole = with_values(config, {"batch_size": count * unit})
+    for units in range(1, max(1, images // unit) + 1):
+        whole = with_values(config, {"batch_size": units * unit})
         try:
             check_share(with_values(whole, {}), recipe.subject(config), ranks)
             break
@@ -157,7 +156,13 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
     else:
         raise wrong
     complete(whole, recipe, ranks)
-    return with_values(whole, SHORT), count, images
+    return cut_short(whole, recipe.subject(config)), units, images
+
+
+def cut_short(config: Config, recipe: Recipe) -> Config:
+    """The config of a trial: its batch, model and shards, and nothing of its length, checkpoints and curves."""
+    # A run that goes on holds no more memory than one that begins; a backbone is part of the model.
+    return with_values(config, SHORT if recipe.backbone else SHORT | {"resume": "never"})
 
 
 def check_share(config: Config, recipe: Recipe, ranks: int) -> None:
