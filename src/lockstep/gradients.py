@@ -295,22 +295,29 @@ class Gradients:
         """
         ends = torch.full((len(self._names), 2), float("inf"), dtype=torch.float64, device=self._device)
         for name, part in parts():
-            finite = part[part.isfinite()]
-            if finite.numel():
-                low, high = finite.aminmax()
+            numbers = finite(part)
+            if numbers.numel():
+                low, high = numbers.aminmax()
                 ends[self._rows[name], 0], ends[self._rows[name], 1] = low, -high
         self._everyone(ends, dist.ReduceOp.MIN)
         bounds = [(low, -high) if low < -high else (low - 1, 1 - high) for low, high in ends.tolist()]
         table = torch.zeros(len(self._names), BINS + 2, dtype=torch.float64, device=self._device)
         for name, part in parts():
-            row, exact = self._rows[name], part[part.isfinite()].double()
-            if exact.numel():
-                table[row, :BINS] = torch.histc(exact, BINS, *bounds[row])
-                table[row, BINS], table[row, BINS + 1] = exact.sum(), exact.square().sum()
+            row, numbers = self._rows[name], finite(part)
+            if numbers.numel():
+                table[row, :BINS] = torch.histc(numbers, BINS, *bounds[row])
+                table[row, BINS] = numbers.sum(dtype=torch.float64)
+                table[row, BINS + 1] = torch.linalg.vector_norm(numbers, dtype=torch.float64).square()
         for name, bound, row in zip(self._names, bounds, self._everyone(table).tolist(), strict=True):
             if any(row[:BINS]):
                 counts = [int(count) for count in row[:BINS]]
                 self.histograms[f"{kind}/{name}"] = Histogram(*bound, counts, row[BINS], row[BINS + 1])
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """The finite ones of a tensor's numbers, in one dim."""
+    mask = tensor.isfinite()
+    return tensor.flatten() if mask.all() else tensor[mask]
 
 
 class Sentinel:
