@@ -9,7 +9,7 @@ share is another computation. By how much it then differs is measured too, in ro
 that declaration.
 
     python -m recipes.verify                             all recipes, two ranks on this machine
-    python -m recipes.verify recipes=[ddp] nproc=4 precision=fp64
+    python -m recipes.verify recipes=[ddp] nproc=4 precision=fp64     or fp32, bf16, fp16
 
 Expect: every row green and exit code 0, in about three minutes on two CPU cores; exit code 1 if a row is off.
 Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
