@@ -86,6 +86,8 @@ def explain(error: BaseException, run: Run) -> OutOfMemory:
     free, who = free_bytes(run.device)
     held = run.held_bytes()
     traceback.clear_frames(error.__traceback__)  # they hold what the step held: room for what follows
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        _ = frame.f_locals  # until it is asked for again, up to Python 3.12, it is a copy that holds them too
     gc.collect()
     with contextlib.suppress(AttributeError):  # glibc's: what it keeps for later counts against a limit
         ctypes.CDLL(None).malloc_trim(0)
