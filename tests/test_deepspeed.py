@@ -218,8 +218,10 @@ def test_its_collectives_wait_as_long_as_lockstep_s(tmp_path: Path, monkeypatch:
     preload(deepspeed_zero.train)
     from lockstep import zero
 
-    def noting(files: Any, engine: Any, make: Any = zero.Files.__init__) -> None:
-        make(files, engine)
+    make = zero.Files.__init__
+
+    def noting(files: Any, engine: Any, *more: Any) -> None:
+        make(files, engine, *more)
         options = engine.data_parallel_group._get_backend(torch.device("cpu")).options
         (tmp_path / "seconds").write_text(str(options._timeout.total_seconds()))
 

@@ -212,6 +212,7 @@ def test_the_console_and_the_folders_are_those_of_any_recipe(tmp_path: Path) -> 
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
     files = {str(path.relative_to(tmp_path / "run")) for path in (tmp_path / "run").iterdir()}
     products = {"config.yaml", "environment.json", "metrics.csv", "metrics.jsonl", "model.pt", "result.json"}
+    products |= {"misclassified.png"}
     assert files == products | {"checkpoints", "ranks", ".lock"}
 
 

@@ -89,8 +89,8 @@ BROKEN = {
     ),
     "accumulation that does not weight its pieces": (
         "grad_accumulation",
-        "(loss * weight).backward()",
-        "loss.backward()",
+        "scaler.scale(loss * weight)",
+        "scaler.scale(loss)",
     ),
     "one all-reduce left out": (
         "ddp",

@@ -117,6 +117,9 @@ class Recipe:
             code = 128 + signal.SIGINT
         if code is not None:
             sys.stdout.flush()
+            sys.stderr.flush()
+            if self.train.__module__ == "__main__":
+                os._exit(code)  # the interpreter would take a second to take torch apart
             sys.exit(code)
         assert place is not None
         rank.be_a_rank(self, place)

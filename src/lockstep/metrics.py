@@ -83,8 +83,11 @@ class Tally:
         loss, correct, count = table.view(-1, 3).sum(0).tolist()
         if count != self._size:
             raise RuntimeError(f"evaluation counted {count:g} samples of {self._size}")
-        f1, wrong = macro_f1(*classes.view(3, -1)), self._gather_wrong(device)
-        return Evaluation(loss / count, correct / count, f1, int(count), wrong)
+        f1 = torch.zeros((), dtype=torch.float64, device=device)
+        if dist.get_rank() == 0:  # alone, for what computes it takes a second to import
+            f1.fill_(macro_f1(*classes.view(3, -1)))
+        dist.broadcast(f1, src=0)
+        return Evaluation(loss / count, correct / count, f1.item(), int(count), self._gather_wrong(device))
 
     def _wide(self, count: int) -> Tensor:
         return functional.pad(self._classes, (0, count - self._classes.shape[1]))
