@@ -69,6 +69,7 @@ SAME = {"epochs", "max_steps", "eval_every", "metric", "patience"}  # trials of 
 OBJECT_STORE = 200 * 2**20  # bytes; Ray would take a third of the memory, for objects that there are none of here
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
+    "SPT_NOENV": "1",  # else some give themselves a title where their environment is, by which the reaper knows them
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a trial without GPUs of Ray's sees what this process sees
     "RAY_kill_child_processes_on_worker_exit": "false",  # the kernel asks them to save and leave: lockstep.trial
     "RAY_AIR_NEW_OUTPUT": "0",  # the other one speaks even when it is told not to
