@@ -93,7 +93,9 @@ def folder(tmp_path: Path) -> Path:
     ("how", "code", "words"),
     [
         ("raise", 1, "rank 1 failed\nTraceback"),
-        ("kill", 137, "rank 1 was killed by SIGKILL; its last words are in ranks/1.log\n"),
+        pytest.param(
+            "kill", 137, "rank 1 was killed by SIGKILL; its last words are in ranks/1.log\n", marks=pytest.mark.slow
+        ),
         pytest.param("exit", 7, "rank 1 ended with exit code 7", marks=pytest.mark.slow),
         pytest.param(
             "forget",
@@ -112,6 +114,7 @@ def test_the_rank_that_broke_is_shown_once(how: str, code: int, words: str, fold
     assert json.loads((folder / "run" / "result.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_killed_rank_comes_back_as_often_as_asked(folder: Path) -> None:
     words = ["crash.py", *WORDS, "+cluster=lightning", "start=fork", "max_restarts=1"]
     done = command(*words, cwd=folder, HOW="exit")
@@ -131,6 +134,7 @@ def begin(folder: Path, start: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["terminated", "Ctrl-C"]
 )
+@pytest.mark.slow
 def test_asked_to_leave_the_ranks_save_and_leave(number: signal.Signals, tmp_path: Path) -> None:
     process = begin(tmp_path, "fork")
     wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)
@@ -147,6 +151,7 @@ def test_asked_to_leave_the_ranks_save_and_leave(number: signal.Signals, tmp_pat
     wait_until(lambda: not session(process), 10)
 
 
+@pytest.mark.slow
 def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
     process = begin(tmp_path, "fork")
     wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)
@@ -155,6 +160,7 @@ def test_a_killed_launcher_leaves_no_process(tmp_path: Path) -> None:
     wait_until(lambda: not session(process), 10)
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_the_ranks_import_shows_no_traceback(tmp_path: Path) -> None:
     process = begin(tmp_path, "spawn")
     wait_until(lambda: len(session(process)) == 4, 60)  # the two ranks, and multiprocessing's resource tracker

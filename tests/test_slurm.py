@@ -142,7 +142,7 @@ ENGINES: dict[str, list[str]] = {
     name: [] for name in ("deepspeed_zero", "fsdp", "lightning_fabric", "lightning_trainer")
 }
 ENGINES |= {"transfer_learning": ["weights=random"]}
-OFTEN = ("deepspeed_zero", "fsdp", "lightning_trainer")
+OFTEN = ("deepspeed_zero",)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +184,7 @@ def test_plain_srun_needs_no_launcher(box: Box, tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 2, *SHORT))
 
 
+@pytest.mark.slow
 def test_lightning_takes_over_what_srun_has_started(box: Box, tmp_path: Path) -> None:
     """Two steps of one job at once, one off its first node; it is called bash, which Lightning mistrusts."""
     run = f"{sys.executable} -m recipes.ddp +cluster=lightning {' '.join(SHORT)}"
@@ -340,6 +341,7 @@ def test_a_lost_node_costs_only_the_steps_since_the_last_checkpoint(
     assert "resuming from" in log_of(folder, job)
 
 
+@pytest.mark.slow
 def test_requeues_are_bounded(box: Box, folder: Path) -> None:
     words = ["ddp.py", *LONG, "out=run", "cluster.nodes=2", "cluster.max_requeues=0"]
     process = start(box, folder, *words, how="slow")
@@ -353,6 +355,7 @@ def test_requeues_are_bounded(box: Box, folder: Path) -> None:
     assert "saved at step" in said
 
 
+@pytest.mark.slow
 def test_a_batch_script_s_job_is_requeued_by_hand(
     box: Box, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:

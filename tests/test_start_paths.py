@@ -80,7 +80,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
         (by_interpreters, 2),
         (by_torchrun, 2),
         pytest.param(by_two_agents, 2, marks=pytest.mark.slow),
-        (by_two_agents, 4),
+        pytest.param(by_two_agents, 4, marks=pytest.mark.slow),
         (by_variables, 2),
     ],
 )

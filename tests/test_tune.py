@@ -299,6 +299,19 @@ def states(folder: Path) -> list[str]:
     return [json.loads(file.read_text())["state"] for file in (folder / "run" / "trials").glob("?.json")]
 
 
+def test_a_search_ends_with_a_table_and_the_best_settings_as_a_command(tmp_path: Path) -> None:
+    done = command(*SINGLE, "tune.trials=2", cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert not ray_processes(tmp_path)
+    found = rows(tmp_path)
+    assert [row["number"] for row in found] == [0, 1]
+    best = result(tmp_path / "run")["best"]
+    assert best["eval_accuracy"] == max(row["eval_accuracy"] for row in found if row["state"] == "finished")
+    assert done.stdout.rstrip().endswith(result(tmp_path / "run")["command"])
+    assert (tmp_path / "run" / "trials.csv").read_text().count("\n") == 3
+
+
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bits(tmp_path: Path) -> None:
     process = as_a_shell([sys.executable, *SINGLE], tmp_path)
     wait_until(lambda: "finished" in states(tmp_path), 240)
