@@ -109,7 +109,9 @@ def show(error: Exception) -> int:
     if any(each.exitcode == ASK_AGAIN for each in failures.values()) and order(rank)[0]:
         return ASK_AGAIN
     if failure.exitcode < 0:
-        print(f"rank {rank} was killed by {failure.signal_name()}; its last words are in {log}", file=sys.stderr)
+        where, others = last_heard_of(rank, aborted=failure.exitcode == -signal.SIGABRT)
+        text = f"rank {rank} was killed by {failure.signal_name()}{where}; its last words are in {log}"
+        print("\n".join([text, *others]), file=sys.stderr)
         return 128 - failure.exitcode
     if isinstance(failure.message, dict):
         text = failure.message["extraInfo"]["py_callstack"].rstrip()
@@ -117,6 +119,16 @@ def show(error: Exception) -> int:
     else:
         print(f"rank {rank} ended with exit code {failure.exitcode} and said nothing; see {log}", file=sys.stderr)
     return failure.exitcode
+
+
+def last_heard_of(rank: int, aborted: bool) -> tuple[str, list[str]]:
+    """(where a killed rank was, as its heartbeat file says, where the others were if it aborted)."""
+    out = os.environ.get("LOCKSTEP_RUN_DIR")
+    if out is None:
+        return "", []
+    from lockstep.pulse import obituary
+
+    return obituary(Path(out), rank, aborted)
 
 
 def show_cursor() -> None:

@@ -21,7 +21,9 @@ import torch.distributed as dist
 from lockstep import files, oom, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import Busy, UserError
+from lockstep.inquest import Inquest, Stuck, lost_a_peer, waited_in_vain
 from lockstep.preemption import PREEMPTED, Listener, Preempted, alone_under_srun, unsaved
+from lockstep.pulse import FINISHED, Pulse
 from lockstep.run import Run
 from lockstep.schema import Config, from_yaml, to_yaml
 
@@ -42,10 +44,19 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
     """
     started, code, out = time.perf_counter(), 0, None
     console = os.dup(2)
+    inquest: Inquest | None = None
 
     def say(words: str) -> None:
         if place.rank == 0:
             os.write(console, f"{words}\n".encode())
+
+    def leave(error: BaseException, code: int, told_to_stop: bool = False) -> NoReturn:
+        tell(error, place, out, console, told_to_stop)
+        if out is not None and place.rank == 0 and not isinstance(error, Busy):
+            rundir.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     listener = Listener(say)
     try:
@@ -57,10 +68,25 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             os._exit(0)
         if place.rank:
             redirect_output(out / "ranks" / f"{place.rank}.log")
-        train(recipe, config, out, store, place, hosts, listener)
+        heart = Pulse(out / "ranks", place.rank)
+        if place.world_size > 1:
+            inquest = Inquest(
+                heart,
+                out / "ranks",
+                store,
+                place.world_size,
+                config.timeout_seconds,
+                end=lambda verdict: leave(verdict, verdict.exit_code),
+                overdue=world.resolve_device(config.device, config.backend)[1] == "nccl",
+            )
+        train(recipe, config, out, store, place, hosts, listener, heart)
+        if inquest:
+            inquest.close(FINISHED)
         dist.destroy_process_group()
     except Preempted:
         code = PREEMPTED
+        if inquest:
+            inquest.close(FINISHED)
         stop_agent(place)
     except BaseException as error:
         listener.close()
@@ -69,9 +95,14 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             code = unsaved(listener.received)  # asked to leave, and another rank already has
         if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace this rank's exit code
             signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-        tell(error, place, out, console, told_to_stop=bool(listener.received))
-        if out is not None and place.rank == 0 and not isinstance(error, Busy):
-            rundir.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
+        if inquest and not listener.received and (lost_a_peer(error) or waited_in_vain(error)):
+            # Where another rank broke first, it, or the launcher that sees it dead, is to be heard first. An agent ends
+            # this rank meanwhile, however slow the machine.
+            patience = 5.0 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2.0
+            error = inquest.ask(error, patience if lost_a_peer(error) else 0)
+        elif inquest:
+            inquest.close(f"{type(error).__name__}: {error}")
+        leave(error, code, told_to_stop=bool(listener.received))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -109,6 +140,7 @@ def train(
     place: world.Place,
     hosts: list[str],
     listener: Listener,
+    heart: Pulse,
 ) -> None:
     """Join the process group and run the recipe's function."""
     # A requeued job's earlier ranks may still sit on a node that Slurm has lost, until their own time-out.
@@ -126,6 +158,7 @@ def train(
         tf32=config.tf32,
         local_rank=int(local_rank) if local_rank is not None else None,
         hosts=hosts,
+        pulse=heart,
     )
     if here.rank == 0:
         files.write_json(out / "environment.json", files.environment(here.hosts, str(here.device), here.backend))
@@ -286,13 +319,8 @@ def tell(error: BaseException, place: world.Place, out: Path | None, console: in
     if out is not None:
         with contextlib.suppress(OSError), (out / "ranks" / f"{place.rank}.log").open("a") as log:
             log.write(text)
-    secondary = place.world_size > 1 and lost_a_peer(error)
-    if secondary and told_to_stop:
+    if told_to_stop and lost_a_peer(error):
         return
-    if secondary:
-        # Another rank broke first; it, or the launcher that sees it dead, is to be heard first. An agent ends this rank
-        # meanwhile, however slow the machine.
-        time.sleep(5 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         # An agent started this rank and reads this file; our launcher, or torchrun's summary, shows the first failing
         # rank's. The format is torch.distributed.elastic's (multiprocessing/errors/error_handler.py).
@@ -301,14 +329,11 @@ def tell(error: BaseException, place: world.Place, out: Path | None, console: in
         with contextlib.suppress(OSError):
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
             return
-    if secondary:
+    if isinstance(error, Stuck) and not error.speaks and alone_under_srun():  # whose tasks share one console
+        return
+    if isinstance(error, Stuck) and not error.speaks:
         text = f"rank {place.rank} stopped because another rank did: {str(error).splitlines()[0]}\n"
     elif not mistake:
         text = f"rank {place.rank} failed\n{text}"
     os.write(console, text.encode())
 
-
-def lost_a_peer(error: BaseException) -> bool:
-    """Whether an exception only says that another rank has gone."""
-    signs = ("Connection reset by peer", "Connection closed by peer", "Broken pipe", "NCCL error")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

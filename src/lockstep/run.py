@@ -73,6 +73,7 @@ class Run:
         listener: Listener | None = None,
     ) -> None:
         self.recipe, self.config, self.world, self.out = recipe, config, world, out
+        self.pulse = world.pulse
         # The stages of a pipeline work on the same images; they are neighbouring ranks.
         self.shards = shards or world.world_size // config.stages
         self.shard = world.rank // config.stages % self.shards
@@ -218,7 +219,13 @@ class Run:
         batches = self.batches(self.step, self.total_steps)
         model.train()
         while self._before_step(state):
-            yield next(batches)
+            batch = next(batches, None)
+            if batch is None:
+                raise RuntimeError(
+                    f"rank {self.world.rank} has no batch for step {self.step + 1} of {self.total_steps}: its data set or "
+                    "its sampler is shorter than that of other ranks"
+                )
+            yield batch
             schedule.step()
             if self._after_step():
                 model.eval()
@@ -238,7 +245,16 @@ class Run:
         )
         samples = data.Samples(self.train_set, config.seed, config.data.augment)
         loader = data.loader(samples, sampler, self._workers(), self.device.type == "cuda")
-        return map(self._prepare, loader)
+        return self._awaited(map(self._prepare, loader))
+
+    def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        while True:
+            self.pulse.enter("waiting for data", self.step + 1)
+            batch = next(batches, None)
+            if batch is None:
+                return
+            self.pulse.enter("training")
+            yield batch
 
     def eval_sampler(self) -> data.EvalSampler:
         """Which samples of the evaluation set are this rank's."""
@@ -259,6 +275,7 @@ class Run:
                 f"{self.recipe} left run.steps after step {self.step} of {self.total_steps}; "
                 "run the loop to its end, or set max_steps"
             )
+        self.pulse.enter("finishing")
         self._keeper.wait()
         module = self._whole()
         weights = whole_weights(module, self.device, keep=self.world.rank == 0)
@@ -327,6 +344,7 @@ class Run:
             engine=engine,
         )
         if not self.quiet:  # a tool's run is never continued
+            self.pulse.enter("resuming")
             self._resume(model)
         return self._state
 
@@ -364,6 +382,7 @@ class Run:
         self._logged_at, self._logged_step = time.perf_counter(), self.step
         self._setup_seconds = self._logged_at - self.started
         if self.step >= self.total_steps:
+            self.pulse.enter("evaluating", self.step)
             self._evaluation = self._evaluate()
             raise NothingLeft
 
@@ -400,6 +419,7 @@ class Run:
         """
         self._timer.stop()
         self.step += 1
+        self.pulse.enter("after the update", self.step)
         if self._module and not self._module.training:
             raise UserError(
                 f"{self.recipe}: step {self.step} left the model in evaluation mode, which trains without dropout and "
@@ -416,7 +436,10 @@ class Run:
             self._log(**self._scaling)
         self._loss = None
         self._paused_at = time.perf_counter()
-        return self.step == self.total_steps or self._epoch_ends_with_evaluation()
+        evaluates = self.step == self.total_steps or self._epoch_ends_with_evaluation()
+        if evaluates:
+            self.pulse.enter("evaluating")
+        return evaluates
 
     def _log_step(self, left_out: bool) -> None:
         self._train_loss, memory = self._loss_and_memory()
@@ -492,6 +515,7 @@ class Run:
         """Have the checkpoint of this step written; the clock by which speed is measured stands still meanwhile."""
         if self.quiet:
             return
+        self.pulse.enter("saving", self.step)
         paused = time.perf_counter()
         for monitor in self.monitors:
             monitor.flush()

@@ -19,15 +19,18 @@ import threading
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from lockstep.errors import UserError
+from lockstep.pulse import Pulse
 
+NCCL_SPARE_SECONDS = 60  # what NCCL waits longer: it ends the process without a word (lockstep.inquest)
 IMPATIENCE_SECONDS = 60.0  # after that, rank 0 says whom it is waiting for
 
 
@@ -343,6 +346,14 @@ def interface_towards(host: str) -> str | None:
     return None
 
 
+def limit_waits(timeout_seconds: float) -> None:
+    """Give the groups that others make, such as a mesh's, this limit where torch's would be 10 or 30 minutes, and have
+    torch's flight recorder keep their collectives."""
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout_seconds)
+    distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_seconds + NCCL_SPARE_SECONDS)
+
+
 def make_group(timeout_seconds: float) -> dist.ProcessGroup:
     """A gloo group of all ranks: for the CPU's affairs, whatever the tensors travel by."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
@@ -362,6 +373,7 @@ class World:
     backend: str
     threads: int
     control: dist.ProcessGroup | None = None  # a gloo group, for what ranks say to each other about the CPU's affairs
+    pulse: Pulse = field(default_factory=Pulse)  # where this rank is, for whoever waits for it
 
     @property
     def device_ids(self) -> list[int] | None:
@@ -381,6 +393,7 @@ def join(
     tf32: bool = True,
     local_rank: int | None = None,
     hosts: list[str] | None = None,
+    pulse: Pulse | None = None,
 ) -> World:
     """Become a rank: check in unless `hosts` says that all have, bind the device, set the threads, make the group.
 
@@ -398,7 +411,8 @@ def join(
     threads = threads or share_of_cores(len(mine), os.environ)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = timedelta(seconds=timeout_seconds + (NCCL_SPARE_SECONDS if backend == "nccl" else 0))
+    limit_waits(timeout_seconds)
     group_store = dist.PrefixStore("group", store)
     away = [host for host in hosts if host != hosts[rank]]
     if away and (interface := interface_towards(away[0])):
@@ -419,4 +433,4 @@ def join(
         where = torch.device("cpu")
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
     control = make_group(timeout_seconds) if backend != "gloo" else None
-    return World(rank, world_size, local_rank, hosts, where, backend, threads, control)
+    return World(rank, world_size, local_rank, hosts, where, backend, threads, control, pulse or Pulse())

@@ -1,0 +1,286 @@
+"""What happens when a rank waits for others in vain: all ranks say where they are, and the run ends with one sentence.
+
+What notices is the collective itself, which gives up after timeout_seconds, or at once where the other end is gone. So
+ranks that are slow all alike, in compiling, evaluating or saving, never end a run: nobody waits for anybody. The rank
+that has waited in vain rings a bell in the store where the ranks have met. On every other rank a thread listens to it,
+even while the main thread hangs: it writes down all stacks, answers where the main thread is and which collective was
+its last, and ends the rank when the verdict is there. Of a rank that cannot answer, its heartbeat file tells.
+
+NCCL does not raise in the main thread, but aborts the process from a thread of its own. There the listening thread also
+looks into torch's flight recorder for a collective that has been under way for timeout_seconds, and NCCL's own limit
+comes later (world.NCCL_SPARE_SECONDS).
+Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch.distributed as dist
+
+from lockstep import pulse
+from lockstep.errors import UserError
+from lockstep.pulse import Facts, Pulse
+
+LISTEN_SECONDS = 0.5  # between two looks at the bell
+ANSWER_SECONDS = 5.0  # in which a rank that lives answers it
+STOPPED_SECONDS = 1.0  # for which a rank of this host must stand still to count as stopped
+STORE_SECONDS = 3.0  # after which a store that says nothing is taken for lost
+CALL, VERDICT = "hang/call", "hang/verdict"
+COLLECTIVES_SHOWN = 30  # in a rank's stack file
+
+LOST = (
+    "Connection reset by peer",
+    "Connection closed by peer",
+    "Broken pipe",
+    "NCCL error",
+    "connectFullMesh failed",
+    "Connection was likely closed",
+)
+IN_VAIN = ("Timed out waiting", "wait timeout after", "Socket Timeout", "Application timeout caused pair closure")
+
+
+class Stuck(UserError):
+    """The verdict: shown as it is, without a traceback; the exit code is 1.
+
+    Attributes:
+        speaks: whether this rank is the one whose words it is.
+    """
+
+    exit_code = 1
+
+    def __init__(self, text: str, speaks: bool = False) -> None:
+        super().__init__(text)
+        self.speaks = speaks
+
+    def __str__(self) -> str:
+        return Exception.__str__(self)
+
+
+def lost_a_peer(error: BaseException) -> bool:
+    """Whether an exception only says that another rank has gone."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+
+
+def waited_in_vain(error: BaseException) -> bool:
+    """Whether an exception only says that another rank has not come."""
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in IN_VAIN)
+
+
+class Inquest:
+    """One rank's part in it.
+
+    Args:
+        heart: this rank's heartbeat.
+        folder: the run's ranks/.
+        store: where the ranks have met.
+        end: called, in the thread that listens, with the verdict; it ends the process.
+        overdue: whether the flight recorder is to be asked for collectives that take too long.
+    """
+
+    def __init__(
+        self,
+        heart: Pulse,
+        folder: Path,
+        store: dist.Store,
+        world_size: int,
+        timeout_seconds: float,
+        end: Callable[[Stuck], None],
+        overdue: bool = False,
+    ) -> None:
+        self.heart, self._folder, self._world_size = heart, folder, world_size
+        self._rank: int = heart.facts["rank"]
+        self._timeout, self._end, self._overdue = timeout_seconds, end, overdue
+        self._store = store.clone()  # the main thread may hang within the other connection
+        self._over, self._mine = threading.Event(), threading.Lock()  # whoever has the lock ends this process
+        self._stacks: IO[str] | None = None
+        with contextlib.suppress(OSError):
+            self._stacks = (folder / f"{self._rank}.stack").open("w")
+            faulthandler.enable(self._stacks)  # for crashes: gloo aborts where a message is larger than was expected
+        # A thousand ranks are not to ask five hundred times a second.
+        self._pause = LISTEN_SECONDS * (1 + world_size / 256)
+        threading.Thread(target=self._listen, daemon=True, name="inquest").start()
+
+    def close(self, end: str = "") -> None:
+        """Stop listening; `end`: how this rank ends."""
+        self._over.set()
+        if end:
+            self.heart.tell(end=end)
+        if self._stacks is not None and not pulse.has_content(self._folder / f"{self._rank}.stack"):
+            faulthandler.disable()
+            with contextlib.suppress(OSError):
+                (self._folder / f"{self._rank}.stack").unlink()
+
+    def ask(self, error: BaseException | None, patience: float = 0.0) -> Stuck:
+        """Hear all ranks; return the verdict, the same on all that ask.
+
+        Args:
+            error: what this rank has met with.
+            patience: seconds to wait for whoever may have more to say: the launcher ends this process meanwhile.
+        """
+        self._take_over()
+        self._testify(error, asks=True)
+        began = time.monotonic()
+        within(STORE_SECONDS, lambda: self._store.set(CALL, str(self._rank)))
+        states: list[str] = []
+        everyone: list[Facts] = []
+        while True:
+            told = within(STORE_SECONDS, lambda: self._told())
+            if told and told[1]:
+                return Stuck(told[1]["text"])
+            everyone, states = self._hear(told[0] if told else {})
+            waited = time.monotonic() - began
+            # Whoever is stopped may have been for a moment only.
+            grace = ANSWER_SECONDS if "silent" in states else STOPPED_SECONDS if "stopped" in states else 0
+            if waited >= max(patience, grace):
+                break
+            time.sleep(0.1)
+        text = pulse.verdict(
+            everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder
+        )
+        mine = json.dumps({"by": self._rank, "text": text})
+        stored = within(STORE_SECONDS, lambda: self._store.compare_set(VERDICT, "", mine))
+        if stored is None:  # whoever served the store is lost: the first of those that ask speaks
+            speaks = min(facts["rank"] for facts in everyone if facts.get("asked")) == self._rank
+        else:
+            speaks = json.loads(stored)["by"] == self._rank
+            text = json.loads(stored)["text"]
+        self._wake(everyone, states)
+        return Stuck(text, speaks)
+
+    # In the thread
+
+    def _listen(self) -> None:
+        while not self._over.wait(self._pause):
+            try:
+                if self._store.check([CALL]):
+                    break
+            except RuntimeError:
+                return  # whoever served the store has gone
+            if self._overdue and time.time() - self.heart.facts["at"] > self._timeout and pending(self._timeout):
+                self._end(self.ask(None))
+        if self._over.is_set() or not self._mine.acquire(blocking=False):
+            return
+        self._testify(None, asks=False)
+        text = f"rank {self._rank} was asked where it is by a rank that waited for it, and heard no more"
+        deadline = time.monotonic() + 4 * ANSWER_SECONDS
+        with contextlib.suppress(RuntimeError):
+            while time.monotonic() < deadline:
+                if self._store.check([VERDICT]):
+                    text = json.loads(self._store.get(VERDICT))["text"]
+                    break
+                time.sleep(0.05)
+        self._end(Stuck(text))
+
+    # On both sides
+
+    def _take_over(self) -> None:
+        """Keep the other thread from ending this process, or let it."""
+        if not self._mine.acquire(blocking=False):
+            time.sleep(10 * ANSWER_SECONDS)  # it does
+
+    def _testify(self, error: BaseException | None, asks: bool) -> None:
+        """Write down this rank's stacks and collectives, and tell the others where its main thread is."""
+        entries = recorded()
+        if self._stacks is not None:
+            with contextlib.suppress(OSError, ValueError):
+                if error is not None:
+                    self._stacks.write("".join(traceback.format_exception(error)) + "\n")
+                    self._stacks.flush()
+                faulthandler.dump_traceback(self._stacks)
+                self._stacks.write("\nThe last collectives that torch's flight recorder has:\n")
+                for entry in entries[-COLLECTIVES_SHOWN:]:
+                    (number, name, sizes), done = brief(entry), "" if entry["retired"] else "  under way"
+                    self._stacks.write(f"  group {group_of(entry)}: {name} no. {number} of {sizes}{done}\n")
+                self._stacks.flush()
+        if error is not None:
+            frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+        else:
+            main = sys._current_frames().get(threading.main_thread().ident or 0)
+            frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_stack(main)] if main else []
+        said = {group_of(entry): brief(entry) for entry in entries}
+        last = group_of(entries[-1]) if entries else ""
+        self.heart.tell(call=pulse.spot(frames), collectives=said, last=last, asked=asks)
+        within(STORE_SECONDS, lambda: self._store.set(f"hang/{self._rank}", json.dumps(self.heart.facts)))
+
+    def _told(self) -> tuple[dict[int, Facts], Facts]:
+        """(the answers that are there, the verdict or nothing)."""
+        if self._store.check([VERDICT]):
+            return {}, dict(json.loads(self._store.get(VERDICT)))
+        keys = {rank: f"hang/{rank}" for rank in range(self._world_size)}
+        return {r: dict(json.loads(self._store.get(key))) for r, key in keys.items() if self._store.check([key])}, {}
+
+    def _hear(self, answers: dict[int, Facts]) -> tuple[list[Facts], list[str]]:
+        """(what is known of each rank, what has become of it)."""
+        everyone, states = [], []
+        for rank in range(self._world_size):
+            written = pulse.read(self._folder, rank) if rank != self._rank else self.heart.facts
+            facts = {**written, **answers.get(rank, {})}
+            if "end" in written:
+                facts["end"] = written["end"]
+            everyone.append(facts)
+            states.append(pulse.state(facts, rank in answers or "call" in facts))
+        return everyone, states
+
+    def _wake(self, everyone: list[Facts], states: list[str]) -> None:
+        """Let ranks of this host that were stopped go on: they find the verdict, and leave by themselves."""
+        for facts, what in zip(everyone, states, strict=True):
+            if what == "stopped" and facts["host"] == socket.gethostname():
+                with contextlib.suppress(OSError):
+                    os.kill(facts["pid"], signal.SIGCONT)
+
+
+def within(seconds: float, work: Callable[[], Any]) -> Any:
+    """What `work` returns, or None if it raises or takes longer: a store whose server is stopped never answers."""
+    found: list[Any] = []
+
+    def call() -> None:
+        with contextlib.suppress(RuntimeError):
+            found.append(work())
+
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return found[0] if found else None
+
+
+# torch's flight recorder ------------------------------------------------------------------------------------------
+
+
+def recorded() -> list[dict[str, Any]]:
+    """The collectives that this process has begun, the last one last. On gloo they are `retired` when they are over."""
+    try:
+        from torch._C._distributed_c10d import _dump_fr_trace_json
+
+        return list(json.loads(_dump_fr_trace_json())["entries"])
+    except (ImportError, RuntimeError, ValueError, KeyError):
+        return []
+
+
+def pending(seconds: float) -> bool:
+    """Whether a collective has been under way for so long."""
+    before = 1e9 * (time.time() - seconds)
+    return any(not entry["retired"] and entry["time_created_ns"] < before for entry in recorded())
+
+
+def group_of(entry: dict[str, Any]) -> str:
+    return str(entry["process_group"][0])
+
+
+def brief(entry: dict[str, Any]) -> tuple[int, str, str]:
+    """(its number within its group, its name, its sizes)."""
+    number = entry["p2p_seq_id"] if entry["is_p2p"] else entry["collective_seq_id"]
+    sizes = ", ".join(str(size) for size in entry["input_sizes"])
+    return number, str(entry["profiling_name"]).partition(":")[2], sizes if len(sizes) < 100 else sizes[:97] + "..."

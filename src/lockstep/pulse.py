@@ -1,0 +1,267 @@
+"""Where every rank is, readable from outside whatever has become of it: ranks/<rank>.heartbeat, a line of JSON.
+
+    {"rank": 1, "host": "node1", "pid": 4711, "born": 81, "step": 8, "phase": "training", "at": 1795285031.2}
+
+A rank rewrites its line at each change of phase, by one write without flushing: the kernel keeps it however the process
+ends. (A mapped file would kill the rank where the disk is full.) A rank that is asked where it is adds `call` and
+`collectives`, and one that ends, `end`. No torch in here: launchers read these files as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+SIZE = 8192  # bytes of a heartbeat file, more than a line ever has
+ROWS = 8  # of ranks that are told apart in a message
+FINISHED, FAILED = "finished", "failed"
+Facts = dict[str, Any]
+
+
+class Pulse:
+    """This rank's line.
+
+    Args:
+        folder: the run's ranks/; None: nothing is written, as for a tool's ranks.
+    """
+
+    def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
+        self.facts: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
+        self._file: int | None = None
+        if folder is not None:
+            with contextlib.suppress(OSError):  # a full disk costs the heartbeat, not the run
+                self._file = os.open(folder / f"{rank}.heartbeat", os.O_RDWR | os.O_CREAT, 0o644)
+        self.enter("starting", 0)
+
+    def enter(self, phase: str, step: int | None = None) -> None:
+        """Begin a phase; `step`: the one that is being taken, else as before."""
+        if step is not None:
+            self.facts["step"] = step
+        self.tell(phase=phase, at=time.time())
+
+    def tell(self, **facts: Any) -> None:
+        """Add to what is known of this rank."""
+        self.facts |= facts
+        if self._file is not None:
+            line = json.dumps(self.facts).encode()[: SIZE - 1]
+            with contextlib.suppress(OSError):
+                os.pwrite(self._file, line.ljust(SIZE - 1) + b"\n", 0)
+
+
+def read(folder: Path, rank: int) -> Facts:
+    """What a rank wrote last; only its number where it wrote nothing."""
+    for _ in range(3):  # it may be writing
+        with contextlib.suppress(OSError, ValueError):
+            return dict(json.loads((folder / f"{rank}.heartbeat").read_text()))
+    return {"rank": rank}
+
+
+def born(pid: int) -> int | None:
+    """When a process of this machine was started, in ticks since boot: with its number, who it is. None: it is gone."""
+    return process(pid)[1]
+
+
+def process(pid: int) -> tuple[str, int | None]:
+    """(the letter of its state, when it was started) of a process of this machine; ("", None) where there is none."""
+    with contextlib.suppress(OSError, IndexError, ValueError):
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return words[0], int(words[19])
+    return "", None
+
+
+def state(facts: Mapping[str, Any], answered: bool) -> str:
+    """What has become of a rank: failed, finished, answered, gone, stopped, or silent, which says nothing."""
+    end = facts.get("end", "")
+    if end:
+        return FINISHED if end == FINISHED else FAILED
+    if answered:
+        return "answered"
+    if facts.get("host") == socket.gethostname() and "pid" in facts:
+        letter, start = process(facts["pid"])
+        if letter in ("", "Z", "X") or start != facts["born"]:
+            return "gone"
+        if letter in ("T", "t"):
+            return "stopped"
+    return "silent"
+
+
+# In words ---------------------------------------------------------------------------------------------------------
+
+
+def verdict(everyone: list[Facts], states: list[str], *, asker: int, seconds: float, folder: Path) -> str:
+    """What holds a run up, in a line, and where each rank is, in one a rank or group of ranks.
+
+    Args:
+        everyone: what is known of each rank.
+        states: what has become of each, as `state` says.
+        asker: the rank that has waited in vain.
+        seconds: timeout_seconds.
+        folder: the run's ranks/.
+    """
+    for facts, what in zip(everyone, states, strict=True):
+        if what == "gone" and (place := left_behind(folder, facts["rank"])):
+            facts["call"] = place
+    why = causes(everyone, states) or [disagreement(everyone, asker, seconds)]
+    stacks = [f"{r}.stack" for r in range(len(everyone)) if has_content(folder / f"{r}.stack")]
+    more = [f"stack traces: {folder.name}/{listing(stacks)}"] if stacks else []
+    return "\n".join(["; ".join(why), *rows(everyone, states), *more])
+
+
+def causes(everyone: list[Facts], states: list[str]) -> list[str]:
+    """Of each kind of rank that can no longer take part, a phrase."""
+    words = {
+        FAILED: "{who} failed{where}: {end}",
+        "gone": "{who} ended without a word{where}",
+        FINISHED: "{who} ended{where}, and the others go on: it took fewer steps, or left early",
+        "stopped": "{who} stands still{where}: stopped by SIGSTOP, Ctrl-Z or a debugger",
+        "silent": "{who} does not answer, last heard of{where}: its host or its network is lost, or it is stopped",
+    }
+    found = []
+    for kind, phrase in words.items():
+        ranks = [facts for facts, what in zip(everyone, states, strict=True) if what == kind]
+        if ranks:
+            first = ranks[0]
+            known = f" in step {first['step']} ({first['phase']})" if "step" in first else ""
+            found.append(phrase.format(who=names(ranks), where=known, end=first.get("end", "")))
+    return found
+
+
+def disagreement(everyone: list[Facts], asker: int, seconds: float) -> str:
+    """What ranks that all answer disagree about."""
+    waited = f"timeout_seconds={seconds:g}"
+    group = everyone[asker].get("last", "")
+    there = [facts for facts in everyone if group in facts.get("collectives", {})]
+    latest = max((facts["collectives"][group][0] for facts in there), default=0)
+    behind = [facts for facts in there if facts["collectives"][group][0] < latest]
+    behind += [facts for facts in everyone if group and facts not in there and "collectives" in facts]
+    if behind and len(behind) < len(everyone):
+        met = next(facts for facts in there if facts["collectives"][group][0] == latest)
+        have = "has" if len(behind) == 1 else "have"
+        return (
+            f"{names(behind)} {have} not come to {collective(met, group)}, in which "
+            f"{names([facts for facts in there if facts not in behind])} waited for {waited}"
+        )
+    kinds: dict[str, list[Facts]] = {}
+    for facts in there:
+        kinds.setdefault(collective(facts, group), []).append(facts)
+    if len(kinds) > 1:
+        apart = ", ".join(f"{names(ranks)} in {kind}" for kind, ranks in kinds.items())
+        return f"the ranks are in different collectives ({waited}): {apart}"
+    if len({(facts.get("step"), facts.get("call")) for facts in everyone}) > 1:
+        return f"{names([everyone[asker]])} waited in vain for ranks that are elsewhere ({waited})"
+    return f"{names([everyone[asker]])} waited in vain ({waited}), though all ranks are in the same place: their network?"
+
+
+def rows(everyone: list[Facts], states: list[str]) -> list[str]:
+    """Where each rank is; those at the same place share a line."""
+    places: dict[str, list[Facts]] = {}
+    for facts, what in zip(everyone, states, strict=True):
+        places.setdefault(where(facts, what), []).append(facts)
+    lines = [f"  {names(ranks)}: {place}" for place, ranks in places.items()]
+    return lines[:ROWS] + ([f"  and {len(lines) - ROWS} other places"] if len(lines) > ROWS else [])
+
+
+def where(facts: Facts, what: str = "answered") -> str:
+    """One rank's step, phase, call and last collective."""
+    if "step" not in facts:
+        return "left no heartbeat"
+    parts = [f"step {facts['step']}", facts["phase"]]
+    if "call" in facts:
+        parts.append(facts["call"])
+    if facts.get("last"):
+        parts.append(f"last collective {collective(facts, facts['last'])}")
+    return ", ".join(parts if what == "answered" else [*parts, what])
+
+
+def collective(facts: Facts, group: str) -> str:
+    """`all_reduce no. 45 of [4000]`"""
+    number, name, sizes = facts["collectives"][group]
+    return f"{name} no. {number}" + (f" of {sizes}" if sizes else "")
+
+
+def names(ranks: list[Facts]) -> str:
+    """`ranks 0 (node1), 3 (node2)`; of very many, the first."""
+    words = [f"{facts['rank']} ({facts['host']})" if "host" in facts else str(facts["rank"]) for facts in ranks]
+    return f"rank{'s' if len(ranks) > 1 else ''} {listing(words)}"
+
+
+def listing(words: list[str]) -> str:
+    return ", ".join(words[:ROWS]) + (f" and {len(words) - ROWS} more" if len(words) > ROWS else "")
+
+
+def has_content(path: Path) -> bool:
+    with contextlib.suppress(OSError):
+        return path.stat().st_size > 0
+    return False
+
+
+def left_behind(folder: Path, rank: int) -> str:
+    """The place that a crash left in ranks/<rank>.stack; empty where it left none.
+
+    faulthandler lists the threads' frames from the innermost outwards, and the main thread last.
+    """
+    try:
+        text = (folder / f"{rank}.stack").read_text()
+    except OSError:
+        return ""
+    cause = re.search(r"^Fatal Python error: (.+)", text, re.MULTILINE)
+    blocks = re.split(r"^(?:Current thread|Thread) .*\n", text[cause.start() :] if cause else "", flags=re.MULTILINE)
+    frames = re.findall(r'^  File "(.+)", line (\d+) in \S+', blocks[-1], re.MULTILINE)
+    if not cause or not frames:
+        return ""
+    mismatch = cause[1] == "Aborted" and any("/torch/" in file for file, _ in frames)
+    said = "in a collective, most likely of another size than the others'" if mismatch else cause[1]
+    return f"{spot([(file, int(line)) for file, line in reversed(frames)])}, {said}"
+
+
+def obituary(out: Path, rank: int, aborted: bool) -> tuple[str, list[str]]:
+    """(where a rank was that was killed, with a blank in front, or nothing; where the others were if it aborted)."""
+    folder = out / "ranks"
+    facts = read(folder, rank)
+    if "step" not in facts:
+        return "", []
+    place = left_behind(folder, rank)
+    lines = []
+    if aborted:
+        found = [path.stem for path in folder.glob("*.heartbeat") if path.stem not in ("", str(rank))]
+        others = [read(folder, int(stem)) for stem in sorted(found, key=int)]
+        lines = rows(others, ["answered"] * len(others))
+    return f" on {facts['host']} in step {facts['step']} ({facts['phase']}{', ' + place if place else ''})", lines
+
+
+# Where a stack is -------------------------------------------------------------------------------------------------
+
+MINE = os.path.dirname(__file__) + os.sep
+
+
+def spot(frames: list[tuple[str, int]]) -> str:
+    """The innermost line of the user's in a stack, as `loss.backward() (ddp.py:50)`; else the innermost of lockstep's.
+
+    Args:
+        frames: (file, line) of each frame, the innermost last.
+    """
+    import linecache
+
+    starts = [number for number, (file, _) in enumerate(frames) if file == MINE + "rank.py"]
+    inside = frames[starts[-1] + 1 :] if starts else frames  # what is outside has only started this rank
+    theirs = [frame for frame in inside if not is_library(frame[0])]
+    known = theirs or [frame for frame in inside if frame[0].startswith(MINE)] or frames[-1:]
+    if not known:
+        return "nowhere"
+    file, line = known[-1]
+    text = linecache.getline(file, line).strip()
+    return f"{text} ({os.path.basename(file)}:{line})" if text else f"{os.path.basename(file)}:{line}"
+
+
+def is_library(file: str) -> bool:
+    """Whether a file is lockstep's, Python's or a package's, and not the user's own."""
+    return (
+        file.startswith((MINE, "<", os.path.dirname(os.__file__) + os.sep)) or f"{os.sep}site-packages{os.sep}" in file
+    )
