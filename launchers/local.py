@@ -115,14 +115,17 @@ def show(error: Exception) -> int:
         return 128 - failure.exitcode
     if isinstance(failure.message, dict):
         text = failure.message["extraInfo"]["py_callstack"].rstrip()
-        print(text if text.startswith("error: ") else f"rank {rank} failed\n{text}", file=sys.stderr)
+        where, _ = last_heard_of(rank)
+        print(text if text.startswith("error: ") else f"rank {rank} failed{where}\n{text}", file=sys.stderr)
     else:
-        print(f"rank {rank} ended with exit code {failure.exitcode} and said nothing; see {log}", file=sys.stderr)
+        where, _ = last_heard_of(rank)
+        text = f"rank {rank} ended with exit code {failure.exitcode}{where} and said nothing; see {log}"
+        print(text, file=sys.stderr)
     return failure.exitcode
 
 
-def last_heard_of(rank: int, aborted: bool) -> tuple[str, list[str]]:
-    """(where a killed rank was, as its heartbeat file says, where the others were if it aborted)."""
+def last_heard_of(rank: int, aborted: bool = False) -> tuple[str, list[str]]:
+    """What the heartbeat files say of a rank that broke; nothing where the run directory is not known here."""
     out = os.environ.get("LOCKSTEP_RUN_DIR")
     if out is None:
         return "", []

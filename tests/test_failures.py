@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
 def test_an_exception_is_shown_once_from_the_rank_that_raised_it(start: str, folder: Path) -> None:
     done = command("crash.py", *WORDS, f"start={start}", cwd=folder, HOW="raise")
     assert done.returncode == 1
-    assert done.stderr.startswith("rank 1 failed\n")
+    assert done.stderr.startswith("rank 1 failed on ")
     assert done.stderr.count("Traceback") == 1
     assert done.stderr.rstrip().endswith("KeyError: 'the cause'")
     assert json.loads((folder / "run" / "result.json").read_text())["status"] == "failed"
@@ -86,7 +86,7 @@ def test_an_exception_is_shown_once_from_the_rank_that_raised_it(start: str, fol
     ("how", "code", "words"),
     [
         ("kill", 137, "rank 1 was killed by SIGKILL"),
-        pytest.param("exit", 7, "rank 1 ended with exit code 7", marks=SLOW),
+        pytest.param("exit", 7, "rank 1 ended with exit code 7 on ", marks=SLOW),
         ("forget", 2, "error: crash: no loss to log; call run.record(loss=loss) in every step"),
         pytest.param("break", 2, "error: crash left run.steps after step 0 of 50; run the loop to its end", marks=SLOW),
     ],
@@ -139,7 +139,7 @@ def test_ranks_started_by_hand_say_it_themselves(folder: Path) -> None:
     said = [rank.communicate(timeout=120)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [1, 1]
     assert said[0].startswith("rank 0 stopped because another rank did")
-    assert said[1].startswith("rank 1 failed\nTraceback")
+    assert said[1].startswith("rank 1 failed on ")
 
 
 LONG = [sys.executable, "-m", "recipes.ddp", "epochs=1000", "out=run", "data.workers=1"]

@@ -54,7 +54,7 @@ def test_it_is_the_run_that_torchrun_starts(start: str, nproc: int, tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "one run directory, and nothing beside it"
     out = tmp_path / "run"
     assert "cluster: null" in (out / "config.yaml").read_text(), "it can be continued anywhere"
-    assert sorted(path.name for path in (out / "ranks").iterdir()) == [f"{rank}.log" for rank in range(nproc)]
+    assert sorted(path.name for path in (out / "ranks").glob("*.log")) == [f"{rank}.log" for rank in range(nproc)]
     assert_equal(out, train(ddp.train, tmp_path / "reference", nproc, *SMOKE))
     assert done.stdout.index("ddp: ") < done.stdout.index("ddp finished")
 
@@ -92,10 +92,8 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [
-        ("raise", 1, "rank 1 failed\nTraceback"),
-        pytest.param(
-            "kill", 137, "rank 1 was killed by SIGKILL; its last words are in ranks/1.log\n", marks=pytest.mark.slow
-        ),
+        ("raise", 1, "rank 1 failed on "),
+        pytest.param("kill", 137, "rank 1 was killed by SIGKILL on ", marks=pytest.mark.slow),
         pytest.param("exit", 7, "rank 1 ended with exit code 7", marks=pytest.mark.slow),
         pytest.param(
             "forget",

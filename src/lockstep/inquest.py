@@ -71,12 +71,18 @@ class Stuck(UserError):
 
 def lost_a_peer(error: BaseException) -> bool:
     """Whether an exception only says that another rank has gone."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in LOST)
+    return says(error, LOST)
 
 
 def waited_in_vain(error: BaseException) -> bool:
     """Whether an exception only says that another rank has not come."""
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in IN_VAIN)
+    return says(error, IN_VAIN)
+
+
+def says(error: BaseException, signs: tuple[str, ...]) -> bool:
+    """Whether torch has raised it with one of these signs; a checkpoint's errors hold those of its collectives."""
+    torch_s = isinstance(error, RuntimeError) or type(error).__module__.startswith("torch.")
+    return torch_s and any(sign in str(error) for sign in signs)
 
 
 class Inquest:

@@ -128,8 +128,7 @@ def causes(everyone: list[Facts], states: list[str]) -> list[str]:
         ranks = [facts for facts, what in zip(everyone, states, strict=True) if what == kind]
         if ranks:
             first = ranks[0]
-            known = f" in step {first['step']} ({first['phase']})" if "step" in first else ""
-            found.append(phrase.format(who=names(ranks), where=known, end=first.get("end", "")))
+            found.append(phrase.format(who=names(ranks), where=when(first), end=first.get("end", "")))
     return found
 
 
@@ -180,6 +179,11 @@ def where(facts: Facts, what: str = "answered") -> str:
     return ", ".join(parts if what == "answered" else [*parts, what])
 
 
+def when(facts: Facts) -> str:
+    """` in step 8 (training)`, or nothing where nothing is known."""
+    return f" in step {facts['step']} ({facts['phase']})" if "step" in facts else ""
+
+
 def collective(facts: Facts, group: str) -> str:
     """`all_reduce no. 45 of [4000]`"""
     number, name, sizes = facts["collectives"][group]
@@ -217,23 +221,29 @@ def left_behind(folder: Path, rank: int) -> str:
     if not cause or not frames:
         return ""
     mismatch = cause[1] == "Aborted" and any("/torch/" in file for file, _ in frames)
-    said = "in a collective, most likely of another size than the others'" if mismatch else cause[1]
+    said = "in a collective of another size than the others'" if mismatch else cause[1]
     return f"{spot([(file, int(line)) for file, line in reversed(frames)])}, {said}"
 
 
-def obituary(out: Path, rank: int, aborted: bool) -> tuple[str, list[str]]:
-    """(where a rank was that was killed, with a blank in front, or nothing; where the others were if it aborted)."""
+def obituary(out: Path, rank: int, aborted: bool = False) -> tuple[str, list[str]]:
+    """What is to be said of a rank that broke: (on which host and in which step, with a blank in front; lines more).
+
+    Args:
+        aborted: by itself, as gloo does where the ranks' collectives do not fit together: then all ranks are told of.
+    """
     folder = out / "ranks"
     facts = read(folder, rank)
     if "step" not in facts:
         return "", []
-    place = left_behind(folder, rank)
     lines = []
     if aborted:
-        found = [path.stem for path in folder.glob("*.heartbeat") if path.stem not in ("", str(rank))]
-        others = [read(folder, int(stem)) for stem in sorted(found, key=int)]
-        lines = rows(others, ["answered"] * len(others))
-    return f" on {facts['host']} in step {facts['step']} ({facts['phase']}{', ' + place if place else ''})", lines
+        numbers = sorted(int(path.stem) for path in folder.glob("[0-9]*.heartbeat"))
+        everyone = [read(folder, number) for number in numbers]
+        for each in everyone:
+            if place := left_behind(folder, each["rank"]):
+                each["call"] = place
+        lines = rows(everyone, ["answered"] * len(everyone))
+    return f" on {facts['host']}{when(facts)}", lines
 
 
 # Where a stack is -------------------------------------------------------------------------------------------------

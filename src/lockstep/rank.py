@@ -7,6 +7,7 @@ import ctypes
 import errno
 import importlib
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -23,7 +24,7 @@ from lockstep.checks import complete
 from lockstep.errors import Busy, UserError
 from lockstep.inquest import Inquest, Stuck, lost_a_peer, waited_in_vain
 from lockstep.preemption import PREEMPTED, Listener, Preempted, alone_under_srun, unsaved
-from lockstep.pulse import FINISHED, Pulse
+from lockstep.pulse import FINISHED, Pulse, obituary
 from lockstep.run import Run
 from lockstep.schema import Config, from_yaml, to_yaml
 
@@ -56,6 +57,8 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             rundir.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
         sys.stdout.flush()
         sys.stderr.flush()
+        for helper in multiprocessing.active_children():  # DataLoader workers that hang would not notice this end
+            helper.kill()
         os._exit(code)
 
     listener = Listener(say)
@@ -334,6 +337,7 @@ def tell(error: BaseException, place: world.Place, out: Path | None, console: in
     if isinstance(error, Stuck) and not error.speaks:
         text = f"rank {place.rank} stopped because another rank did: {str(error).splitlines()[0]}\n"
     elif not mistake:
-        text = f"rank {place.rank} failed\n{text}"
+        where = obituary(out, place.rank)[0] if out is not None else ""
+        text = f"rank {place.rank} failed{where}\n{text}"
     os.write(console, text.encode())
 
