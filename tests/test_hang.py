@@ -1,4 +1,4 @@
-"""A rank that sleeps, stops, dies or does something else than the others: the run ends with one message that says who."""
+"""A rank that sleeps, stops, dies or does something else than the others: one message says who, and all end."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from launchers import torchrun
 from lockstep import pulse, rank
 from lockstep.checks import complete
 from lockstep.rundir import freeze
-from lockstep.world import Place
 from tests import hanging
 from tests.harness import compose_config, renew_threads
 from tests.test_start_paths import free_port
@@ -29,22 +27,6 @@ from tests.test_start_paths import free_port
 HERE = socket.gethostname()
 LIMIT = 6
 WORDS = ("batch_size=24", "max_steps=6", "log_every=1", "model.image_size=8", "eval_batch_size=360")
-CASES: dict[str, tuple[str, ...]] = {
-    "sleep": (),
-    "exit": (),
-    "raise": (),
-    "stop": (),
-    "skip": (),
-    "other": (),
-    "group": (),
-    "one step less": (),
-    "one batch less": (),
-    "shape": (),
-    "slow everywhere": (),
-    "disk": ("checkpoint.every=3",),
-    "worker dies": ("data.workers=1", "max_steps=30"),
-    "worker hangs": ("data.workers=1", "max_steps=30"),
-}
 
 
 @dataclass
@@ -84,23 +66,49 @@ def launched(out: Path) -> int:
     return torchrun.launch("tests.hanging", variables, nproc=2, start="fork")
 
 
+def by_hand(out: Path) -> int:
+    """Two ranks that no launcher holds together; rank 0 serves the store."""
+    os.environ |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = []
+    for number in ("0", "1"):
+        os.environ["RANK"] = number
+        ranks.append(multiprocessing.get_context("fork").Process(target=hanging.train.main))
+        ranks[-1].start()
+    for process in ranks:
+        process.join(50)
+    return max(process.exitcode or 0 for process in ranks)
+
+
+WORKER = ("data.workers=1", "max_steps=30")
+CASES: dict[str, tuple[tuple[str, ...], Any]] = {  # further words, how the ranks are started
+    **dict.fromkeys(("sleep", "exit", "raise", "stop", "skip", "other", "group"), ((), launched)),
+    **dict.fromkeys(("one step less", "one batch less", "shape", "slow everywhere"), ((), launched)),
+    "disk": (("checkpoint.every=3",), launched),
+    "worker dies": (WORKER, launched),
+    "worker hangs": (WORKER, launched),
+    "by hand: stop": ((), by_hand),
+    "by hand: raise": ((), by_hand),
+}
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
+    """Of all cases, started together: most of the time each only waits."""
+    began, running = time.time(), {}
+    for case, (words, start) in CASES.items():
+        folder, who = tmp_path_factory.mktemp("hang"), int(start is launched)
+        running[case] = folder, begin(folder, case.removeprefix("by hand: "), who, words, start)
+    return {case: ended(process, folder, began) for case, (folder, process) in running.items()}
+
+
 def ended(process: Any, folder: Path, began: float) -> Ended:
     process.join(60)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     assert process.exitcode is not None, f"still running: {(folder / 'said').read_text()}"
     seconds = float((folder / "ended").read_text()) - began
-    said = re.sub(r"^\[rank0\]:\[W.*\n", "", (folder / "said").read_text(), flags=re.MULTILINE)  # c10d's own log
+    said = re.sub(r"^\[rank\d\]:\[W.*\n", "", (folder / "said").read_text(), flags=re.MULTILINE)  # c10d's own log
     return Ended(process.exitcode, said, seconds, folder / "run" / "ranks")
-
-
-@pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ended]]:
-    """Of all cases, started together: most of the time each only waits."""
-    folders = {how: tmp_path_factory.mktemp("hang") for how in CASES}
-    began = time.time()
-    running = {how: begin(folders[how], how, 1, words, launched) for how, words in CASES.items()}
-    yield {how: ended(process, folders[how], began) for how, process in running.items()}
 
 
 @pytest.mark.parametrize(
@@ -108,18 +116,18 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, End
     [
         (
             "sleep",
-            f"error: rank 1 ({HERE}) has not come to all_reduce no. N of [490], in which rank 0 ({HERE}) waited for "
+            f"error: rank 1 ({HERE}) has not come to all_reduce no. # of [490], in which rank 0 ({HERE}) waited for "
             f"timeout_seconds={LIMIT}\n"
-            f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:N), last collective all_reduce no. N of "
+            f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:#), last collective all_reduce no. # of "
             "[490]\n"
-            f"  rank 1 ({HERE}): step 3, training, time.sleep(600) (hanging.py:N), last collective all_reduce no. N of "
+            f"  rank 1 ({HERE}): step 3, training, time.sleep(600) (hanging.py:#), last collective all_reduce no. # of "
             "[4]\n"
             "stack traces: ranks/0.stack, 1.stack\n",
         ),
         (
             "exit",
             f"error: rank 1 ({HERE}) ended without a word in step 3 (training)\n"
-            f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:N), last collective all_reduce no. N of "
+            f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:#), last collective all_reduce no. # of "
             "[490]\n"
             f"  rank 1 ({HERE}): step 3, training, gone\n"
             "stack traces: ranks/0.stack\n",
@@ -131,34 +139,57 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, End
         (
             "skip",
             f"rank 1 was killed by SIGABRT on {HERE} in step 3 (after the update); its last words are in ranks/1.log\n"
-            f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:N), last collective all_reduce no. N of "
+            f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:#), last collective all_reduce no. # of "
             "[490]\n"
             f"  rank 1 ({HERE}): step 3, after the update, for batch in run.steps(model=model, optimizer=optimizer): "
-            "(hanging.py:N), in a collective of another size than the others'\n",
+            "(hanging.py:#), in a collective of another size than the others'\n",
         ),
         (
             "other",
             f"error: the ranks are in different collectives (timeout_seconds={LIMIT}): rank 0 ({HERE}) in all_reduce "
-            f"no. N of [490], rank 1 ({HERE}) in broadcast no. N of [500]\n",
+            f"no. # of [490], rank 1 ({HERE}) in broadcast no. # of [500]\n",
         ),
         ("group", f"error: rank 0 ({HERE}) waited in vain for ranks that are elsewhere (timeout_seconds={LIMIT})\n"),
         ("one step less", f"rank 1 was killed by SIGABRT on {HERE} in step 5 (evaluating); its last words"),
         ("one batch less", f"rank 1 failed on {HERE} in step 6 (waiting for data)\nTraceback"),
         ("shape", f"rank 1 failed on {HERE} in step 0 (starting)\nTraceback"),
         ("raise", f"rank 1 failed on {HERE} in step 3 (training)\nTraceback"),
-        ("worker dies", f"rank 1 failed on {HERE} in step N (waiting for data)\nTraceback"),
-        ("worker hangs", f"error: rank 1 ({HERE}) has not come to all_reduce no. N of [490], in which rank 0"),
-        ("disk", f"error: "),
+        ("worker dies", f"rank 1 failed on {HERE} in step # (waiting for data)\nTraceback"),
+        ("worker hangs", f"error: rank 1 ({HERE}) has not come to all_reduce no. # of [490], in which rank 0"),
+        (
+            "disk",
+            f"error: rank 1 ({HERE}) has not come to all_gather no. # of [1], in which rank 0 ({HERE}) waited for "
+            f"timeout_seconds={LIMIT}\n"
+            f"  rank 0 ({HERE}): step 6, saving, for batch in run.steps(model=model, optimizer=optimizer): "
+            "(hanging.py:#), last collective all_reduce no. # of [#\n"
+            f"  rank 1 ({HERE}): step 6, saving, for batch in run.steps(model=model, optimizer=optimizer): "
+            "(hanging.py:#), writing a checkpoint at os.fsync = lambda file: time.sleep(600)",
+        ),
     ],
 )
 def test_one_message_says_who_and_where(how: str, words: str, outcomes: dict[str, Ended]) -> None:
     found = outcomes[how]
-    pattern = re.escape(words).replace("N", r"\d+")
+    pattern = re.escape(words).replace(r"\#", r"\d+")
     assert re.match(pattern, found.said), found.said
     assert found.code == (134 if "SIGABRT" in words else 1)
     assert found.said.count("error: ") + found.said.count("rank 1 failed") + found.said.count("was killed") == 1
     assert ("Traceback" in found.said) == ("Traceback" in words)
-    assert found.seconds < LIMIT + 12
+    assert found.seconds < LIMIT + 25
+
+
+def test_ranks_started_by_hand_know_as_much(outcomes: dict[str, Ended]) -> None:
+    """Rank 0 stands still, and with it the store where the ranks meet: only the heartbeat files can tell."""
+    found = outcomes["by hand: stop"]
+    assert found.code == 1
+    words = f"error: rank 0 ({HERE}) stands still in step 3 (training): stopped by SIGSTOP, Ctrl-Z or a debugger\n"
+    assert found.said.startswith(words), found.said
+    assert found.seconds < LIMIT + 20
+
+
+def test_the_one_that_raised_is_named_by_the_other_too(outcomes: dict[str, Ended]) -> None:
+    found = outcomes["by hand: raise"]
+    assert found.said.startswith(f"rank 0 failed on {HERE} in step 3 (training)\nTraceback"), found.said
+    assert f"\nerror: rank 0 ({HERE}) failed in step 3 (training): KeyError: 'the cause'\n" in found.said
 
 
 def test_stacks_are_left_of_ranks_that_hung(outcomes: dict[str, Ended]) -> None:

@@ -42,6 +42,8 @@ def hook(run):
             raise KeyError("the cause")
         if how == "kill":
             os.kill(os.getpid(), 9)
+        if how == "sleep":
+            time.sleep(600)
 """
 
 
@@ -289,6 +291,16 @@ def test_an_exception_ends_the_job_and_is_shown_once(box: Box, folder: Path) -> 
     assert json.loads((folder / "run" / "result.json").read_text())["status"] == "failed"
 
 
+@pytest.mark.slow
+def test_a_rank_that_hangs_is_named_once(box: Box, folder: Path) -> None:
+    """Srun's tasks share one console, and no agent stands between."""
+    words = ["ddp.py", *LONG, "timeout_seconds=15", "out=run", "cluster.nodes=2"]
+    code, said = end(start(box, folder, *words, how="sleep"))
+    assert code == 1, said
+    assert said.count("error: rank 1 (node2) has not come to all_reduce") == said.count("stack traces") == 1, said
+    assert "  rank 1 (node2): step 2, training, time.sleep(600) (hook.py:" in said
+
+
 @pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_and_started_again_only_if_asked(box: Box, folder: Path, restarts: int) -> None:
     words = ["ddp.py", *LONG, "out=run", "cluster.nodes=2", f"max_restarts={restarts}"]
@@ -381,6 +393,8 @@ def test_a_node_that_is_cut_off_is_left_behind(node: str, folder: Path, uninterr
         box.steer("node", "cut", node)
         box.wait_for_state(job, "RUNNING", 120, restarts=1)
         assert node not in box.job(job)["NodeList"]
+        other = 1 - ["node1", "node2"].index(node)
+        assert f"({node}) does not answer, last heard of in step " in (folder / f"run/ranks/{other}.log").read_text()
         box.wait_for_state(job, "COMPLETED", 120, restarts=1)
     assert_equal(weights(folder / "run"), uninterrupted)
 

@@ -39,6 +39,7 @@ ANSWER_SECONDS = 5.0  # in which a rank that lives answers it
 STOPPED_SECONDS = 1.0  # for which a rank of this host must stand still to count as stopped
 STORE_SECONDS = 3.0  # after which a store that says nothing is taken for lost
 CALL, VERDICT = "hang/call", "hang/verdict"
+STORAGE = pulse.MINE + "storage.py"  # what the thread that writes checkpoints is in
 COLLECTIVES_SHOWN = 30  # in a rank's stack file
 
 LOST = (
@@ -111,6 +112,7 @@ class Inquest:
         self._timeout, self._end, self._overdue = timeout_seconds, end, overdue
         self._store = store.clone()  # the main thread may hang within the other connection
         self._over, self._mine = threading.Event(), threading.Lock()  # whoever has the lock ends this process
+        self._lost = False  # the store
         self._stacks: IO[str] | None = None
         with contextlib.suppress(OSError):
             self._stacks = (folder / f"{self._rank}.stack").open("w")
@@ -139,11 +141,11 @@ class Inquest:
         self._take_over()
         self._testify(error, asks=True)
         began = time.monotonic()
-        within(STORE_SECONDS, lambda: self._store.set(CALL, str(self._rank)))
+        self._in_store(lambda: self._store.set(CALL, str(self._rank)))
         states: list[str] = []
         everyone: list[Facts] = []
         while True:
-            told = within(STORE_SECONDS, lambda: self._told())
+            told = self._in_store(self._told)
             if told and told[1]:
                 return Stuck(told[1]["text"])
             everyone, states = self._hear(told[0] if told else {})
@@ -153,16 +155,15 @@ class Inquest:
             if waited >= max(patience, grace):
                 break
             time.sleep(0.1)
-        text = pulse.verdict(
-            everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder
-        )
+        text = pulse.verdict(everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder)
         mine = json.dumps({"by": self._rank, "text": text})
-        stored = within(STORE_SECONDS, lambda: self._store.compare_set(VERDICT, "", mine))
+        stored = self._in_store(lambda: self._store.compare_set(VERDICT, "", mine))
         if stored is None:  # whoever served the store is lost: the first of those that ask speaks
             speaks = min(facts["rank"] for facts in everyone if facts.get("asked")) == self._rank
         else:
             speaks = json.loads(stored)["by"] == self._rank
             text = json.loads(stored)["text"]
+        self.heart.tell(end=text.partition("\n")[0])
         self._wake(everyone, states)
         return Stuck(text, speaks)
 
@@ -211,15 +212,23 @@ class Inquest:
                     (number, name, sizes), done = brief(entry), "" if entry["retired"] else "  under way"
                     self._stacks.write(f"  group {group_of(entry)}: {name} no. {number} of {sizes}{done}\n")
                 self._stacks.flush()
+        stacks = {thread: lines(traceback.extract_stack(frame)) for thread, frame in sys._current_frames().items()}
+        frames = stacks.pop(threading.main_thread().ident or 0, [])
         if error is not None:
-            frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
-        else:
-            main = sys._current_frames().get(threading.main_thread().ident or 0)
-            frames = [(frame.filename, frame.lineno or 0) for frame in traceback.extract_stack(main)] if main else []
+            frames = lines(traceback.extract_tb(error.__traceback__))
+        for others in stacks.values():
+            if any(file == STORAGE for file, _ in others):
+                self.heart.tell(writing=pulse.quoted(*others[-1]))
         said = {group_of(entry): brief(entry) for entry in entries}
         last = group_of(entries[-1]) if entries else ""
         self.heart.tell(call=pulse.spot(frames), collectives=said, last=last, asked=asks)
-        within(STORE_SECONDS, lambda: self._store.set(f"hang/{self._rank}", json.dumps(self.heart.facts)))
+        self._in_store(lambda: self._store.set(f"hang/{self._rank}", json.dumps(self.heart.facts)))
+
+    def _in_store(self, work: Callable[[], Any]) -> Any:
+        """What `work` returns, or None: a store whose server is stopped never answers, and is asked no more."""
+        found = [] if self._lost else within(STORE_SECONDS, work)
+        self._lost = not found
+        return found[0] if found else None
 
     def _told(self) -> tuple[dict[int, Facts], Facts]:
         """(the answers that are there, the verdict or nothing)."""
@@ -248,8 +257,13 @@ class Inquest:
                     os.kill(facts["pid"], signal.SIGCONT)
 
 
-def within(seconds: float, work: Callable[[], Any]) -> Any:
-    """What `work` returns, or None if it raises or takes longer: a store whose server is stopped never answers."""
+def lines(stack: traceback.StackSummary) -> list[tuple[str, int]]:
+    """(file, line) of each frame, the innermost last."""
+    return [(frame.filename, frame.lineno or 0) for frame in stack]
+
+
+def within(seconds: float, work: Callable[[], Any]) -> list[Any]:
+    """[what `work` returns], or nothing if it raises or takes longer."""
     found: list[Any] = []
 
     def call() -> None:
@@ -259,7 +273,7 @@ def within(seconds: float, work: Callable[[], Any]) -> Any:
     thread = threading.Thread(target=call, daemon=True)
     thread.start()
     thread.join(seconds)
-    return found[0] if found else None
+    return found
 
 
 # torch's flight recorder ------------------------------------------------------------------------------------------

@@ -135,27 +135,28 @@ def causes(everyone: list[Facts], states: list[str]) -> list[str]:
 def disagreement(everyone: list[Facts], asker: int, seconds: float) -> str:
     """What ranks that all answer disagree about."""
     waited = f"timeout_seconds={seconds:g}"
-    group = everyone[asker].get("last", "")
-    there = [facts for facts in everyone if group in facts.get("collectives", {})]
-    latest = max((facts["collectives"][group][0] for facts in there), default=0)
-    behind = [facts for facts in there if facts["collectives"][group][0] < latest]
-    behind += [facts for facts in everyone if group and facts not in there and "collectives" in facts]
-    if behind and len(behind) < len(everyone):
-        met = next(facts for facts in there if facts["collectives"][group][0] == latest)
-        have = "has" if len(behind) == 1 else "have"
-        return (
-            f"{names(behind)} {have} not come to {collective(met, group)}, in which "
-            f"{names([facts for facts in there if facts not in behind])} waited for {waited}"
-        )
-    kinds: dict[str, list[Facts]] = {}
-    for facts in there:
-        kinds.setdefault(collective(facts, group), []).append(facts)
-    if len(kinds) > 1:
-        apart = ", ".join(f"{names(ranks)} in {kind}" for kind, ranks in kinds.items())
-        return f"the ranks are in different collectives ({waited}): {apart}"
+    mine = everyone[asker].get("collectives", {})
+    # A checkpoint's thread has a group of its own, whose collective need not be the last one.
+    for group in sorted(mine, key=lambda group: group != everyone[asker]["last"]):
+        there = [facts for facts in everyone if group in facts.get("collectives", {})]
+        latest = max(there, key=lambda facts: facts["collectives"][group][0])
+        ahead = [facts for facts in there if facts["collectives"][group][0] == latest["collectives"][group][0]]
+        behind = [facts for facts in there if facts not in ahead]
+        if behind:
+            have = "has" if len(behind) == 1 else "have"
+            return (
+                f"{names(behind)} {have} not come to {collective(latest, group)}, in which {names(ahead)} waited for "
+                f"{waited}"
+            )
+        kinds: dict[str, list[Facts]] = {}
+        for facts in there:
+            kinds.setdefault(collective(facts, group), []).append(facts)
+        if len(kinds) > 1:
+            apart = ", ".join(f"{names(ranks)} in {kind}" for kind, ranks in kinds.items())
+            return f"the ranks are in different collectives ({waited}): {apart}"
     if len({(facts.get("step"), facts.get("call")) for facts in everyone}) > 1:
         return f"{names([everyone[asker]])} waited in vain for ranks that are elsewhere ({waited})"
-    return f"{names([everyone[asker]])} waited in vain ({waited}), though all ranks are in the same place: their network?"
+    return f"{names([everyone[asker]])} waited in vain ({waited}), though all are in the same place: their network?"
 
 
 def rows(everyone: list[Facts], states: list[str]) -> list[str]:
@@ -174,6 +175,8 @@ def where(facts: Facts, what: str = "answered") -> str:
     parts = [f"step {facts['step']}", facts["phase"]]
     if "call" in facts:
         parts.append(facts["call"])
+    if "writing" in facts:
+        parts.append(f"writing a checkpoint at {facts['writing']}")
     if facts.get("last"):
         parts.append(f"last collective {collective(facts, facts['last'])}")
     return ", ".join(parts if what == "answered" else [*parts, what])
@@ -257,15 +260,19 @@ def spot(frames: list[tuple[str, int]]) -> str:
     Args:
         frames: (file, line) of each frame, the innermost last.
     """
-    import linecache
-
     starts = [number for number, (file, _) in enumerate(frames) if file == MINE + "rank.py"]
     inside = frames[starts[-1] + 1 :] if starts else frames  # what is outside has only started this rank
     theirs = [frame for frame in inside if not is_library(frame[0])]
     known = theirs or [frame for frame in inside if frame[0].startswith(MINE)] or frames[-1:]
     if not known:
         return "nowhere"
-    file, line = known[-1]
+    return quoted(*known[-1])
+
+
+def quoted(file: str, line: int) -> str:
+    """`loss.backward() (ddp.py:50)`"""
+    import linecache
+
     text = linecache.getline(file, line).strip()
     return f"{text} ({os.path.basename(file)}:{line})" if text else f"{os.path.basename(file)}:{line}"
 

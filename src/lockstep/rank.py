@@ -340,4 +340,3 @@ def tell(error: BaseException, place: world.Place, out: Path | None, console: in
         where = obituary(out, place.rank)[0] if out is not None else ""
         text = f"rank {place.rank} failed{where}\n{text}"
     os.write(console, text.encode())
-

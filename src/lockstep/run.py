@@ -222,8 +222,8 @@ class Run:
             batch = next(batches, None)
             if batch is None:
                 raise RuntimeError(
-                    f"rank {self.world.rank} has no batch for step {self.step + 1} of {self.total_steps}: its data set or "
-                    "its sampler is shorter than that of other ranks"
+                    f"rank {self.world.rank} has no batch for step {self.step + 1} of {self.total_steps}: its data set "
+                    "or its sampler is shorter than that of other ranks"
                 )
             yield batch
             schedule.step()
