@@ -125,7 +125,7 @@ class Inquest:
         """Stop listening; `end`: how this rank ends."""
         self._over.set()
         if end:
-            self.heart.tell(end=end)
+            self.heart.tell(end=end.partition("\n")[0][:300])
         if self._stacks is not None and not pulse.has_content(self._folder / f"{self._rank}.stack"):
             faulthandler.disable()
             with contextlib.suppress(OSError):
@@ -141,14 +141,15 @@ class Inquest:
         self._take_over()
         self._testify(error, asks=True)
         began = time.monotonic()
-        self._in_store(lambda: self._store.set(CALL, str(self._rank)))
-        states: list[str] = []
-        everyone: list[Facts] = []
+        first = self._in_store(lambda: self._store.compare_set(CALL, "", str(self._rank)))
+        if first is not None and int(first) != self._rank:  # one hears all: a thousand that do would choke the store
+            verdict = self._await_verdict(patience + 2 * ANSWER_SECONDS)
+            if verdict:
+                return Stuck(verdict)
+        answers: dict[int, Facts] = {}
         while True:
-            told = self._in_store(self._told)
-            if told and told[1]:
-                return Stuck(told[1]["text"])
-            everyone, states = self._hear(told[0] if told else {})
+            self._in_store(lambda: self._collect(answers))
+            everyone, states = self._hear(answers)
             waited = time.monotonic() - began
             # Whoever is stopped may have been for a moment only.
             grace = ANSWER_SECONDS if "silent" in states else STOPPED_SECONDS if "stopped" in states else 0
@@ -181,15 +182,8 @@ class Inquest:
         if self._over.is_set() or not self._mine.acquire(blocking=False):
             return
         self._testify(None, asks=False)
-        text = f"rank {self._rank} was asked where it is by a rank that waited for it, and heard no more"
-        deadline = time.monotonic() + 4 * ANSWER_SECONDS
-        with contextlib.suppress(RuntimeError):
-            while time.monotonic() < deadline:
-                if self._store.check([VERDICT]):
-                    text = json.loads(self._store.get(VERDICT))["text"]
-                    break
-                time.sleep(0.05)
-        self._end(Stuck(text))
+        lonely = f"rank {self._rank} was asked where it is by a rank that waited for others, and heard no more of it"
+        self._end(Stuck(self._await_verdict(4 * ANSWER_SECONDS) or lonely))
 
     # On both sides
 
@@ -230,23 +224,30 @@ class Inquest:
         self._lost = not found
         return found[0] if found else None
 
-    def _told(self) -> tuple[dict[int, Facts], Facts]:
-        """(the answers that are there, the verdict or nothing)."""
-        if self._store.check([VERDICT]):
-            return {}, dict(json.loads(self._store.get(VERDICT)))
-        keys = {rank: f"hang/{rank}" for rank in range(self._world_size)}
-        return {r: dict(json.loads(self._store.get(key))) for r, key in keys.items() if self._store.check([key])}, {}
+    def _await_verdict(self, seconds: float) -> str:
+        """The verdict, or nothing where there is none in time."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if self._in_store(lambda: self._store.check([VERDICT])):
+                return str(json.loads(self._store.get(VERDICT))["text"])
+            if self._lost:
+                break
+            time.sleep(0.1)
+        return ""
+
+    def _collect(self, answers: dict[int, Facts]) -> None:
+        """Add the answers that have come."""
+        for rank in range(self._world_size):
+            if rank not in answers and self._store.check([f"hang/{rank}"]):
+                answers[rank] = json.loads(self._store.get(f"hang/{rank}"))
 
     def _hear(self, answers: dict[int, Facts]) -> tuple[list[Facts], list[str]]:
         """(what is known of each rank, what has become of it)."""
         everyone, states = [], []
         for rank in range(self._world_size):
-            written = pulse.read(self._folder, rank) if rank != self._rank else self.heart.facts
-            facts = {**written, **answers.get(rank, {})}
-            if "end" in written:
-                facts["end"] = written["end"]
-            everyone.append(facts)
-            states.append(pulse.state(facts, rank in answers or "call" in facts))
+            facts = answers.get(rank) or pulse.read(self._folder, rank)
+            everyone.append(self.heart.facts if rank == self._rank else facts)
+            states.append(pulse.state(everyone[-1], rank in answers or "call" in everyone[-1]))
         return everyone, states
 
     def _wake(self, everyone: list[Facts], states: list[str]) -> None:

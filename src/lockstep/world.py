@@ -346,12 +346,17 @@ def interface_towards(host: str) -> str | None:
     return None
 
 
+def patience(timeout_seconds: float, backend: str) -> timedelta:
+    """After which time a collective is to give up."""
+    return timedelta(seconds=timeout_seconds + (NCCL_SPARE_SECONDS if backend == "nccl" else 0))
+
+
 def limit_waits(timeout_seconds: float) -> None:
     """Give the groups that others make, such as a mesh's, this limit where torch's would be 10 or 30 minutes, and have
     torch's flight recorder keep their collectives."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout_seconds)
-    distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout_seconds + NCCL_SPARE_SECONDS)
+    distributed_c10d.default_pg_timeout = patience(timeout_seconds, "gloo")
+    distributed_c10d.default_pg_nccl_timeout = patience(timeout_seconds, "nccl")
 
 
 def make_group(timeout_seconds: float) -> dist.ProcessGroup:
@@ -411,7 +416,7 @@ def join(
     threads = threads or share_of_cores(len(mine), os.environ)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    timeout = timedelta(seconds=timeout_seconds + (NCCL_SPARE_SECONDS if backend == "nccl" else 0))
+    timeout = patience(timeout_seconds, backend)
     limit_waits(timeout_seconds)
     group_store = dist.PrefixStore("group", store)
     away = [host for host in hosts if host != hosts[rank]]

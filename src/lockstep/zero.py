@@ -14,7 +14,6 @@ import io
 import os
 import pickle
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,6 +34,7 @@ from lockstep import gradients
 from lockstep.errors import UserError
 from lockstep.precision import Scaler
 from lockstep.run import Run
+from lockstep.world import patience
 
 Tensors = dict[str, Tensor]
 
@@ -52,7 +52,7 @@ def prepared(run: Run) -> Iterator[None]:
     # none can, it leaves the tensors to gloo and the update to torch's optimizer.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     # Its collectives go through a group of its own, which would wait half an hour for a rank that hangs.
-    new_group = functools.partial(dist.new_group, timeout=timedelta(seconds=run.config.timeout_seconds))
+    new_group = functools.partial(dist.new_group, timeout=patience(run.config.timeout_seconds, run.world.backend))
     vars(torch_autocast)["TORCH_AUTOCAST_INITIALIZED"] = False  # by an earlier run in this process
     with contextlib.redirect_stdout(run.report.log), mock.patch.object(dist, "new_group", new_group):
         # When it looks whether an optimizer is Muon, it has that one's functions compiled: 3 s in each rank.
