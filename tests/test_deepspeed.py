@@ -16,11 +16,9 @@ from torch import Tensor
 
 from lockstep import storage
 from lockstep.checkpoint import fingerprint, names, seal
-from lockstep.checks import complete
-from lockstep.errors import UserError
 from lockstep.proof import difference
 from recipes import ddp, deepspeed_zero
-from tests.harness import command, compose_config, lines, preload, result, train
+from tests.harness import command, lines, preload, result, train
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -237,30 +235,6 @@ def test_another_recipe_s_checkpoint_is_refused(fit: Fit, tmp_path: Path) -> Non
 
 
 # What a user meets ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        ("zero.stage=4", "zero.stage=4: allowed are 0, 1, 2, 3"),
-        ("precision=fp64", "precision=fp64: DeepSpeed's optimizer computes in fp32"),
-        ("compile=true", "compile=true: "),
-        ("channels_last=true", "channels_last=true: "),
-        ("zero.stage=0 zero.offload=true", "zero.offload=true: stage 0 leaves the optimizer whole"),
-        ("accumulate=49", "accumulate=49: a rank's share is only 48 images"),
-        ("batch_size=33", "batch_size=33: the global batch must divide by 2 ranks"),
-    ],
-)
-def test_what_does_not_work_is_one_line(words: str, said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        complete(compose_config(deepspeed_zero.train, *words.split()), deepspeed_zero.train, 2)
-    assert str(caught.value).startswith(said)
-    assert "\n" not in str(caught.value)
-
-
-def test_other_recipes_do_not_take_its_keys() -> None:
-    with pytest.raises(UserError, match=r"zero.stage=3: recipes.ddp does not use it; deepspeed_zero do"):
-        complete(compose_config(ddp.train, "zero.stage=3"), ddp.train, 2)
 
 
 def test_it_keeps_the_console_to_lockstep(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -99,21 +98,3 @@ def test_ranks_say_where_they_are() -> None:
     assert (ranks.global_rank(), ranks.world_size(), ranks.local_rank(), ranks.node_rank()) == (3, 4, 1, 1)
     assert plan["parallel_devices"] == [cpu, cpu]
     assert ranks.creates_processes_externally
-
-
-@pytest.mark.parametrize(
-    ("module", "words", "parts"),
-    [
-        (lightning_fabric, "sync_batchnorm=true model.norm=group", ["model.norm=group", "set model.norm=batch"]),
-        (ddp, "sync_batchnorm=true", ["sync_batchnorm=True", "recipes.ddp does not use it", "lightning_fabric"]),
-    ],
-)
-def test_bad_input_is_refused(module, words, parts, tmp_path: Path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [module.train.name, *words.split()])
-    with pytest.raises(SystemExit) as leaving:
-        module.train.main()
-    said = capfd.readouterr()
-    assert (leaving.value.code, said.err.count("\n")) == (2, 1), said.err
-    assert all(part in said.err for part in parts), said.err
-    assert list(tmp_path.iterdir()) == []

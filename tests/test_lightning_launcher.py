@@ -16,6 +16,7 @@ from recipes import ddp
 from tests import harness
 from tests.harness import command, train
 from tests.processes import as_a_shell, read, wait_until
+from tests.test_bad_input import run_main
 from tests.test_failures import CRASHING, WORDS
 from tests.test_start_paths import free_port, start_all
 
@@ -172,32 +173,11 @@ def test_ctrl_c_while_the_ranks_import_shows_no_traceback(tmp_path: Path) -> Non
 # Refused ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        ("cluster.partition=gpu", ["cluster.partition=gpu", "has no queue", "cluster.tasks_per_node"]),
-        ("start=magic", ["start=magic", "spawn, fork"]),
-        ("cluster.nodes=2", ["cluster.nodes=2", "NODE_RANK, MASTER_ADDR, MASTER_PORT not set", "lightning_slurm"]),
-        ("nproc=2 cluster.tasks_per_node=4", ["nproc=2", "leave it out"]),
-        ("nproc=5", ["batch_size=96", "5 ranks"]),
-        ("bacth_size=3", ["unknown key bacth_size"]),
-    ],
-)
-def test_bad_input_is_one_line(words, parts, tmp_path: Path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
-    refused(tmp_path, monkeypatch, capfd, words, parts)
-
-
 def test_without_the_package_it_says_how_to_get_it(tmp_path: Path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.setitem(sys.modules, "lightning", None)
-    refused(tmp_path, monkeypatch, capfd, "", ["needs the package lightning", "pip install 'lockstep[lightning]'"])
-
-
-def refused(folder, monkeypatch, capfd, words, parts) -> None:  # type: ignore[no-untyped-def]
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "argv", ["ddp", "+cluster=lightning", *words.split()])
-    with pytest.raises(SystemExit) as leaving:
-        ddp.train.main()
-    said = capfd.readouterr()
-    assert (leaving.value.code, said.err.count("\n")) == (2, 1), said.err
-    assert all(part in said.err for part in parts), said.err
-    assert list(folder.iterdir()) == [], "nothing may be created"
+    monkeypatch.chdir(tmp_path)
+    assert run_main(ddp.train, ["+cluster=lightning"], monkeypatch) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert all(part in said for part in ("needs the package lightning", "pip install 'lockstep[lightning]'")), said
+    assert list(tmp_path.iterdir()) == [], "nothing may be created"

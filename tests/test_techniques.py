@@ -6,11 +6,9 @@ import contextlib
 import copy
 import json
 import multiprocessing
-import sys
 import time
 from collections.abc import Callable
 from itertools import combinations, pairwise
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -42,7 +40,6 @@ from recipes import (
     pipeline_parallel,
     single,
     sync_batchnorm,
-    verify,
 )
 from recipes.data_parallel import HostDataParallel
 from tests.harness import run_ranks
@@ -692,66 +689,6 @@ def test_a_clock_changes_no_number_and_is_silent_without_gradients() -> None:
         before = len(clock.busy[0].seconds())
         assert torch.equal(clock.leave(part(clock.enter(x, 0)), 0), part(x))
         assert len(clock.busy[0].seconds()) == before
-
-
-# Bad input --------------------------------------------------------------------------------------------------------
-
-PIPELINE, PARTS = pipeline_parallel.train, model_parallel.train
-BAD: list[tuple[Any, str, list[str]]] = [
-    (PIPELINE, "cut=layer9", ["cut=layer9", "layer1, layer2, layer3, layer4", "layer4.1", "balanced"]),
-    (PIPELINE, "cut=[layer2,layer3]", ["cut=[layer2,layer3]", "makes 3 parts, not 2"]),
-    (PIPELINE, "stages=3 nproc=2", ["stages=3", "2 ranks", "nproc"]),
-    (PIPELINE, "cut=balanced stages=11 nproc=11 micro_batches=12", ["cut=balanced", "10 blocks", "11 parts"]),
-    (PIPELINE, "batch_size=96 micro_batches=5", ["batch_size=96", "micro_batches=5", "95, 100"]),
-    (PIPELINE, "schedule=unknown", ["schedule=unknown", "gpipe, 1f1b, interleaved, zero_bubble"]),
-    (PIPELINE, "schedule=1f1b micro_batches=1", ["micro_batches=1", "schedule=1f1b", "from 2 up", "gpipe"]),
-    (
-        PIPELINE,
-        "schedule=interleaved micro_batches=5 batch_size=95",
-        ["micro_batches=5", "interleaved", "multiples of 2"],
-    ),
-    (PIPELINE, "accumulate=2", ["accumulate=2", "micro_batches"]),
-    (PIPELINE, "replicas=2", ["replicas=2", "pipeline_parallel does not use it", "data_parallel"]),
-    (PARTS, "cut=fc9", ["cut=fc9", "layer1, layer2, layer3, layer4"]),
-    (PARTS, "cut=7", ["cut=7", "not a layer"]),
-    (PARTS, "cut=null", ["cut=", "not a layer"]),
-    (PARTS, "cut=layer3 devices=[cpu,cpu,cpu]", ["cut=layer3", "makes 2 parts, not 3"]),
-    (PARTS, "devices=[cuda:9]", ["devices=[cuda:9]"]),
-    (PARTS, "devices=[cpu,cuda:9]", ["devices=[cpu,cuda:9]", "allowed are"]),
-    (PARTS, "devices=[cpu,gpu]", ["devices=[cpu,gpu]", "allowed are"]),
-    (PARTS, "devices=[]", ["devices=[]"]),
-    (PARTS, "stages=2", ["stages=2"]),
-    (sync_batchnorm.train, "model.norm=group", ["model.norm=group", "no BatchNorm", "model.norm=batch"]),
-    (ddp.train, "accumulate=5 batch_size=8 nproc=2", ["accumulate=5", "only 4 images", "1…4"]),
-    (grad_accumulation.train, "accumulate=49", ["accumulate=49", "only 48 images"]),
-    (grad_accumulation.train, "accumulate=5 accumulate_by=unbind", ["accumulate=5", "48 images", "chunk"]),
-    (data_parallel.train, "nproc=2", ["recipes.data_parallel runs on 1 rank, not 2"]),
-    (ddp.train, "cut=layer2", ["cut=layer2", "recipes.ddp does not use it", "model_parallel and pipeline_parallel"]),
-    (ddp.train, "schedule=gpipe", ["schedule=gpipe", "recipes.ddp does not use it", "pipeline_parallel"]),
-    (ddp.train, "accumulate_by=unbind", ["accumulate_by=unbind", "grad_accumulation"]),
-    (single.train, "stages=2", ["stages=2", "pipeline_parallel"]),
-    (ddp.train, "stages=2", ["stages=2", "recipes.ddp does not use it", "pipeline_parallel"]),
-    (ddp.train, "recipes=[single]", ["recipes=", "recipes.ddp does not use it", "verify"]),
-    (verify.train, "recipes=[nope]", ["recipes=[nope]", "no such recipe", "ddp", "single"]),
-]
-
-
-@pytest.mark.parametrize(("recipe", "words", "parts"), BAD, ids=[f"{recipe.name} {words}" for recipe, words, _ in BAD])
-def test_bad_input_is_refused_in_one_line(  # type: ignore[no-untyped-def]
-    recipe, words, parts, tmp_path: Path, monkeypatch, capfd
-) -> None:
-    """As tests/test_bad_input.py does it: before any rank is started."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [recipe.name, *words.split()])
-    with pytest.raises(SystemExit) as leaving:
-        recipe.main()
-    said = capfd.readouterr()
-    assert leaving.value.code == 2
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1, said.err
-    assert all(part in said.err for part in parts), said.err
-    assert list(tmp_path.iterdir()) == [], "nothing may be created"
 
 
 def test_the_smallest_input_next_to_a_bad_one_is_taken(fit: Fit) -> None:

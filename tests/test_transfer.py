@@ -160,14 +160,7 @@ def test_head_first_then_everything_is_what_a_plain_loop_computes(ranks: int, tm
 # What is refused ----------------------------------------------------------------------------------------------------
 
 BAD = {
-    "": ["resume=auto and weights=null", "nothing to transfer from", "weights=imagenet"],
     "weights=random resume=BASE": ["one of them is too many"],
-    "weights=resnet": ["weights=resnet", "imagenet, IMAGENET1K_V1, IMAGENET1K_V2, random"],
-    "weights=imagenet": ["weights=imagenet", "7 × 7 there and 3 × 3 here", "set model.image_size=224"],
-    "weights=IMAGENET1K_V2 model.image_size=224": ["torchvision has none for resnet18", "IMAGENET1K_V1"],
-    "weights=imagenet model.image_size=224 model.norm=group": ["model.norm=group has none", "model.norm=batch"],
-    "resume=nowhere": ["resume=nowhere", "no such file or folder"],
-    "resume=.": ["resume=.", "holds no checkpoint"],
     "resume=BASE model.image_size=72": ["3 × 3 there and 7 × 7 here", "set model.image_size=64"],
     "resume=BASE model.norm=group": ["holds bn1.num_batches_tracked, which the model has not"],
     "resume=BASE model=resnet34": ["layer1.0.conv1.weight is [32, 64, 3, 3] there"],
@@ -204,13 +197,6 @@ def refused(
     assert said.err.count("\n") == 1, said.err
     for part in parts:
         assert part in said.err
-
-
-def test_the_keys_are_this_recipe_s(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    refused("freeze=[fc.*]", ddp.train, ["recipes.ddp does not use it; transfer_learning do"], monkeypatch, capfd)
 
 
 def test_a_damaged_checkpoint_is_named(base: Path, tmp_path: Path) -> None:
