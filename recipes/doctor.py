@@ -1,4 +1,12 @@
-"""Doctor: looks at a training before it is one, and says in figures what it would ask of this machine.
+"""Doctor: says whether a run would work here before it is one, where its memory goes, and what became of one that died.
+
+`preflight`, which is what it does unless told otherwise, starts the ranks as any recipe does, on this machine, by hand
+or as a job, and looks at what breaks runs, or quietly slows them down: versions that do not fit, or differ between
+hosts; devices; threads against cores; the network that the tensors travel by; whether each host finds each other one by
+name; clocks; the run directory's file system (do all ranks see it? are files replaced in one piece? how fast, how full
+is it?); the speed of collectives by the size of the message, and of each pair of ranks; whether an all-reduce gives all
+ranks the same bits; five steps of ddp against the same steps of one process; a Slurm job's settings. Each is a row with
+a verdict, a figure and what to do. Ranks that do not even come are named, as for any recipe.
 
 `memory` says where a step's memory goes. For the model, batch, precision and optimizer that are asked for, a table has
 a row for each layer: the shape of its output, and the bytes of its parameters, their gradients, the optimizer's state,
@@ -7,43 +15,58 @@ shapes and no bytes, for a whole model that is trained as a whole. Then the reci
 that are there: what each of them held, and its measured peak, stand beside the sum. A peak is less than the sum where
 gradients come while activations go, and more by what lies outside of the layers: temporary results, the buckets in
 which DDP exchanges gradients, scratch space of cuDNN or oneDNN, and on a CPU the code that is loaded on the way. A last
-table says what DDP, ZeRO's stages and FSDP make of parameters, gradients and optimizer on these ranks.
+table says what DDP, ZeRO's stages and FSDP make of parameters, gradients and optimizer on these ranks. And any recipe
+counts its own first step with `memory=report`, and trains on.
 
-`recipes=[fsdp]` asks about another recipe than ddp. With `batch_size=auto` the largest batch is found first. And any
-recipe counts its own first step with `memory=report`, and trains on.
+`recipes=[fsdp]` asks either about another recipe than ddp; with `batch_size=auto` the largest batch is found first.
+`run=FOLDER` starts nothing: it reads what a run has left behind, however it ended.
 
+    python -m recipes.doctor                                        would a run work here? two ranks, or one per GPU
+    python -m recipes.doctor +cluster=slurm cluster.nodes=2         and there?
     python -m recipes.doctor memory                                 ResNet-18 on the digits, two ranks
     python -m recipes.doctor memory model=resnet50 data=synthetic data.image_size=64 batch_size=16 precision=bf16
-    python -m recipes.doctor memory recipes=[fsdp] batch_size=auto
+    python -m recipes.doctor run=outputs/ddp/2026-11-21_11-20-16    what became of it?
 
-Expect: the tables in less than half a minute on two CPU cores, and memory.json beside them.
-Source: https://docs.pytorch.org/tutorials/intermediate/autograd_saved_tensors_hooks_tutorial.html,
+Expect: the tables in less than half a minute on two CPU cores, and preflight.json or memory.json beside them; exit code
+1 if a run would fail.
+Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html,
+https://docs.pytorch.org/tutorials/intermediate/autograd_saved_tensors_hooks_tutorial.html,
 https://arxiv.org/abs/1910.02054 (ZeRO)
 """
 
 import importlib
 import json
+import shlex
+import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from rich.table import Table
 
-from lockstep import Recipe, Run, UserError, recipe
+from lockstep import Recipe, Run, UserError, findings, links, postmortem, recipe
 from lockstep.account import cell, in_a_line, table
+from lockstep.checkpoint import agree
 from lockstep.checks import complete
 from lockstep.data import First
+from lockstep.errors import CheckFailed
 from lockstep.files import write_json
+from lockstep.findings import Finding
 from lockstep.fit import cut_short
 from lockstep.memory import KINDS, Prediction, free_bytes, peak_from_now, predict, sharded
 from lockstep.metrics import gather_numbers
-from lockstep.proof import with_values
-from lockstep.schema import Config
-from lockstep.words import mebibytes
-from recipes import choose
+from lockstep.preemption import Preempted
+from lockstep.preflight import Asked, judge
+from lockstep.proof import trace, with_values
+from lockstep.schema import Config, check_values
+from lockstep.survey import survey
+from lockstep.words import count, mebibytes, short
+from recipes import choose, verify
 
 STEPS = 3
+PROVEN_STEPS = 5
 
 
 def patient(config: Config) -> Recipe:
@@ -123,14 +146,8 @@ def show(run: Run, found: Prediction, ranks: list[dict[str, Any]], peaks: list[i
 RISE = {"cpu": "the process's resident memory", "cuda": "what torch's allocator gave out"}
 
 
-def check(config: Config, share: int) -> None:
-    """A recipe that is looked at must be able to run."""
-    each = patient(config)
-    complete(as_patient(config), each, config.batch_size // share * config.stages)
-
-
-@recipe(check=check, stands_for=patient, word="check")
-def train(run: Run) -> None:
+def account(run: Run) -> None:
+    """Where a step's memory goes."""
     ranks, peaks = measure(run)
     if run.world.rank:
         return
@@ -149,6 +166,99 @@ def train(run: Run) -> None:
         },
     )
     show(run, found, ranks, peaks, shards)
+
+
+def preflight(run: Run) -> None:
+    """Whether a run would work here."""
+    ranks = survey(run)
+    speeds = links.measure(run.world) if run.world.world_size > 1 else {}
+    whole = sharded(run.config, 1)["ddp"]
+    asked = Asked(whole["parameters"] + whole["optimizer"], run.config.checkpoint.keep, whole["gradients"])
+    proof = proven(run)
+    found = judge(ranks, speeds, asked)
+    place = next((number for number, each in enumerate(found) if each.check == "slurm"), len(found))
+    found.insert(place, proof)
+    if run.world.rank == 0:
+        report = {"findings": [asdict(each) for each in found], "ranks": ranks, "links": speeds}
+        write_json(run.out / "preflight.json", report)
+        hosts = count(len(set(run.world.hosts)), "host")
+        title = f"{count(run.world.world_size, 'rank')} on {hosts}, {run.device.type}: would a run work here?"
+        if speeds:
+            run.report.console.print(links.grid(speeds["collectives"], run.world.world_size))
+            run.report.console.print(links.plot(speeds["collectives"]), markup=False)
+        run.report.console.print(findings.table(found, title))
+    if proof.figure.startswith(BROKEN):  # the ranks may be at different places, so nothing more can be agreed
+        raise CheckFailed(f"preflight: {proof.figure}; see preflight.json")
+    failed = agree(findings.failed(found), run.world.control)
+    if failed:
+        raise CheckFailed(f"a run would fail here: {', '.join(failed)}; see preflight.json")
+
+
+BROKEN = "it broke"
+
+
+def proven(run: Run) -> Finding:
+    """A few steps of the recipe against the same steps of `single`, as recipes.verify has them."""
+    each = patient(run.config)
+    if not each.proofs:
+        return Finding("verify", "ok", f"recipes.{each.name} declares no proof: nothing to compare")
+    proof = each.proofs[0]
+    precision = "fp64" if "fp64" in proof.precisions else proof.precisions[0]
+    base = verify.settings(run, precision, proof.settings | {"max_steps": PROVEN_STEPS, "check": Config().check})
+    mine = with_values(base, proof.own)
+    row = verify.Row(each.name, precision, run.world.world_size, PROVEN_STEPS, tolerance=verify.TOLERANCE[precision])
+    remedy = f"python -m recipes.verify recipes=[{each.name}]"
+    try:
+        single = importlib.import_module("recipes.single").train
+        reference = trace(run, single, mine if proof.prepare else base, "single", proof.prepare)
+        traced = trace(run, each, mine, each.name, proof.prepare)
+    except Preempted:
+        raise
+    except Exception as error:
+        run.report.log.write(traceback.format_exc())
+        figure = f"{BROKEN}: {each.name} in {precision}: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return Finding("verify", "fails", figure, f"look into ranks/{run.world.rank}.log, then {remedy}")
+    if not (traced and reference):
+        return Finding("verify", "ok", "")  # rank 0's is what counts
+    verify.compare(row, traced, reference, "")
+    figure = f"{count(PROVEN_STEPS, 'step')} of {each.name} in {precision}: {row.verdict}, "
+    figure += f"weights within {row.weights:.0e} of one process's"
+    return Finding("verify", "fails" if row.fails else "ok", figure, remedy if row.fails else "")
+
+
+def read(config: Config) -> int | None:
+    """With run=FOLDER, say what became of the run in it; this process does it, without any ranks."""
+    if config.run is None:
+        return None
+    check_values(config)
+    if config.cluster or config.check != Config().check:
+        more = "+cluster" if config.cluster else f"check={config.check}"
+        raise UserError(f"run={config.run}: is read here, and nothing is run; leave {more} out")
+    postmortem.tell(Path(config.run).expanduser(), again)
+    return 0
+
+
+def again(name: str, config: Config, out: Path) -> str:
+    """The command that goes on with a run."""
+    if not Path(__file__).with_name(f"{name}.py").is_file():
+        return f"the command that started {name}, with out={short(out)}"
+    from lockstep.compose import overrides  # Hydra, which no rank needs
+
+    found: Recipe = importlib.import_module(f"recipes.{name}").train
+    return f"python -m recipes.{name} {shlex.join([*overrides(found, config, without=['out']), f'out={short(out)}'])}"
+
+
+def check(config: Config, share: int) -> None:
+    """A recipe that is looked at must be able to run."""
+    if config.run is not None:
+        raise UserError(f"run={config.run}: is read by one process; start it with python, without torchrun or srun")
+    each = patient(config)
+    complete(as_patient(config), each, config.batch_size // share * config.stages)
+
+
+@recipe(check=check, stands_for=patient, word="check", alone=read)
+def train(run: Run) -> None:
+    {"preflight": preflight, "memory": account}[run.config.check](run)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,8 @@ class Recipe:
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
         stands_for: of a tool that looks at one recipe, called with the config: which one.
         word: the key that a first word without `=` on the command line is the value of.
+        alone: called with the config before anything else; where it returns an exit code it has done all there is to
+            do, and no rank is started.
     """
 
     train: Callable[[Run], None]
@@ -82,6 +84,7 @@ class Recipe:
     needs: str | None = None
     stands_for: Callable[[Config], Recipe] | None = None
     word: str | None = None
+    alone: Callable[[Config], int | None] | None = None
 
     def subject(self, config: Config) -> Recipe:
         """What is to be run in the end: this recipe, or the one that this tool looks at."""
@@ -160,6 +163,9 @@ def submit(recipe: Recipe) -> int:
     points: list[Config] = []  # of a cluster: submitted when all of them are known to be good
 
     def launch(config: Config) -> None:
+        if recipe.alone and (code := recipe.alone(config)) is not None:
+            codes.append(code)
+            return
         there = config.cluster
         launcher = load_launcher(there.launcher if there else config.launcher)
         if hasattr(launcher, "check"):

@@ -55,7 +55,7 @@ SHORT: dict[str, Any] = {  # what makes a trial of a config
     "checkpoint.best": False,
     "memory": None,
     "recipes": None,
-    "check": "memory",
+    "check": Config().check,
     "monitor": MonitorConfig(),
 }
 

@@ -406,26 +406,34 @@ def host_bytes() -> int:
 
 def group_bytes(machine: Path = Path("/")) -> Iterator[tuple[int, str]]:
     """What the control groups of this process may still take: a container's limit, or a Slurm job's."""
+    files = {
+        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        2: ("memory.max", "memory.current", "inactive_file"),
+    }
+    for group, version in control_groups("memory", machine):
+        limit, usage, inactive = files[version]
+        try:
+            most, used = ((group / name).read_text().strip() for name in (limit, usage))
+            rows = (row.split() for row in (group / "memory.stat").read_text().splitlines())
+            cached = [row[1] for row in rows if row[0] == inactive]
+        except OSError:
+            continue
+        if most != "max" and int(most) < 2**60:
+            yield max(0, int(most) - int(used) + int(cached[0] if cached else 0)), "the control group"
+
+
+def control_groups(controller: str, machine: Path = Path("/")) -> Iterator[tuple[Path, int]]:
+    """The folders of this process's control groups for memory or cpu, the innermost first; each with its version."""
     for line in (machine / "proc/self/cgroup").read_text().splitlines():
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and controller not in controllers.split(","):
             continue
         root = machine / "sys/fs/cgroup" / controllers
-        names = ("memory.max", "memory.current", "inactive_file")
-        if controllers:
-            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
         folder = root / path.lstrip("/")
         if not folder.is_dir():  # inside a container its own group is the root
             folder = root
         for group in [folder, *folder.parents]:
-            try:
-                most, used = ((group / name).read_text().strip() for name in names[:2])
-                rows = (row.split() for row in (group / "memory.stat").read_text().splitlines())
-                cached = [row[1] for row in rows if row[0] == names[2]]
-            except OSError:
-                continue
-            if most != "max" and int(most) < 2**60:
-                yield max(0, int(most) - int(used) + int(cached[0] if cached else 0)), "the control group"
+            yield group, 1 if controllers else 2
             if group == root:
                 break
 

@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -70,7 +71,10 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             sys.stdout.flush()
             os._exit(0)
         if place.rank:
-            redirect_output(out / "ranks" / f"{place.rank}.log")
+            try:
+                redirect_output(out / "ranks" / f"{place.rank}.log")
+            except FileNotFoundError:
+                raise unseen(out) from None
         heart = Pulse(out / "ranks", place.rank)
         if place.world_size > 1:
             inquest = Inquest(
@@ -195,7 +199,10 @@ def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dis
     """
     if RUN_DIRECTORY in os.environ:
         out = Path(os.environ[RUN_DIRECTORY])
-        config = from_yaml((out / "config.yaml").read_text())
+        try:
+            config = from_yaml((out / "config.yaml").read_text())
+        except FileNotFoundError:
+            raise unseen(out) from None
         store, hosts, _ = meet(place, config.timeout_seconds)
         return config, out, store, hosts
     asked = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("timeout_seconds=")]
@@ -222,6 +229,13 @@ def frozen_config(recipe: Recipe, place: world.Place) -> tuple[Config, Path, dis
     # Rank 0 says it; the others too where an agent shows one rank's words and picks the rank itself.
     says = place.rank == 0 or "TORCHELASTIC_ERROR_FILE" in os.environ
     raise UserError(told["error"] if says else "rank 0 refused the config")
+
+
+def unseen(out: Path) -> UserError:
+    """What a rank says that does not find the run directory, which was made on another host."""
+    return UserError(
+        f"out={out}: not there on {socket.gethostname()}; set out to a folder on a file system that all hosts mount"
+    )
 
 
 def meet(place: world.Place, timeout_seconds: float, note: str = "") -> tuple[dist.Store, list[str], list[str]]:

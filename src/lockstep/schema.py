@@ -277,7 +277,13 @@ class Config:
         None, "recipes to run or look at (null: all; doctor: ddp)", only=("verify", "compare", "doctor")
     )
     rounds: int = key(1, "times that each recipe is run, in turn", minimum=1, only=("compare",))
-    check: str = key("memory", "what recipes.doctor looks at", ("memory",), only=("doctor",))
+    check: str = key(
+        "preflight",
+        "what recipes.doctor looks at: whether a run would work here, or where its memory goes",
+        ("preflight", "memory"),
+        only=("doctor",),
+    )
+    run: str | None = key(None, "a run's folder, which recipes.doctor reads instead", only=("doctor",), free=True)
     memory: str | None = key(
         None, "report: count what each layer holds during the first step, into memory.json", ("report",), free=True
     )
