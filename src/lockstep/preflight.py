@@ -295,7 +295,7 @@ def files(ranks: list[Facts], asked: Asked) -> Iterator[Finding]:
         yield Finding("files", "fails", f"rank 0 cannot write there: {first['made']['error']}", "name another out")
         return
     blind = [each for each in ranks if each["files"]["seen"] is None]
-    unseen = {rank for each in about.values() for rank in each["unseen"]}
+    unseen = {rank for each in ranks if each not in blind for rank in each["files"]["unseen"]}
     if blind or unseen:
         who = ", ".join(place(each) for each in ranks if each in blind or each["rank"] in unseen)
         why = next((each["files"]["write_error"] for each in ranks if each["files"]["write_error"]), None)
@@ -332,10 +332,10 @@ def disk(ranks: list[Facts], asked: Asked) -> Iterator[Finding]:
     late = max(ranks, key=lambda each: each["files"]["disk"]["fsync_seconds"])
     speed = slow["files"]["disk"]["write_bytes_per_second"]
     fsync = late["files"]["disk"]["fsync_seconds"]
-    kind = slow["files"]["disk"]["kind"]
+    kind = ", ".join(dict.fromkeys(each["files"]["disk"]["kind"] for each in ranks))
     figure = f"{kind}: {speed / 1e6:,.0f} MB/s, fsync {1e3 * fsync:.2g} ms"
     figure += f", the slowest {slow['host']}" if len(ranks) > 1 else ""
-    if kind in ("tmpfs", "ramfs"):
+    if {"tmpfs", "ramfs"} & set(kind.split(", ")):
         yield Finding("files", "warning", f"{figure}; it is memory", "set out to a disk: a reboot forgets this one")
     elif speed < SLOW_WRITE or fsync > SLOW_FSYNC:
         seconds = asked.checkpoint_bytes / speed
@@ -397,12 +397,11 @@ def worst(pairs: list[Facts]) -> str:
 def determinism(ranks: list[Facts]) -> Iterator[Finding]:
     """Whether an all-reduce is right, the same on all ranks, and the same each time."""
     about = [each["determinism"] for each in ranks]
-    off = max(one["off"] for one in about)
+    wrong = [each for each in ranks if not each["determinism"]["off"] < OFF]  # a NaN is not less than anything
     times = len(about[0]["digests"])
     unequal = [each for each in ranks if each["determinism"]["digests"] != about[0]["digests"]]
-    if not off < OFF:
-        wrong = next(each for each in ranks if not each["determinism"]["off"] < OFF)
-        figure = f"an all-reduce is wrong by {wrong['determinism']['off']:.1g} on {place(wrong)}"
+    if wrong:
+        figure = f"an all-reduce is wrong by {wrong[0]['determinism']['off']:.1g} on {place(wrong[0])}"
         yield Finding("determinism", "fails", figure, "leave that host out: its memory, GPU or network is broken")
     elif unequal:
         figure = f"{place(unequal[0])} gets other bits from an all-reduce than {place(ranks[0])}"
@@ -413,6 +412,7 @@ def determinism(ranks: list[Facts]) -> Iterator[Finding]:
         remedy = "set NCCL_ALGO=Ring: until then a run is not repeatable to the last bit"
         yield Finding("determinism", "warning", figure, remedy)
     else:
+        off = max(one["off"] for one in about)
         figure = f"{times} all-reduces give the same bits on all ranks; off by {off:.0e}, which is rounding"
         yield Finding("determinism", "ok", figure)
 
