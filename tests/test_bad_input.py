@@ -150,7 +150,10 @@ DDP = {
 if NO_GPU:
     DDP["device=cuda"] = ["device=cuda", "no CUDA device", "device=cpu"]
 DOCTOR = {
-    "memroy": ["check=memroy", "allowed are memory"],
+    "memroy": ["check=memroy", "allowed are preflight, memory"],
+    "batch_size=33": ["batch_size=33", "32, 34"],
+    "preflight recipes=[none]": ["recipes=[none]", "no such recipe"],
+    "nproc=5": ["batch_size=96", "5 ranks", "95, 100"],
     "memory recipes=[fsdp,ddp]": ["recipes=[fsdp,ddp]", "one recipe at a time"],
     "memory recipes=[none]": ["recipes=[none]", "no such recipe"],
     "memory recipes=[fsdp] fsdp.replicas=3": ["fsdp.replicas=3", "allowed are 1, 2"],

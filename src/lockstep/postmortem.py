@@ -48,8 +48,8 @@ REMEDIES = {  # what an error's words call for
     "batch_size=auto, accumulate=2, precision=bf16, recipes.fsdp",
     r"No space left|Disk quota": "make room there, or name another out; what was saved before is intact",
     r"not finite|\bnan\b": "lower optim.lr, or set gradients.clip_norm; gradients.stop_on_nan=true names the layer",
-    r"[Tt]imed out|time-?out": "a rank was missing: compare the ranks' steps; python -m recipes.doctor tries the links",
     r"did not join|could not reach": "look at the host that is named; python -m recipes.doctor, started the same way",
+    r"[Tt]imed out|time-?out": "a rank was missing: compare the ranks' steps; python -m recipes.doctor tries the links",
     r"in use|EADDRINUSE": "set another MASTER_PORT",
     r"DataLoader worker": "a worker was killed, most often for want of memory: set data.workers lower",
     r"CUDA error|NCCL error|ECC": "leave that host out; python -m recipes.doctor, started the same way, tries the rest",
@@ -68,12 +68,13 @@ def tell(out: Path, again: Callable[[str, Config, Path], str]) -> None:
     facts = collect(out)
     found = judge(facts)
     command = again(facts["recipe"], facts["config"], out) if facts["config"] else "the command that started it"
-    found.append(what_next(facts, command))
+    step = what_next(facts, command)
     with contextlib.suppress(OSError):
         plain = {name: value for name, value in facts.items() if name not in ("config", "metrics")}
-        write_json(out / FILE, {"findings": [asdict(each) for each in found], **plain})
+        write_json(out / FILE, {"findings": [asdict(each) for each in found], "next": step, **plain})
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(findings.table(found, f"{short(out)}: a run of recipes.{facts['recipe']}"))
+    console.print(f"next: {step}", soft_wrap=True, markup=False)  # in one piece, to be copied
 
 
 # What is there ------------------------------------------------------------------------------------------------------
@@ -410,15 +411,15 @@ def kept(facts: Facts) -> Finding:
     return Finding("checkpoints", "ok", figure)
 
 
-def what_next(facts: Facts, command: str) -> Finding:
+def what_next(facts: Facts, command: str) -> str:
     """What to type."""
     if facts["running"]:
-        return Finding("next", "ok", "nothing: it is under way")
+        return "nothing to do: it is under way"
     if facts["result"].get("status") == "finished":
-        return Finding("next", "ok", "nothing: raise max_steps, or epochs in a new run, to train on")
+        return "nothing to do; raise max_steps, or epochs in a new run, to train on"
     intact = facts["checkpoints"]["intact"]
     where = f"goes on from step {intact['step']}" if intact else "begins again at step 0"
-    return Finding("next", "ok", f"{where}: {command}")
+    return f"{command}    {where}"
 
 
 def when(moment: float) -> str:
