@@ -187,6 +187,23 @@ def test_heartbeats_say_which_rank_is_behind(out: Path) -> None:
     assert "rank 2 (node2)" in found.remedy
 
 
+def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
+    for rank, (busy, waited) in enumerate([(10.0, 0.1), (10.2, 0.2), (16.0, 0.0), (9.9, 6.0)]):
+        beat = {"rank": rank, "host": "h", "step": 40, "phase": "training", "busy": busy}
+        beat["spent"] = {"training": 20 - waited, "waiting for data": waited}
+        (out / "ranks" / f"{rank}.heartbeat").write_text(json.dumps(beat))
+    found = read(out)
+    assert found["slowest"].figure == "rank 2 (h) computed for 16 s, 58% more than the ranks' median"
+    assert found["data"].figure == "rank 3 (h) waited longest for data: 30% of its time, the ranks' median 1%"
+    assert found["slowest"].verdict == found["data"].verdict == "warning"
+    assert "data.workers" in found["data"].remedy
+    (out / "ranks" / "2.heartbeat").write_text(json.dumps(beat | {"rank": 2, "busy": 10.4, "end": "ValueError: why"}))
+    (out / "result.json").write_text('{"status": "failed"}')
+    found = read(out)
+    assert found["slowest"].verdict == "ok"
+    assert found["error"].figure == "rank 2 (h): ValueError: why"
+
+
 def metrics(out: Path, **columns: Any) -> None:
     lines = [{"step": step + 1} | {name: each(step) for name, each in columns.items()} for step in range(40)]
     (out / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))

@@ -5,7 +5,8 @@ config.yaml           which recipe, when it was last started, and with what
 result.json           how it ended, where a rank or the launcher could still say so
 metrics.jsonl         what rank 0 logged: losses, speed, memory
 ranks/<rank>.log      each rank's words, its traceback among them; a rank that was killed has no last ones
-ranks/<rank>.heartbeat    where each rank was, a line of JSON
+ranks/<rank>.heartbeat    where each rank was, a line of JSON: step, phase, how it ended, and, where it counts them,
+                      `spent`, seconds by phase, and `busy`, seconds in which it computed
 checkpoints/          what can be gone on from
 slurm/<n>/*_log.out   what a job's first process saw
 """
@@ -41,6 +42,9 @@ Facts = dict[str, Any]
 FILE = "postmortem.json"
 SLOWER = 0.7  # of its earlier speed, from which a run is said to have slowed down
 UNEVEN = 2.0  # times the median that the slowest twentieth of the steps may take
+STRAGGLES = 1.2  # times the median that the slowest rank may compute
+HUNGRY = 0.1  # share of its time that a rank may wait for data
+WAITING = "waiting for data"  # the phase of that name
 GROWN = 1.3  # times its earlier peak, from which memory is said to grow
 BEGUN = re.compile(r"^\d\d:\d\d:\d\d \S+: [\d,]+ ranks? on [\d,]+ host")  # Report.start's first line
 REMEDIES = {  # what an error's words call for
@@ -169,6 +173,8 @@ def ranks(folder: Path, hosts: list[str]) -> list[Facts]:
         steps = [int(step) for line in lines for step in re.findall(r"^\d\d:\d\d:\d\d .*?step ([\d]+)/\d", line)]
         heartbeat = next(objects(folder / f"{rank}.heartbeat"), {})
         error, place = error_in(lines)
+        end = str(heartbeat.get("end", ""))
+        error = error or (end if end != "finished" else "")
         found.append(
             {
                 "rank": rank,
@@ -232,8 +238,8 @@ def job_log(folder: Path) -> Facts:
 
 def judge(facts: Facts) -> list[Finding]:
     """How it ended and why, how far it came, how well it went, and what is safe."""
-    found = [ending(facts), *causes(facts), *steps(facts), *speed(facts), *memory(facts), *losses(facts)]
-    return [*found, kept(facts)]
+    found = [ending(facts), *causes(facts), *steps(facts), *speed(facts), *slowest(facts), *data_wait(facts)]
+    return [*found, *memory(facts), *losses(facts), kept(facts)]
 
 
 def ending(facts: Facts) -> Finding:
@@ -352,6 +358,40 @@ def speed(facts: Facts) -> Iterator[Finding]:
         yield Finding("speed", "warning", figure, "data.workers higher, or other work on these hosts")
         return
     yield Finding("speed", "ok", figure)
+
+
+def slowest(facts: Facts) -> Iterator[Finding]:
+    """Which rank keeps the others waiting: it computed longest, where all took the same steps."""
+    beats = [one for one in facts["ranks"] if one["heartbeat"].get("busy")]
+    if len(beats) < 2:
+        return
+    median = statistics.median(one["heartbeat"]["busy"] for one in beats)
+    late = max(beats, key=lambda one: one["heartbeat"]["busy"])
+    busy = late["heartbeat"]["busy"]
+    figure = f"{who([late])} computed for {busy:.3g} s, {busy / median - 1:.0%} more than the ranks' median"
+    if busy > STRAGGLES * median:
+        remedy = "look at its host: other work, a throttled or another device; python -m recipes.doctor tries them all"
+        yield Finding("slowest", "warning", figure, remedy)
+    else:
+        yield Finding("slowest", "ok", figure)
+
+
+def data_wait(facts: Facts) -> Iterator[Finding]:
+    """How much of their time the ranks waited for batches."""
+    shares = []
+    for one in facts["ranks"]:
+        spent = one["heartbeat"].get("spent") or {}
+        if (whole := sum(spent.values())) > 0:
+            shares.append((spent.get(WAITING, 0.0) / whole, one))
+    if not shares:
+        return
+    share, most = max(shares, key=lambda pair: pair[0])
+    figure = f"{who([most])} waited longest for data: {share:.0%} of its time, the ranks' median "
+    figure += f"{statistics.median(pair[0] for pair in shares):.0%}"
+    if share > HUNGRY:
+        yield Finding("data", "warning", figure, "set data.workers higher, or data.root to a faster disk")
+    else:
+        yield Finding("data", "ok", figure)
 
 
 def memory(facts: Facts) -> Iterator[Finding]:
