@@ -163,7 +163,7 @@ def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], 
 
 @pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_the_doctor_sets_the_measured_beside_the_sum(name: str, tmp_path: Path) -> None:
-    execute(doctor.train, tmp_path / "run", 2, f"recipes=[{name}]", "batch_size=24", "accumulate=2")
+    execute(doctor.train, tmp_path / "run", 2, "check=memory", f"recipes=[{name}]", "batch_size=24", "accumulate=2")
     found = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert found["images"] == 6
     held = found["ranks"][0]["total"]
