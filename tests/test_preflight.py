@@ -20,8 +20,8 @@ from lockstep import files, links, survey
 from lockstep.findings import failed
 from lockstep.links import measure, plot, rounds
 from lockstep.memory import control_groups
-from lockstep.preflight import Asked, judge, minutes_left, notice
-from lockstep.survey import core_quota, kind_of, leaders, unmet
+from lockstep.preflight import Asked, judge, minutes_left
+from lockstep.survey import core_quota, kind_of, leaders, notice, unmet
 from lockstep.world import World
 from recipes import doctor
 from tests.cluster import Box
@@ -40,9 +40,15 @@ def machines(*hosts: str, gpu: bool = False) -> list[Facts]:
     for rank, host in enumerate(hosts):
         local = hosts[:rank].count(host)
         ranks_here, first = hosts.count(host), rank in leaders(list(hosts))
-        device: Facts = {"type": "cpu", "name": "EPYC", "gpus_visible": 0}
+        device: Facts = {"type": "cpu", "name": "EPYC", "gpus_visible": 0, "gpus_present": 0}
         if gpu:
-            device = {"type": "cuda", "name": "H200", "uuid": f"{host}-{local}", "gpus_visible": ranks_here}
+            device = {
+                "type": "cuda",
+                "name": "H200",
+                "uuid": f"{host}-{local}",
+                "gpus_visible": ranks_here,
+                "gpus_present": 8,
+            }
             device |= {"driver": "580.1", "used_bytes": 2**29, "total_bytes": 2**37}
         found.append(
             {
@@ -148,7 +154,7 @@ def in_a_job(found: list[Facts], **values: Any) -> None:
     found[0]["slurm"] |= {
         "job": {"EndTime": "2026-11-21T13:00:00", "Requeue": "1"},
         "now": "2026-11-21T12:00:00",
-        "script": "#!/bin/bash\n#SBATCH --requeue --signal=USR1@120\n",
+        "notice": "USR1@120",
     } | values
 
 
@@ -302,8 +308,8 @@ TROUBLES: dict[str, tuple[Callable[[list[Facts]], None], str, str, list[str]]] =
     "CPUs that srun hides": (bound, "slurm", "warning", ["8 CPUs of node1, and its tasks may use 1", "cpus_per_task"]),
     "the last minutes": (job(now="2026-11-21T12:55:00"), "slurm", "warning", ["ends in 5 minutes", "time_minutes"]),
     "no requeue": (job(job={"EndTime": "Unknown", "Requeue": "0"}), "slurm", "warning", ["not requeued", "--requeue"]),
-    "no notice": (job(script="#!/bin/bash\n"), "slurm", "warning", ["no --signal", "USR1@120"]),
-    "a notice to the shell": (job(script="#SBATCH --signal=B:USR1@60\n"), "slurm", "warning", ["B:USR1@60", "no rank"]),
+    "no notice": (job(notice=""), "slurm", "warning", ["no --signal", "USR1@120"]),
+    "a notice to the shell": (job(notice="B:USR1@60"), "slurm", "warning", ["B:USR1@60", "no rank"]),
     "a silent scontrol": (job(job=None), "slurm", "warning", ["scontrol does not answer"]),
 }
 
@@ -345,6 +351,15 @@ def test_device_cpu_where_gpus_are_is_named() -> None:
         each["device"]["gpus_visible"] = 2
     (row,) = [each for each in judge(found, {}, ASKED) if each.check == "devices"]
     assert (row.verdict, row.remedy) == ("warning", "set device=cuda")
+
+
+@pytest.mark.parametrize(("cuda", "remedy"), [("13.0", "update the driver"), (None, "built for CUDA")])
+def test_gpus_that_torch_does_not_see_are_named(cuda: str | None, remedy: str) -> None:
+    found = machines("box")
+    found[0]["device"]["gpus_present"], found[0]["versions"]["cuda"] = 4, cuda
+    (row,) = [each for each in judge(found, {}, ASKED) if each.check == "devices"]
+    assert (row.verdict, row.figure) == ("warning", f"box has 4 GPUs, and torch (CUDA {cuda or 'none'}) sees none")
+    assert remedy in row.remedy
 
 
 def test_slow_links_are_named() -> None:
@@ -441,7 +456,7 @@ def test_a_job_s_words_are_read() -> None:
     assert notice("#SBATCH --requeue --signal=USR1@120\n") == "USR1@120"
     assert notice("#SBATCH --signal USR2@30\n# --signal=KILL\n") == "USR2@30"
     assert notice("#SBATCH -s 'B:TERM@9'\n") == "B:TERM@9"
-    assert notice("#SBATCH --time=60\necho --signal=USR1\n") == notice(None) == ""
+    assert notice("#SBATCH --time=60\necho --signal=USR1\n") == notice("") == ""
     assert minutes_left("2026-11-21T12:00:00", "2026-11-21T13:30:00") == 90
     assert minutes_left("2026-11-21T12:00:00", "Unknown") is None
 

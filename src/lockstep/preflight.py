@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -164,6 +163,12 @@ def devices(ranks: list[Facts]) -> Iterator[Finding]:
                 figure = f"{held} of {place(sharing[0])}'s GPU are taken already"
                 yield trouble("warning", figure, "end the other processes: nvidia-smi names them")
         visible = max(each["device"]["gpus_visible"] for each in some)
+        present = max(each["device"]["gpus_present"] for each in some)
+        if present and not visible:
+            cuda = some[0]["versions"].get("cuda")
+            figure = f"{host} has {count(present, 'GPU')}, and torch (CUDA {cuda or 'none'}) sees none"
+            remedy = "update the driver, or take a torch for an older CUDA; look at CUDA_VISIBLE_DEVICES"
+            yield trouble("warning", figure, remedy if cuda else "install a torch that is built for CUDA")
         if visible and not gpus:
             yield trouble("warning", f"device=cpu, and torch sees {count(visible, 'GPU')} on {host}", "set device=cuda")
         elif visible > max(1, len(gpus)):
@@ -457,7 +462,7 @@ def job_settings(about: Facts, job: str) -> Iterator[Finding]:
         yield Finding("slurm", "warning", f"{job}: scontrol does not answer there", "look with: scontrol show job")
         return
     minutes = minutes_left(about["now"], known.get("EndTime", ""))
-    signal = notice(about.get("script"))
+    signal = about["notice"]
     if minutes is not None and minutes < SHORT_MINUTES:
         figure = f"{job} ends in {minutes:.0f} minutes"
         yield Finding("slurm", "warning", figure, "ask for more: cluster.time_minutes, or sbatch --time")
@@ -480,9 +485,3 @@ def minutes_left(now: str, end: str) -> float | None:
         return (datetime.fromisoformat(end) - datetime.fromisoformat(now)).total_seconds() / 60
     except ValueError:  # Unknown
         return None
-
-
-def notice(script: str | None) -> str:
-    """What a batch script's --signal says, such as USR1@120; empty: nothing."""
-    found = re.findall(r"^#SBATCH\s(?:.*\s)?(?:--signal[= ]|-s\s?)['\"]?([\w:@]+)", script or "", re.MULTILINE)
-    return found[-1] if found else ""

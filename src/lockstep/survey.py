@@ -128,13 +128,14 @@ def unmet(packages: list[str]) -> Iterator[str]:
 
 def device(world: World) -> Facts:
     """What this rank computes on."""
+    found: Facts = {"type": world.device.type, "gpus_visible": cuda_count()}
+    found["gpus_present"] = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if world.device.type == "cpu":
         names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return {"type": "cpu", "name": names[0] if names else platform.machine(), "gpus_visible": cuda_count()}
+        return found | {"name": names[0] if names else platform.machine()}
     properties = torch.cuda.get_device_properties(world.device)
     free, total = torch.cuda.mem_get_info(world.device)
-    found = {
-        "type": "cuda",
+    found |= {
         "name": properties.name,
         "index": world.device.index,
         "uuid": str(getattr(properties, "uuid", world.device.index)),
@@ -142,7 +143,6 @@ def device(world: World) -> Facts:
         "total_bytes": total,
         # All that is taken, this process's own share of it, about half a GiB, included.
         "used_bytes": total - free - torch.cuda.memory_reserved(world.device),
-        "gpus_visible": cuda_count(),
         "driver": None,
     }
     with contextlib.suppress(Exception):  # NVML is missing, or is not allowed here
@@ -216,10 +216,16 @@ def slurm(rank: int) -> Facts:
     found: Facts = {name: os.environ[f"SLURM_{name}"] for name in SLURM if f"SLURM_{name}" in os.environ}
     if rank == 0:
         said = spoken("scontrol", "--oneliner", "show", "job", found["JOB_ID"])
-        found["job"] = dict(re.findall(r"(\w+)=(\S*)", said)) if said else None
+        found["job"] = dict(re.findall(r"\b(EndTime|Requeue|TimeLimit|Partition)=(\S*)", said)) if said else None
         found["now"] = time.strftime("%Y-%m-%dT%H:%M:%S")  # in the time zone of the job's own times
-        found["script"] = spoken("scontrol", "write", "batch_script", found["JOB_ID"], "-")
+        found["notice"] = notice(spoken("scontrol", "write", "batch_script", found["JOB_ID"], "-") or "")
     return found
+
+
+def notice(script: str) -> str:
+    """What a batch script's --signal says, such as USR1@120; empty: nothing."""
+    found = re.findall(r"^#SBATCH\s(?:.*\s)?(?:--signal[= ]|-s\s?)['\"]?([\w:@]+)", script, re.MULTILINE)
+    return found[-1] if found else ""
 
 
 def spoken(*command: str) -> str | None:
@@ -298,15 +304,17 @@ def clock(world: World) -> Facts:
 
 def determinism(world: World) -> Facts:
     """Of one all-reduce of random numbers, made several times: what came out on this rank, and how far off it is."""
-    drawn = [torch.randn(DRAWN, generator=torch.Generator().manual_seed(rank)) for rank in range(world.world_size)]
-    digests = []
-    total = drawn[world.rank]
+    exact, mine = torch.zeros(DRAWN, dtype=torch.float64), torch.empty(0)
+    for rank in range(world.world_size):
+        drawn = torch.randn(DRAWN, generator=torch.Generator().manual_seed(rank))
+        exact += drawn
+        mine = drawn if rank == world.rank else mine
+    mine = mine.to(world.device)
+    digests, total = [], mine
     for _ in range(REPEATS):
-        total = drawn[world.rank].to(world.device)  # a copy on a GPU; on the CPU the same tensor
-        total = total.clone()
+        total = mine.clone()
         dist.all_reduce(total)
         digests.append(hashlib.sha256(total.cpu().numpy().tobytes()).hexdigest())
-    exact = torch.stack(drawn).double().sum(0)
     off = ((total.cpu().double() - exact).norm() / exact.norm()).item()
     return {"digests": digests, "off": off}
 
