@@ -276,6 +276,18 @@ TROUBLES: dict[str, tuple[Callable[[list[Facts]], None], str, str, list[str]]] =
         "fails",
         ["rank 3 (node2)", "2 times torn, 3 times missing", "atomic"],
     ),
+    "a file that cannot be replaced": (
+        put("files", (0,), swaps={"error": "OSError: [Errno 30] Read-only file system"}),
+        "files",
+        "fails",
+        ["rank 0 cannot replace a file: OSError: [Errno 30]"],
+    ),
+    "a disk that is full on one host": (
+        put("files", (2,), disk={"error": "OSError: No space left on device"}),
+        "files",
+        "fails",
+        ["node2 cannot write a large file: OSError: No space"],
+    ),
     "a folder that is late": (put("files", seen=4.0), "files", "warning", ["within 4 s", "actimeo"]),
     "a lock that holds nobody": (put("files", locked=False), "files", "warning", ["does not keep", "two runs"]),
     "a slow disk": (filesystem(write_bytes_per_second=1e6), "files", "warning", ["1 MB/s", "node2", "105 s"]),

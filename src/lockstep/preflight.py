@@ -307,6 +307,9 @@ def files(ranks: list[Facts], asked: Asked) -> Iterator[Finding]:
         figure = f"not shared: {who} and rank 0 do not see each other's files" + (f" ({why})" if why else "")
         yield Finding("files", "fails", figure, "set out to a folder on a file system that all hosts mount")
         return
+    if "error" in first["swaps"]:
+        yield Finding("files", "fails", f"rank 0 cannot replace a file: {first['swaps']['error']}", "name another out")
+        return
     late = max(one["seen"] for one in about.values())
     soon = f"within {late:.2g} s" if late > AT_ONCE_SECONDS else "at once"
     text = f"seen by all ranks {soon}, files replaced {first['swaps'].get('written', 0)} times"
@@ -324,10 +327,12 @@ def files(ranks: list[Facts], asked: Asked) -> Iterator[Finding]:
     if any(one.get("locked") is False for one in about.values()):
         figure = "a lock of one rank does not keep the others out"
         yield Finding("files", "warning", figure, "do not start two runs in one out; or mount it with locks")
-    disks = [each for each in ranks if "error" not in each["files"].get("disk", {"error": ""})]
-    if not disks:
-        yield Finding("files", "fails", "no host could write a large file", "make room, or name another out")
-        return
+    disks = [each for each in ranks if "disk" in each["files"]]
+    for each in disks:
+        if "error" in each["files"]["disk"]:
+            figure = f"{each['host']} cannot write a large file: {each['files']['disk']['error']}"
+            yield Finding("files", "fails", figure, "make room, or name another out")
+            return
     yield from disk(disks, asked)
 
 

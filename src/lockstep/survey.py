@@ -7,6 +7,7 @@ trouble is to be told, and must not leave the others waiting in a collective.
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -326,13 +327,16 @@ def shared_files(world: World, out: Path) -> Facts:
     if world.rank == 0:
         found["made"] = told(lambda: begin(folder, nonce))
     nonce = agree([nonce], world.control)[0]
-    found["seen"] = wait_for(folder / "hello", nonce)
+    found["seen"] = wait_for(folder / "hello", nonce, PATIENCE_SECONDS)
     # Each writes a file for its neighbour; rank 0 reads all.
     mine = told(lambda: files.write_atomically(folder / f"rank-{world.rank}", nonce))
     dist.barrier(world.control)
     others = range(world.world_size) if world.rank == 0 else [(world.rank + 1) % world.world_size]
     found["write_error"] = mine["error"] if mine else None
-    found["unseen"] = [rank for rank in others if wait_for(folder / f"rank-{rank}", nonce) is None]
+    found["unseen"] = []
+    for rank in others:  # one that is not there is reason enough not to wait as long for the next
+        if wait_for(folder / f"rank-{rank}", nonce, 0.1 if found["unseen"] else PATIENCE_SECONDS) is None:
+            found["unseen"].append(rank)
     dist.barrier(world.control)
     found["swaps"] = told(lambda: replace(folder / "swapped") if world.rank == 0 else reread(folder / "swapped"))
     dist.barrier(world.control)
@@ -362,10 +366,10 @@ def filled(number: int) -> bytes:
     return bytes([number % 256]) * 2**16
 
 
-def wait_for(path: Path, content: str) -> float | None:
-    """Seconds until a file is there with this content; None where it does not come."""
+def wait_for(path: Path, content: str, seconds: float) -> float | None:
+    """Seconds until a file is there with this content; None where it does not come in time."""
     started = time.monotonic()
-    while (passed := time.monotonic() - started) < PATIENCE_SECONDS:
+    while (passed := time.monotonic() - started) < seconds:
         with contextlib.suppress(OSError):
             if path.read_text() == content:
                 return passed
@@ -384,12 +388,12 @@ def replace(path: Path) -> Facts:
 
 def reread(path: Path) -> Facts:
     """Read it meanwhile: how often it was there and whole, missing, or a mix of two writings."""
-    until, found = time.monotonic() + SWAP_SECONDS, {"read": 0, "missing": 0, "torn": 0}
+    until, found = time.monotonic() + SWAP_SECONDS, {"read": 0, "missing": 0, "torn": 0, "stale": 0}
     while time.monotonic() < until:
         try:
             content = path.read_bytes()
-        except OSError:
-            found["missing"] += 1
+        except OSError as error:  # stale: NFS has deleted the old file while it was read; it is to be tried again
+            found["stale" if error.errno == errno.ESTALE else "missing"] += 1
             continue
         whole = len(content) == len(filled(0)) and content.count(content[:1]) == len(content)
         found["read" if whole else "torn"] += 1
