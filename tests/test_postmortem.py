@@ -255,6 +255,19 @@ def test_a_job_s_log_is_quoted(out: Path) -> None:
     assert read(out)["job"].figure.endswith("7_0_log.out: slurmstepd: error: Detected 1 oom_kill event in StepId=7.0.")
 
 
+def test_a_tool_ends_with_its_report(out: Path) -> None:
+    (out / "metrics.jsonl").unlink()
+    config = (out / "config.yaml").read_text()
+    (out / "config.yaml").write_text(config.replace("# recipe: ddp", "# recipe: doctor"))
+    assert read(out)["end"].verdict == "fails"
+    (out / "preflight.json").write_text("{}")
+    assert {each.verdict for each in read(out).values()} == {"ok"}
+    (out / "result.json").write_text('{"status": "failed"}')
+    assert (read(out)["end"].verdict, read(out)["end"].remedy) == ("warning", "read preflight.json")
+    os.utime(out / "preflight.json", (1, 1))
+    assert read(out)["end"].verdict == "fails", "an earlier start's report"
+
+
 def test_an_error_is_found_in_a_log() -> None:
     assert error_in(["x", "error: batch_size=3: …"]) == ("batch_size=3: …", "")
     assert error_in([*TRACE, '  File "/b/mine.py", line 9', "    h()", "    ^^^", "E: what", "more"]) == (

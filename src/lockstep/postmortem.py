@@ -46,6 +46,11 @@ STRAGGLES = 1.2  # times the median that the slowest rank may compute
 HUNGRY = 0.1  # share of its time that a rank may wait for data
 WAITING = "waiting for data"  # the phase of that name
 GROWN = 1.3  # times its earlier peak, from which memory is said to grow
+REPORTS = {  # what a tool ends with, instead of a result.json
+    "verify": ["verify.json"],
+    "compare": ["compare.json"],
+    "doctor": ["preflight.json", "memory.json"],
+}
 BEGUN = re.compile(r"^\d\d:\d\d:\d\d \S+: [\d,]+ ranks? on [\d,]+ host")  # Report.start's first line
 REMEDIES = {  # what an error's words call for
     r"out of memory|bad_alloc|can't allocate memory": "see where memory goes: python -m recipes.doctor memory; or "
@@ -100,6 +105,7 @@ def collect(out: Path) -> Facts:
     config: Config | None = None
     with contextlib.suppress(OmegaConfBaseException, ValueError):  # an older version's
         config = from_yaml(text)
+    started = modified(out / "config.yaml")
     environment: Facts = {}
     with contextlib.suppress(OSError, ValueError):
         environment = dict(json.loads((out / "environment.json").read_text()))
@@ -110,10 +116,11 @@ def collect(out: Path) -> Facts:
     return {
         "recipe": named[1],
         "config": config,
-        "started": modified(out / "config.yaml"),
+        "started": started,
         "last_sign": max(map(modified, signs), default=None),
         "running": is_locked(out / ".lock"),
         "result": read_result(out),
+        "report": next((name for name in REPORTS.get(named[1], []) if modified(out / name) >= started), None),
         "environment": environment,
         "out_of_memory": ran_out,
         "metrics": list(objects(out / "metrics.jsonl")),
@@ -249,6 +256,9 @@ def ending(facts: Facts) -> Finding:
     last = when(facts["last_sign"]) if facts["last_sign"] else "never"
     if facts["running"]:
         return Finding("end", "ok", f"it is running: started {begun}, last sign of life {last}")
+    if facts["report"]:
+        verdict: findings.Verdict = "warning" if status == "failed" else "ok"
+        return Finding("end", verdict, f"came to its end, {last}", f"read {facts['report']}" if status else "")
     if status == "finished":
         accuracy = result.get("eval_accuracy")
         score = f", accuracy {accuracy:.2%}" if accuracy is not None else ""
@@ -266,7 +276,7 @@ def ending(facts: Facts) -> Finding:
 
 def causes(facts: Facts) -> Iterator[Finding]:
     """The first error: not one that only says that another rank has gone."""
-    if facts["running"] or facts["result"].get("status") in ("finished", "preempted"):
+    if facts["running"] or facts["report"] or facts["result"].get("status") in ("finished", "preempted"):
         return
     lacking = facts["out_of_memory"]
     own = sorted((one for one in facts["ranks"] if one["error"] and not one["secondary"]), key=_first)
@@ -315,6 +325,8 @@ def steps(facts: Facts) -> Iterator[Finding]:
     """How far each rank came."""
     beats = [one for one in facts["ranks"] if "step" in one["heartbeat"]]
     logged = [line["step"] for line in facts["metrics"] if isinstance(line.get("step"), int)]
+    if facts["report"]:
+        return
     if beats:
         last = max(one["heartbeat"]["step"] for one in beats)
         behind = [one for one in beats if one["heartbeat"]["step"] < last]
@@ -435,7 +447,7 @@ def kept(facts: Facts) -> Finding:
     left = f"; {count(len(there['unfinished']), 'save')} was under way" if there["unfinished"] else ""
     intact = there["intact"]
     if intact is None and not wrong:
-        done = facts["result"].get("status") == "finished" or facts["running"]
+        done = facts["result"].get("status") == "finished" or facts["running"] or facts["report"]
         verdict: findings.Verdict = "ok" if done else "warning"
         return Finding(
             "checkpoints", verdict, f"none{left}", "" if done else "set checkpoint.every, or checkpoint.minutes"
@@ -455,6 +467,8 @@ def what_next(facts: Facts, command: str) -> str:
     """What to type."""
     if facts["running"]:
         return "nothing to do: it is under way"
+    if facts["report"]:
+        return f"nothing to do; {facts['report']} has what it found"
     if facts["result"].get("status") == "finished":
         return "nothing to do; raise max_steps, or epochs in a new run, to train on"
     intact = facts["checkpoints"]["intact"]
