@@ -201,7 +201,65 @@ def test_stacks_are_left_of_ranks_that_hung(outcomes: dict[str, Ended]) -> None:
 
 def test_ranks_that_are_slow_all_alike_are_left_alone(outcomes: dict[str, Ended]) -> None:
     found = outcomes["slow everywhere"]
-    assert (found.code, found.said) == (0, "")
+    at = 'step 3, training, time.sleep(2.5 * float(os.environ["LIMIT"])) (hanging.py:'
+    assert found.code == 0, found.said
+    assert found.said.startswith(f"rank 0 has been at it for {2 * LIMIT} s, and goes on: {at}"), found.said
+    assert found.said.count("\n") == 1, found.said
     assert found.seconds > 2 * LIMIT
     assert [pulse.read(found.ranks, rank)["end"] for rank in range(2)] == [pulse.FINISHED] * 2
     assert not list(found.ranks.glob("*.stack"))
+
+
+# The words --------------------------------------------------------------------------------------------------------
+
+
+def facts(rank: int, number: int = 7, *, step: int = 3, call: str = "loss.backward() (ddp.py:50)") -> pulse.Facts:
+    collectives = {"0": [number, "all_reduce", "[490]"]}
+    place = {"step": step, "phase": "training", "call": call, "collectives": collectives, "last": "0"}
+    return {"rank": rank, "host": f"node{rank // 8}", **place}
+
+
+def verdict(everyone: list[pulse.Facts], folder: Path, **states: str) -> list[str]:
+    """Asked for by rank 0; of the ranks `r3=...` that did not answer, the state."""
+    found = [states.get(f"r{rank}", "answered") for rank in range(len(everyone))]
+    return pulse.verdict(everyone, found, asker=0, seconds=300, folder=folder).splitlines()
+
+
+def test_of_a_thousand_ranks_the_one_that_is_missing_is_named(tmp_path: Path) -> None:
+    everyone = [facts(rank) for rank in range(1000)]
+    everyone[613] = facts(613, 6, call="evaluate() (mine.py:7)")
+    head, *rows = verdict(everyone, tmp_path)
+    assert head.startswith("rank 613 (node76) has not come to all_reduce no. 7 of [490], in which ranks 0 (node0), 1 (")
+    assert head.endswith(" and 991 more waited for timeout_seconds=300")
+    assert len(rows) == 2
+    assert max(map(len, [head, *rows])) < 300
+
+
+def test_whoever_cannot_answer_is_the_cause_and_not_who_is_behind(tmp_path: Path) -> None:
+    everyone = [facts(0), facts(1, 6), facts(2), {"rank": 3}]
+    head, *rows = verdict(everyone, tmp_path, r2="gone", r3="silent")
+    assert head == (
+        "rank 2 (node0) ended without a word in step 3 (training); rank 3 does not answer: its host or its network is "
+        "lost, or it is stopped"
+    )
+    assert rows[-1] == "  rank 3: left no heartbeat"
+
+
+def test_ranks_in_the_same_place_are_said_to_be(tmp_path: Path) -> None:
+    head, row = verdict([facts(0), facts(1)], tmp_path)
+    assert head.endswith("though all are in the same place: their network?")
+    assert row.startswith("  ranks 0 (node0), 1 (node0): step 3, training, ")
+
+
+def test_a_full_disk_costs_the_heartbeat_and_not_the_run(tmp_path: Path) -> None:
+    heart = pulse.Pulse(tmp_path / "nowhere", 0)
+    heart.enter("training", 1)
+    assert heart.facts["step"] == 1
+    assert pulse.read(tmp_path / "nowhere", 0) == {"rank": 0}
+
+
+def test_a_heartbeat_never_outgrows_its_file(tmp_path: Path) -> None:
+    heart = pulse.Pulse(tmp_path, 0)
+    heart.tell(collectives={str(group): [1, "all_reduce", "[1]"] for group in range(1000)}, last="7", call="here")
+    assert (tmp_path / "0.heartbeat").stat().st_size == pulse.SIZE
+    assert pulse.read(tmp_path, 0)["call"] == "here"

@@ -94,6 +94,7 @@ class Inquest:
         folder: the run's ranks/.
         store: where the ranks have met.
         end: called, in the thread that listens, with the verdict; it ends the process.
+        say: puts a line before the user; the first rank's does.
         overdue: whether the flight recorder is to be asked for collectives that take too long.
     """
 
@@ -105,11 +106,12 @@ class Inquest:
         world_size: int,
         timeout_seconds: float,
         end: Callable[[Stuck], None],
+        say: Callable[[str], None],
         overdue: bool = False,
     ) -> None:
         self.heart, self._folder, self._world_size = heart, folder, world_size
         self._rank: int = heart.facts["rank"]
-        self._timeout, self._end, self._overdue = timeout_seconds, end, overdue
+        self._timeout, self._end, self._say, self._overdue = timeout_seconds, end, say, overdue
         self._store = store.clone()  # the main thread may hang within the other connection
         self._over, self._mine = threading.Event(), threading.Lock()  # whoever has the lock ends this process
         self._lost = False  # the store
@@ -171,14 +173,23 @@ class Inquest:
     # In the thread
 
     def _listen(self) -> None:
+        mentioned = 0.0
         while not self._over.wait(self._pause):
             try:
                 if self._store.check([CALL]):
                     break
             except RuntimeError:
                 return  # whoever served the store has gone
-            if self._overdue and time.time() - self.heart.facts["at"] > self._timeout and pending(self._timeout):
+            since = self.heart.facts["at"]
+            if time.time() - since < self._timeout:
+                continue
+            if self._overdue and pending(self._timeout):
                 self._end(self.ask(None))
+            # Nobody has waited in vain: it may compile, or all wait for a disk. No reason to end, but to say so.
+            if since != mentioned and time.time() - since > 2 * self._timeout:
+                mentioned = since
+                at = pulse.where(self.heart.facts | {"call": pulse.spot(main_thread())})
+                self._say(f"rank {self._rank} has been at it for {2 * self._timeout:g} s, and goes on: {at}")
         if self._over.is_set() or not self._mine.acquire(blocking=False):
             return
         self._testify(None, asks=False)
@@ -206,12 +217,10 @@ class Inquest:
                     (number, name, sizes), done = brief(entry), "" if entry["retired"] else "  under way"
                     self._stacks.write(f"  group {group_of(entry)}: {name} no. {number} of {sizes}{done}\n")
                 self._stacks.flush()
-        stacks = {thread: lines(traceback.extract_stack(frame)) for thread, frame in sys._current_frames().items()}
-        frames = stacks.pop(threading.main_thread().ident or 0, [])
-        if error is not None:
-            frames = lines(traceback.extract_tb(error.__traceback__))
-        for others in stacks.values():
-            if any(file == STORAGE for file, _ in others):
+        frames = lines(traceback.extract_tb(error.__traceback__)) if error is not None else main_thread()
+        for thread, frame in sys._current_frames().items():
+            others = lines(traceback.extract_stack(frame))
+            if thread != threading.main_thread().ident and any(file == STORAGE for file, _ in others):
                 self.heart.tell(writing=pulse.quoted(*others[-1]))
         said = {group_of(entry): brief(entry) for entry in entries}
         last = group_of(entries[-1]) if entries else ""
@@ -261,6 +270,12 @@ class Inquest:
 def lines(stack: traceback.StackSummary) -> list[tuple[str, int]]:
     """(file, line) of each frame, the innermost last."""
     return [(frame.filename, frame.lineno or 0) for frame in stack]
+
+
+def main_thread() -> list[tuple[str, int]]:
+    """Where it is."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    return lines(traceback.extract_stack(frame)) if frame else []
 
 
 def within(seconds: float, work: Callable[[], Any]) -> list[Any]:

@@ -123,14 +123,15 @@ def causes(everyone: list[Facts], states: list[str]) -> list[str]:
         "gone": "{who} ended without a word{where}",
         FINISHED: "{who} ended{where}, and the others go on: it took fewer steps, or left early",
         "stopped": "{who} stands still{where}: stopped by SIGSTOP, Ctrl-Z or a debugger",
-        "silent": "{who} does not answer, last heard of{where}: its host or its network is lost, or it is stopped",
+        "silent": "{who} does not answer{last}: its host or its network is lost, or it is stopped",
     }
     found = []
     for kind, phrase in words.items():
         ranks = [facts for facts, what in zip(everyone, states, strict=True) if what == kind]
         if ranks:
             first = ranks[0]
-            found.append(phrase.format(who=names(ranks), where=when(first), end=first.get("end", "")))
+            last = f", last heard of{when(first)}" if when(first) else ""
+            found.append(phrase.format(who=names(ranks), where=when(first), last=last, end=first.get("end", "")))
     return found
 
 

@@ -76,19 +76,18 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             except FileNotFoundError:
                 raise unseen(out) from None
         heart = Pulse(out / "ranks", place.rank)
-        if place.world_size > 1:
-            inquest = Inquest(
-                heart,
-                out / "ranks",
-                store,
-                place.world_size,
-                config.timeout_seconds,
-                end=lambda verdict: leave(verdict, verdict.exit_code),
-                overdue=world.resolve_device(config.device, config.backend)[1] == "nccl",
-            )
+        inquest = Inquest(
+            heart,
+            out / "ranks",
+            store,
+            place.world_size,
+            config.timeout_seconds,
+            end=lambda verdict: leave(verdict, verdict.exit_code),
+            say=say,
+            overdue=world.resolve_device(config.device, config.backend)[1] == "nccl",
+        )
         train(recipe, config, out, store, place, hosts, listener, heart)
-        if inquest:
-            inquest.close(FINISHED)
+        inquest.close(FINISHED)
         dist.destroy_process_group()
     except Preempted:
         code = PREEMPTED
@@ -102,7 +101,7 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             code = unsaved(listener.received)  # asked to leave, and another rank already has
         if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace this rank's exit code
             signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-        if inquest and not listener.received and (lost_a_peer(error) or waited_in_vain(error)):
+        if inquest and (waited_in_vain(error) or (lost_a_peer(error) and not listener.received)):
             # Where another rank broke first, it, or the launcher that sees it dead, is to be heard first. An agent ends
             # this rank meanwhile, however slow the machine.
             patience = 5.0 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2.0
