@@ -2,11 +2,12 @@
 
 `preflight`, which is what it does unless told otherwise, starts the ranks as any recipe does, on this machine, by hand
 or as a job, and looks at what breaks runs, or quietly slows them down: versions that do not fit, or differ between
-hosts; devices; threads against cores; the network that the tensors travel by; whether each host finds each other one by
-name; clocks; the run directory's file system (do all ranks see it? are files replaced in one piece? how fast, how full
-is it?); the speed of collectives by the size of the message, and of each pair of ranks; whether an all-reduce gives all
-ranks the same bits; five steps of ddp against the same steps of one process; a Slurm job's settings. Each is a row with
-a verdict, a figure and what to do. Ranks that do not even come are named, as for any recipe.
+hosts; devices and their speed; threads against cores; the network that the tensors travel by; whether each host finds
+each other one by name; clocks; the run directory's file system (do all ranks see it? are files replaced in one piece?
+how fast, how full is it?); the speed of collectives by the size of the message, and of each pair of ranks; whether an
+all-reduce gives all ranks the same bits; five steps of ddp against the same steps of one process; a Slurm job's
+settings. Each is a row with a verdict, a figure and what to do. Ranks that do not even come are named, as for any
+recipe.
 
 `memory` says where a step's memory goes. For the model, batch, precision and optimizer that are asked for, a table has
 a row for each layer: the shape of its output, and the bytes of its parameters, their gradients, the optimizer's state,

@@ -8,6 +8,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,14 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep import files, links, survey
+from lockstep import Run, files, links, survey
 from lockstep.findings import failed
 from lockstep.links import measure, plot, rounds
 from lockstep.memory import control_groups
 from lockstep.preflight import Asked, judge, minutes_left
 from lockstep.survey import core_quota, kind_of, leaders, notice, unmet
 from lockstep.world import World
-from recipes import doctor
+from recipes import ddp, doctor
 from tests.cluster import Box
 from tests.harness import command, execute, run_ranks
 
@@ -89,6 +90,7 @@ def machines(*hosts: str, gpu: bool = False) -> list[Facts]:
                     if first
                     else {}
                 ),
+                "pace": {"flops": 5e10},
                 "determinism": {"digests": ["d1"] * 4, "off": 3e-8},
                 "slurm": {},
             }
@@ -117,7 +119,19 @@ def test_sound_machines_are_called_so(hosts: tuple[str, ...], gpu: bool) -> None
     found = judge(machines(*hosts, gpu=gpu), speeds(hosts) if len(hosts) > 1 else {}, ASKED)
     assert {each.verdict for each in found} == {"ok"}, found
     assert {each.remedy for each in found} == {""}
-    expected = ["versions", "devices", "cores", "network", "names", "ports", "clocks", "files", "links", "determinism"]
+    expected = [
+        "versions",
+        "devices",
+        "cores",
+        "pace",
+        "network",
+        "names",
+        "ports",
+        "clocks",
+        "files",
+        "links",
+        "determinism",
+    ]
     if len(set(hosts)) == 1:
         expected.remove("clocks")
     assert list(dict.fromkeys(each.check for each in found)) == expected
@@ -226,6 +240,12 @@ TROUBLES: dict[str, tuple[Callable[[list[Facts]], None], str, str, list[str]]] =
     ),
     "ranks on one core": (put("cores", (2, 3), allowed=[5], threads=1), "cores", "warning", ["at most 1 rank there"]),
     "a busy host": (put("cores", (2,), load=30.0), "cores", "warning", ["node2: 30 processes", "other work"]),
+    "a rank that is slow": (
+        put("pace", (1,), flops=2e10),
+        "pace",
+        "warning",
+        ["at 50 GFLOP/s; rank 1 (node1) at 20", "throttled"],
+    ),
     "another mtu": (put("network", (2, 3), mtu=9000), "network", "warning", ["mtu", "9000 on node2", "IFNAME"]),
     "InfiniBand unused": (
         put("network", (0, 1, 2, 3), infiniband=["mlx5_0"], variables={"NCCL_IB_DISABLE": "1"}),
@@ -541,6 +561,11 @@ def looks(world: World, out: str, trouble: str) -> Facts:
     if trouble == "clock":
         world.hosts[:] = ["here", "there"]
         return {"clock": survey.clock(world)}
+    if trouble == "slow":
+        product = torch.Tensor.__matmul__
+        if world.rank == 1:
+            torch.Tensor.__matmul__ = lambda a, b: (time.sleep(0.1), product(a, b))[1]  # type: ignore[method-assign]
+        return {"pace": survey.pace(world)}
     return {"files": survey.shared_files(world, folder), "determinism": survey.determinism(world)}
 
 
@@ -551,6 +576,7 @@ REAL = {
     "no lock": ({"files": "warning"}, ["does not keep the others out"]),
     "bits": ({"determinism": "fails"}, ["rank 1", "other bits"]),
     "sum": ({"determinism": "fails"}, ["wrong by 0.001 on rank 1"]),
+    "slow": ({"pace": "warning"}, ["rank 1 (b) at 1"]),
     "clock": ({"clocks": "warning"}, ["b is 3 s ahead of a"]),
 }
 
@@ -591,7 +617,7 @@ def test_this_machine_passes(ranks: int, tmp_path: Path) -> None:
     rows = {each["check"]: each for each in report["findings"]}
     assert "fails" not in {each["verdict"] for each in report["findings"]}
     assert list(rows) == [
-        *("versions", "devices", "cores", "network", "names", *["ports"] * ("MASTER_PORT" in os.environ)),
+        *("versions", "devices", "cores", "pace", "network", "names", *["ports"] * ("MASTER_PORT" in os.environ)),
         *("files", "links", "determinism", "verify"),
     ]
     assert rows["verify"]["figure"].startswith("5 steps of ddp in fp64: equal")
@@ -615,6 +641,19 @@ def test_a_training_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch, tmp_pa
     monkeypatch.setattr(doctor, "PROVEN_STEPS", 2)
     monkeypatch.setattr(doctor.verify, "TOLERANCE", {"fp64": 0.0})
     with pytest.raises(AssertionError, match="a run would fail here: verify"):
+        execute(doctor.train, tmp_path / "run", 2)
+
+
+@pytest.mark.usefixtures("narrow", "quick")
+def test_a_recipe_that_breaks_on_a_rank_ends_the_look(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(run: Run) -> None:
+        if run.world.rank == 1:
+            raise KeyError("the cause")
+        whole(run)
+
+    whole = ddp.train.train
+    monkeypatch.setattr("recipes.ddp.train", replace(ddp.train, train=broken))
+    with pytest.raises(AssertionError, match="preflight: it broke: ddp in fp64: KeyError: 'the cause'"):
         execute(doctor.train, tmp_path / "run", 2)
 
 

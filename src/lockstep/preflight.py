@@ -19,6 +19,7 @@ LATE_SECONDS = 1.0  # after which a file of another rank should have been seen
 SLOW_WRITE, SLOW_FSYNC = 20e6, 0.5  # bytes/s and s from which a file system is called slow
 SLOW_PAIR = 3  # times slower than the median of its kind a pair must be to be called slow
 SLOW_NETWORK = 0.125e9  # bytes/s: what a network of 1 Gbit/s carries
+SLOW_PACE = 0.7  # of the median's, below which a rank is called slow
 BUSY = 2  # times as much work as cores from which a machine is called busy
 TAKEN = 0.1  # share of a GPU's memory that others may hold without a word
 OFF = 1e-5  # relative error of an fp32 sum that is rounding
@@ -51,6 +52,7 @@ def judge(ranks: list[Facts], links: Facts, asked: Asked) -> list[Finding]:
         "versions": ("versions", versions),
         "devices": ("device", devices),
         "cores": ("cores", cores),
+        "pace": ("pace", pace),
         "network": ("network", network),
         "names": ("reach", names),
         "ports": ("network", ports),
@@ -214,6 +216,20 @@ def cores(ranks: list[Facts]) -> Iterator[Finding]:
         workers = f" and {count(one['workers'], 'DataLoader worker')}" if one["workers"] else ""
         figure = f"{count(one['threads'], 'thread')}{workers} a rank, {min(usable.values()):g} cores a host"
         yield Finding("cores", "ok", figure)
+
+
+def pace(ranks: list[Facts]) -> Iterator[Finding]:
+    """Whether all ranks compute equally fast; each step takes as long as the slowest one."""
+    rates = [each["pace"]["flops"] for each in ranks]
+    slow = min(ranks, key=lambda each: each["pace"]["flops"])
+    median, least = statistics.median_high(rates), min(rates)
+    figure = f"a matrix product at {median / 1e9:,.0f} GFLOP/s"
+    if least < SLOW_PACE * median:
+        figure += f"; {place(slow)} at {least / 1e9:,.0f}"
+        remedy = "look there for other work, or a throttled device; else leave that host out: the others wait for it"
+        yield Finding("pace", "warning", figure, remedy)
+    else:
+        yield Finding("pace", "ok", figure + (f", the slowest {least / 1e9:,.0f}" if len(ranks) > 1 else ""))
 
 
 def network(ranks: list[Facts]) -> Iterator[Finding]:

@@ -42,6 +42,7 @@ SWAP_SECONDS = 0.5  # in which rank 0 replaces a file again and again while the 
 BLOCK_BYTES = 2**25  # written to see how fast that is
 SMALL_FILES = 8  # of 4 KiB each, to see how long fsync takes
 PINGS = 10
+PRODUCTS = 20
 CONNECT_SECONDS = 5.0
 DRAWN = 2**16  # numbers that are all-reduced again and again
 REPEATS = 4
@@ -65,6 +66,7 @@ def survey(run: Run) -> list[Facts]:
     # Each of these talks to the other ranks, and catches what goes wrong in between.
     mine["reach"] = reach(world)
     mine["clock"] = clock(world)
+    mine["pace"] = pace(world)
     mine["files"] = shared_files(world, run.out)
     mine["determinism"] = determinism(world)
     return gather(mine, world.control)
@@ -301,6 +303,21 @@ def clock(world: World) -> Facts:
             trip, ahead = min(best)
             found[world.hosts[leader]] = {"ahead": ahead, "trip": trip}
     return found
+
+
+def pace(world: World) -> Facts:
+    """Operations a second of this rank's device in a matrix product, while all other ranks have theirs at work too."""
+    cuda = world.device.type == "cuda"
+    size, dtype = (4096, torch.bfloat16) if cuda else (384, torch.float32)
+    a = torch.rand(size, size, device=world.device, dtype=dtype)
+    dist.barrier(world.control)
+    taken = []
+    for _ in range(1 + PRODUCTS):
+        started = time.perf_counter()
+        product = a @ a
+        product[0, 0].item()  # waits for a GPU
+        taken.append(time.perf_counter() - started)
+    return {"flops": 2 * size**3 / statistics.median(taken[1:])}  # the first one also wakes threads and libraries
 
 
 def determinism(world: World) -> Facts:
