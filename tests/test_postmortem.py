@@ -6,17 +6,24 @@ import fcntl
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lockstep import Run
+from lockstep.checks import complete
+from lockstep.data import Samples
 from lockstep.errors import UserError
 from lockstep.findings import Finding
 from lockstep.postmortem import collect, error_in, judge
-from lockstep.schema import Config, to_yaml
+from lockstep.pulse import Pulse
+from lockstep.rundir import freeze
+from lockstep.schema import Config, from_yaml, to_yaml
+from lockstep.world import World
 from recipes import ddp, doctor
-from tests.harness import command, compose_config, execute
+from tests.harness import command, compose_config, execute, run_ranks
 from tests.test_bad_input import run_main
 from tests.test_failures import CRASHING
 
@@ -202,6 +209,40 @@ def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
     found = read(out)
     assert found["slowest"].verdict == "ok"
     assert found["error"].figure == "rank 2 (h): ValueError: why"
+
+
+def trained(world: World, config: str, out: str, how: str) -> None:
+    """Train with heartbeats, and a rank 1 that computes 20 ms more in each step, or whose images come 20 ms later."""
+    world = replace(world, pulse=Pulse(Path(out) / "ranks", world.rank))
+    if world.rank == 1 and how == "slow":
+        loss = ddp.cross_entropy
+
+        def burning(*given: Any) -> Any:
+            until = time.process_time() + 0.02
+            while time.process_time() < until:
+                pass
+            return loss(*given)
+
+        ddp.cross_entropy = burning
+    if world.rank == 1 and how == "data":
+        fetch = Samples.__getitem__
+        Samples.__getitem__ = lambda *given: (time.sleep(0.02), fetch(*given))[1]  # type: ignore[method-assign]
+    ddp.train(Run("ddp", from_yaml(config), world, Path(out)))
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize("how", ["slow", "data"])
+def test_real_heartbeats_name_the_slow_rank(how: str, tmp_path: Path) -> None:
+    config = compose_config(ddp.train, f"out={tmp_path / 'run'}", *SHORT, "max_steps=20")
+    complete(config, ddp.train, 2)
+    run_ranks(trained, 2, to_yaml(config), str(freeze(config, "ddp")), how)
+    found = read(tmp_path / "run")
+    check = {"slow": "slowest", "data": "data"}[how]
+    assert found[check].verdict == "warning", found
+    assert found[check].figure.startswith("rank 1 ("), found
+    beat = json.loads((tmp_path / "run" / "ranks" / "1.heartbeat").read_text())
+    assert beat["spent"]["waiting for data" if how == "data" else "training"] > 20 * 0.02
+    assert found["steps"].figure.count("step 20") == 1
 
 
 def metrics(out: Path, **columns: Any) -> None:

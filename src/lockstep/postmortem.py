@@ -5,8 +5,7 @@ config.yaml           which recipe, when it was last started, and with what
 result.json           how it ended, where a rank or the launcher could still say so
 metrics.jsonl         what rank 0 logged: losses, speed, memory
 ranks/<rank>.log      each rank's words, its traceback among them; a rank that was killed has no last ones
-ranks/<rank>.heartbeat    where each rank was, a line of JSON: step, phase, how it ended, and, where it counts them,
-                      `spent`, seconds by phase, and `busy`, seconds in which it computed
+ranks/<rank>.heartbeat    where each rank was, how it ended, and what it spent its time on (lockstep.pulse)
 checkpoints/          what can be gone on from
 slurm/<n>/*_log.out   what a job's first process saw
 """
@@ -33,7 +32,8 @@ from lockstep import checkpoint, findings
 from lockstep.errors import UserError
 from lockstep.files import write_json
 from lockstep.findings import Finding
-from lockstep.rank import lost_a_peer
+from lockstep.inquest import lost_a_peer
+from lockstep.pulse import FINISHED, WAITING
 from lockstep.rundir import CHECKPOINTS, read_result
 from lockstep.schema import Config, from_yaml
 from lockstep.words import count, mebibytes, short
@@ -44,7 +44,6 @@ SLOWER = 0.7  # of its earlier speed, from which a run is said to have slowed do
 UNEVEN = 2.0  # times the median that the slowest twentieth of the steps may take
 STRAGGLES = 1.2  # times the median that the slowest rank may compute
 HUNGRY = 0.1  # share of its time that a rank may wait for data
-WAITING = "waiting for data"  # the phase of that name
 GROWN = 1.3  # times its earlier peak, from which memory is said to grow
 REPORTS = {  # what a tool ends with, instead of a result.json
     "verify": ["verify.json"],
@@ -181,7 +180,7 @@ def ranks(folder: Path, hosts: list[str]) -> list[Facts]:
         heartbeat = next(objects(folder / f"{rank}.heartbeat"), {})
         error, place = error_in(lines)
         end = str(heartbeat.get("end", ""))
-        error = error or (end if end != "finished" else "")
+        error = error or (end if end != FINISHED else "")
         found.append(
             {
                 "rank": rank,
@@ -373,7 +372,12 @@ def speed(facts: Facts) -> Iterator[Finding]:
 
 
 def slowest(facts: Facts) -> Iterator[Finding]:
-    """Which rank keeps the others waiting: it computed longest, where all took the same steps."""
+    """Which rank keeps the others waiting: it computed longest, where all took the same steps.
+
+    Not of GPUs, whose hosts compute while they wait for them.
+    """
+    if facts["environment"].get("device", "cpu") != "cpu":
+        return
     beats = [one for one in facts["ranks"] if one["heartbeat"].get("busy")]
     if len(beats) < 2:
         return

@@ -1,6 +1,10 @@
 """Where every rank is, readable from outside whatever has become of it: ranks/<rank>.heartbeat, a line of JSON.
 
-    {"rank": 1, "host": "node1", "pid": 4711, "born": 81, "step": 8, "phase": "training", "at": 1795285031.2}
+    {"rank": 1, "host": "node1", "pid": 4711, "born": 81, "step": 8, "phase": "training", "at": 1795285031.2,
+     "spent": {"waiting for data": 0.031, "training": 1.204}, "busy": 0.967}
+
+`spent` are the seconds of this start in each phase, and `busy` those of training in which the process computed, or was
+kept from a core by others: a rank that waits for another one does neither, so the slowest has most.
 
 A rank rewrites its line at each change of phase, by one write without flushing: the kernel keeps it however the process
 ends. (A mapped file would kill the rank where the disk is full.) A rank that is asked where it is adds `call` and
@@ -19,6 +23,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+TRAINING, WAITING = "training", "waiting for data"  # the phases of a step
 SIZE = 8192  # bytes of a heartbeat file, more than a line ever has
 ROWS = 8  # of ranks that are told apart in a message
 FINISHED, FAILED = "finished", "failed"
@@ -34,7 +39,12 @@ class Pulse:
 
     def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
         self.facts: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
+        self._spent: dict[str, float] = {}
+        self._busy, self._since = 0.0, (0.0, 0.0)
         self._file: int | None = None
+        self._schedule: int | None = None
+        with contextlib.suppress(OSError):
+            self._schedule = os.open("/proc/self/schedstat", os.O_RDONLY)  # the main thread's
         if folder is not None:
             with contextlib.suppress(OSError):  # a full disk costs the heartbeat, not the run
                 self._file = os.open(folder / f"{rank}.heartbeat", os.O_RDWR | os.O_CREAT, 0o644)
@@ -44,7 +54,22 @@ class Pulse:
         """Begin a phase; `step`: the one that is being taken, else as before."""
         if step is not None:
             self.facts["step"] = step
-        self.tell(phase=phase, at=time.time())
+        now, before = (time.perf_counter(), self._busy_seconds()), self.facts.get("phase")
+        if before is not None:
+            self._spent[before] = self._spent.get(before, 0.0) + now[0] - self._since[0]
+        if before == TRAINING:
+            self._busy += now[1] - self._since[1]
+        self._since = now
+        spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
+        self.tell(phase=phase, at=time.time(), spent=spent, busy=round(self._busy, 3))
+
+    def _busy_seconds(self) -> float:
+        """Seconds that this process has computed on any core, and that its main thread has waited for one."""
+        delayed = 0.0
+        if self._schedule is not None:
+            with contextlib.suppress(OSError, IndexError, ValueError):
+                delayed = int(os.pread(self._schedule, 100, 0).split()[1]) / 1e9
+        return time.process_time() + delayed
 
     def tell(self, **facts: Any) -> None:
         """Add to what is known of this rank."""

@@ -31,6 +31,7 @@ from lockstep.monitor import Mistake, Monitor, open_monitors
 from lockstep.precision import Scaler
 from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.pretrained import backbone
+from lockstep.pulse import TRAINING, WAITING
 from lockstep.report import Report
 from lockstep.schema import Config, OptimConfig
 from lockstep.state import (
@@ -249,11 +250,11 @@ class Run:
 
     def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
-            self.pulse.enter("waiting for data", self.step + 1)
+            self.pulse.enter(WAITING, self.step + 1)
             batch = next(batches, None)
             if batch is None:
                 return
-            self.pulse.enter("training")
+            self.pulse.enter(TRAINING)
             yield batch
 
     def eval_sampler(self) -> data.EvalSampler:
