@@ -70,7 +70,7 @@ def test_a_finished_run_and_one_that_is_under_way(tmp_path: Path, monkeypatch: p
     ("how", "words", "remedy"),
     [
         ("raise", "rank 1 (HOST): KeyError: 'the cause' at crash.py:LINE", "ranks/"),
-        ("kill", "rank 1 (HOST) left no word, and rank 0 (HOST) then lost the connection", "dmesg"),
+        ("kill", "rank 1 (HOST) left no word in step 2 (training), and rank 0 (HOST) waited in vain for it", "dmesg"),
     ],
 )
 def test_a_run_that_died_is_read(how: str, words: str, remedy: str, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_the_first_cause_is_not_the_rank_that_only_lost_another_one(out: Path) -
     found = read(out)
     assert (
         found["error"].figure
-        == "ranks 1 (node1), 2 (node2) left no word, and ranks 0 (node1), 3 (node2) then lost the connection"
+        == "ranks 1 (node1), 2 (node2) left no word, and ranks 0 (node1), 3 (node2) waited in vain for them"
     )
     say(
         out,
@@ -196,11 +196,11 @@ def test_heartbeats_say_which_rank_is_behind(out: Path) -> None:
 
 def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
     for rank, (busy, waited) in enumerate([(10.0, 0.1), (10.2, 0.2), (16.0, 0.0), (9.9, 6.0)]):
-        beat = {"rank": rank, "host": "h", "step": 40, "phase": "training", "busy": busy}
+        beat = {"rank": rank, "host": "h", "step": 40, "phase": "training", "busy": busy, "taken": 40}
         beat["spent"] = {"training": 20 - waited, "waiting for data": waited}
         (out / "ranks" / f"{rank}.heartbeat").write_text(json.dumps(beat))
     found = read(out)
-    assert found["slowest"].figure == "rank 2 (h) computed for 16 s, 58% more than the ranks' median"
+    assert found["slowest"].figure == "rank 2 (h) computed for 400 ms a step, 58% more than the ranks' median"
     assert found["data"].figure == "rank 3 (h) waited longest for data: 30% of its time, the ranks' median 1%"
     assert found["slowest"].verdict == found["data"].verdict == "warning"
     assert "data.workers" in found["data"].remedy

@@ -1,13 +1,16 @@
-"""What a run has left behind, and what it says of how the run ended; nothing in the folder has to be there, or whole.
+"""What a run has left behind, and what it says of how the run ended.
 
-config.yaml           which recipe, when it was last started, and with what
-.lock                 held by rank 0 while it lives
-result.json           how it ended, where a rank or the launcher could still say so
-metrics.jsonl         what rank 0 logged: losses, speed, memory
-ranks/<rank>.log      each rank's words, its traceback among them; a rank that was killed has no last ones
-ranks/<rank>.heartbeat    where each rank was, how it ended, and what it spent its time on (lockstep.pulse)
-checkpoints/          what can be gone on from
-slurm/<n>/*_log.out   what a job's first process saw
+    config.yaml               which recipe, when it was last started, and with what
+    .lock                     held by rank 0 while it lives
+    result.json               how it ended, where a rank or the launcher could still say so
+    metrics.jsonl             what rank 0 logged: losses, speed, memory
+    ranks/<rank>.log          each rank's words, its traceback among them; a rank that was killed has no last ones
+    ranks/<rank>.heartbeat    where each rank was, how it ended, and what it spent its time on (lockstep.pulse)
+    ranks/<rank>.stack        where it crashed, or was when another rank waited for it
+    checkpoints/              what can be gone on from
+    slurm/<n>/*_log.out       what a job's first process saw
+
+Nothing but the first has to be there, or whole.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from lockstep.errors import UserError
 from lockstep.files import write_json
 from lockstep.findings import Finding
 from lockstep.inquest import lost_a_peer
-from lockstep.pulse import FINISHED, WAITING
+from lockstep.pulse import FINISHED, WAITING, left_behind
 from lockstep.rundir import CHECKPOINTS, read_result
 from lockstep.schema import Config, from_yaml
 from lockstep.words import count, mebibytes, short
@@ -42,6 +45,7 @@ Facts = dict[str, Any]
 FILE = "postmortem.json"
 SLOWER = 0.7  # of its earlier speed, from which a run is said to have slowed down
 UNEVEN = 2.0  # times the median that the slowest twentieth of the steps may take
+FEW_STEPS = 5  # below which a rank's step times say nothing
 STRAGGLES = 1.2  # times the median that the slowest rank may compute
 HUNGRY = 0.1  # share of its time that a rank may wait for data
 GROWN = 1.3  # times its earlier peak, from which memory is said to grow
@@ -181,6 +185,8 @@ def ranks(folder: Path, hosts: list[str]) -> list[Facts]:
         error, place = error_in(lines)
         end = str(heartbeat.get("end", ""))
         error = error or (end if end != FINISHED else "")
+        if not error and (crash := left_behind(folder, rank)):
+            error = f"crashed at {crash}"
         found.append(
             {
                 "rank": rank,
@@ -279,19 +285,22 @@ def causes(facts: Facts) -> Iterator[Finding]:
         return
     lacking = facts["out_of_memory"]
     own = sorted((one for one in facts["ranks"] if one["error"] and not one["secondary"]), key=_first)
-    lost = [one for one in facts["ranks"] if one["secondary"]]
-    silent = [one for one in facts["ranks"] if not one["error"]]
+    lost = [one for one in facts["ranks"] if one["secondary"] or (not one["error"] and one["heartbeat"].get("asked"))]
+    silent = [one for one in facts["ranks"] if not one["error"] and one not in lost]
     if own:
         one, at = own[0], f" at {own[0]['place']}" if own[0]["place"] else ""
         more = f"; {count(len(own) - 1, 'other rank')} failed too" if len(own) > 1 else ""
         words = shortened(one["error"])
         yield Finding("error", "fails", f"{who([one])}: {words}{at}{more}", remedy_for(one["error"]))
     elif lost and silent:
-        figure = f"{who(silent)} left no word, and {who(lost)} then lost the connection"
+        beat, them = silent[0]["heartbeat"], "it" if len(silent) == 1 else "them"
+        where = f" in step {beat['step']} ({beat.get('phase', 'unknown')})" if "step" in beat else ""
+        figure = f"{who(silent)} left no word{where}, and {who(lost)} waited in vain for {them}"
         remedy = "it was killed: most often by the kernel, out of memory (dmesg | grep -i oom); then batch_size=auto"
         yield Finding("error", "fails", figure, remedy)
     elif lost:
-        yield Finding("error", "fails", f"{who(lost)}: {shortened(lost[0]['error'])}", "look at the network")
+        words = shortened(lost[0]["error"]) or "waited in vain for the others"
+        yield Finding("error", "fails", f"{who(lost)}: {words}", "look at the network")
     if lacking:
         figure = f"out of memory on rank {lacking.get('rank')} in step {lacking.get('step')}"
         yield Finding("memory", "fails", figure, "out_of_memory.json says what was held, and what would help most")
@@ -372,20 +381,22 @@ def speed(facts: Facts) -> Iterator[Finding]:
 
 
 def slowest(facts: Facts) -> Iterator[Finding]:
-    """Which rank keeps the others waiting: it computed longest, where all took the same steps.
+    """Which rank keeps the others waiting: it computes longest in a step.
 
     Not of GPUs, whose hosts compute while they wait for them.
     """
     if facts["environment"].get("device", "cpu") != "cpu":
         return
-    beats = [one for one in facts["ranks"] if one["heartbeat"].get("busy")]
-    if len(beats) < 2:
+    beats = [(one["heartbeat"], one) for one in facts["ranks"] if one["heartbeat"].get("taken", 0) >= FEW_STEPS]
+    busy = [(beat["busy"] / beat["taken"], one) for beat, one in beats if beat.get("busy")]
+    if len(busy) < 2:
         return
-    median = statistics.median(one["heartbeat"]["busy"] for one in beats)
-    late = max(beats, key=lambda one: one["heartbeat"]["busy"])
-    busy = late["heartbeat"]["busy"]
-    figure = f"{who([late])} computed for {busy:.3g} s, {busy / median - 1:.0%} more than the ranks' median"
-    if busy > STRAGGLES * median:
+    median = statistics.median(seconds for seconds, _ in busy)
+    most, late = max(busy, key=lambda pair: pair[0])
+    figure = (
+        f"{who([late])} computed for {1e3 * most:.3g} ms a step, {most / median - 1:.0%} more than the ranks' median"
+    )
+    if most > STRAGGLES * median:
         remedy = "look at its host: other work, a throttled or another device; python -m recipes.doctor tries them all"
         yield Finding("slowest", "warning", figure, remedy)
     else:

@@ -1,10 +1,11 @@
 """Where every rank is, readable from outside whatever has become of it: ranks/<rank>.heartbeat, a line of JSON.
 
     {"rank": 1, "host": "node1", "pid": 4711, "born": 81, "step": 8, "phase": "training", "at": 1795285031.2,
-     "spent": {"waiting for data": 0.031, "training": 1.204}, "busy": 0.967}
+     "spent": {"waiting for data": 0.031, "training": 1.204}, "taken": 7, "busy": 0.967}
 
-`spent` are the seconds of this start in each phase, and `busy` those of training in which the process computed, or was
-kept from a core by others: a rank that waits for another one does neither, so the slowest has most.
+`spent` are the seconds of this start in each phase, `taken` its steps, and `busy` the seconds of them in which the
+process computed, or was kept from a core by others: a rank that waits for another one does neither, so the slowest has
+most.
 
 A rank rewrites its line at each change of phase, by one write without flushing: the kernel keeps it however the process
 ends. (A mapped file would kill the rank where the disk is full.) A rank that is asked where it is adds `call` and
@@ -40,7 +41,7 @@ class Pulse:
     def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
         self.facts: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
         self._spent: dict[str, float] = {}
-        self._busy, self._since = 0.0, (0.0, 0.0)
+        self._taken, self._busy, self._since = 0, 0.0, (0.0, 0.0)
         self._file: int | None = None
         self._schedule: int | None = None
         with contextlib.suppress(OSError):
@@ -58,10 +59,11 @@ class Pulse:
         if before is not None:
             self._spent[before] = self._spent.get(before, 0.0) + now[0] - self._since[0]
         if before == TRAINING:
+            self._taken += 1
             self._busy += now[1] - self._since[1]
         self._since = now
         spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
-        self.tell(phase=phase, at=time.time(), spent=spent, busy=round(self._busy, 3))
+        self.tell(phase=phase, at=time.time(), spent=spent, taken=self._taken, busy=round(self._busy, 3))
 
     def _busy_seconds(self) -> float:
         """Seconds that this process has computed on any core, and that its main thread has waited for one."""
