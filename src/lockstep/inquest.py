@@ -38,7 +38,7 @@ LISTEN_SECONDS = 0.5  # between two looks at the bell
 ANSWER_SECONDS = 5.0  # in which a rank that lives answers it
 STOPPED_SECONDS = 1.0  # for which a rank of this host must stand still to count as stopped
 STORE_SECONDS = 3.0  # after which a store that says nothing is taken for lost
-CALL, VERDICT = "hang/call", "hang/verdict"
+CALL, VERDICT, READ = "hang/call", "hang/verdict", "hang/read"
 STORAGE = pulse.MINE + "storage.py"  # what the thread that writes checkpoints is in
 COLLECTIVES_SHOWN = 30  # in a rank's stack file
 
@@ -159,13 +159,14 @@ class Inquest:
                 break
             time.sleep(0.1)
         text = pulse.verdict(everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder)
-        mine = json.dumps({"by": self._rank, "text": text})
+        mine = json.dumps({"by": self._rank, "text": text, "readers": states.count("answered")})
         stored = self._in_store(lambda: self._store.compare_set(VERDICT, "", mine))
         if stored is None:  # whoever served the store is lost: the first of those that ask speaks
             speaks = min(facts["rank"] for facts in everyone if facts.get("asked")) == self._rank
         else:
             speaks = json.loads(stored)["by"] == self._rank
             text = json.loads(stored)["text"]
+            self._part(json.loads(stored)["readers"], waits=speaks)
         self.heart.tell(end=text.partition("\n")[0])
         self._wake(everyone, states)
         return Stuck(text, speaks)
@@ -238,11 +239,23 @@ class Inquest:
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._in_store(lambda: self._store.check([VERDICT])):
-                return str(json.loads(self._store.get(VERDICT))["text"])
+                told = json.loads(self._store.get(VERDICT))
+                self._part(told["readers"], waits=False)
+                return str(told["text"])
             if self._lost:
                 break
             time.sleep(0.1)
         return ""
+
+    def _part(self, readers: int, waits: bool) -> None:
+        """Leave last where others still read: as rank 0, which may serve the store, and as the one who speaks, after
+        whose end a launcher ends the rest."""
+        self._in_store(lambda: self._store.add(READ, 1))
+        deadline = time.monotonic() + STORE_SECONDS
+        while (waits or self._rank == 0) and not self._lost and time.monotonic() < deadline:
+            if self._in_store(lambda: self._store.add(READ, 0) >= readers):
+                break
+            time.sleep(0.05)
 
     def _collect(self, answers: dict[int, Facts]) -> None:
         """Add the answers that have come."""
