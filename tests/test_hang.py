@@ -120,8 +120,8 @@ def ended(process: Any, folder: Path, began: float) -> Ended:
             f"timeout_seconds={LIMIT}\n"
             f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:#), last collective all_reduce no. # of "
             "[490]\n"
-            f"  rank 1 ({HERE}): step 3, training, time.sleep(600) (hanging.py:#), last collective all_reduce no. # of …"
-            "\n"
+            f"  rank 1 ({HERE}): step 3, training, time.sleep(600) (hanging.py:#), last collective all_reduce no. # of "
+            "…\n"
             "stack traces: ranks/0.stack, 1.stack\n",
         ),
         (
