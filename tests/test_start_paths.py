@@ -90,7 +90,9 @@ def test_every_start_gives_the_same_run(start, nproc, weights, tmp_path: Path) -
     mine = torch.load(out / "model.pt", weights_only=True)
     assert all(torch.equal(mine[name], tensor) for name, tensor in weights[nproc].items())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "one run directory, and nothing beside it"
-    assert sorted(path.name for path in (out / "ranks").iterdir()) == [f"{rank}.log" for rank in range(nproc)]
+    assert {path.name for path in (out / "ranks").iterdir()} == {
+        f"{rank}.{kind}" for rank in range(nproc) for kind in ("log", "heartbeat")
+    }
     assert json.loads((out / "result.json").read_text())["world_size"] == nproc
 
 
