@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -303,7 +304,7 @@ def test_a_rank_that_hangs_is_named_once(box: Box, folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_rank_that_loses_its_network_is_named_before_slurm_misses_it(folder: Path) -> None:
+def test_a_lost_network_is_named_before_slurm_misses_the_node(folder: Path) -> None:
     with Box(nodes=2, slurmd_timeout=120) as box:
         words = ["ddp.py", *LONG, "timeout_seconds=8", "out=run", "cluster.nodes=2"]
         job = submit(box, folder, *words, how="slow")
@@ -312,7 +313,8 @@ def test_a_rank_that_loses_its_network_is_named_before_slurm_misses_it(folder: P
         log = folder / "run" / "ranks" / "0.log"
         wait_until(lambda: "error: " in log.read_text(), 40)
         box.run("scancel", job)
-    assert "error: rank 1 (node2) does not answer, last heard of in step " in log.read_text()
+    # Whose network it is, two ranks cannot know: over the shared files each may still say where it is.
+    assert re.search(r"error: rank \d \(node\d\) .*network", log.read_text())
 
 
 @pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
