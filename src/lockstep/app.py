@@ -185,8 +185,9 @@ def submit(recipe: Recipe) -> int:
             return
         more = {"cluster": there} if there else {}
 
-        if how.get("start") == "fork":
-            rank.preload()
+        def warm() -> None:  # what is refused before does not wait for it
+            if how.get("start") == "fork":
+                rank.preload()
 
         def start(out: Path, variables: dict[str, str], target: str) -> int:
             environment = {rank.RUN_DIRECTORY: str(out), rank.LAUNCHER: str(os.getpid()), **variables}
@@ -194,6 +195,7 @@ def submit(recipe: Recipe) -> int:
             return int(launcher.launch(target, environment, nproc=nproc, max_restarts=restarts, **more, **how))
 
         if config.batch_size == AUTO:
+            warm()
             target = recipe.subject(config).target
             config.batch_size = fit.settle(config, recipe, nproc, partial(start, target=target))
         complete(config, recipe, nproc)
@@ -205,6 +207,7 @@ def submit(recipe: Recipe) -> int:
             return
         started, code = time.perf_counter(), 1
         try:
+            warm()
             code = start(out, {}, recipe.target)
         finally:
             if code:

@@ -496,15 +496,15 @@ def check(config: DataConfig) -> tuple[int, int]:
     names = DIGITS
     if config.name == "digits":
         if config.classes is None:
-            return 10, 1437  # without a second to import what has them
-        labels = digits()[0].labels
+            return 10, 1437
+        labels = digits()[0].labels.numpy()
     elif config.name == "cifar10":
         root = _root(config)
         if config.download and not any((root / folder).is_dir() for folder in (CIFAR_BINARIES, CIFAR_PICKLES)):
             download_cifar10(root)
         train_files, test_files = cifar10_files(root)
         read = [read_cifar(file)[1] for file in train_files + test_files]
-        labels = torch.from_numpy(np.concatenate(read[: len(train_files)])).long()
+        labels = np.concatenate(read[: len(train_files)])
     else:
         root = _root(config)
         paths, listed, names = list_folder(root / "train")
@@ -517,9 +517,11 @@ def check(config: DataConfig) -> tuple[int, int]:
             )
         for path in (paths + val_paths)[: config.check_files]:
             _check_ends(path)
-        labels = torch.tensor(listed)
-    chosen = range(len(names)) if config.classes is None else chosen_classes(config, names)
-    return len(chosen), int(torch.isin(labels, torch.tensor(chosen)).sum())
+        labels = np.array(listed)
+    if config.classes is None:
+        return len(names), len(labels)
+    chosen = chosen_classes(config, names)
+    return len(chosen), int(np.isin(labels, chosen).sum())
 
 
 def download_cifar10(root: Path) -> None:

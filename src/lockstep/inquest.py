@@ -31,7 +31,7 @@ from typing import IO, Any
 import torch.distributed as dist
 
 from lockstep import pulse
-from lockstep.errors import UserError
+from lockstep.errors import CheckFailed
 from lockstep.pulse import Facts, Pulse
 
 LISTEN_SECONDS = 0.5  # between two looks at the bell
@@ -53,21 +53,16 @@ LOST = (
 IN_VAIN = ("Timed out waiting", "wait timeout after", "Socket Timeout", "Application timeout caused pair closure")
 
 
-class Stuck(UserError):
+class Stuck(CheckFailed):
     """The verdict: shown as it is, without a traceback; the exit code is 1.
 
     Attributes:
         speaks: whether this rank is the one whose words it is.
     """
 
-    exit_code = 1
-
     def __init__(self, text: str, speaks: bool = False) -> None:
         super().__init__(text)
         self.speaks = speaks
-
-    def __str__(self) -> str:
-        return Exception.__str__(self)
 
 
 def lost_a_peer(error: BaseException) -> bool:
