@@ -42,7 +42,7 @@ def measure(run: Run, name: str, number: int) -> dict[str, Any]:
     from lockstep.compose import overrides  # Hydra, which only a process that starts others needs
 
     out = run.out / f"{name}-{number}"
-    command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(train, run.config, OURS)]
+    command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(train, run.asked, OURS)]
     began = time.perf_counter()
     done = subprocess.run(command, env=environment(os.environ), capture_output=True, text=True)
     seconds = time.perf_counter() - began

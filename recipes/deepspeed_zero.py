@@ -45,7 +45,7 @@ from lockstep import Proof, Run, UserError, recipe
 from lockstep.accumulate import micro_batches
 from lockstep.metrics import gather_numbers
 from lockstep.models import AUTOCAST, build_model
-from lockstep.schema import Config
+from lockstep.schema import AUTO, Config
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def check(config: Config, share: int) -> None:
         raise UserError(
             "compile=true: DeepSpeed compiles in a way of its own, which this recipe leaves out; leave compile out"
         )
-    if config.channels_last:
+    if config.channels_last not in (AUTO, False):
         raise UserError("channels_last=true: DeepSpeed keeps the weights as one long vector; leave channels_last out")
     if config.zero.offload and not config.zero.stage:
         raise UserError("zero.offload=true: stage 0 leaves the optimizer whole; set zero.stage to 1, 2 or 3")

@@ -103,7 +103,7 @@ class Steps(Run):
 
 def measure(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
     """Take a few steps as the recipe takes them: (what each rank held by layer, each rank's measured peak in bytes)."""
-    each, config = patient(run.config), as_patient(run.config)
+    each, config = patient(run.config), as_patient(run.asked)
     out = run.out / each.name
     if run.world.rank == 0:
         (out / "ranks").mkdir(parents=True, exist_ok=True)

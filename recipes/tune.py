@@ -362,7 +362,7 @@ def tuner(run: Run, each: Recipe, how: Plan) -> Any:
             mode=mode(run.config),
             num_samples=tuned.trials,
             max_concurrent_trials=how.concurrent,
-            search_alg=searcher(run.config, each, words(run.config, how)),
+            search_alg=searcher(run.config, each, words(run.asked, how)),
             scheduler=scheduler(run),
             trial_dirname_creator=lambda trial: str(trial.config["number"]),
         ),

@@ -111,7 +111,7 @@ def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
     }
     if precision == "fp16":  # so small that no step is left out: which ones are depends on how images are dealt out
         common["loss_scale"] = 256.0
-    return with_values(run.config, common | values)
+    return with_values(run.asked, common | values)
 
 
 def words(values: dict[str, Any]) -> list[str]:

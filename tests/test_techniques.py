@@ -161,6 +161,18 @@ def test_a_pipeline_trains_in_every_arithmetic(switch: str, schedule: str, fit: 
     assert 1 - torch.cosine_similarity(found["fc.weight"].flatten(), expected["fc.weight"].flatten(), 0) < 0.01
 
 
+@pytest.mark.parametrize("comm", ["bf16", "fp16"])
+def test_compressed_gradients_are_the_mean_of_rounded_ones(comm: str, fit: Fit) -> None:
+    """After one step the weights show it: off by a rounding, and by no more."""
+    words = ("model.norm=group", "max_steps=1", "optim.warmup_steps=0")
+    plain, _ = fit(ddp.train, 2, *words)
+    found, _ = fit(ddp.train, 2, *words, f"comm={comm}")
+    start, _ = fit(ddp.train, 2, *words, "optim.lr=0")
+    off = difference(*({name: tensor - start[name] for name, tensor in each.items()} for each in (found, plain)))
+    bits = 8 if comm == "bf16" else 11
+    assert 2.0**-bits / 100 < off < 4 * 2.0**-bits
+
+
 def test_a_balanced_cut_is_measured_once_and_shared(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks time their blocks differently; here absurdly so. Ranks that cut differently would wait for ever."""
     ranks_that_measured: Any = multiprocessing.get_context("fork").Array("i", 2)

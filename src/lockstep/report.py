@@ -54,9 +54,15 @@ class Report:
             self.console.print(text, soft_wrap=True, markup=False)
 
     def start(
-        self, *, parameters: tuple[int, int], images: tuple[int, int], steps: tuple[int, int], first: int = 0
+        self,
+        *,
+        parameters: tuple[int, int],
+        images: tuple[int, int],
+        steps: tuple[int, int],
+        chosen: list[str],
+        first: int = 0,
     ) -> None:
-        """Say what is about to be trained, with what and where, and from which step on."""
+        """Say what is about to be trained, with what and where, what was chosen by itself, and from which step on."""
         self.first_step = first
         config, world = self.config, self.world
         hosts = len(set(world.hosts))
@@ -75,6 +81,8 @@ class Report:
             f"  batch  {config.batch_size} = {count(shards, 'share')} × {config.batch_size // shards}; "
             f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
         )
+        for number, choice in enumerate(chosen):
+            self.line(f"  {'' if number else 'chosen':6} {choice}")
         if config.precision == "fp16" and world.device.type == "cpu":
             self.line("  fp16   CPUs are slow at it, up to 80 × slower than at bf16: set precision=bf16, or use a GPU")
         self.line(f"  run    {short(self.out)}")

@@ -44,6 +44,7 @@ from lockstep.state import (
     whole_weights,
 )
 from lockstep.state import whole as whole_tensor
+from lockstep.tuning import settle
 from lockstep.world import World
 
 
@@ -55,7 +56,8 @@ class Run:
     """One run of one recipe, seen from one rank.
 
     Attributes:
-        config: every key the user can set.
+        config: every key the user can set, those that were `auto` decided.
+        asked: the same as it was typed.
         world: rank, world_size, device and backend.
         out: the run directory, the same on all ranks.
         shards: in how many equal shares a global batch is cut: one a rank, or one a pipeline.
@@ -73,7 +75,10 @@ class Run:
         quiet: bool = False,
         listener: Listener | None = None,
     ) -> None:
-        self.recipe, self.config, self.world, self.out = recipe, config, world, out
+        self.recipe, self.world, self.out = recipe, world, out
+        self.asked = config  # what was typed: tools hand it on to runs that choose for themselves
+        self.config, self.choices = settle(config, recipe, world, out)
+        config = self.config
         self.pulse = world.pulse
         # The stages of a pipeline work on the same images; they are neighbouring ranks.
         self.shards = shards or world.world_size // config.stages
@@ -377,6 +382,7 @@ class Run:
             parameters=self._parameters,
             images=(len(self.train_set), len(self.eval_set)),
             steps=(self.steps_per_epoch, self.total_steps),
+            chosen=[str(choice) for choice in self.choices],
             first=self.step,
         )
         self._keeper.begin()
@@ -626,6 +632,8 @@ class Run:
                 "backend": self.world.backend,
                 "device": self.device.type,
                 "precision": self.config.precision,
+                "channels_last": self.config.channels_last,
+                "allocator": self.config.allocator,
                 "steps": self.step,
                 "epochs": self.epoch,
                 "samples_seen": self.step * self.config.batch_size,

@@ -38,7 +38,8 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-AUTO = "auto"  # batch_size, before it is found
+AUTO = "auto"  # batch_size, before it is found, and what is chosen for the hardware (tuning.py)
+FLAT_WEIGHTS = ("deepspeed_zero",)  # recipes whose weights have no memory format of their own
 NO_AUTO = ("checkpoint_resume", "compare", "tune", "verify")  # several trainings, so there is no one batch to find
 SPLIT = ("model_parallel", "pipeline_parallel")
 LIGHTNING = ("lightning_fabric", "lightning_trainer")
@@ -232,6 +233,12 @@ class Config:
     )
     patience: int | None = key(None, "end after so many evaluations without a better `metric` (null: never)", minimum=1)
     accumulate: int = key(1, "micro-batches a step", minimum=1)
+    comm: str = key(
+        "fp32",
+        "what gradients travel between ranks in; bf16, fp16: half the bytes",
+        ("fp32", "bf16", "fp16"),
+        only=("ddp",),
+    )
     accumulate_by: str = key("chunk", "how the micro-batches are cut", ("chunk", "unbind"), only=("grad_accumulation",))
     replicas: int | None = key(
         None, "copies of the model (null: one a GPU; 2 on CPU)", minimum=1, only=("data_parallel",)
@@ -290,13 +297,25 @@ class Config:
     seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
     precision: str = key(
         "fp32",
-        "arithmetic; bf16, fp16: by autocast, weights stay fp32 (fp64: for proofs)",
-        ("fp32", "bf16", "fp16", "fp64"),
+        "arithmetic; bf16, fp16: by autocast, weights stay fp32; fp64: for proofs; auto: bf16 where the device is fast "
+        "at it",
+        ("fp32", "bf16", "fp16", "fp64", AUTO),
     )
     loss_scale: float = key(2.0**16, "precision=fp16: what the loss is multiplied by at first", minimum=1)
     tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")
     compile: bool = key(False, "torch.compile the model")
-    channels_last: bool = key(False, "NHWC memory format for images and weights")
+    channels_last: Any = key(
+        AUTO, "NHWC memory format for images and weights (auto: in 16-bit precision)", (AUTO, True, False)
+    )
+    allocator: str = key(
+        AUTO,
+        "cpu: keep freed memory for the next step, or give it back to the system (auto: keep)",
+        (AUTO, "keep", "system"),
+        free=True,
+    )
+    cudnn_benchmark: Any = key(
+        AUTO, "cuda: time cuDNN's algorithms and take the fastest (auto: true)", (AUTO, True, False), free=True
+    )
     detect_anomaly: bool = key(False, "name the operation whose backward made a NaN (slow)", free=True)
     nproc: int | None = key(None, "ranks on this machine (null: one per GPU, else 2)", minimum=1, free=True)
     device: str = key("auto", "where the ranks compute", ("auto", "cpu", "cuda"), free=True)
@@ -359,7 +378,7 @@ def check_values(config: Config) -> None:
         if name == "batch_size" and value == AUTO:
             continue
         if rule["choices"] and value is not None and value not in rule["choices"]:
-            raise UserError(f"{name}={value}: allowed are {', '.join(map(str, rule['choices']))}")
+            raise UserError(f"{name}={value}: allowed are {', '.join(map(word, rule['choices']))}")
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name}={value}: allowed are finite numbers")
