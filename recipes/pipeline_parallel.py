@@ -223,8 +223,8 @@ def train(run: Run) -> None:
         scaler.update()
         optimizer.zero_grad()
 
-    busy = sum(sum(stage.watch.seconds()) for stage in stages)
-    idle = gather_numbers(1 - busy / sum(clock.seconds()), run.device)
+    busy = sum(stage.watch.total() for stage in stages)
+    idle = gather_numbers(1 - busy / clock.total(), run.device)
     p, m = run.config.stages, run.config.micro_batches
     run.note(
         f"idle: {', '.join(f'{share:.0%}' for share in idle)} by rank; the bubble alone is (p−1)/(m+p−1) = "

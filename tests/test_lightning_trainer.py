@@ -158,6 +158,10 @@ def test_lightning_leaves_the_signals_alone(tmp_path: Path) -> None:
 # Checkpoints ------------------------------------------------------------------------------------------------------
 
 
+def busy(run: Path) -> list[Any]:
+    return [result(run)[f"{name}_busy_by_rank"] for name in ("main_thread", "cores")]
+
+
 def test_it_ends_early_keeps_the_best_and_has_nothing_left_to_train(tmp_path: Path) -> None:
     """At lr=0 nothing gets better: 1 evaluation sets the mark, 2 do not beat it. Cut in between, the count goes on."""
     run = tmp_path / "run"
@@ -165,6 +169,8 @@ def test_it_ends_early_keeps_the_best_and_has_nothing_left_to_train(tmp_path: Pa
     execute(TRAINER, run, 2, *words, "max_steps=8")
     execute(TRAINER, run, 2, *words)
     assert (result(run)["status"], result(run)["steps"]) == ("finished", 12)
+    assert all(0 < share < 1 for share in result(run)["data_wait_share_by_rank"]), "Lightning fetches, and waits"
+    assert all(0 < main <= cores for main, cores in zip(*busy(run), strict=True))
     assert (run / "checkpoints" / "BEST").read_text() == "step-00000004\n"
     assert [path.name for path in names(run / "checkpoints")] == [f"step-{step:08d}" for step in (12, 8, 4)]
     best, last = weights(run, "best.pt"), weights(run)
@@ -176,6 +182,7 @@ def test_it_ends_early_keeps_the_best_and_has_nothing_left_to_train(tmp_path: Pa
     execute(TRAINER, run, 2, *words)
     assert (run / "model.pt").read_bytes() == before
     assert (result(run)["status"], result(run)["images_per_second"]) == ("finished", None)
+    assert busy(run) == [None, None], "no step was taken"
 
 
 def test_a_checkpoint_is_lightning_s_and_another_recipe_says_so(tmp_path: Path) -> None:

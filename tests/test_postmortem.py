@@ -18,12 +18,12 @@ from lockstep.data import Samples
 from lockstep.errors import UserError
 from lockstep.findings import Finding
 from lockstep.postmortem import collect, error_in, judge
-from lockstep.pulse import Pulse
+from lockstep.pulse import HUNGRY, Pulse
 from lockstep.rundir import freeze
 from lockstep.schema import Config, from_yaml, to_yaml
 from lockstep.world import World
 from recipes import ddp, doctor
-from tests.harness import command, compose_config, execute, run_ranks
+from tests.harness import command, compose_config, execute, result, run_ranks
 from tests.test_bad_input import run_main
 from tests.test_failures import CRASHING
 
@@ -201,7 +201,7 @@ def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
         (out / "ranks" / f"{rank}.heartbeat").write_text(json.dumps(beat))
     found = read(out)
     assert found["slowest"].figure == "rank 2 (h) computed for 400 ms a step, 58% more than the ranks' median"
-    assert found["data"].figure == "rank 3 (h) waited longest for data: 30% of its time, the ranks' median 1%"
+    assert found["data"].figure == "rank 3 (h) waited longest for data: 30% of its steps' time, the ranks' median 1%"
     assert found["slowest"].verdict == found["data"].verdict == "warning"
     assert "data.workers" in found["data"].remedy
     (out / "ranks" / "2.heartbeat").write_text(json.dumps(beat | {"rank": 2, "busy": 10.4, "end": "ValueError: why"}))
@@ -243,6 +243,11 @@ def test_real_heartbeats_name_the_slow_rank(how: str, tmp_path: Path) -> None:
     beat = json.loads((tmp_path / "run" / "ranks" / "1.heartbeat").read_text())
     assert beat["spent"]["waiting for data" if how == "data" else "training"] > 20 * 0.02
     assert found["steps"].figure.count("step 20") == 1
+    mine, theirs = result(tmp_path / "run")["data_wait_share_by_rank"]
+    said = (tmp_path / "run" / "ranks" / "0.log").read_text()
+    if how == "data":
+        assert theirs > max(mine, HUNGRY)
+        assert f"rank 1 waited for images for {theirs:.0%} of its steps' time: each rank prepares its own" in said
 
 
 def metrics(out: Path, **columns: Any) -> None:

@@ -14,6 +14,9 @@ from torch import nn
 
 from lockstep.data import Batch
 from lockstep.errors import UserError
+from lockstep.instruments import LOAD, advice
+from lockstep.metrics import SAMPLE, Load, Stopwatch, percentile
+from lockstep.pulse import AFTER, TRAINING, WAITING, Pulse
 from lockstep.run import Run, lr_factor
 from lockstep.schema import OptimConfig
 from lockstep.world import World
@@ -49,6 +52,9 @@ def test_the_result_has_its_fields_and_they_agree(out: Path) -> None:
     assert result["step_seconds_p50"] <= result["step_seconds_p95"]
     assert result["peak_memory_bytes"] == max(result["peak_memory_bytes_by_rank"]) > 2**26
     assert result["train_loss"] == lines(out)[-2]["loss"]
+    for wait, cores, main in zip(*(result[f"{name}_by_rank"] for name in LOAD), strict=True):
+        assert 0 < wait < 1
+        assert 0 < main <= cores
 
 
 def test_a_line_of_metrics_a_logged_step_and_an_evaluation(out: Path) -> None:
@@ -195,3 +201,66 @@ def test_every_switch_of_the_arithmetic_trains(tmp_path: Path) -> None:
         out = tmp_path / str(number)
         train(single.train, out, 1, "batch_size=96", "max_steps=4", switch)
         assert math.isfinite(json.loads((out / "result.json").read_text())["train_loss"])
+
+
+class Clock:
+    """A Pulse's clocks, made up: all three, set by hand."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.passed = self.computed = self.main = 0.0
+        monkeypatch.setattr(Pulse, "_clocks", lambda pulse: (self.passed, self.computed, self.main))
+
+    def go(self, passed: float, computed: float, main: float) -> None:
+        self.passed, self.computed, self.main = self.passed + passed, self.computed + computed, self.main + main
+
+
+@pytest.mark.parametrize(("steps", "profiled"), [(0, 0), (1, 0), (4, 0), (12, 0), (14, 3)])
+def test_what_the_steps_were_spent_on_leaves_out_the_warm_up(
+    steps: int, profiled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step: 1 s waiting for data, 2 s on two cores, 1 s after it; evaluations and a slow warm-up do not count."""
+    clock = Clock(monkeypatch)
+    pulse = Pulse()
+    clock.go(99, 99, 99)
+    load = Load(pulse)
+    slow = {*range(min(steps - 1, 5 if steps > 9 else 1)), *range(6, 6 + profiled)}
+    for step in range(steps):
+        load.before_step()
+        if profiled and step == 6:
+            since = pulse.of_steps()
+        for phase, spent in ((WAITING, (10 if step in slow else 1, 0, 0)), (TRAINING, (2, 4, 2)), (AFTER, (1, 1, 1))):
+            pulse.enter(phase)
+            clock.go(*spent)
+        if profiled and step == 5 + profiled:
+            load.leave_out(profiled, since)
+        if step % 3 == 0:
+            pulse.enter("evaluating")
+            clock.go(50, 0, 0)
+    expected = {"data_wait_share": 0.25, "cores_busy": 1.25, "main_thread_busy": 0.75}
+    assert load.shares() == (pytest.approx(expected) if steps else {})
+
+
+def test_a_stopwatch_remembers_a_sample_of_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """100,000 steps, every tenth of which takes three times as long, after a warm-up that is slower still."""
+    lengths = [60.0] * 5 + [3.0 if step % 10 == 9 else 1 + step / 1e6 for step in range(100_000)]
+    now = [0.0]
+    monkeypatch.setattr(Stopwatch, "_now", lambda watch: now[0])
+    watch = Stopwatch(torch.device("cpu"))
+    for length in lengths:
+        watch.start()
+        now[0] += length
+        watch.stop()
+    assert watch.count == 100_005
+    assert watch.total() == pytest.approx(now[0])
+    found = watch.seconds()
+    assert len(found) == SAMPLE
+    assert percentile(found, 50) == pytest.approx(1.05, rel=0.01)
+    assert percentile(found, 95) == pytest.approx(3.0)
+    assert 0.08 < sum(length > 2.9 for length in found) / SAMPLE < 0.12
+    assert max(found) < 60
+
+
+def test_a_long_wait_for_images_is_given_its_knob() -> None:
+    assert "data.workers=1" in advice(0, ranks=2, threads=1, cores=2)
+    assert advice(2, ranks=1, threads=1, cores=8) == "set data.workers=4"
+    assert advice(3, ranks=2, threads=1, cores=8).startswith("decoding shares 8 cores with the model")

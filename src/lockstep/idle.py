@@ -34,8 +34,7 @@ class PartClock:
 
     def idle_shares(self) -> list[float]:
         """Of the time from a step's first forward to its last backward, the share in which each part waited."""
-        whole = sum(self.whole.seconds())
-        return [1 - sum(watch.seconds()) / whole for watch in self.busy]
+        return [1 - watch.total() / self.whole.total() for watch in self.busy]
 
     def start(self, part: int) -> None:
         if not self._step_begun:

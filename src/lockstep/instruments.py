@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -13,11 +14,31 @@ from lockstep.files import write_json
 from lockstep.gradients import Gradients, Parts, wanted
 from lockstep.leaks import Graphs, warning
 from lockstep.memory import Layer, Meter
+from lockstep.metrics import Load, gather_numbers
 from lockstep.monitor import Histogram
+from lockstep.pulse import HUNGRY
 from lockstep.unused import Audit, listed
+from lockstep.words import count
 
 if TYPE_CHECKING:
     from lockstep.run import Run
+
+LOAD = ("data_wait_share", "cores_busy", "main_thread_busy")  # in result.json, each followed by _by_rank
+
+
+def advice(workers: int, *, ranks: int, threads: int, cores: int) -> str:
+    """What could be done about a long wait for images on a host.
+
+    Args:
+        workers: processes that prepare one rank's images.
+        ranks: on this host.
+        threads: with which a rank computes.
+    """
+    if not workers:
+        return "each rank prepares its own; data.workers=1 has another process do it, which pays where a core is free"
+    if ranks * (threads + workers) < cores:
+        return f"set data.workers={2 * workers}"
+    return f"decoding shares {count(cores, 'core')} with the model: not more workers would help, but smaller files"
 
 
 class Instruments:
@@ -33,6 +54,7 @@ class Instruments:
         self._gradients: Gradients | None = None
         self._audit: Audit | None = None
         self._account: Account | None = None
+        self._load = Load(run.pulse)
 
     def begin(self, module: nn.Module, model: nn.Module, optimizer: Optimizer, names: list[str], parts: Parts) -> None:
         """Attach what is asked for.
@@ -61,6 +83,7 @@ class Instruments:
 
     def before_step(self, step: int, logged: bool) -> None:
         """Get ready for a step, which will be logged or not."""
+        self._load.before_step()
         if self._account:
             self._account.start()
         if self._gradients:
@@ -96,6 +119,23 @@ class Instruments:
         usage, figures = self._meter.read() if self._run.world.rank == 0 else ("", {})
         gradients = self._gradients if updated else None
         return figures | (gradients.scalars if gradients else {}), gradients.histograms if gradients else {}, usage
+
+    def finish(self, workers: int) -> None:
+        """Put down what the steps were spent on, by rank, and say so where the wait for data is long.
+
+        Args:
+            workers: processes that prepare this rank's images.
+        """
+        run = self._run
+        shares = {name: gather_numbers(share, run.device) for name, share in self._load.shares().items()}
+        run.note("", **{f"{name}_by_rank": shares.get(name) for name in LOAD})
+        waits = shares.get("data_wait_share", [0.0])
+        if max(waits) > HUNGRY:
+            longest = waits.index(max(waits))
+            world, cores = run.world, len(os.sched_getaffinity(0))
+            threads = world.threads if run.device.type == "cpu" else 1
+            remedy = advice(workers, ranks=world.hosts.count(world.hosts[0]), threads=threads, cores=cores)
+            run.note(f"data: rank {longest} waited for images for {max(waits):.0%} of its steps' time: {remedy}")
 
     def _name_unused(self, mine: list[str]) -> None:
         """Say which parameters got no gradient in this start's first step, whichever rank has them."""

@@ -36,7 +36,7 @@ from lockstep.errors import UserError
 from lockstep.files import write_json
 from lockstep.findings import Finding
 from lockstep.inquest import lost_a_peer
-from lockstep.pulse import FINISHED, WAITING, left_behind
+from lockstep.pulse import FINISHED, HUNGRY, left_behind, wait_share
 from lockstep.rundir import CHECKPOINTS, read_result
 from lockstep.schema import Config, from_yaml
 from lockstep.words import count, mebibytes, short
@@ -47,7 +47,6 @@ SLOWER = 0.7  # of its earlier speed, from which a run is said to have slowed do
 UNEVEN = 2.0  # times the median that the slowest twentieth of the steps may take
 FEW_STEPS = 5  # below which a rank's step times say nothing
 STRAGGLES = 1.2  # times the median that the slowest rank may compute
-HUNGRY = 0.1  # share of its time that a rank may wait for data
 GROWN = 1.3  # times its earlier peak, from which memory is said to grow
 REPORTS = {  # what a tool ends with, instead of a result.json
     "verify": ["verify.json"],
@@ -404,16 +403,15 @@ def slowest(facts: Facts) -> Iterator[Finding]:
 
 
 def data_wait(facts: Facts) -> Iterator[Finding]:
-    """How much of their time the ranks waited for batches."""
+    """How much of their steps' time the ranks waited for batches."""
     shares = []
     for one in facts["ranks"]:
-        spent = one["heartbeat"].get("spent") or {}
-        if (whole := sum(spent.values())) > 0:
-            shares.append((spent.get(WAITING, 0.0) / whole, one))
+        if spent := one["heartbeat"].get("spent"):
+            shares.append((wait_share(spent), one))
     if not shares:
         return
     share, most = max(shares, key=lambda pair: pair[0])
-    figure = f"{who([most])} waited longest for data: {share:.0%} of its time, the ranks' median "
+    figure = f"{who([most])} waited longest for data: {share:.0%} of its steps' time, the ranks' median "
     figure += f"{statistics.median(pair[0] for pair in shares):.0%}"
     if share > HUNGRY:
         yield Finding("data", "warning", figure, "set data.workers higher, or data.root to a faster disk")

@@ -24,11 +24,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TRAINING, WAITING = "training", "waiting for data"  # the phases of a step
+TRAINING, WAITING, AFTER = STEP = "training", "waiting for data", "after the update"  # the phases of a step
+HUNGRY = 0.05  # share of its steps from which a rank's wait for data is spoken of
 SIZE = 8192  # bytes of a heartbeat file, more than a line ever has
 ROWS = 8  # of ranks that are told apart in a message
 FINISHED, FAILED = "finished", "failed"
 Facts = dict[str, Any]
+Clocks = tuple[float, float, float]  # seconds: passed, computed by this process, computed by its main thread
+NOTHING: Clocks = (0.0, 0.0, 0.0)
 
 
 class Pulse:
@@ -40,8 +43,8 @@ class Pulse:
 
     def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
         self.facts: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
-        self._spent: dict[str, float] = {}
-        self._taken, self._busy, self._since = 0, 0.0, (0.0, 0.0)
+        self._spent: dict[str, Clocks] = {}
+        self._taken, self._busy, self._since, self._delay = 0, 0.0, NOTHING, 0.0
         self._file: int | None = None
         self._schedule: int | None = None
         with contextlib.suppress(OSError):
@@ -55,23 +58,37 @@ class Pulse:
         """Begin a phase; `step`: the one that is being taken, else as before."""
         if step is not None:
             self.facts["step"] = step
-        now, before = (time.perf_counter(), self._busy_seconds()), self.facts.get("phase")
+        now, delay, before = self._clocks(), self._delayed(), self.facts.get("phase")
         if before is not None:
-            self._spent[before] = self._spent.get(before, 0.0) + now[0] - self._since[0]
+            self._spent[before] = self._spent_in(before, now)
         if before == TRAINING:
             self._taken += 1
-            self._busy += now[1] - self._since[1]
-        self._since = now
-        spent = {name: round(seconds, 3) for name, seconds in self._spent.items()}
+            self._busy += now[1] - self._since[1] + delay - self._delay
+        self._since, self._delay = now, delay
+        spent = {name: round(clocks[0], 3) for name, clocks in self._spent.items()}
         self.tell(phase=phase, at=time.time(), spent=spent, taken=self._taken, busy=round(self._busy, 3))
 
-    def _busy_seconds(self) -> float:
-        """Seconds that this process has computed on any core, and that its main thread has waited for one."""
-        delayed = 0.0
+    def of_steps(self) -> tuple[float, float, float, float]:
+        """Seconds of this start spent in steps so far: each of `Clocks`, and how many of them waiting for data."""
+        now, running = self._clocks(), self.facts["phase"]
+        each = {name: self._spent_in(name, now if name == running else self._since) for name in STEP}
+        passed, computed, main = (sum(clock) for clock in zip(*each.values(), strict=True))
+        return passed, computed, main, each[WAITING][0]
+
+    def _spent_in(self, phase: str, now: Clocks) -> Clocks:
+        """What has been spent in a phase, with what has passed since it began."""
+        before, since = self._spent.get(phase, NOTHING), self._since
+        return before[0] + now[0] - since[0], before[1] + now[1] - since[1], before[2] + now[2] - since[2]
+
+    def _clocks(self) -> Clocks:
+        return time.perf_counter(), time.process_time(), time.thread_time()
+
+    def _delayed(self) -> float:
+        """Seconds that the main thread has waited for a core."""
         if self._schedule is not None:
             with contextlib.suppress(OSError, IndexError, ValueError):
-                delayed = int(os.pread(self._schedule, 100, 0).split()[1]) / 1e9
-        return time.process_time() + delayed
+                return int(os.pread(self._schedule, 100, 0).split()[1]) / 1e9
+        return 0.0
 
     def tell(self, **facts: Any) -> None:
         """Add to what is known of this rank."""
@@ -82,6 +99,12 @@ class Pulse:
                 line = json.dumps(self.facts | {"collectives": {}, "last": ""}).encode()
             with contextlib.suppress(OSError):
                 os.pwrite(self._file, line.ljust(SIZE - 1) + b"\n", 0)
+
+
+def wait_share(spent: Mapping[str, float]) -> float:
+    """Of the seconds that a rank has spent in steps, by phase, the share in which it waited for data."""
+    whole = sum(spent.get(phase, 0.0) for phase in STEP)
+    return spent.get(WAITING, 0.0) / whole if whole else 0.0
 
 
 def read(folder: Path, rank: int) -> Facts:

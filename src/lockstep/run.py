@@ -31,7 +31,7 @@ from lockstep.monitor import Mistake, Monitor, open_monitors
 from lockstep.precision import Scaler
 from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.pretrained import backbone
-from lockstep.pulse import TRAINING, WAITING
+from lockstep.pulse import AFTER, TRAINING, WAITING
 from lockstep.report import Report
 from lockstep.schema import Config, OptimConfig
 from lockstep.state import (
@@ -289,6 +289,7 @@ class Run:
         mine, total = state_bytes(self._optimizer)
         state = metrics.gather_numbers(mine, self.device)
         self._notes = {"state_bytes_by_rank": [int(m) for m in state], "state_bytes_unsharded": total} | self._notes
+        self._instruments.finish(self._workers())
         self._show_mistakes()
         for monitor in self.monitors:
             monitor.close()
@@ -426,7 +427,7 @@ class Run:
         """
         self._timer.stop()
         self.step += 1
-        self.pulse.enter("after the update", self.step)
+        self.pulse.enter(AFTER, self.step)
         if self._module and not self._module.training:
             raise UserError(
                 f"{self.recipe}: step {self.step} left the model in evaluation mode, which trains without dropout and "
@@ -622,7 +623,7 @@ class Run:
     def _result(self, status: str, memory: list[float]) -> dict[str, Any]:
         """The run in numbers; speeds are those of this start, null where it took no step."""
         parameters, trainable = self._parameters
-        seconds = metrics.warmed_up(self._timer.seconds())
+        seconds = self._timer.seconds()
         median = metrics.percentile(seconds, 50) if seconds else None
         return (
             {
