@@ -12,10 +12,12 @@ import torch
 from lockstep import data
 from lockstep.errors import UserError
 from lockstep.gradients import limits
+from lockstep.metrics import warm_up
 from lockstep.models import SMALL_IMAGE, build_model
 from lockstep.rundir import checkpoint_folder
 from lockstep.schema import AUTO, Config, check_values, walk
 from lockstep.state import check_weights, read_weights
+from lockstep.words import count
 
 if TYPE_CHECKING:
     from lockstep.app import Recipe
@@ -64,6 +66,14 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
         raise UserError(
             f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"
         )
+    if config.profile:
+        steps = min(config.epochs * (images // config.batch_size), config.max_steps or math.inf)
+        most = int(steps) - warm_up(int(steps)) - 1
+        if config.profile > most:
+            raise UserError(
+                f"profile={config.profile}: the run's {count(int(steps), 'step')} must be more than these and the "
+                f"warm-up's {warm_up(int(steps))}; allowed are 0…{max(0, most)}, or more steps"
+            )
     if config.data.num_classes not in (None, classes):
         where = "data.classes" if config.data.classes else config.data.name
         raise UserError(f"data.num_classes={config.data.num_classes}: {where} has {classes}; leave it out")

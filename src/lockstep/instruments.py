@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -14,16 +17,18 @@ from lockstep.files import write_json
 from lockstep.gradients import Gradients, Parts, wanted
 from lockstep.leaks import Graphs, warning
 from lockstep.memory import Layer, Meter
-from lockstep.metrics import Load, gather_numbers
+from lockstep.metrics import Load, gather_numbers, warm_up
 from lockstep.monitor import Histogram
 from lockstep.pulse import HUNGRY
 from lockstep.unused import Audit, listed
 from lockstep.words import count
 
 if TYPE_CHECKING:
+    from lockstep.profiling import Profiler
     from lockstep.run import Run
 
 LOAD = ("data_wait_share", "cores_busy", "main_thread_busy")  # in result.json, each followed by _by_rank
+NOTHING = contextlib.nullcontext()
 
 
 def advice(workers: int, *, ranks: int, threads: int, cores: int) -> str:
@@ -55,6 +60,7 @@ class Instruments:
         self._audit: Audit | None = None
         self._account: Account | None = None
         self._load = Load(run.pulse)
+        self._profiler: Profiler | None = None
 
     def begin(self, module: nn.Module, model: nn.Module, optimizer: Optimizer, names: list[str], parts: Parts) -> None:
         """Attach what is asked for.
@@ -71,11 +77,32 @@ class Instruments:
         if run.config.memory:
             self._account = Account(module, optimizer)
         self._audit = Audit(module, model, optimizer)
+        if run.config.profile:
+            self._begin_profile(run.config.profile)
+
+    def _begin_profile(self, steps: int) -> None:
+        run, left = self._run, self._run.total_steps - self._run.step
+        if warm_up(left) + steps > left:
+            run.report.line(f"profile={steps}: left out, for only {count(left, 'step')} are left to take")
+            return
+        from lockstep.profiling import Profiler
+
+        path = run.out / "ranks" / f"{run.world.rank}.trace.json"
+        self._profiler = Profiler(run.device, run.step + warm_up(left) + 1, steps, path)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The names of the scalars that logged steps have of gradients."""
         return self._gradients.columns if self._gradients else ()
+
+    @property
+    def profiling(self) -> bool:
+        """Whether the step that is being taken is recorded, and its time says nothing."""
+        return self._profiler is not None and self._profiler.active
+
+    def waiting(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it this rank waits for its next batch."""
+        return self._profiler.waiting() if self._profiler and self._profiler.active else NOTHING
 
     def recorded(self, loss: Tensor) -> None:
         """See a loss with its graph."""
@@ -84,6 +111,10 @@ class Instruments:
     def before_step(self, step: int, logged: bool) -> None:
         """Get ready for a step, which will be logged or not."""
         self._load.before_step()
+        if self._profiler:
+            if step == self._profiler.first:
+                self._profiled_since = self._run.pulse.of_steps()
+            self._profiler.before_step(step)
         if self._account:
             self._account.start()
         if self._gradients:
@@ -100,6 +131,9 @@ class Instruments:
             CheckFailed: gradients.stop_on_nan is set, and there was one.
         """
         run = self._run
+        if self._profiler and self._profiler.after_step(step):
+            self._report_profile(self._profiler)
+            self._profiler = None
         if self._audit and updated:
             self._name_unused(self._audit.finish())
             self._audit = None
@@ -146,6 +180,26 @@ class Instruments:
             run.report.line(
                 f"warning: no gradient in the first step for {listed(names)}: not trained; use them, or freeze them"
             )
+
+    def _report_profile(self, profiler: Profiler) -> None:
+        """Write down what the recorded steps were spent on, by rank; they do not count as steps of the run's speed."""
+        from lockstep.profiling import in_a_line, worst
+
+        run, began = self._run, time.perf_counter()
+        ranks: list[Any] = [None] * run.world.world_size
+        dist.all_gather_object(ranks, profiler.report(), run.world.control)
+        run.note(
+            f"profile: {in_a_line(ranks)}",
+            profiled_steps=profiler.steps,
+            communication_seconds_by_rank=[each["communication"] for each in ranks],
+            exposed_communication_seconds_by_rank=[each["exposed"] for each in ranks],
+        )
+        if run.world.rank == 0:
+            operations = worst(ranks)
+            shown = [{name: value for name, value in each.items() if name != "operations"} for each in ranks]
+            write_json(run.out / "profile.json", {"steps": profiler.steps, "ranks": shown, "operations": operations})
+        self._load.leave_out(profiler.steps, self._profiled_since)
+        run.pause(time.perf_counter() - began)
 
     def _report_memory(self, layers: list[Layer]) -> None:
         """Write down what each rank held in the step that has ended, the first one."""

@@ -256,7 +256,8 @@ class Run:
     def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
             self.pulse.enter(WAITING, self.step + 1)
-            batch = next(batches, None)
+            with self._instruments.waiting():
+                batch = next(batches, None)
             if batch is None:
                 return
             self.pulse.enter(TRAINING)
@@ -425,7 +426,8 @@ class Run:
         Raises:
             UserError: the model is in evaluation mode.
         """
-        self._timer.stop()
+        if not self._instruments.profiling:
+            self._timer.stop()
         self.step += 1
         self.pulse.enter(AFTER, self.step)
         if self._module and not self._module.training:
@@ -448,6 +450,10 @@ class Run:
         if evaluates:
             self.pulse.enter("evaluating")
         return evaluates
+
+    def pause(self, seconds: float) -> None:
+        """Not to count so much time in the speed that is logged."""
+        self._logged_at += seconds
 
     def _log_step(self, left_out: bool) -> None:
         self._train_loss, memory = self._loss_and_memory()
@@ -486,7 +492,7 @@ class Run:
             waited = self._keeper.waited
             self.report.line(f"stopping early: {self.config.metric} has not become better in {waited} evaluations")
             self.total_steps = self.step
-        self._logged_at += time.perf_counter() - self._paused_at
+        self.pause(time.perf_counter() - self._paused_at)
 
     @property
     def _scaling(self) -> dict[str, float]:
@@ -531,7 +537,7 @@ class Run:
         self._keeper.save(
             state, self.step, epoch=self.epoch, lr=self._next_lr(), train_loss=self._train_loss, metrics=evaluation
         )
-        self._logged_at += time.perf_counter() - paused
+        self.pause(time.perf_counter() - paused)
 
     def _leave(self, sign: int) -> None:
         """Write down how far it came, and go.

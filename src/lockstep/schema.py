@@ -316,6 +316,9 @@ class Config:
     cudnn_benchmark: Any = key(
         AUTO, "cuda: time cuDNN's algorithms and take the fastest (auto: true)", (AUTO, True, False), free=True
     )
+    profile: int = key(
+        0, "steps after the warm-up that torch.profiler records, into profile.json and ranks/", minimum=0, free=True
+    )
     detect_anomaly: bool = key(False, "name the operation whose backward made a NaN (slow)", free=True)
     nproc: int | None = key(None, "ranks on this machine (null: one per GPU, else 2)", minimum=1, free=True)
     device: str = key("auto", "where the ranks compute", ("auto", "cpu", "cuda"), free=True)
@@ -387,6 +390,8 @@ def check_values(config: Config) -> None:
     if config.seed >= 2**32:
         raise UserError(f"seed={config.seed}: allowed are numbers from 0 to 2**32 − 1")
     check_limits(config.gradients)
+    if config.profile > 100:
+        raise UserError(f"profile={config.profile}: allowed are 0…100, for all that they do is kept in memory")
     if config.monitor.images > 64:
         raise UserError(f"monitor.images={config.monitor.images}: allowed are 0…64")
     if min(config.data.std, default=1) <= 0:
