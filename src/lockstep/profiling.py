@@ -9,7 +9,7 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
-from lockstep.exposed import Event, Node, exposed, forest, is_work, length, union
+from lockstep.exposed import HOSTS, Event, Node, exposed, forest, is_work, length, union
 
 DATA = "lockstep: waiting for data"
 STEP = "ProfilerStep#"  # by which other tools know a step
@@ -140,7 +140,11 @@ def of_host(events: list[Event], roots: list[Node]) -> Iterator[tuple[str, str, 
         node = waiting.pop()
         kind = class_of(node.event.name)
         if kind in OUTER:
-            yield node.event.name, kind, node.event.seconds
+            begins = own_from(node, events)
+            late = [each for each in node.inside if each.event.start >= begins]
+            seconds = sum(each.event.seconds for each in late) if begins > node.event.start else node.event.seconds
+            yield node.event.name, kind, seconds
+            waiting += [each for each in node.inside if each.event.start < begins]
             continue
         waiting += node.inside
         if is_work(node):
@@ -152,21 +156,37 @@ def of_host(events: list[Event], roots: list[Node]) -> Iterator[tuple[str, str, 
 
 def of_device(events: list[Event], roots: list[Node]) -> Iterator[tuple[str, str, float]]:
     """(name, class, seconds) of a GPU's kernels and copies; what one is for, its launching operation may tell."""
-    launched = {node.event.link: node for root in roots for node in root if node.event.link is not None}
+    nodes = [node for root in roots for node in root]
+    launched = {node.event.link: node for node in nodes if node.event.link is not None}
+    starts = {id(node): own_from(node, events) for node in nodes if class_of(node.event.name) in OUTER}
     for event in events:
         if event.on_device:
-            yield event.name, kernel_class(event, launched.get(event.link or -1)), event.seconds
+            yield event.name, kernel_class(event, launched.get(event.link or -1), starts), event.seconds
 
 
-def kernel_class(event: Event, node: Node | None) -> str:
-    """What a kernel is for: what all is that runs within an optimizer; else by its name, or by its operation's."""
-    kinds = []
+def kernel_class(event: Event, node: Node | None, begins: Mapping[int, float]) -> str:
+    """What a kernel is for: what all is that runs within an optimizer; else by its name, or by its operation's.
+
+    Args:
+        node: the operation that launched it.
+        begins: from when on what runs within a node belongs to it, by the node's id; for those of a class in OUTER.
+    """
+    kinds, launched = [class_of(event.name)], node.event.start if node else 0.0
     while node is not None:
-        kinds.append(class_of(node.event.name))
+        kind = class_of(node.event.name)
+        if kind not in OUTER:
+            kinds.append(kind)
+        elif launched >= begins[id(node)]:
+            return kind
         node = node.within
-    outer = [kind for kind in kinds if kind in OUTER]
-    known = [kind for kind in [class_of(event.name), *kinds] if kind != "other"]
-    return (outer or known or ["other"])[0]
+    return next((kind for kind in kinds if kind != "other"), "other")
+
+
+def own_from(node: Node, events: list[Event]) -> float:
+    """From when on what runs within an optimizer's step belongs to it: it may be handed forward and backward to run."""
+    start, end = node.event.start, node.event.end
+    backward = [each.end for each in events if start < each.start < end and each.name.startswith(HOSTS)]
+    return max(backward, default=start)
 
 
 def class_of(name: str) -> str:
