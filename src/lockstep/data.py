@@ -335,24 +335,14 @@ def chosen_classes(config: DataConfig, names: list[str]) -> list[int]:
 
 
 def digits() -> tuple[Images, Images]:
-    """scikit-learn's digits: 1,797 scans of 8 × 8 pixels, 10 classes; 1,437 to train on, 360 to evaluate.
+    """scikit-learn's digits: 1,797 scans of 8 × 8 pixels, 10 classes; 1,437 to train on, 360 to evaluate."""
 
-    Source: https://archive.ics.uci.edu/dataset/80. The split is a fixed shuffle, so it is the same for every seed.
-    """
-    # The file that scikit-learn's load_digits reads. To import scikit-learn would take every rank seconds.
-    package = importlib.util.find_spec("sklearn")
-    assert package is not None, "a dependency of lockstep"
-    file = Path(str(package.origin)).parent / "datasets/data/digits.csv.gz"
-    table = torch.from_numpy(np.loadtxt(file, delimiter=","))
-    grey = (table[:, :64].view(-1, 8, 8) * (255 / 16)).round().to(torch.uint8)  # the file counts 0…16
-    images = grey[:, None].expand(-1, 3, -1, -1)  # a ResNet takes 3 channels; expand copies nothing
-    labels = table[:, 64].long()
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
-    train, test = order[:-360], order[-360:]
-    return (
-        InMemory(images[train], labels[train], 10, shift=1, flip=False),  # a mirrored 2 is no digit
-        InMemory(images[test], labels[test], 10, shift=1, flip=False),
-    )
+    def hold(grey: np.ndarray, labels: np.ndarray) -> InMemory:
+        images = torch.from_numpy(grey)[:, None].repeat(1, 3, 1, 1)  # a ResNet takes 3 channels
+        return InMemory(images, torch.from_numpy(labels), 10, shift=1, flip=False)  # a mirrored 2 is no digit
+
+    train, test = read_digits()
+    return hold(*train), hold(*test)
 
 
 def synthetic(config: DataConfig, seed: int) -> tuple[Images, Images]:
@@ -382,6 +372,22 @@ def cifar10(root: Path) -> tuple[Images, Images]:
         return InMemory(images.view(-1, 3, 32, 32), labels.long(), 10, shift=4, flip=True)
 
     return read(train_files), read(test_files)
+
+
+def read_digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+    """(images [N, 8, 8] uint8, labels [N] int64) to train on, and the same to evaluate.
+
+    Source: https://archive.ics.uci.edu/dataset/80. The split is a fixed shuffle, so it is the same for every seed.
+    """
+    # The file that scikit-learn's load_digits reads. To import scikit-learn would take every rank seconds.
+    package = importlib.util.find_spec("sklearn")
+    assert package is not None, "a dependency of lockstep"
+    table = np.loadtxt(Path(str(package.origin)).parent / "datasets/data/digits.csv.gz", delimiter=",")
+    grey = (table[:, :64].reshape(-1, 8, 8) * (255 / 16)).round().astype(np.uint8)  # the file counts 0…16
+    labels = table[:, 64].astype(np.int64)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0)).numpy()
+    train, test = order[:-360], order[-360:]
+    return (grey[train], labels[train]), (grey[test], labels[test])
 
 
 def cifar10_files(root: Path) -> tuple[list[Path], list[Path]]:
@@ -497,7 +503,7 @@ def check(config: DataConfig) -> tuple[int, int]:
     if config.name == "digits":
         if config.classes is None:
             return 10, 1437
-        labels = digits()[0].labels.numpy()
+        labels = read_digits()[0][1]
     elif config.name == "cifar10":
         root = _root(config)
         if config.download and not any((root / folder).is_dir() for folder in (CIFAR_BINARIES, CIFAR_PICKLES)):
