@@ -54,7 +54,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep import Recipe, Run, UserError, data, recipe, rundir, trial, world
+from lockstep import Recipe, Run, UserError, formats, recipe, rundir, trial, world
 from lockstep.checks import complete
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
@@ -182,7 +182,7 @@ def check(config: Config, share: int) -> None:
         world.check_nproc(how.ranks, device, backend)
     common = words(config, how)
     base = compose_another(each, common)
-    counted = None if any(key.startswith("data.") for key in space.texts) else data.check(base.data)
+    counted = None if any(key.startswith("data.") for key in space.texts) else formats.check(base.data)
     tree = OmegaConf.structured(base)
     for drawn in space.examples():
         values = space.values(drawn, base)

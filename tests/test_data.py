@@ -28,10 +28,11 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as transforms
 
-from lockstep import data
-from lockstep.data import DRAWS, EvalSampler, InMemory, Samples, StepSampler, epoch_order, rank_slice, uniform
+from lockstep import data, formats
+from lockstep.data import DRAWS, InMemory, Samples
 from lockstep.errors import UserError
 from lockstep.metrics import Evaluation, evaluate
+from lockstep.order import EvalSampler, StepSampler, epoch_order, rank_slice, uniform
 from lockstep.schema import DataConfig
 from lockstep.world import World
 from tests.harness import run_ranks
@@ -347,7 +348,7 @@ def test_digits_are_split_into_1437_and_360_without_overlap() -> None:
     train, test = (everything(images) for images in sets)
     assert [len(images) for images in sets] == [1437, 360]
     assert [images.classes for images in sets] == [10, 10]
-    assert data.check(DataConfig()) == (10, 1437)
+    assert formats.check(DataConfig()) == (10, 1437)
     bunch = load_digits()
     grey = [np.array([[round(v * 255 / 16) for v in row] for row in image], np.uint8) for image in bunch.images]
     published = Counter((np.stack([g] * 3).tobytes(), int(t)) for g, t in zip(grey, bunch.target, strict=True))
@@ -382,7 +383,7 @@ def test_synthetic_images_are_the_same_for_a_seed_and_as_many_and_large_as_asked
     for train, test in sets:
         assert (train.images.shape, test.images.shape) == ((21, 3, 5, 5), (5, 3, 5, 5))
         assert set(train.labels.tolist()) == {0, 1, 2}
-    assert data.check(config) == (3, 21)
+    assert formats.check(config) == (3, 21)
     assert torch.equal(sets[0][0].images, sets[1][0].images)
     assert torch.equal(sets[0][1].labels, sets[1][1].labels)
     assert not torch.equal(sets[0][0].images, sets[2][0].images)
@@ -467,7 +468,7 @@ def cifar(root: Path, download: bool = False) -> DataConfig:
 def complaint(config: DataConfig, load: bool = True) -> str:
     """What the user is told about this data, before a run and also when a rank loads it."""
     with pytest.raises(UserError) as caught:
-        data.check(config)
+        formats.check(config)
     told = str(caught.value)
     assert told
     assert "\n" not in told
@@ -484,7 +485,7 @@ def test_cifar10_reads_the_same_images_from_each_of_its_published_forms(form: st
         cifar_binaries(tmp_path)
     else:
         cifar_pickles(tmp_path, python2_pickle if form == "python 2" else python3_pickle)
-    assert data.check(cifar(tmp_path)) == (10, cifar_size())
+    assert formats.check(cifar(tmp_path)) == (10, cifar_size())
     records = cifar_records()
     for images, names in zip(data.load(cifar(tmp_path), 32, 0), (CIFAR_NAMES[:5], CIFAR_NAMES[5:]), strict=True):
         batch = everything(images)
@@ -593,11 +594,11 @@ def test_a_cifar_pickle_cut_anywhere_is_refused(dump: Callable[[dict[bytes, Any]
     whole = dump(cifar_batch("data_batch_1"))
     file = tmp_path / "data_batch_1"
     file.write_bytes(whole)
-    data.read_cifar_pickle(file)
+    formats.read_cifar_pickle(file)
     for length in [*range(300), *range(300, len(whole) - 300, 97), *range(len(whole) - 300, len(whole))]:
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match="data_batch_1"):
-            data.read_cifar_pickle(file)
+            formats.read_cifar_pickle(file)
 
 
 class Bomb:
@@ -651,18 +652,18 @@ def test_some_classes_keep_their_images_and_are_relabelled_in_the_order_asked_fo
         assert mine.labels.tolist() == [chosen.index(all_of_it.labels[i].item()) for i in keep]
         assert torch.equal(part.labels, mine.labels)
         assert (part.classes, len(part)) == (3, len(keep))
-    assert data.check(config) == (3, len(data.load(config, 8, 0)[0]))
+    assert formats.check(config) == (3, len(data.load(config, 8, 0)[0]))
 
 
 def test_some_classes_of_cifar10_and_of_an_image_folder(tmp_path: Path, folder: Path) -> None:
     cifar_binaries(tmp_path / "root")
     of_cifar = DataConfig(name="cifar10", root=str(tmp_path / "root"), image_size=32, classes=["1", "9"])
     labels = [label for name in CIFAR_NAMES[:5] for label in cifar_records()[name][1] if label in (1, 9)]
-    assert data.check(of_cifar) == (2, len(labels))
+    assert formats.check(of_cifar) == (2, len(labels))
     train, _ = data.load(of_cifar, 32, 0)
     assert everything(train).labels.tolist() == [(1, 9).index(label) for label in labels]
     folders = DataConfig(name="imagefolder", root=str(folder), classes=["dog", "cat"])
-    assert data.check(folders) == (2, 10)
+    assert formats.check(folders) == (2, 10)
     train, _ = data.load(folders, 32, 0)
     assert everything(train).labels.tolist() == [1] * 5 + [0] * 5
 
@@ -680,7 +681,7 @@ def test_some_classes_of_cifar10_and_of_an_image_folder(tmp_path: Path, folder: 
 )
 def test_classes_that_are_not_there_are_refused(classes: list[str], name: str, said: str, folder: Path) -> None:
     with pytest.raises(UserError) as refused:
-        data.check(DataConfig(name=name, classes=classes, root=str(folder)))
+        formats.check(DataConfig(name=name, classes=classes, root=str(folder)))
     assert said in str(refused.value)
 
 
@@ -702,10 +703,10 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def test_cifar10_is_downloaded_where_asked_and_only_once(site: Site, tmp_path: Path) -> None:
     root = tmp_path / "not" / "there yet"
-    assert data.check(cifar(root, download=True)) == (10, cifar_size())
+    assert formats.check(cifar(root, download=True)) == (10, cifar_size())
     assert site.asked
     site.asked.clear()
-    assert data.check(cifar(root, download=True)) == (10, cifar_size())
+    assert formats.check(cifar(root, download=True)) == (10, cifar_size())
     train, test = data.load(cifar(root, download=True), 32, 0)
     assert not site.asked
     records = cifar_records()
@@ -723,7 +724,7 @@ def test_nothing_is_downloaded_unless_asked(site: Site, tmp_path: Path) -> None:
 
 def test_nothing_is_downloaded_where_the_binaries_are(site: Site, tmp_path: Path) -> None:
     cifar_binaries(tmp_path / "root")
-    assert data.check(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
+    assert formats.check(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
     assert not site.asked
 
 
@@ -736,7 +737,7 @@ def test_a_download_that_fails_names_the_address_and_can_be_repeated(site: Site,
         assert CIFAR10.url in told
         assert "data.download" in told
     site.archive = good
-    assert data.check(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
+    assert formats.check(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
 
 
 def test_a_download_from_an_unreachable_address_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -786,7 +787,7 @@ def imagefolder(root: Path, check_files: int = 10_000) -> DataConfig:
 
 
 def test_an_image_folder_has_its_images_labelled_by_sorted_class(folder: Path) -> None:
-    assert data.check(imagefolder(folder)) == (2, 10)
+    assert formats.check(imagefolder(folder)) == (2, 10)
     train, test = data.load(imagefolder(folder), 32, 0)
     assert (len(train), len(test)) == (10, 6)
     assert (train.classes, test.classes) == (2, 2)
@@ -988,15 +989,15 @@ def a_dead_link(root: Path) -> Path:
     ],
 )
 def test_a_spoilt_image_is_named_before_the_run(spoil: Callable[[Path], Path], folder: Path) -> None:
-    data.check(imagefolder(folder))
+    formats.check(imagefolder(folder))
     path = spoil(folder)
     assert str(path) in complaint(imagefolder(folder), load=False)
-    assert data.check(imagefolder(folder, check_files=0)) == (2, 10), "no file was to be looked at"
+    assert formats.check(imagefolder(folder, check_files=0)) == (2, 10), "no file was to be looked at"
 
 
 def test_only_as_many_files_are_looked_at_as_asked(folder: Path) -> None:
     path = truncated("train/dog/2.png")(folder)  # the 8th in sorted order
-    data.check(imagefolder(folder, check_files=7))
+    formats.check(imagefolder(folder, check_files=7))
     assert str(path) in complaint(imagefolder(folder, check_files=8), load=False)
 
 
@@ -1020,7 +1021,7 @@ def test_train_and_val_with_different_classes_are_refused(spoil: Callable[[Path]
 )
 def test_an_image_that_does_not_decode_is_named_in_one_line(content: bytes, workers: int, folder: Path) -> None:
     path = replaced("val/cat/0.jpg", content)(folder)
-    data.check(imagefolder(folder))  # its first and last bytes are right
+    formats.check(imagefolder(folder))  # its first and last bytes are right
     images = data.load(imagefolder(folder), 16, 0)[1]
     batches = data.loader(Samples(images, 0, augment=False), EvalSampler(6, 2, 0, 1), workers, pin_memory=False)
     with pytest.raises(UserError) as caught:

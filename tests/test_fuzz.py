@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep import checkpoint, data
+from lockstep import checkpoint, order
 from lockstep.checkpoint import Checkpoints, folder_name
 from lockstep.preemption import SIGNALS, Agreement
 from lockstep.state import TrainingState
@@ -108,12 +108,12 @@ def other_random_numbers(patch: Patch) -> None:
 
 
 def samples_shifted(patch: Patch) -> None:
-    sampler = data.StepSampler
+    sampler = order.StepSampler
 
     def shifted(size: int, batch_size: int, seed: int, rank: int, ranks: int, first: int, last: int) -> Any:
         return sampler(size, batch_size, seed, rank, ranks, first + bool(first), last + bool(first))
 
-    patch.setattr(data, "StepSampler", shifted)
+    patch.setattr(order, "StepSampler", shifted)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from lockstep.data import EvalSampler
 from lockstep.metrics import Evaluation, Tally
+from lockstep.order import EvalSampler
 from lockstep.run import Run
 from lockstep.world import World
 from tests.harness import ROOT, execute, lines, preload, result, run_ranks

@@ -21,6 +21,7 @@ from lockstep.app import Recipe
 from lockstep.checkpoint import names
 from lockstep.checks import complete
 from lockstep.errors import UserError
+from lockstep.order import epoch_order
 from lockstep.preemption import Preempted
 from lockstep.run import NothingLeft, Run
 from lockstep.rundir import freeze
@@ -199,7 +200,7 @@ def test_one_four_two_three_ranks_train_as_one(tmp_path: Path, monkeypatch: pyte
         execute(ddp.train, tmp_path / "parts", ranks, *PROOF, f"max_steps={stop}")
         assert result(tmp_path / "parts")["world_size"] == ranks
     seen = Counter((tmp_path / "seen").read_text().splitlines())
-    order = {f"{epoch} {sample}" for epoch in range(3) for sample in data.epoch_order(48, 0, epoch).tolist()}
+    order = {f"{epoch} {sample}" for epoch in range(3) for sample in epoch_order(48, 0, epoch).tolist()}
     assert set(seen) == order
     assert set(seen.values()) == {1}
     losses = [[line["loss"] for line in lines(tmp_path / run) if "loss" in line] for run in ("parts", "whole")]

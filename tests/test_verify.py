@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep import data
+from lockstep import order
 from lockstep.batchnorm import SyncBatchNorm
 from lockstep.proof import angle, difference
 from recipes import verify
@@ -207,11 +207,11 @@ def test_synchronising_in_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_padded_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def padded(self: data.EvalSampler) -> Iterator[tuple[int, torch.Tensor]]:
+    def padded(self: order.EvalSampler) -> Iterator[tuple[int, torch.Tensor]]:
         for number in self.numbers():  # the last batch filled up from the start, as DistributedSampler does
             yield number, torch.arange(number * self.batch_size, (number + 1) * self.batch_size) % self.size
 
-    monkeypatch.setattr(data.EvalSampler, "__iter__", padded)
+    monkeypatch.setattr(order.EvalSampler, "__iter__", padded)
     with pytest.raises(AssertionError, match="ddp in fp64: RuntimeError: evaluation counted 384 samples of 360"):
         execute(verify.train, tmp_path / "run", 2, "recipes=[ddp]", "max_steps=1")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lockstep import data
+from lockstep import formats
 from lockstep.errors import UserError
 from lockstep.gradients import limits
 from lockstep.metrics import warm_up
@@ -27,7 +27,7 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     """Check all that can be checked before anything is created, and fill in what follows from the data set.
 
     Args:
-        counted: the data set's classes and training images, where `data.check` has already looked it over.
+        counted: the data set's classes and training images, where `formats.check` has already looked it over.
 
     Raises:
         UserError: a package is missing, or a value is out of its range, does not fit another one, or is not supported
@@ -61,7 +61,7 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     check_batch(config, world_size)
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
-    classes, images = counted or data.check(config.data)
+    classes, images = counted or formats.check(config.data)
     if config.batch_size > images:
         raise UserError(
             f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"

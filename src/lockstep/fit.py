@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lockstep import data, oom, rank, rundir, world
+from lockstep import formats, oom, rank, rundir, world
 from lockstep.checks import check_batch, check_batchnorm, complete
 from lockstep.data import First
 from lockstep.errors import CheckFailed, UserError
@@ -143,7 +143,7 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
     Raises:
         UserError: none does.
     """
-    _, images = data.check(config.data)
+    _, images = formats.check(config.data)
     for units in range(1, max(1, images // unit) + 1):
         whole = with_values(config, {"batch_size": units * unit})
         try:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
-from lockstep.data import Batch, EvalSampler
+from lockstep.data import Batch
+from lockstep.order import EvalSampler
 from lockstep.pulse import Pulse
 
 KEPT = 64  # wrong predictions that an evaluation remembers

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lockstep import data, metrics
+from lockstep import data, metrics, order
 from lockstep.data import Batch
 from lockstep.errors import UserError
 from lockstep.files import write_json
@@ -246,7 +246,7 @@ class Run:
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's shares of the global batches of steps start…stop − 1, as `steps` yields them."""
         config = self.config
-        sampler = data.StepSampler(
+        sampler = order.StepSampler(
             len(self.train_set), config.batch_size, config.seed, self.shard, self.shards, start, stop
         )
         samples = data.Samples(self.train_set, config.seed, config.data.augment)
@@ -263,12 +263,12 @@ class Run:
             self.pulse.enter(TRAINING)
             yield batch
 
-    def eval_sampler(self) -> data.EvalSampler:
+    def eval_sampler(self) -> order.EvalSampler:
         """Which samples of the evaluation set are this rank's."""
         size, batch_size = len(self.eval_set), self.config.eval_batch_size
-        return data.EvalSampler(size, batch_size, self.world.rank, self.world.world_size)
+        return order.EvalSampler(size, batch_size, self.world.rank, self.world.world_size)
 
-    def eval_batches(self, sampler: data.EvalSampler) -> Iterator[Batch]:
+    def eval_batches(self, sampler: order.EvalSampler) -> Iterator[Batch]:
         """This rank's batches of the evaluation set, prepared as `batches` are, and not augmented."""
         samples = data.Samples(self.eval_set, self.config.seed, augment=False)
         return map(self._prepare, data.loader(samples, sampler, self._workers(), self.device.type == "cuda"))

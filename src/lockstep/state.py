@@ -1,7 +1,7 @@
 """What a training must remember to go on as if it had never stopped, as named tensors and JSON.
 
 Weights and buffers, the optimizer's state, whatever else a recipe hands to `run.steps(keep=...)`, and every random
-number generator of every rank. The data order needs no state (lockstep.data), and the learning rate follows from the
+number generator of every rank. The data order needs no state (lockstep.order), and the learning rate follows from the
 step.
 
 Tensors carry the names they have in the whole model (`model.fc.weight`, `optim.fc.weight.exp_avg`), whichever rank
