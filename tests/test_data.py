@@ -334,6 +334,25 @@ def test_augmenting_leaves_the_data_set_alone() -> None:
 # Digits and synthetic ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_bytes_become_what_the_formula_says_and_the_same_bits_in_any_batch(
+    dtype: torch.dtype, layout: torch.memory_format
+) -> None:
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    images = torch.arange(256, dtype=torch.uint8).repeat(21)[: 7 * 3 * 15 * 17].view(7, 3, 15, 17)
+    images = images.contiguous(memory_format=layout)
+    normalise = data.Normalise(mean, std)
+    found = normalise(images, dtype)
+    assert found.is_contiguous(memory_format=layout)
+    expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(found, expected.to(dtype), rtol=0, atol=1e-6)
+    parts = torch.cat([normalise(part, dtype) for part in (images[:1], images[1:4], images[4:])])
+    assert torch.equal(parts, found)
+    other = normalise(images[:, :, :9, :9], dtype)  # another size than before
+    torch.testing.assert_close(other, found[:, :, :9, :9], rtol=0, atol=0)
+
+
 def everything(images: data.Images) -> data.Batch:
     """All of a set, as evaluation reads it."""
     return images.fetch(torch.arange(len(images)), None)
@@ -838,20 +857,26 @@ def test_evaluation_looks_at_the_centre_224_of_256(tmp_path: Path) -> None:
         assert images[1].eq(0).all()
 
 
-def test_training_crops_are_inceptions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes: list[tuple[int, int, int, int]] = []
+def test_images_are_what_torchvision_makes_of_them_pixel_by_pixel(folder: Path) -> None:
+    train, test = data.load(imagefolder(folder), 32, 0)
+    draws = uniform(0, 0, torch.arange(10), DRAWS)
+    draws[:5, 0] = 1  # as large as can be: crops that are cut off by the border, or are the whole image
+    for images, drawn in ((train, draws), (test, None)):
+        assert isinstance(images, data.ImageFolder)
+        batch = images.fetch(torch.arange(len(images)), drawn).images
+        assert batch.is_contiguous(memory_format=torch.channels_last)
+        for i, path in enumerate(images.paths):
+            image = data.decode(path)
+            _, height, width = image.shape
+            box = data.centre(height, width) if drawn is None else data.random_crop(height, width, drawn[i].tolist())
+            expected = transforms.resized_crop(image.contiguous(), *box, [32, 32], antialias=True)
+            mirrored = drawn is not None and drawn[i, 4] < 0.5
+            assert torch.equal(batch[i], expected.flip(2) if mirrored else expected)
 
-    def spy(image: Tensor, top: int, left: int, height: int, width: int, size: list[int], **rest: Any) -> Tensor:
-        boxes.append((top, left, height, width))
-        return real(image, top, left, height, width, size, **rest)
 
-    real = transforms.resized_crop
-    monkeypatch.setattr(transforms, "resized_crop", spy)
-    images = data.ImageFolder(folder / "train", 8)
-    sample = 3  # 128 × 100
-    width, height = SIZES[3]
-    draws = uniform(0, 0, torch.arange(400), DRAWS)
-    images.fetch(torch.full((400,), sample), draws)
+def test_training_crops_are_inceptions() -> None:
+    width, height = 128, 100
+    boxes = [data.random_crop(height, width, draw.tolist()) for draw in uniform(0, 0, torch.arange(400), DRAWS)]
     areas, aspects = [], []
     for top, left, h, w in boxes:
         assert 0 <= top <= height - h

@@ -91,6 +91,7 @@ class Run:
         assert config.model.image_size is not None, "the app fills in what the data set says"
         self.image_size = config.model.image_size
         self.train_set, self.eval_set = data.load(config.data, self.image_size, config.seed)
+        self._normalise = data.Normalise(config.data.mean, config.data.std)
         self.steps_per_epoch = len(self.train_set) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
@@ -576,10 +577,10 @@ class Run:
 
     def _prepare(self, batch: Batch) -> Batch:
         """To the device as bytes, then to normalised floats of the model's size and memory format."""
-        images = batch.images.to(self.device, non_blocking=True).to(DTYPES[self.config.precision]).div_(255)
-        mean = images.new_tensor(self.config.data.mean).view(3, 1, 1)
-        std = images.new_tensor(self.config.data.std).view(3, 1, 1)
-        images = images.sub_(mean).div_(std)
+        images = batch.images.to(self.device, non_blocking=True)
+        if not self.config.channels_last:
+            images = images.contiguous()  # an image folder's are channels_last; bytes are quicker to move than floats
+        images = self._normalise(images, DTYPES[self.config.precision])
         size = self.image_size
         if images.shape[-1] != size:
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
