@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from lockstep.data import Batch
@@ -157,6 +158,25 @@ def test_batches_come_normalised_resized_and_in_the_model_s_dtype(tmp_path: Path
     assert abs(batch.images.mean().item()) < 0.2
     assert abs(batch.images.std().item() - 1) < 0.2
     assert batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("wanted", "layout"), [("true", torch.channels_last), ("false", torch.contiguous_format)], ids=str
+)
+def test_images_from_files_come_in_the_memory_format_asked_for(
+    wanted: str, layout: torch.memory_format, tmp_path: Path
+) -> None:
+    for part in ("train", "val"):
+        for name, level in (("dark", 51), ("light", 204)):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (20, 16), (level, 0, 255)).save(tmp_path / part / name / "image.png")
+    words = ("data=imagefolder", f"data.root={tmp_path}", "batch_size=2", "data.workers=0", "model.image_size=8")
+    images, labels = in_run(first_batch, tmp_path / "run", *words, f"channels_last={wanted}", "precision=fp32")
+    assert images.is_contiguous(memory_format=layout)
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    for image, label in zip(images, labels, strict=True):
+        expected = (torch.tensor([(0.2, 0.8)[int(label)], 0, 1]) - mean) / std
+        torch.testing.assert_close(image, expected.view(3, 1, 1).expand(3, 8, 8))
 
 
 def autocast_dtypes(run: Run) -> tuple[torch.dtype, torch.dtype]:
