@@ -119,11 +119,11 @@ def make_stager(cuda: bool) -> DefaultStager:
 
 
 class HashedFile(io.RawIOBase):
-    """A new file, and the hash of what it was handed, taken while that is in the cache: nothing is read again."""
+    """A file, and the hash of what it was handed, taken while that is in the cache: nothing is read again."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._file, self._hash = path.open("xb", buffering=0), hashlib.sha256()
+        self._file, self._hash = path.open("wb", buffering=0), hashlib.sha256()
         self.size = 0
 
     def writable(self) -> bool:
