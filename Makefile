@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
 SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all fuzz check format board bench clean help slurm
+.PHONY: demo test test-all fuzz check format board bench bench-gpu clean help slurm
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ bench: .venv/installed  ## the benchmarks, as paired ratios
 	$(BIN)/python -m benchmarks.startup
 	$(BIN)/python -m benchmarks.pipeline
 	$(BIN)/python -m benchmarks.checkpoint
+
+bench-gpu: .venv/installed  ## ResNet-50 on one GPU, beside a bare loop and the device's own rates; 8 minutes
+	$(BIN)/python -m benchmarks.gpu
 
 slurm:  # a real Slurm for the tests that run on one (slurm/box); nothing of it is started
 	@command -v slurmctld >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
