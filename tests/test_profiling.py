@@ -307,4 +307,6 @@ def test_a_run_that_is_cut_short_says_so_instead(tmp_path: Path) -> None:
         execute(single.train, tmp_path / "run", 1, *TINY, f"max_steps={steps}", "profile=2", "checkpoint.every=4")
     said = (tmp_path / "run" / "ranks" / "0.log").read_text()
     assert "profile=2: left out, for only 2 steps are left to take" in said
+    assert "\nprofile   " in said
+    assert "of communication" not in said, "one rank has nobody to talk to"
     assert "profiled_steps" not in result(tmp_path / "run")

@@ -217,5 +217,8 @@ def in_a_line(ranks: list[dict[str, Any]]) -> str:
     shares = {kind: sum(each["shares"][kind] for each in ranks) / len(ranks) for kind in ranks[0]["shares"]}
     largest = sorted(shares, key=lambda kind: -shares[kind])[:5]
     named = ", ".join(f"{kind} {shares[kind]:.0%}" for kind in largest)
+    where = f"{named}; profile.json, ranks/*.trace.json"
+    if not most["communication"]:
+        return where
     talk = f"{1000 * most['communication']:.3g} ms of communication a step on rank {ranks.index(most)}, of which "
-    return f"{talk}{1000 * most['exposed']:.3g} exposed; {named}; profile.json, ranks/*.trace.json"
+    return f"{talk}{1000 * most['exposed']:.3g} exposed; {where}"
