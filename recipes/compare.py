@@ -1,127 +1,277 @@
-"""Compare: what each technique costs on this machine, the recipes run one after the other on the same work.
+"""Compare: what each technique costs and gains on this machine, the recipes run in turn on the same work.
 
-Each recipe is started as a person would start it, with the same config, in turn and as many rounds as asked, so that a
-machine that gets slower meets them all alike. The table gives images/s with its spread, the seconds from the command
-to its first step, memory by rank or device and its imbalance (the largest over the mean), what of it is weights,
-gradients and optimizer on the rank that holds most, how long parts sat idle, and of DataParallel's threads how many
-computed at a time: where that is far below their number, they waited for each other in one interpreter. DataParallel's
-other two faults, the first device that holds more and does more, are the imbalance and the speed.
+Each recipe is started as a person would start it, with the same config, on each number of ranks, in turn and as many
+rounds as asked: a machine that gets slower meets them all alike. Where several numbers are asked for on CPUs, a rank
+has the same cores in all of them, as a rank on a GPU has the same GPU. Of recipes that are one process, data_parallel
+takes the number for its replicas, single and model_parallel run once. What a recipe cannot do is left out, with a line
+that says why.
 
-    python -m recipes.compare recipes=[data_parallel,ddp] max_steps=30
-    python -m recipes.compare rounds=3 model=resnet50 data=synthetic data.image_size=64 max_steps=10
+Reported are images/s with the spread of the rounds, speedup and efficiency against `single` (the global batch stays the
+same: strong scaling), communication and the share of it that nothing hides, idle parts, waiting for data, memory by rank
+and its imbalance (the largest over the mean), cores that were busy, the accuracy reached, the way to the first step. Of
+DataParallel's threads it tells how many computed at a time: where that is far below their number, they waited for each
+other in one interpreter. lockstep/comparison.py defines every figure.
 
-Expect: a table after a minute for each recipe and round, and compare.json beside it.
+    python -m recipes.compare recipes=[single,data_parallel,ddp] max_steps=30
+    python -m recipes.compare nproc=1,2,4 rounds=5 model=resnet50 data=synthetic data.image_size=64 max_steps=20
+    python -m recipes.compare recipes=[single,ddp,fsdp] verify=true     with recipes.verify's table of the same recipes
+
+Interrupt it or kill it, and type it again with the `out=` it had: runs that have ended are not run again.
+
+Expect: after a minute for each recipe, number and round: two tables, compare.json, plots, and report.html, one file
+that opens anywhere. Exit code 1 where a recipe failed; the report is then about the others.
 Source: https://arxiv.org/abs/2006.15704 (DataParallel against DistributedDataParallel)
 """
 
 import importlib
 import json
 import os
-import statistics
-import subprocess
-import sys
+import shlex
+import shutil
+import signal
 import time
-from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
-from lockstep import Run, UserError, recipe
-from lockstep.checks import check_package
+from lockstep import Recipe, Run, UserError, data, files, page, plots, recipe, rundir, trial, world
+from lockstep.checks import check_package, complete
+from lockstep.comparison import Case, Result, rows, tables, verdicts
 from lockstep.errors import CheckFailed
-from lockstep.files import write_json
-from lockstep.schema import Config
-from lockstep.trial import environment
+from lockstep.preemption import Preempted
+from lockstep.proof import with_values
+from lockstep.schema import Config, to_yaml, typed
+from lockstep.words import count, interpreter, short
 from recipes import choose
 
-OURS = {"recipes", "rounds", "out", "nproc"}  # keys that mean this tool, not the runs it starts
+OURS = {"recipes", "nprocs", "rounds", "verify", "profile", "out", "nproc", "threads", "resume", "launcher"}
+REPLICATES = {"data_parallel"}  # one process, whose `replicas` the number of ranks is
+VERIFIES = {"model", "data", "precision", "seed", "device", "backend", "start"}  # what recipes.verify is told, too
+WAIT_SECONDS = 60  # for a run that a killed start has left behind, and that is saving
 
 
-def measure(run: Run, name: str, number: int) -> dict[str, Any]:
-    """Run a recipe to its end in processes of its own; its result.json and, as `start_seconds`, its way to step 1."""
+# What is run ---------------------------------------------------------------------------------------------------------
+
+
+def plan(config: Config) -> tuple[list[Case], list[str]]:
+    """What is to be run, and a line for each combination that cannot be."""
+    device, backend = world.resolve_device(config.device, config.backend)
+    numbers = sorted(set(config.nprocs or [world.default_nproc(device)]))
+    cores = len(os.sched_getaffinity(0))
+    threads = config.threads
+    if threads is None and device == "cpu" and len(numbers) > 1:
+        threads = max(1, cores // numbers[-1])
+    counted = data.check(config.data)
+    cases, left_out = [], []
+    for name in choose(config.recipes):
+        each = importlib.import_module(f"recipes.{name}").train
+        varies = each.ranks is None or name in REPLICATES
+        for number in numbers if varies else [1]:
+            key = ("replicas" if name in REPLICATES else "nproc") if varies else ""
+            ranks = each.ranks or number
+            case = Case(
+                name,
+                number,
+                devices(config, each, number, ranks, threads, device, cores),
+                words(config, {key: number} if key else {}, threads),
+                "replica" if name in REPLICATES else "rank",
+            )
+            try:
+                look_over(case, each, ranks, device, backend, counted)
+                cases.append(case)
+            except UserError as error:
+                line = f"{case.label}: {error}"
+                if line not in left_out:
+                    left_out.append(line)
+    return cases, left_out
+
+
+def devices(
+    config: Config, each: Recipe, number: int, ranks: int, threads: int | None, device: str, cores: int
+) -> int:
+    """GPUs, or where there is none the cores, that a case may use."""
+    if device == "cuda":
+        return len(config.devices or "ab") if each.name == "model_parallel" else number
+    return min(cores, max(number, ranks * (threads or max(1, cores // ranks))))
+
+
+def words(config: Config, own: dict[str, int], threads: int | None) -> tuple[str, ...]:
+    """The overrides of a case's command."""
     from lockstep.compose import overrides  # Hydra, which only a process that starts others needs
 
-    out = run.out / f"{name}-{number}"
-    command = [sys.executable, "-m", f"recipes.{name}", f"out={out}", *overrides(train, run.asked, OURS)]
-    began = time.perf_counter()
-    done = subprocess.run(command, env=environment(os.environ), capture_output=True, text=True)
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        raise CheckFailed(f"recipes.{name} failed: {done.stderr.strip().splitlines()[-1]}")
-    result = json.loads((out / "result.json").read_text())
-    return result | {"start_seconds": seconds - result["wall_seconds"] + result["setup_seconds"]}
+    own = own | ({"threads": threads} if threads else {})
+    if getattr(config, "profile", 0):
+        own |= {"profile": config.profile}  # type: ignore[attr-defined]
+    return (*overrides(train, config, OURS), *(typed(*pair) for pair in own.items()))
 
 
-def summary(name: str, results: list[dict[str, Any]]) -> dict[str, Any]:
-    """One recipe's row over all rounds."""
-    speeds = [result["images_per_second"] for result in results]
-    last = results[-1]
-    memory = last.get("peak_by_device", last["peak_memory_bytes_by_rank"])
-    threads = last["thread_seconds"] / last["forward_seconds"] if "thread_seconds" in last else None
-    return {
-        "recipe": name,
-        "ranks": last["world_size"],
-        "images_per_second": statistics.median(speeds),
-        "slowest": min(speeds),
-        "fastest": max(speeds),
-        "start_seconds": statistics.median(result["start_seconds"] for result in results),
-        "memory_bytes": memory,
-        "state_bytes": max(last["state_bytes_by_rank"]),
-        "memory_imbalance": max(memory) / statistics.mean(memory),
-        "idle_shares": last.get("idle_shares"),
-        "threads_busy": threads,
-        "eval_accuracy": last["eval_accuracy"],
-    }
+def look_over(case: Case, each: Recipe, ranks: int, device: str, backend: str, counted: tuple[int, int]) -> None:
+    """Hold a case to all that its own command would be held to; raises UserError."""
+    from lockstep.compose import compose_another
 
-
-def show(run: Run, rows: list[dict[str, Any]]) -> None:
-    """The table, for people."""
-    table = Table(title=f"{run.config.model.name} on {run.config.data.name}, {run.device.type}", title_justify="left")
-    columns: dict[str, Callable[[dict[str, Any]], str]] = {
-        "recipe": lambda row: row["recipe"],
-        "ranks": lambda row: str(row["ranks"]),
-        "images/s": lambda row: f"{row['images_per_second']:,.0f}",
-        "from, to": lambda row: f"{row['slowest']:,.0f}, {row['fastest']:,.0f}",
-        "start s": lambda row: f"{row['start_seconds']:.1f}",
-        "peak MiB": lambda row: ", ".join(f"{size / 2**20:,.0f}" for size in row["memory_bytes"]),
-        "imbalance": lambda row: f"{row['memory_imbalance']:.2f}",
-        "state MiB": lambda row: f"{row['state_bytes'] / 2**20:,.0f}",
-        "idle": lambda row: ", ".join(f"{share:.0%}" for share in row["idle_shares"] or []),
-        "threads busy": lambda row: "" if row["threads_busy"] is None else f"{row['threads_busy']:.2f}",
-        "accuracy": lambda row: f"{row['eval_accuracy']:.1%}",
-    }
-    columns = {name: cell for name, cell in columns.items() if any(map(cell, rows))}
-    for name in columns:
-        table.add_column(name)
-    for row in rows:
-        table.add_row(*(cell(row) for cell in columns.values()))
-    run.report.console.print(table)
+    check_package(each)
+    if each.backbone:
+        raise UserError("trains a part of a trained model, which is not the same work")
+    world.check_nproc(case.number, device, backend)
+    complete(compose_another(each, list(case.words)), each, ranks, counted)
 
 
 def check(config: Config, share: int) -> None:
-    """Only recipes that exist can be compared."""
+    """Before anything is created: numbers that can be, and something to run."""
     choose(config.recipes)
+    wrong = [number for number in config.nprocs or [] if number < 1]
+    if wrong or config.nprocs == []:
+        raise UserError(f"nproc={','.join(map(str, config.nprocs or []))}: allowed are numbers from 1 up, as nproc=1,2")
+    before = rundir.found_in(config, "compare")
+    if before and before[1].max_steps != config.max_steps:
+        raise UserError(
+            f"max_steps={config.max_steps}: the runs in out={config.out} have max_steps={before[1].max_steps}; "
+            "set it as it was, or name a new out"
+        )
+    cases, left_out = plan(config)
+    if not cases:
+        raise UserError(f"nothing is left to compare: {left_out[0]}")
 
 
-@recipe(ranks=1, check=check)
+# Running it ----------------------------------------------------------------------------------------------------------
+
+
+def carry_out(run: Run, target: str, told: list[str], out: Path) -> float | None:
+    """Run a command in a session of its own, to its end; its seconds, or None where this very one has ended before.
+
+    Raises:
+        trial.Failed: it has failed.
+        Preempted: this process is to leave.
+    """
+    note = out.with_name(f"{out.name}.json")
+    asked = {"command": target, "words": told}
+    if note.is_file() and {**json.loads(note.read_text()), **asked} == json.loads(note.read_text()):
+        return None
+    if out.exists():  # of a start that was cut off, whose run may be saving still; half a run measures nothing
+        rundir.lock(out, WAIT_SECONDS).close()
+        shutil.rmtree(out)
+    began = time.perf_counter()
+    command = trial.Command(target, told, out, os.getcwd(), {})
+    while not command.ended(0.5):
+        if run.listener and run.listener.received:
+            command.leaves()
+            raise Preempted(signal.Signals(run.listener.received).name)
+    seconds = time.perf_counter() - began
+    files.write_json(note, asked | {"seconds": seconds})
+    return seconds
+
+
+def measure(run: Run, case: Case, out: Path) -> Result:
+    """A run's result.json and, as `start_seconds`, its way to step 1."""
+    carry_out(run, f"recipes.{case.recipe}", list(case.words), out)
+    seconds = json.loads(out.with_name(f"{out.name}.json").read_text())["seconds"]
+    result = json.loads((out / "result.json").read_text())
+    return dict(result, start_seconds=seconds - result["wall_seconds"] + result["setup_seconds"])
+
+
+def verify(run: Run, cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
+    """recipes.verify's rows of the same recipes, on the largest number of ranks; and what it says is wrong."""
+    names = [name for name in dict.fromkeys(case.recipe for case in cases) if name != "single"]
+    proven = [name for name in names if importlib.import_module(f"recipes.{name}").train.proofs]
+    if not proven:
+        return [], "none of the recipes declares what recipes.verify could hold it to"
+    run.report.line(f"recipes.verify: {', '.join(proven)}")
+    told = [word for word in words(run.config, {}, None) if word.partition("=")[0].partition(".")[0] in VERIFIES]
+    told += [typed("recipes", proven), f"nproc={max(case.number for case in cases)}"]
+    out, problem = run.out / "runs" / "verify", ""
+    try:
+        carry_out(run, "recipes.verify", told, out)
+    except trial.Failed as error:
+        problem = f"recipes.verify: {error}"
+    file = out / "verify.json"
+    return (json.loads(file.read_text()) if file.is_file() else []), problem
+
+
+def again(config: Config) -> str:
+    """The command that repeats the comparison in a new folder."""
+    from lockstep.compose import overrides
+
+    typed_here = [word.replace("nprocs=[", "nproc=").rstrip("]") if word.startswith("nprocs=") else word
+                  for word in overrides(train, config, {"out", "nproc"})]  # fmt: skip
+    return f"{interpreter()} -m recipes.compare {shlex.join(typed_here)}".strip()
+
+
+def about(config: Config, device: str) -> dict[str, str]:
+    """The work, in a line."""
+    size = f"{config.model.image_size} × {config.model.image_size} pixels"
+    length = count(config.max_steps, "step") if config.max_steps else count(config.epochs, "epoch")
+    return {"": f"{config.model.name} on {config.data.name}", "of": size} | {
+        "global batch": str(config.batch_size),
+        "optimizer": config.optim.name,
+        "precision": config.precision,
+        "at most": length,
+        "in": count(config.rounds, "round"),
+        "on": device,
+    }
+
+
+@recipe(ranks=1, check=check, several="nproc")
 def train(run: Run) -> None:
-    results: dict[str, list[dict[str, Any]]] = {}
-    for name in choose(run.config.recipes):
-        try:
-            each = importlib.import_module(f"recipes.{name}").train
-            check_package(each)
-            if each.backbone:
-                raise UserError(f"recipes.{name} trains a part of a trained model, which is not the same work")
-            results[name] = []
-        except UserError as error:
-            run.report.line(f"left out: {error}")
-    for number in range(run.config.rounds):
-        for name, found in results.items():
-            run.report.line(f"round {number + 1} of {run.config.rounds}: recipes.{name}")
-            found.append(measure(run, name, number))
-    rows = [summary(name, found) for name, found in results.items()]
-    write_json(run.out / "compare.json", rows)
-    show(run, rows)
+    config = run.config
+    cases, left_out = plan(config)
+    for line in left_out:
+        run.report.line(f"left out: {line}")
+    (run.out / "runs").mkdir(exist_ok=True)
+    if run.listener:
+        run.listener.training = True  # from now on a signal is this function's to heed
+    found: dict[Case, list[Result]] = {case: [] for case in cases}
+    folders: dict[Case, list[str]] = {case: [] for case in cases}
+    failed: dict[Case, str] = {}
+    for number in range(1, config.rounds + 1):
+        for case in cases:
+            if case in failed:
+                continue
+            run.report.line(f"round {number} of {config.rounds}: {case.label}")
+            out = run.out / "runs" / f"{case.name}-{number}"
+            try:
+                found[case].append(measure(run, case, out))
+                folders[case].append(str(out.relative_to(run.out)))
+            except trial.Failed as error:
+                failed[case] = f"{case.label}: {error}"
+                run.report.line(f"failed: {failed[case]}")
+    verified, problem = verify(run, cases) if config.verify else ([], "")
+    made = rows(found, folders)
+    facts = page.Facts(
+        title=f"{config.model.name} on {config.data.name}: {count(len({case.recipe for case in cases}), 'recipe')}",
+        about=about(config, run.device.type),
+        rows=made,
+        environment=json.loads((run.out / "environment.json").read_text()),
+        config=to_yaml(replace(config, out=None)),
+        command=again(config),
+        out=str(run.out),
+        written=time.strftime("%Y-%m-%d %H:%M %Z"),
+        verified=verified,
+        verify_problem=problem,
+        left_out=left_out,
+        failed=list(failed.values()),
+    )
+    write(run, facts)
+    broken = [*failed.values(), *([problem] if problem else [])]
+    if broken:
+        raise CheckFailed("; ".join(broken))
+
+
+def write(run: Run, facts: page.Facts) -> None:
+    """compare.json, the plots, report.html, and the tables on the console."""
+    said = verdicts(facts.rows)
+    files.write_json(run.out / "compare.json", asdict(facts) | {"verdicts": said})
+    drawn = plots.plots(facts.rows) if facts.rows else []
+    for plot in drawn:
+        files.write_atomically(run.out / f"{plot.name}.png", plot.png(plots.LIGHT))
+    if drawn:
+        files.write_atomically(run.out / "compare.png", plots.overview(drawn))
+    files.write_atomically(run.out / "report.html", page.page(facts, drawn))
+    title = f"{run.config.model.name} on {run.config.data.name}, {run.device.type}"
+    for table in tables(title, facts.rows) if facts.rows else []:
+        run.report.console.print(table)
+    for line in said:
+        run.report.line(line)
+    run.report.line(f"written: {short(run.out / 'report.html')}, compare.json, compare.png and the runs")
 
 
 if __name__ == "__main__":

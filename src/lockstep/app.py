@@ -69,6 +69,7 @@ class Recipe:
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
         stands_for: of a tool that looks at one recipe, called with the config: which one.
         word: the key that a first word without `=` on the command line is the value of.
+        several: the key whose value is a list of whole numbers on this tool's command line; config has it as `<key>s`.
         alone: called with the config before anything else; where it returns an exit code it has done all there is to
             do, and no rank is started.
     """
@@ -84,6 +85,7 @@ class Recipe:
     needs: str | None = None
     stands_for: Callable[[Config], Recipe] | None = None
     word: str | None = None
+    several: str | None = None
     alone: Callable[[Config], int | None] | None = None
 
     def subject(self, config: Config) -> Recipe:

@@ -41,6 +41,8 @@ def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
     """
     if recipe.word:
         sys.argv = [sys.argv[0], *spelled_out(sys.argv[1:], recipe.word)]
+    if recipe.several:
+        sys.argv = [sys.argv[0], *(in_plural(word, recipe.several) for word in sys.argv[1:])]
     check_cluster_words(sys.argv[1:])
     GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
     register(recipe)
@@ -94,6 +96,22 @@ def spelled_out(words: list[str], key: str) -> list[str]:
     if words and re.fullmatch(r"\w+", words[0]):
         return [f"{key}={words[0]}", *words[1:]]
     return words
+
+
+def in_plural(word: str, key: str) -> str:
+    """`nproc=1,2,4`, which Hydra would take for a sweep, as `nprocs=[1,2,4]`, for a tool that takes several numbers.
+
+    Raises:
+        UserError: it is that key, and its value is neither whole numbers nor null.
+    """
+    name, equals, value = word.partition("=")
+    if name != key or not equals:
+        return word
+    if value == "null":
+        return f"{key}s=null"
+    if not re.fullmatch(r"(\[?) *\d+( *, *\d+)* *(\]?)", value) or value.startswith("[") != value.endswith("]"):
+        raise UserError(f"{word}: allowed are whole numbers from 1 up, one or several, such as {key}=1,2,4")
+    return f"{key}s=[{value.strip('[]')}]"
 
 
 def overrides(tool: Recipe, config: Config, without: Collection[str] = ()) -> list[str]:

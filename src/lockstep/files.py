@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib import metadata
@@ -86,11 +87,19 @@ def environment(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
         "git_commit": git_commit(),
         "hosts": hosts,
         "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_name(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": device,
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "backend": backend,
         "environment": {name: os.environ[name] for name in keep if name in os.environ},
     }
+
+
+def cpu_name() -> str:
+    """The processor's model, as the kernel knows it."""
+    names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return names[0] if names else platform.machine()
 
 
 def git_commit() -> str | None:

@@ -283,7 +283,11 @@ class Config:
     recipes: list[str] | None = key(
         None, "recipes to run or look at (null: all; doctor: ddp)", only=("verify", "compare", "doctor")
     )
-    rounds: int = key(1, "times that each recipe is run, in turn", minimum=1, only=("compare",))
+    rounds: int = key(3, "times that each recipe is run, in turn", minimum=1, only=("compare",))
+    nprocs: list[int] | None = key(
+        None, "ranks that each recipe is run on, typed as nproc=1,2,4 (null: one per GPU, else 2)", only=("compare",)
+    )
+    verify: bool = key(False, "also hold the recipes to recipes.single, with recipes.verify", only=("compare",))
     check: str = key(
         "preflight",
         "what recipes.doctor looks at: whether a run would work here, or where its memory goes",

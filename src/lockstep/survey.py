@@ -134,8 +134,7 @@ def device(world: World) -> Facts:
     found: Facts = {"type": world.device.type, "gpus_visible": cuda_count()}
     found["gpus_present"] = len(list(Path("/dev").glob("nvidia[0-9]*")))
     if world.device.type == "cpu":
-        names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-        return found | {"name": names[0] if names else platform.machine()}
+        return found | {"name": files.cpu_name()}
     properties = torch.cuda.get_device_properties(world.device)
     free, total = torch.cuda.mem_get_info(world.device)
     found |= {
