@@ -6,11 +6,11 @@ has the same cores in all of them, as a rank on a GPU has the same GPU. Of recip
 takes the number for its replicas, single and model_parallel run once. What a recipe cannot do is left out, with a line
 that says why.
 
-Reported are images/s with the spread of the rounds, speedup and efficiency against `single` (the global batch stays the
-same: strong scaling), communication and the share of it that nothing hides, idle parts, waiting for data, memory by rank
-and its imbalance (the largest over the mean), cores that were busy, the accuracy reached, the way to the first step. Of
-DataParallel's threads it tells how many computed at a time: where that is far below their number, they waited for each
-other in one interpreter. lockstep/comparison.py defines every figure.
+Reported are images/s with the spread of the rounds, speedup and efficiency against `single` (the global batch stays
+the same: strong scaling), communication and the share of a step in which nothing hides it, idle parts, waiting for
+data, memory by rank and its imbalance (the largest over the mean), busy cores, the accuracy reached, the way to
+the first step. Of DataParallel's threads it tells how many computed at a time: where that is far below their number,
+they waited for each other in one interpreter. lockstep/comparison.py defines every figure.
 
     python -m recipes.compare recipes=[single,data_parallel,ddp] max_steps=30
     python -m recipes.compare nproc=1,2,4 rounds=5 model=resnet50 data=synthetic data.image_size=64 max_steps=20
@@ -39,7 +39,6 @@ from lockstep.checks import check_package, complete
 from lockstep.comparison import Case, Result, rows, tables, verdicts
 from lockstep.errors import CheckFailed
 from lockstep.preemption import Preempted
-from lockstep.proof import with_values
 from lockstep.schema import Config, to_yaml, typed
 from lockstep.words import count, interpreter, short
 from recipes import choose
@@ -86,9 +85,7 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
     return cases, left_out
 
 
-def devices(
-    config: Config, each: Recipe, number: int, ranks: int, threads: int | None, device: str, cores: int
-) -> int:
+def devices(config: Config, each: Recipe, number: int, ranks: int, threads: int | None, device: str, cores: int) -> int:
     """GPUs, or where there is none the cores, that a case may use."""
     if device == "cuda":
         return len(config.devices or "ab") if each.name == "model_parallel" else number

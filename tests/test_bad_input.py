@@ -96,6 +96,8 @@ DDP = {
     "optim.schedule=step": ["optim.schedule=step", "constant, cosine"],
     "batch_size=33": ["batch_size=33", "2 ranks", "32, 34"],
     "nproc=5": ["batch_size=96", "5 ranks", "95, 100"],
+    "verify=true": ["verify=True", "recipes.ddp does not use it; compare do"],
+    "nprocs=[1,2]": ["nprocs=[1, 2]", "recipes.ddp does not use it; compare do"],
     "batch_size=2000": ["batch_size=2000", "1437"],
     "backend=nccl device=cpu": ["backend=nccl", "gloo"],
     "backend=mpi": ["backend=mpi", "gloo, nccl"],
@@ -239,6 +241,18 @@ TRANSFER = {
     "resume=.": ["resume=.", "holds no checkpoint"],
 }
 AUTO = {"batch_size=auto": ["is no single training; set a number"]}
+COMPARE = {
+    "recipes=[ddp,nope]": ["recipes=[ddp,nope]", "no such recipe", "pipeline_parallel"],
+    "nproc=0": ["nproc=0", "from 1 up"],
+    "nproc=1,x": ["nproc=1,x", "allowed are whole numbers", "nproc=1,2,4"],
+    "nproc=[1,2": ["nproc=[1,2", "nproc=1,2,4"],
+    "nproc=": ["nproc=", "nproc=1,2,4"],
+    "rounds=0": ["rounds=0", "from 1 up"],
+    "epochs=0": ["epochs=0", "from 1 up"],
+    "recipes=[ddp] batch_size=33": ["nothing is left to compare", "batch_size=33", "2 ranks", "32, 34"],
+    "recipes=[transfer_learning]": ["nothing is left to compare", "is not the same work"],
+    "schedule=gpipe": ["schedule=gpipe", "recipes.compare does not use it"],
+}
 NO_BATCHNORM = ["model.norm=group", "set model.norm=batch"]
 TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
     (ddp.train, DDP),
@@ -250,7 +264,7 @@ TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
     (fsdp.train, FSDP),
     (transfer_learning.train, TRANSFER),
     (verify.train, AUTO | {"recipes=[nope]": ["recipes=[nope]", "no such recipe", "ddp", "single"]}),
-    (compare.train, AUTO),
+    (compare.train, AUTO | COMPARE),
     (single.train, {"stages=2": ["stages=2", "pipeline_parallel"]}),
     (single.train, {"nproc=2": ["error: recipes.single runs on 1 rank, not 2; set nproc=1, or --nproc-per-node=1\n"]}),
     (data_parallel.train, {"nproc=2": ["recipes.data_parallel runs on 1 rank, not 2"]}),

@@ -16,7 +16,7 @@ rest, which is compute. Where a recipe reports idle parts, their waits for each 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ from rich.table import Table
 from lockstep.words import count, mebibytes
 
 Result = dict[str, Any]  # a run's result.json, and `start_seconds`
+NOTABLE = 0.05  # share of a step
 SHOWN = 4  # ranks whose figures are listed; of more, the least and the most
 
 
@@ -191,8 +192,10 @@ def verdicts(rows: list[Row]) -> list[str]:
         return ["No run came to its end."]
     best = max(rows, key=lambda row: row.images_per_second)
     said = [f"{best.label} is the fastest: {best.images_per_second:,.0f} images/s{spread(best)}."] if rows[1:] else []
-    said += [sentence(row) for row in rows]
-    return [each for each in [*said, memory_sentence(rows), accuracy_sentence(rows)] if each]
+    largest = {row.recipe: max(other.ranks for other in rows if other.recipe == row.recipe) for row in rows}
+    # One rank of what several can do is in the table.
+    said += [sentence(row) for row in rows if row.ranks > 1 or largest[row.recipe] == 1]
+    return [each for each in [*said, data_sentence(rows), memory_sentence(rows), accuracy_sentence(rows)] if each]
 
 
 def spread(row: Row) -> str:
@@ -211,19 +214,27 @@ def sentence(row: Row) -> str:
             if low < 1 < high:
                 clauses[0] += ", a difference within the spread of the rounds"
         if row.devices > 1:
-            clauses[0] += f", an efficiency of {row.efficiency:.0%}"
+            clauses[0] += f", an efficiency of {percent(row.efficiency)}"
     where = []
-    if row.exposed_share is not None and not row.idle_shares and row.ranks > 1:
-        where.append(f"{row.exposed_share:.0%} of a step is exposed communication")
+    if row.exposed_share and not row.idle_shares:
+        where.append(f"{percent(row.exposed_share)} of a step is exposed communication")
     if row.idle_shares:
         where.append(f"its parts sit idle {shares(row.idle_shares)} of the time")
-    if row.data_wait_share is not None and row.data_wait_share >= 0.005:
-        where.append(f"{row.data_wait_share:.0%} of a step is waiting for data")
-    if row.threads_busy is not None:
+    if row.data_wait_share is not None and row.data_wait_share >= NOTABLE:
+        where.append(f"{percent(row.data_wait_share)} of a step is waiting for data")
+    if row.threads_busy is not None and row.ranks > 1:
         where.append(f"of its {row.ranks} threads, {row.threads_busy:.2f} compute at a time in the forward")
-    if row.threads_busy is not None and row.cores_busy is not None:
+    if row.threads_busy is not None and row.cores_busy is not None and row.devices > 1:
         where.append(f"its one process keeps {row.cores_busy:.2f} of {count(row.devices, 'core')} busy")
     return "; ".join([*clauses, *where]) + "."
+
+
+def data_sentence(rows: list[Row]) -> str:
+    """Whether input keeps up everywhere."""
+    waits = [row.data_wait_share for row in rows if row.data_wait_share is not None]
+    if not waits or max(waits) >= NOTABLE:
+        return ""
+    return f"None of them waits for data for more than {percent(max(waits), 1)} of a step."
 
 
 def memory_sentence(rows: list[Row]) -> str:
@@ -250,23 +261,29 @@ def accuracy_sentence(rows: list[Row]) -> str:
     by_accuracy = sorted(known, key=lambda row: row.accuracy or 0.0)
     low, high = by_accuracy[0], by_accuracy[-1]
     if low.accuracy == high.accuracy:
-        return f"All of them reach an accuracy of {low.accuracy:.2%}."
-    return f"Accuracies go from {low.accuracy:.2%} ({low.label}) to {high.accuracy:.2%} ({high.label})."
+        return f"All of them reach an accuracy of {percent(low.accuracy or 0, 2)}."
+    return (
+        f"Accuracies go from {percent(low.accuracy or 0, 2)} ({low.label}) to {percent(high.accuracy or 0, 2)} "
+        f"({high.label})."
+    )
 
 
 # As tables ----------------------------------------------------------------------------------------------------------
 
 
-def shares(values: Iterable[float]) -> str:
-    return listed(values, lambda share: f"{share:.0%}")
+def percent(share: float | None, digits: int = 0) -> str:
+    return "" if share is None else f"{100 * share:.{digits}f} %"
 
 
-def listed(values: Iterable[float], worded: Callable[[float], str], unit: str = "") -> str:
+def shares(values: list[float]) -> str:
+    return listed(values, lambda share: f"{100 * share:.0f}") + " %" * bool(values)
+
+
+def listed(values: list[float], worded: Callable[[float], str]) -> str:
     """One figure a rank; of many ranks, the least and the most."""
-    values = list(values)
-    if len(values) > SHOWN:
-        return f"{worded(min(values))}…{worded(max(values))}{unit}"
-    return ", ".join(map(worded, values)) + unit if values else ""
+    return (
+        " to ".join(map(worded, (min(values), max(values)))) if len(values) > SHOWN else ", ".join(map(worded, values))
+    )
 
 
 def figure(value: float | None, form: str) -> str:
@@ -278,35 +295,38 @@ def milliseconds(seconds: float | None) -> str:
 
 
 Column = Callable[[Row], str]
+NAMES: dict[str, Column] = {"recipe": lambda row: row.recipe, "ranks": lambda row: str(row.ranks)}
+# Three tables, so that each has room at a terminal.
 SPEED: dict[str, Column] = {
-    "recipe": lambda row: row.recipe,
-    "ranks": lambda row: str(row.ranks),
+    "devices": lambda row: str(row.devices),
     "images/s": lambda row: f"{row.images_per_second:,.0f}",
     "from, to": lambda row: f"{row.slowest:,.0f}, {row.fastest:,.0f}" if row.rounds > 1 else "",
     "speedup": lambda row: figure(row.speedup, ".2f"),
-    "efficiency": lambda row: figure(row.efficiency, ".0%"),
+    "efficiency": lambda row: percent(row.efficiency),
     "step ms": lambda row: milliseconds(row.step_seconds),
     "95 % ms": lambda row: milliseconds(row.step_seconds_p95),
-    "comm. ms": lambda row: milliseconds(row.communication_seconds),
-    "exposed": lambda row: figure(row.exposed_share, ".0%"),
-    "idle": lambda row: shares(row.idle_shares),
-    "data wait": lambda row: figure(row.data_wait_share, ".1%"),
-    "accuracy": lambda row: figure(row.accuracy, ".1%"),
     "start s": lambda row: figure(row.start_seconds, ".1f"),
+    "accuracy": lambda row: percent(row.accuracy, 1),
 }
-MEANS: dict[str, Column] = {
-    "recipe": lambda row: row.recipe,
-    "ranks": lambda row: str(row.ranks),
-    "devices": lambda row: str(row.devices),
-    "peak MiB": lambda row: listed(row.memory_bytes, lambda size: mebibytes(size, 0)),
-    "imbalance": lambda row: figure(row.memory_imbalance, ".2f"),
-    "state MiB": lambda row: listed(row.state_bytes, lambda size: mebibytes(size, 0)),
+TIME: dict[str, Column] = {
+    "compute ms": lambda row: milliseconds(row.parts.get("compute")),
+    "comm. ms": lambda row: milliseconds(row.communication_seconds),
+    "exposed": lambda row: percent(row.exposed_share),
+    "idle": lambda row: shares(row.idle_shares),
+    "data wait": lambda row: percent(row.data_wait_share, 1),
     "cores busy": lambda row: figure(row.cores_busy, ".2f"),
     "main thread": lambda row: figure(row.main_threads_busy, ".2f"),
     "threads busy": lambda row: figure(row.threads_busy, ".2f"),
 }
+MEMORY: dict[str, Column] = {
+    "peak MiB": lambda row: listed(row.memory_bytes, lambda size: mebibytes(size, 0)),
+    "imbalance": lambda row: figure(row.memory_imbalance, ".2f"),
+    "state MiB": lambda row: listed(row.state_bytes, lambda size: mebibytes(size, 0)),
+}
+TABLES = {"Speed": SPEED, "Where a step goes": TIME, "Memory": MEMORY}
 MEANING = {
     "ranks": "processes, or of data_parallel the replicas in its one process",
+    "devices": "GPUs; where there is none, the CPU cores that it may use",
     "images/s": "global batch over the median step, warm-up left out; the median of the rounds",
     "from, to": "the slowest and the fastest round",
     "speedup": "images/s over those of the row that is the baseline, round by round, the median",
@@ -314,37 +334,40 @@ MEANING = {
     "scaling), so 100 % is ideal",
     "step ms": "the median step",
     "95 % ms": "95 % of the steps are within it",
+    "start s": "from the command to its first step",
+    "accuracy": "on the evaluation set, at the end of the run",
+    "compute ms": "what is left of a step without waiting for data, idle parts and exposed communication",
     "comm. ms": "a step's communication, hidden or not, from a profile of a few steps; the mean over ranks",
-    "exposed": "the share of a step in which a rank communicates and computes nothing; of parts of a cut model it is "
-    "waiting for each other, too",
+    "exposed": "the share of a step in which a rank communicates and computes nothing; between parts of a cut model "
+    "that is mostly waiting for each other",
     "idle": "the share of a step in which each part of a cut model waits for the others",
     "data wait": "the share of the steps' time that went into waiting for the next batch",
-    "accuracy": "on the evaluation set, at the end of the run",
-    "start s": "from the command to its first step",
-    "devices": "GPUs, or cores that it may use where there is no GPU",
+    "cores busy": "CPU seconds of all its processes a second",
+    "main thread": "CPU seconds of the main thread a second, the mean over ranks; threads that compute in one process "
+    "share one interpreter",
+    "threads busy": "threads of data_parallel that compute at a time in the forward",
     "peak MiB": "by rank or GPU: memory that torch allocated, or on CPUs the process's resident set",
     "imbalance": "the fullest rank's or GPU's peak over the mean",
     "state MiB": "by rank: weights, gradients and optimizer",
-    "cores busy": "CPU seconds of all its processes a second",
-    "main thread": "CPU seconds of the main thread a second, the mean over ranks; where one process has several "
-    "threads that compute, they share one interpreter",
-    "threads busy": "threads of data_parallel that compute at a time in the forward",
 }
 VERIFIED = ("loss", "gradients", "weights", "buffers", "evaluation")  # verify's relative differences
 
 
 def filled(columns: dict[str, Column], rows: list[Row]) -> dict[str, list[str]]:
-    """The columns that say something, each with a cell a row."""
+    """The columns that say something, each with a cell a row, behind the rows' names; nothing where none does."""
     cells = {name: [column(row) for row in rows] for name, column in columns.items()}
-    return {name: column for name, column in cells.items() if any(column)}
+    said = {name: column for name, column in cells.items() if any(column)}
+    return {name: [column(row) for row in rows] for name, column in NAMES.items()} | said if said else {}
 
 
 def tables(title: str, rows: list[Row]) -> list[Table]:
-    """The two tables, for people at a terminal."""
+    """The tables, for people at a terminal."""
     made = []
-    for heading, columns in ((title, SPEED), ("memory and cores", MEANS)):
-        table = Table(title=heading, title_justify="left")
+    for heading, columns in TABLES.items():
         found = filled(columns, rows)
+        if not found:
+            continue
+        table = Table(title=f"{heading} · {title}", title_justify="left")
         for name in found:
             table.add_column(name, justify="left" if name == "recipe" else "right")
         for cells in zip(*found.values(), strict=True):

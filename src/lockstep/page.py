@@ -14,7 +14,7 @@ from string import Template
 from typing import Any
 
 from lockstep import comparison
-from lockstep.comparison import MEANING, MEANS, SPEED, Row, filled
+from lockstep.comparison import MEANING, TABLES, Row, filled, percent
 from lockstep.plots import DARK, LIGHT, Plot
 from lockstep.words import count, mebibytes
 
@@ -70,7 +70,8 @@ PAGE = Template("""<!doctype html>
 $tiles
 $sections
 </main>
-<footer>Written $written by <code>python -m recipes.compare</code>. All figures are in <code>compare.json</code>.</footer>
+<footer>Written $written by <code>python -m recipes.compare</code>; all figures are in <code>compare.json</code>.
+</footer>
 </body>
 </html>
 """)
@@ -98,13 +99,13 @@ section { background: var(--surface); border: 1px solid var(--line); border-radi
 .tiles small { color: var(--muted); display: block; font-size: .85rem; font-weight: 400; }
 ul { margin: 0; padding-left: 1.2rem; }
 li { margin: .3rem 0; overflow-wrap: anywhere; }
-.plots { display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+.plots { display: grid; gap: 1.4rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 33rem), 1fr)); }
 figure { margin: 0; }
-img { display: block; height: auto; max-width: 100%; width: 100%; }
+img { display: block; height: auto; min-width: 33rem; width: 100%; }
 .scroll { overflow-x: auto; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 3px; }
 table { border-collapse: collapse; font-size: .92rem; font-variant-numeric: tabular-nums; min-width: 100%; }
-caption { color: var(--muted); padding: 0 0 .5rem; text-align: left; }
+caption { height: 1px; overflow: hidden; position: absolute; width: 1px; clip-path: inset(50%); }
 th, td { border-bottom: 1px solid var(--line); padding: .45rem .8rem; text-align: right; vertical-align: top;
   white-space: nowrap; }
 thead th { color: var(--muted); font-size: .82rem; font-weight: 600; }
@@ -121,7 +122,7 @@ dl.list dt { color: var(--muted); } dl.list dd { margin: 0; min-width: 0; overfl
 details > summary { cursor: pointer; font-weight: 600; margin: .2rem 0 .6rem; }
 a { color: var(--accent); }
 footer { font-size: .88rem; }
-@media print { body { background: #fff; font-size: 11pt; max-width: none; padding: 0; }
+@media print { img { min-width: 0; } body { background: #fff; font-size: 11pt; max-width: none; padding: 0; }
   section, .tiles > div { border-color: #ccc; break-inside: avoid; } .scroll { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .25rem .35rem; } details > pre { white-space: pre-wrap; } }
 """
@@ -176,10 +177,10 @@ def tiles(rows: list[Row]) -> str:
     if against:
         top = max(against, key=lambda row: row.speedup or 0)
         found.append(("Best speedup", f"{top.speedup:.2f} ×", f"{top.label}, against {top.against}"))
-    exposed = [row for row in rows if row.exposed_share is not None and row.ranks > 1 and not row.idle_shares]
+    exposed = [row for row in rows if row.exposed_share and not row.idle_shares]
     if exposed:
         least = min(exposed, key=lambda row: row.exposed_share or 0)
-        found.append(("Least exposed communication", f"{least.exposed_share:.0%} of a step", least.label))
+        found.append(("Least exposed communication", f"{percent(least.exposed_share)} of a step", least.label))
     held = [row for row in rows if row.memory_bytes]
     if len(held) > 1:
         small = min(held, key=lambda row: max(row.memory_bytes))
@@ -193,21 +194,16 @@ def tiles(rows: list[Row]) -> str:
 
 def picture(plot: Plot) -> str:
     """Both themes' pictures, of which the reader's screen takes one; paper takes the light one."""
-    light, dark = (
-        f"data:image/png;base64,{base64.b64encode(plot.png(theme)).decode()}" for theme in (LIGHT, DARK)
-    )
+    light, dark = (f"data:image/png;base64,{base64.b64encode(plot.png(theme)).decode()}" for theme in (LIGHT, DARK))
     dark_screen = "screen and (prefers-color-scheme: dark)"
-    return (
-        f'<figure><picture><source media="{dark_screen}" srcset="{dark}"><img src="{light}" alt="{escape(plot.alt)}">'
-        f"</picture></figure>"
-    )
+    source = f'<source media="{dark_screen}" srcset="{dark}">'
+    image = f'<img src="{light}" alt="{escape(plot.alt)}">'
+    return f'<figure class="scroll" tabindex="0"><picture>{source}{image}</picture></figure>'
 
 
 def table(caption: str, columns: dict[str, list[str]], texts: tuple[str, ...] = ()) -> str:
     """Columns of cells that are escaped already; a header of each row comes first."""
-    heads = "".join(
-        f'<th scope="col"{kind(name, texts)}{tip(name)}>{escape(name)}</th>' for name in columns
-    )
+    heads = "".join(f'<th scope="col"{kind(name, texts)}{tip(name)}>{escape(name)}</th>' for name in columns)
     lines = []
     for cells in zip(*columns.values(), strict=True):
         rest = "".join(
@@ -215,8 +211,8 @@ def table(caption: str, columns: dict[str, list[str]], texts: tuple[str, ...] = 
         )
         lines.append(f'<tr><th scope="row">{cells[0]}</th>{rest}</tr>')
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table><caption>'
-        f"{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f"<caption>{escape(caption)}</caption><thead><tr>{heads}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
     )
 
 
@@ -233,14 +229,16 @@ def escaped(columns: dict[str, list[str]]) -> dict[str, list[str]]:
 
 
 def figures(rows: list[Row]) -> str:
-    speed, means = filled(SPEED, rows), filled(MEANS, rows)
-    shown = [name for name in MEANING if name in speed or name in means]
-    meaning = "".join(f"<dt>{escape(name)}</dt><dd>{escape(MEANING[name])}</dd>" for name in shown)
+    found = {heading: filled(columns, rows) for heading, columns in TABLES.items()}
+    shown = {name for columns in found.values() for name in columns}
+    meaning = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in MEANING.items() if name in shown
+    )
     return (
-        table("Speed", escaped(speed))
-        + "<br>"
-        + table("Memory and cores", escaped(means))
-        + f'<br><details><summary>What the columns mean</summary><dl class="list">{meaning}</dl></details>'
+        "".join(
+            f"<h3>{heading}</h3>{table(heading, escaped(columns))}" for heading, columns in found.items() if columns
+        )
+        + f'<details><summary>What the columns mean</summary><dl class="list">{meaning}</dl></details>'
     )
 
 
@@ -252,8 +250,8 @@ def verified(rows: list[dict[str, Any]]) -> str:
         f'<span class="{name}">{cell}</span>' for name, cell in zip(style, columns["verdict"], strict=True)
     ]
     off = sum(name == "bad" for name in style)
-    caption = f"Relative differences from recipes.single; {count(off, 'row')} off" if off else "No row is off"
-    return table(caption, columns, texts=("precision", "verdict"))
+    caption = f"Relative differences from recipes.single: {count(off, 'row')} off."
+    return f'<p class="note">{caption}</p>' + table(caption, columns, texts=("precision", "verdict"))
 
 
 def measured(facts: Facts) -> str:

@@ -10,14 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lockstep.comparison import Row, shares
-from lockstep.words import count, mebibytes
+from lockstep.comparison import Row, percent
+from lockstep.words import mebibytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-WIDTH = 7.2  # inches, at DOTS an inch
-DOTS = 130
+WIDTH = 6.2  # inches, at DOTS an inch
+DOTS = 150
 MOST_BARS = 8  # of ranks; of more, the least and the most
 
 
@@ -93,18 +93,19 @@ def plots(rows: list[Row]) -> list[Plot]:
             bars,
         )
     ]
-    if curves := scaled(rows):
+    curves = scaled(rows)
+    if curves:
         found.append(
             Plot(
                 "scaling",
-                "Scaling: speedup by devices, the same global batch",
+                "Scaling: speedup, the same global batch",
                 "Lines, beside a dashed one for the ideal. "
                 + "; ".join(
-                    f"{name}: " + ", ".join(f"{speedup:.2f} × on {devices}" for devices, speedup in points)
-                    for name, points in curves.items()
+                    f"{name}: " + ", ".join(f"{speedup:.2f} × on {ranks}" for ranks, speedup in points)
+                    for name, points in curves.recipes.items()
                 ),
                 lambda axes, theme: scaling(axes, curves, theme),
-                3.6,
+                max(3.4, min(5.0, bars)),
             )
         )
     if apart := [row for row in rows if row.parts]:
@@ -198,41 +199,51 @@ def throughput(axes: Any, rows: list[Row], theme: Theme) -> None:
         axes.annotate(
             words, (at, place), (7, 0), textcoords="offset points", va="center", color=theme.ink, fontsize=9.5
         )
-    axes.set_xlim(0, max(row.fastest for row in rows) * 1.22)
+    axes.set_xlim(0, max(row.fastest for row in rows) * 1.3)
     labelled(axes, rows, places, theme)
 
 
-def scaled(rows: list[Row]) -> dict[str, list[tuple[int, float]]]:
-    """(devices, speedup) of each recipe that was run on several numbers of them."""
-    found: dict[str, list[tuple[int, float]]] = {}
+@dataclass(frozen=True)
+class Curves:
+    """By recipe, and for the ideal: (ranks, speedup)."""
+
+    ideal: list[tuple[int, float]]
+    recipes: dict[str, list[tuple[int, float]]]
+
+
+def scaled(rows: list[Row]) -> Curves | None:
+    """What was run on several numbers of ranks against a baseline; None where nothing was."""
+    bases = {row.against for row in rows}
+    ideal = {row.ranks: 1.0 for row in rows if row.label in bases}
+    found: dict[str, list[tuple[int, float]]] = {name: [] for name in dict.fromkeys(row.recipe for row in rows)}
     for row in rows:
-        if row.speedup is not None or any(other.against == row.label for other in rows):
-            found.setdefault(row.recipe, []).append((row.devices, row.speedup if row.speedup is not None else 1.0))
-    curves = {name: sorted(points) for name, points in found.items()}
-    if not any(len({devices for devices, _ in points}) > 1 for points in curves.values()):
-        return {}
-    return curves
+        if row.speedup is not None and row.efficiency:
+            found[row.recipe].append((row.ranks, row.speedup))
+            ideal[row.ranks] = max(ideal.get(row.ranks, 0.0), row.speedup / row.efficiency)
+        elif row.label in bases and row.recipe != "single":
+            found[row.recipe].append((row.ranks, 1.0))
+    if not any(len(points) > 1 for points in found.values()):
+        return None
+    return Curves(sorted(ideal.items()), {name: sorted(points) for name, points in found.items() if points})
 
 
-def scaling(axes: Any, curves: dict[str, list[tuple[int, float]]], theme: Theme) -> None:
+def scaling(axes: Any, curves: Curves, theme: Theme) -> None:
     """A line a recipe, against the ideal."""
-    every = sorted({devices for points in curves.values() for devices, _ in points})
-    ideal = [devices / every[0] for devices in every]
-    axes.plot(every, ideal, linestyle="--", color=theme.muted, linewidth=1.2, label="ideal")
-    for number, (name, points) in enumerate(curves.items()):
+    axes.plot(*zip(*curves.ideal, strict=True), linestyle="--", color=theme.muted, linewidth=1.2, label="ideal")
+    for number, (name, points) in enumerate(curves.recipes.items()):
         axes.plot(
-            [devices for devices, _ in points],
-            [speedup for _, speedup in points],
+            *zip(*points, strict=True),
             marker="osD^vPX*"[number % 8],
             markersize=5.5,
             linewidth=1.8,
             color=theme.lines[number % len(theme.lines)],
             label=name,
         )
+    every = [ranks for ranks, _ in curves.ideal]
     axes.set_xticks(every, list(map(str, every)))
     axes.set_ylim(bottom=0)
     axes.grid(color=theme.grid, linewidth=0.9)
-    axes.set_xlabel("devices: GPUs, or CPU cores", color=theme.muted, fontsize=9.5)
+    axes.set_xlabel("ranks, or replicas", color=theme.muted, fontsize=9.5)
     legend = axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=9.5)
     for text in legend.get_texts():
         text.set_color(theme.ink)
@@ -245,13 +256,14 @@ def step(axes: Any, rows: list[Row], theme: Theme) -> None:
     for name, colour in theme.parts.items():
         lengths = [1000 * row.parts.get(name, 0.0) for row in rows]
         if any(lengths):
-            axes.barh(places, lengths, height=0.62, left=ends, color=colour, label=name, edgecolor=theme.surface)
+            axes.barh(places, lengths, height=0.62, left=ends, color=colour, label=name)
             ends = [end + length for end, length in zip(ends, lengths, strict=True)]
     for place, end, row in zip(places, ends, rows, strict=True):
-        lost = [f"{name} {shares([part / row.step_seconds])}" for name, part in row.parts.items() if name != "compute"]
         words = f"{end:,.0f}" if end >= 10 else f"{end:,.1f}"
+        if len(row.parts) > 1:
+            words += f"   {percent(row.parts['compute'] / row.step_seconds)} compute"
         axes.annotate(
-            words + (f"   {lost[0]}" if len(lost) == 1 else ""),
+            words,
             (end, place),
             (7, 0),
             textcoords="offset points",
@@ -259,7 +271,7 @@ def step(axes: Any, rows: list[Row], theme: Theme) -> None:
             color=theme.ink,
             fontsize=9.5,
         )
-    axes.set_xlim(0, max(ends) * 1.45)
+    axes.set_xlim(0, max(ends) * 1.5)
     labelled(axes, rows, places, theme)
     below(axes, theme)
 
@@ -275,7 +287,7 @@ def memory(axes: Any, rows: list[Row], theme: Theme) -> None:
             axes.barh(places, [size / 2**20 for size in state], height=0.44, color=theme.parts["compute"])
         words = f"{mebibytes(max(peaks), 0)}"
         if len(row.memory_bytes) > 1:
-            words += f"   {count(len(row.memory_bytes), 'rank')}, imbalance {row.memory_imbalance:.2f}"
+            words += f"   imbalance {row.memory_imbalance:.2f}"
         middles.append(sum(places) / len(places))
         axes.annotate(
             words,
@@ -287,7 +299,7 @@ def memory(axes: Any, rows: list[Row], theme: Theme) -> None:
             fontsize=9.5,
         )
         place = places[-1] + 0.9
-    axes.set_xlim(0, max(max(row.memory_bytes) for row in rows) / 2**20 * 1.55)
+    axes.set_xlim(0, max(max(row.memory_bytes) for row in rows) / 2**20 * 1.6)
     labelled(axes, rows, middles, theme)
     axes.barh([middles[0]], [0], color=theme.parts["compute"], label="weights, gradients, optimizer")
     axes.barh([middles[0]], [0], color=theme.parts["idle"], label="all else, at the peak")
@@ -301,14 +313,16 @@ def ends(values: list[float]) -> list[float]:
 
 def below(axes: Any, theme: Theme) -> None:
     """The legend, in a line below the bars."""
+    from matplotlib.transforms import ScaledTranslation
+
     legend = axes.legend(
         loc="upper left",
-        bbox_to_anchor=(0, -0.09),
-        bbox_transform=axes.transAxes,
-        ncols=4,
+        bbox_to_anchor=(0, 0),
+        bbox_transform=axes.transAxes + ScaledTranslation(0, -0.36, axes.figure.dpi_scale_trans),
+        ncols=2,
         frameon=False,
         fontsize=9.5,
-        borderaxespad=1.0,
+        borderaxespad=0,
         borderpad=0,
         handlelength=1.1,
         columnspacing=1.4,
