@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
 SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all fuzz check format board bench bench-gpu clean help slurm
+.PHONY: demo test test-all fuzz check format board bench bench-gpu clean help slurm chromium
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,10 +12,10 @@ help:  ## list the targets
 demo: .venv/installed  ## train ResNet-18 on real digits with two ranks, about a minute
 	@$(BIN)/python -m recipes.ddp
 
-test: .venv/installed slurm  ## the tests: no network, no GPU needed
+test: .venv/installed slurm chromium  ## the tests: no network, no GPU needed
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow"
 
-test-all: .venv/installed slurm  ## the longest runs as well
+test-all: .venv/installed slurm chromium  ## the longest runs as well
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 N ?= 100
@@ -46,6 +46,11 @@ bench-gpu: .venv/installed  ## ResNet-50 on one GPU, beside a bare loop and the 
 slurm:  # a real Slurm for the tests that run on one (slurm/box); nothing of it is started
 	@command -v slurmctld >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
 		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm)
+
+chromium:  # a browser for the test that looks at recipes.compare's report; it is given no network
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || test "$$(id -u)" != 0 || \
+		! command -v apt-get >/dev/null || \
+		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium)
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv outputs

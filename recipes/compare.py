@@ -39,6 +39,7 @@ from lockstep.checks import check_package, complete
 from lockstep.comparison import Case, Result, rows, tables, verdicts
 from lockstep.errors import CheckFailed
 from lockstep.preemption import Preempted
+from lockstep.proof import with_values
 from lockstep.schema import Config, to_yaml, typed
 from lockstep.words import count, interpreter, short
 from recipes import choose
@@ -54,34 +55,40 @@ WAIT_SECONDS = 60  # for a run that a killed start has left behind, and that is 
 
 def plan(config: Config) -> tuple[list[Case], list[str]]:
     """What is to be run, and a line for each combination that cannot be."""
+    from lockstep.compose import compose_another  # Hydra, which only a process that starts others needs
+
     device, backend = world.resolve_device(config.device, config.backend)
     numbers = sorted(set(config.nprocs or [world.default_nproc(device)]))
     cores = len(os.sched_getaffinity(0))
     threads = config.threads
     if threads is None and device == "cpu" and len(numbers) > 1:
         threads = max(1, cores // numbers[-1])
+    common = words(config) + ([f"threads={threads}"] if threads else [])
     counted = data.check(config.data)
     cases, left_out = [], []
     for name in choose(config.recipes):
         each = importlib.import_module(f"recipes.{name}").train
-        varies = each.ranks is None or name in REPLICATES
-        for number in numbers if varies else [1]:
-            key = ("replicas" if name in REPLICATES else "nproc") if varies else ""
-            ranks = each.ranks or number
+        key = "replicas" if name in REPLICATES else "nproc" if each.ranks is None else ""
+        base: Config | None = None
+        for number in numbers if key else [1]:
+            ranks, own = each.ranks or number, {key: number} if key else {}
             case = Case(
                 name,
                 number,
                 devices(config, each, number, ranks, threads, device, cores),
-                words(config, {key: number} if key else {}, threads),
+                (*common, *(typed(*pair) for pair in own.items())),
                 "replica" if name in REPLICATES else "rank",
             )
-            try:
-                look_over(case, each, ranks, device, backend, counted)
+            try:  # all that its own command would be held to
+                check_package(each)
+                if each.backbone:
+                    raise UserError("trains a part of a trained model, which is not the same work")
+                world.check_nproc(number, device, backend)
+                base = base or compose_another(each, common)
+                complete(with_values(base, own), each, ranks, counted)
                 cases.append(case)
             except UserError as error:
-                line = f"{case.label}: {error}"
-                if line not in left_out:
-                    left_out.append(line)
+                left_out.append(f"{case.label}: {error}")
     return cases, left_out
 
 
@@ -92,25 +99,12 @@ def devices(config: Config, each: Recipe, number: int, ranks: int, threads: int 
     return min(cores, max(number, ranks * (threads or max(1, cores // ranks))))
 
 
-def words(config: Config, own: dict[str, int], threads: int | None) -> tuple[str, ...]:
-    """The overrides of a case's command."""
-    from lockstep.compose import overrides  # Hydra, which only a process that starts others needs
+def words(config: Config) -> list[str]:
+    """The overrides that all runs have in common."""
+    from lockstep.compose import overrides
 
-    own = own | ({"threads": threads} if threads else {})
-    if getattr(config, "profile", 0):
-        own |= {"profile": config.profile}  # type: ignore[attr-defined]
-    return (*overrides(train, config, OURS), *(typed(*pair) for pair in own.items()))
-
-
-def look_over(case: Case, each: Recipe, ranks: int, device: str, backend: str, counted: tuple[int, int]) -> None:
-    """Hold a case to all that its own command would be held to; raises UserError."""
-    from lockstep.compose import compose_another
-
-    check_package(each)
-    if each.backbone:
-        raise UserError("trains a part of a trained model, which is not the same work")
-    world.check_nproc(case.number, device, backend)
-    complete(compose_another(each, list(case.words)), each, ranks, counted)
+    profile = getattr(config, "profile", 0)
+    return overrides(train, config, OURS) + ([f"profile={profile}"] if profile else [])
 
 
 def check(config: Config, share: int) -> None:
@@ -173,7 +167,7 @@ def verify(run: Run, cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
     if not proven:
         return [], "none of the recipes declares what recipes.verify could hold it to"
     run.report.line(f"recipes.verify: {', '.join(proven)}")
-    told = [word for word in words(run.config, {}, None) if word.partition("=")[0].partition(".")[0] in VERIFIES]
+    told = [word for word in words(run.config) if word.partition("=")[0].partition(".")[0] in VERIFIES]
     told += [typed("recipes", proven), f"nproc={max(case.number for case in cases)}"]
     out, problem = run.out / "runs" / "verify", ""
     try:
@@ -237,7 +231,7 @@ def train(run: Run) -> None:
         title=f"{config.model.name} on {config.data.name}: {count(len({case.recipe for case in cases}), 'recipe')}",
         about=about(config, run.device.type),
         rows=made,
-        environment=json.loads((run.out / "environment.json").read_text()),
+        environment=files.environment(run.world.hosts, str(run.device), run.world.backend),
         config=to_yaml(replace(config, out=None)),
         command=again(config),
         out=str(run.out),

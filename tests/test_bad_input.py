@@ -242,7 +242,7 @@ TRANSFER = {
 }
 AUTO = {"batch_size=auto": ["is no single training; set a number"]}
 COMPARE = {
-    "recipes=[ddp,nope]": ["recipes=[ddp,nope]", "no such recipe", "pipeline_parallel"],
+    "recipes=[ddp,nope]": ["recipes=[nope]", "no such recipe", "pipeline_parallel"],
     "nproc=0": ["nproc=0", "from 1 up"],
     "nproc=1,x": ["nproc=1,x", "allowed are whole numbers", "nproc=1,2,4"],
     "nproc=[1,2": ["nproc=[1,2", "nproc=1,2,4"],

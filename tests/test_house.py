@@ -15,7 +15,7 @@ import pytest
 from tests.harness import ROOT, clean_environment, command
 from tests.test_transfer import COMMANDS
 
-HEAVY = {"lightning", "deepspeed", "ray", "wandb", "hydra", "sklearn", "tensorboard", "torchvision", "torchmetrics"}
+HEAVY = set("deepspeed hydra lightning matplotlib ray sklearn tensorboard torchmetrics torchvision wandb".split())
 LOOP = [
     "for micro in micro_batches(batch, run.config.accumulate, model):",
     "scaler.scale(loss * micro.weight).backward()",

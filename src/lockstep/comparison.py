@@ -244,8 +244,11 @@ def memory_sentence(rows: list[Row]) -> str:
         return ""
     by_peak = sorted(held, key=lambda row: max(row.memory_bytes))
     low, high = by_peak[0], by_peak[-1]
-    words = f"At its peak the fullest rank of {low.label} holds the least, {mebibytes(max(low.memory_bytes), 0)} MiB, "
-    words += f"and that of {high.label} the most, {mebibytes(max(high.memory_bytes), 0)} MiB"
+    least, most = max(low.memory_bytes), max(high.memory_bytes)
+    words = f"At its peak the fullest rank of {low.label} holds the least, {mebibytes(least, 0)} MiB, and that of "
+    words += f"{high.label} the most, {mebibytes(most, 0)} MiB"
+    if most < 1.01 * least:
+        words = f"At its peak the fullest rank of each holds about {mebibytes(most, 0)} MiB"
     uneven = [row for row in held if row.memory_imbalance and row.memory_imbalance > 1.1]
     if uneven:
         listed = ", ".join(f"{row.label} ({row.memory_imbalance:.2f} × the mean)" for row in uneven)
