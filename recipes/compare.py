@@ -25,6 +25,7 @@ Source: https://arxiv.org/abs/2006.15704 (DataParallel against DistributedDataPa
 
 import importlib
 import json
+import math
 import os
 import shlex
 import shutil
@@ -38,6 +39,7 @@ from lockstep import Recipe, Run, UserError, data, files, page, plots, recipe, r
 from lockstep.checks import check_package, complete
 from lockstep.comparison import Case, Result, rows, tables, verdicts
 from lockstep.errors import CheckFailed
+from lockstep.metrics import warm_up
 from lockstep.preemption import Preempted
 from lockstep.proof import with_values
 from lockstep.schema import Config, to_yaml, typed
@@ -63,8 +65,10 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
     threads = config.threads
     if threads is None and device == "cpu" and len(numbers) > 1:
         threads = max(1, cores // numbers[-1])
-    common = words(config) + ([f"threads={threads}"] if threads else [])
     counted = data.check(config.data)
+    steps = min(config.epochs * (counted[1] // config.batch_size), config.max_steps or math.inf)
+    profile = min(config.profile, max(0, int(steps) - warm_up(int(steps)) - 1))  # as many as a short run has
+    common = words(config) + ([f"threads={threads}"] if threads else [])
     cases, left_out = [], []
     for name in choose(config.recipes):
         each = importlib.import_module(f"recipes.{name}").train
@@ -78,6 +82,7 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
                 devices(config, each, number, ranks, threads, device, cores),
                 (*common, *(typed(*pair) for pair in own.items())),
                 "replica" if name in REPLICATES else "rank",
+                profile,
             )
             try:  # all that its own command would be held to
                 check_package(each)
@@ -103,8 +108,7 @@ def words(config: Config) -> list[str]:
     """The overrides that all runs have in common."""
     from lockstep.compose import overrides
 
-    profile = getattr(config, "profile", 0)
-    return overrides(train, config, OURS) + ([f"profile={profile}"] if profile else [])
+    return overrides(train, config, OURS)
 
 
 def check(config: Config, share: int) -> None:
@@ -152,9 +156,11 @@ def carry_out(run: Run, target: str, told: list[str], out: Path) -> float | None
     return seconds
 
 
-def measure(run: Run, case: Case, out: Path) -> Result:
-    """A run's result.json and, as `start_seconds`, its way to step 1."""
-    carry_out(run, f"recipes.{case.recipe}", list(case.words), out)
+def measure(run: Run, case: Case, number: int, out: Path) -> Result:
+    """The result.json of a case's run in round `number` and, as `start_seconds`, its way to step 1."""
+    profiled = case.profile and (number > 1 or run.config.rounds == 1)
+    told = [*case.words, *([f"profile={case.profile}"] if profiled else [])]
+    carry_out(run, f"recipes.{case.recipe}", told, out)
     seconds = json.loads(out.with_name(f"{out.name}.json").read_text())["seconds"]
     result = json.loads((out / "result.json").read_text())
     return dict(result, start_seconds=seconds - result["wall_seconds"] + result["setup_seconds"])
@@ -167,7 +173,7 @@ def verify(run: Run, cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
     if not proven:
         return [], "none of the recipes declares what recipes.verify could hold it to"
     run.report.line(f"recipes.verify: {', '.join(proven)}")
-    told = [word for word in words(run.config) if word.partition("=")[0].partition(".")[0] in VERIFIES]
+    told = [word for word in words(run.asked) if word.partition("=")[0].partition(".")[0] in VERIFIES]
     told += [typed("recipes", proven), f"nproc={max(case.number for case in cases)}"]
     out, problem = run.out / "runs" / "verify", ""
     try:
@@ -203,7 +209,7 @@ def about(config: Config, device: str) -> dict[str, str]:
 
 @recipe(ranks=1, check=check, several="nproc")
 def train(run: Run) -> None:
-    config = run.config
+    config = run.asked
     cases, left_out = plan(config)
     for line in left_out:
         run.report.line(f"left out: {line}")
@@ -220,7 +226,7 @@ def train(run: Run) -> None:
             run.report.line(f"round {number} of {config.rounds}: {case.label}")
             out = run.out / "runs" / f"{case.name}-{number}"
             try:
-                found[case].append(measure(run, case, out))
+                found[case].append(measure(run, case, number, out))
                 folders[case].append(str(out.relative_to(run.out)))
             except trial.Failed as error:
                 failed[case] = f"{case.label}: {error}"
@@ -229,7 +235,7 @@ def train(run: Run) -> None:
     made = rows(found, folders)
     facts = page.Facts(
         title=f"{config.model.name} on {config.data.name}: {count(len({case.recipe for case in cases}), 'recipe')}",
-        about=about(config, run.device.type),
+        about=about(run.config, run.device.type),
         rows=made,
         environment=files.environment(run.world.hosts, str(run.device), run.world.backend),
         config=to_yaml(replace(config, out=None)),

@@ -98,6 +98,8 @@ def test_a_step_is_taken_apart() -> None:
 def test_memory_is_by_rank() -> None:
     pipeline = made()[2]
     assert pipeline.memory_bytes == [600 * MIB, 300 * MIB]
+    profiled = [made_up(100), made_up(100, peak_memory_bytes_by_rank=[900 * MIB], profiled_steps=5)]
+    assert rows({SINGLE: profiled}, {})[0].memory_bytes == [700 * MIB], "a profile is no part of a recipe"
     assert pipeline.memory_imbalance == pytest.approx(600 / 450)
 
 
@@ -163,11 +165,12 @@ def test_every_recipe_gets_the_number_in_its_own_way(monkeypatch: pytest.MonkeyP
         "model_parallel on 1 rank",
         "pipeline_parallel on 4 ranks",
     ]
-    own = {case.label: set(case.words) - {"max_steps=7", "device=cpu", "profile=5"} for case in cases}
+    own = {case.label: set(case.words) - {"max_steps=7", "device=cpu"} for case in cases}
     assert own["single"] == own["model_parallel on 1 rank"] == {"threads=1"}, "a rank is the same cores in all"
     assert own["data_parallel with 4 replicas"] == {"replicas=4", "threads=1"}
     assert own["ddp on 4 ranks"] == {"nproc=4", "threads=1"}
     assert {case.label: case.devices for case in cases}["ddp on 4 ranks"] == 4
+    assert {case.profile for case in cases} == {5}, "of 7 steps the first is the warm-up"
     assert all("max_steps=7" in case.words for case in cases)
     assert left_out[0].startswith("pipeline_parallel on 1 rank: stages=2: a pipeline takes a rank for each stage")
     assert left_out[1:] == [
@@ -190,6 +193,7 @@ class Stand:
             os._exit(9)
         self.fails = os.environ.get("FAILS") == target
         out.mkdir()
+        (out / "words").write_text(" ".join(words))
         (out / "result.json").write_text(json.dumps(made_up(100.0 * number)))
         if target == "recipes.verify":
             row = {"recipe": "ddp", "precision": "fp64", "ranks": 2, "steps": 5, "tolerance": 1e-10, "verdict": "equal"}
@@ -201,7 +205,7 @@ class Stand:
         return True
 
 
-WORDS = ["recipes=[single,ddp]", "rounds=2", "max_steps=2"]
+WORDS = ["recipes=[single,ddp]", "rounds=2", "max_steps=12"]
 
 
 def asked(folder: Path) -> list[str]:
@@ -228,6 +232,8 @@ def test_runs_take_turns(stand: None, tmp_path: Path) -> None:
     assert found["verified"][0]["verdict"] == "equal"
     assert "Verified" in (tmp_path / "run" / "report.html").read_text()
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == {"compare", "throughput", "memory"}
+    profiled = {name: "profile=" in (tmp_path / "run/runs" / name / "words").read_text() for name in asked(tmp_path)}
+    assert [name for name, yes in profiled.items() if yes] == ["single-1-2", "ddp-2-2"], "a round measures memory alone"
     words = shlex.split(found["command"])
     assert {*WORDS, "verify=true"} <= set(words), "the command repeats it"
     assert not any(word.startswith("out=") for word in words)
@@ -263,8 +269,8 @@ def test_a_recipe_that_fails_is_named_and_the_report_is_about_the_others(
 
 def test_an_end_that_was_set_differently_is_refused(stand: None, tmp_path: Path) -> None:
     carry_out(tmp_path, *WORDS)
-    config = compose_config(compare.train, *WORDS[:-1], "max_steps=3", f"out={tmp_path / 'run'}")
-    with pytest.raises(UserError, match=r"max_steps=3: the runs in out=.* have max_steps=2"):
+    config = compose_config(compare.train, *WORDS[:-1], "max_steps=13", f"out={tmp_path / 'run'}")
+    with pytest.raises(UserError, match=r"max_steps=13: the runs in out=.* have max_steps=12"):
         complete(config, compare.train, 1)
 
 
@@ -292,14 +298,15 @@ def test_a_signal_ends_the_run_that_is_under_way(tmp_path: Path, monkeypatch: py
 
 
 def test_compare_reports_what_each_run_reported(tmp_path: Path) -> None:
-    words = ["recipes=[data_parallel,model_parallel]", "max_steps=2", "batch_size=24", "rounds=1", "out=run"]
-    done = command("-m", "recipes.compare", *words, cwd=tmp_path, timeout=200)
+    words = ["recipes=[data_parallel,model_parallel]", "max_steps=3", "batch_size=24", "rounds=1", "out=run"]
+    done = command("-m", "recipes.compare", *words, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run" / "compare.json").read_text())["rows"]
     assert [row["recipe"] for row in found] == ["data_parallel", "model_parallel"]
     for row in found:
         run = result(tmp_path / "run" / row["folders"][0])
-        assert run["steps"] == 2, "the runs got this config"
+        assert run["steps"] == 3, "the runs got this config"
+        assert row["exposed_share"] == 0, "one process was profiled, and does not communicate"
         assert row["slowest"] == row["fastest"] == run["images_per_second"]
         assert row["start_seconds"] > run["setup_seconds"] > 0
         assert row["state_bytes"] == [12 * run["parameters"]], "weights, gradients and momentum in fp32"

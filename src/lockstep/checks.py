@@ -66,7 +66,7 @@ def complete(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
         raise UserError(
             f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"
         )
-    if config.profile:
+    if config.profile and not recipe.several:  # recipes.compare profiles as many as there are
         steps = min(config.epochs * (images // config.batch_size), config.max_steps or math.inf)
         most = int(steps) - warm_up(int(steps)) - 1
         if config.profile > most:

@@ -37,6 +37,7 @@ class Case:
         number: of `unit`: ranks, or what one process has instead of them: replicas.
         devices: GPUs, or CPU cores, that it may use.
         words: what its command is told beside its folder.
+        profile: steps that torch.profiler records, in all rounds but the first of several: it takes memory.
     """
 
     recipe: str
@@ -44,6 +45,7 @@ class Case:
     devices: int
     words: tuple[str, ...] = ()
     unit: str = "rank"
+    profile: int = 0
 
     @property
     def name(self) -> str:
@@ -104,7 +106,8 @@ def row(case: Case, found: dict[Case, list[Result]], folders: list[str]) -> Row:
     results = found[case]
     speeds = [result["images_per_second"] for result in results]
     step = statistics.median(result["step_seconds_p50"] for result in results)
-    memory = across(results, "peak_by_device") or across(results, "peak_memory_bytes_by_rank")
+    plain = [result for result in results if not result.get("profiled_steps")] or results
+    memory = across(plain, "peak_by_device") or across(plain, "peak_memory_bytes_by_rank")
     idle = across(results, "idle_shares")
     waits = mean(across(results, "data_wait_share_by_rank"))
     exposed = mean(across(results, "exposed_communication_seconds_by_rank"))
@@ -349,7 +352,8 @@ MEANING = {
     "main thread": "CPU seconds of the main thread a second, the mean over ranks; threads that compute in one process "
     "share one interpreter",
     "threads busy": "threads of data_parallel that compute at a time in the forward",
-    "peak MiB": "by rank or GPU: memory that torch allocated, or on CPUs the process's resident set",
+    "peak MiB": "by rank or GPU: memory that torch allocated, or on CPUs the process's resident set; of rounds "
+    "without a profile, where there are several",
     "imbalance": "the fullest rank's or GPU's peak over the mean",
     "state MiB": "by rank: weights, gradients and optimizer",
 }
