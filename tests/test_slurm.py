@@ -451,7 +451,9 @@ def test_the_tools_run_there_too(box: Box, tmp_path: Path) -> None:
     code, said = end(start(box, tmp_path, *verify, "out=verify"))
     assert code == 0, said
     assert {row["verdict"] for row in json.loads((tmp_path / "verify" / "verify.json").read_text())} == {"equal"}
-    code, said = end(start(box, tmp_path, "-m", "recipes.compare", "recipes=[single]", *SHORT, "out=compare"))
+    code, said = end(
+        start(box, tmp_path, "-m", "recipes.compare", "recipes=[single]", "rounds=1", *SHORT, "out=compare")
+    )
     assert code == 0, said
     assert (tmp_path / "compare" / "compare.json").is_file()
 

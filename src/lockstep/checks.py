@@ -142,8 +142,8 @@ def check_batch(config: Config, world_size: int) -> None:
     """
     if world_size % config.stages:
         raise UserError(
-            f"stages={config.stages}: a pipeline takes a rank for each stage, and {world_size} ranks do not divide "
-            f"into such pipelines; set nproc to a multiple of stages"
+            f"stages={config.stages}: a pipeline takes a rank for each stage, and {count(world_size, 'rank')} cannot "
+            "be divided into such pipelines; set nproc to a multiple of stages"
         )
     shards = world_size // config.stages
     pieces = shards * config.micro_batches
