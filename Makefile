@@ -35,10 +35,8 @@ format: .venv/installed  ## put the code into the house's format
 board: .venv/installed  ## TensorBoard on all runs in outputs/ that were started with monitor=tensorboard
 	@$(BIN)/tensorboard --logdir outputs
 
-bench: .venv/installed  ## the benchmarks, as paired ratios
-	$(BIN)/python -m benchmarks.startup
-	$(BIN)/python -m benchmarks.pipeline
-	$(BIN)/python -m benchmarks.checkpoint
+bench: .venv/installed  ## the benchmarks, as one table of paired ratios
+	$(BIN)/python -m benchmarks
 
 bench-gpu: .venv/installed  ## ResNet-50 on one GPU, beside a bare loop and the device's own rates; 8 minutes
 	$(BIN)/python -m benchmarks.gpu

@@ -1,15 +1,15 @@
 """For how long a checkpoint stops training: an asynchronous save of ResNet-50 with momentum, beside two yardsticks.
 
-    python -m benchmarks.checkpoint [ROUNDS]
+    python -m benchmarks.checkpoint [--rounds N]
 
 In each round, one after the other in one process: a plain clone of every tensor of the state, which is the least that
 must happen before training may go on; our save, until it returns; and torch.save of the same state to the same disk
 with fsync, which is what most loops do. The save that runs on in the background is waited for before the next round.
 """
 
+import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.nn.functional import cross_entropy
 from torchvision.models import resnet50
 
+from benchmarks import common
 from lockstep.checkpoint import Checkpoints
 from lockstep.state import TrainingState
 from lockstep.storage import Saver
@@ -33,14 +34,13 @@ def trained() -> TrainingState:
     return TrainingState(model, optimizer, {}, rank=0, device=torch.device("cpu"), owns_buffers=True)
 
 
-def main() -> None:
-    rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 9
+def rows(arguments: argparse.Namespace) -> list[common.Row]:
     state = trained()
     seconds: dict[str, list[float]] = {"clone": [], "save": [], "torch.save": []}
     with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         checkpoints = Checkpoints(Path(folder), Saver(None, asynchronous=True), keep=1, warn=print)
-        for number in range(rounds + 1):
+        for number in range(arguments.rounds + 1):
             started = time.perf_counter()
             cloned = {name: tensor.clone() for name, tensor in state.tensors().items()}
             taken = {"clone": time.perf_counter() - started}
@@ -59,11 +59,12 @@ def main() -> None:
                     seconds[name].append(value)
         dist.destroy_process_group()
     size = sum(tensor.nbytes for tensor in cloned.values()) / 1e6
-    print(f"{size:.0f} MB: " + ", ".join(f"{name} {statistics.median(v) * 1000:.0f} ms" for name, v in seconds.items()))
-    for name in ("clone", "torch.save"):
-        ratios = [mine / theirs for mine, theirs in zip(seconds["save"], seconds[name], strict=True)]
-        print(f"save / {name}: median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}")
+    note = f"{size:.0f} MB: " + ", ".join(f"{name} {statistics.median(v) * 1000:.0f} ms" for name, v in seconds.items())
+    return [
+        common.Row("stall: save / clone", common.ratios(seconds["save"], seconds["clone"]), 1.5, True, note),
+        common.Row("stall: save / torch.save", common.ratios(seconds["save"], seconds["torch.save"])),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, rows, rounds=9)

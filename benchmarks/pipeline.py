@@ -1,18 +1,20 @@
 """What a pipeline over two single-threaded ranks gives: ResNet-50 against one single-threaded process, in turn.
 
-    python -m benchmarks.pipeline [PAIRS]
+    python -m benchmarks.pipeline [--rounds N]
 
 Three runs on the same synthetic images, each through its recipe: `single` on the whole batch, `single` on the same
 micro-batches one after the other (accumulate), and `pipeline_parallel` with `cut=balanced` and 1F1B. With p = 2 stages
 and m = 4 micro-batches the bubble alone would allow p · m / (m + p − 1) = 1.6 times the second.
 """
 
+import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
+from functools import partial
 from pathlib import Path
+
+from benchmarks import common
 
 STAGES, PIECES = 2, 4
 COMMON = ["model=resnet50", "data=synthetic", "data.image_size=224", "data.size=64", "data.augment=false"]
@@ -24,28 +26,33 @@ RUNS = {
 }
 
 
-def run(words: list[str], out: Path) -> dict[str, float]:
+def result(words: list[str], name: str, folder: Path, number: int) -> dict[str, float]:
     """The run's result.json."""
-    subprocess.run([sys.executable, *words, *COMMON, f"out={out}"], check=True, capture_output=True)
+    out = folder / f"{name}-{number}"
+    common.run([*words, *COMMON, f"out={out}"])
     return json.loads((out / "result.json").read_text())  # type: ignore[no-any-return]
 
 
-def main() -> None:
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    ratios: dict[str, list[float]] = {"whole batch": [], "micro-batches": []}
+def rows(arguments: argparse.Namespace) -> list[common.Row]:
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(pairs):
-            results = {name: run(words, Path(folder, f"{name}-{number}")) for name, words in RUNS.items()}
-            speed = {name: result["images_per_second"] for name, result in results.items()}
-            for name, found in ratios.items():
-                found.append(speed["pipeline"] / speed[name])
-            shown = ", ".join(f"{name} {value:.1f}" for name, value in speed.items())
-            print(f"images/s: {shown}; idle {results['pipeline']['idle_shares']}, cut {results['pipeline']['cuts']}")
+        runs = {name: partial(result, words, name, Path(folder)) for name, words in RUNS.items()}
+        results = common.in_turn(runs, arguments.rounds)
+    speed = {name: [result["images_per_second"] for result in found] for name, found in results.items()}
+    note = "images/s: " + ", ".join(f"{name} {statistics.median(found):.1f}" for name, found in speed.items())
+    last = results["pipeline"][-1]
     ideal = STAGES * PIECES / (PIECES + STAGES - 1)
-    for name, found in ratios.items():
-        print(f"pipeline / {name}: median {statistics.median(found):.2f}, {min(found):.2f} to {max(found):.2f}")
-    print(f"bubble alone allows {ideal:.2f} times the micro-batches in one process")
+    return [
+        common.Row(
+            "images/s: pipeline / whole batch", common.ratios(speed["pipeline"], speed["whole batch"]), 2.0, note=note
+        ),
+        common.Row(
+            "images/s: pipeline / micro-batches",
+            common.ratios(speed["pipeline"], speed["micro-batches"]),
+            1.45,
+            note=f"bubble alone allows {ideal:.2f}; idle {last['idle_shares']}, cut {last['cuts']}",
+        ),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, rows, rounds=3)
