@@ -16,6 +16,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +28,7 @@ from rich.table import Table
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
-MARK = "benchmark: "  # what a contestant prints before its line of JSON
+CLOCK = Path(__file__).with_name("contestants") / "clock"
 
 
 @dataclass(frozen=True)
@@ -70,31 +71,40 @@ class Ran:
         seconds: from its start to its end.
         cpu_seconds: computed by it and all its children, on any core.
         began: when it was started, by time.time().
-        output: what it printed.
+        told: what the clock told (contestants/clock), in the order in which it did.
     """
 
     seconds: float
     cpu_seconds: float
     began: float
-    output: str
+    told: Sequence[dict[str, float]]
 
-    def told(self) -> list[dict[str, Any]]:
-        """What its processes told (`tell`), in the order in which they did."""
-        lines = (line.partition(MARK) for line in self.output.splitlines())
-        return [json.loads(text) for _, mark, text in lines if mark]
+    def step(self, of: str) -> float:
+        """Seconds of a step, the mean over ranks: `mean` or `median` of the wall clock."""
+        return statistics.fmean(line[of] for line in self.told if of in line)
+
+    @property
+    def cpu_a_step(self) -> float:
+        """CPU seconds of a step, of all ranks together."""
+        return sum(line["cpu_a_step"] for line in self.told if "cpu_a_step" in line)
+
+    @property
+    def first_step(self) -> float:
+        """Seconds from the command's start to the end of the first step, of the slowest rank."""
+        return max(line["first_step"] for line in self.told if "first_step" in line) - self.began
 
 
-def tell(**facts: Any) -> None:
-    """In a contestant: a line of JSON for `Ran.told`, written at once, so that two ranks' lines do not mix."""
-    sys.stdout.flush()
-    os.write(1, f"\n{MARK}{json.dumps(facts)}\n".encode())
-
-
-def run(words: Sequence[str | Path], folder: Path | str = ROOT, environment: Mapping[str, str] | None = None) -> Ran:
+def run(
+    words: Sequence[str | Path],
+    folder: Path | str = ROOT,
+    environment: Mapping[str, str] | None = None,
+    clock: tuple[int, int] | None = None,
+) -> Ran:
     """Run a command to its end, with this Python where the first word is `-m` or a script.
 
     Args:
         environment: variables on top of this process's.
+        clock: have every process that trains tell how long its steps take: (so many not counted, so many counted).
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
@@ -102,15 +112,18 @@ def run(words: Sequence[str | Path], folder: Path | str = ROOT, environment: Map
     command = [str(word) for word in words]
     if command[0] == "-m" or command[0].endswith(".py"):
         command = [sys.executable, *command]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    variables = {**os.environ, "PYTHONPATH": path, **(environment or {})}
-    before, began, started = _spent_by_children(), time.time(), time.perf_counter()
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
-    seconds, cpu_seconds = time.perf_counter() - started, _spent_by_children() - before
-    if done.returncode:
-        said = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{said}")
-    return Ran(seconds, cpu_seconds, began, done.stdout)
+    paths = [str(CLOCK) if clock else "", str(ROOT), os.environ.get("PYTHONPATH", "")]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), **(environment or {})}
+    with tempfile.NamedTemporaryFile("r") as told:
+        if clock:
+            variables |= {"BENCHMARK_STEPS": f"{clock[0]}:{clock[1]}", "BENCHMARK_FILE": told.name}
+        before, began, started = _spent_by_children(), time.time(), time.perf_counter()
+        done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
+        seconds, cpu_seconds = time.perf_counter() - started, _spent_by_children() - before
+        if done.returncode:
+            said = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{said}")
+        return Ran(seconds, cpu_seconds, began, [json.loads(line) for line in told])
 
 
 def _spent_by_children() -> float:
