@@ -37,7 +37,7 @@ class Row:
 
     Attributes:
         name: what is divided by what, as `steps/s: recipes.ddp / bare loop`.
-        ratios: one a round.
+        ratios: one a round; none where one of the two does not run, and then `note` says why.
         target: what the median is to reach; None: it is there to be known.
         at_most: the median is to stay below the target instead.
         note: what else is to be said, as absolute figures.
@@ -52,15 +52,16 @@ class Row:
     command: str = ""
 
     @property
-    def median(self) -> float:
-        return statistics.median(self.ratios)
+    def median(self) -> float | None:
+        return statistics.median(self.ratios) if self.ratios else None
 
     @property
     def met(self) -> bool | None:
         """Whether the target is met here; None: there is none."""
-        if self.target is None:
+        if self.target is None or not self.ratios:
             return None
-        return self.median <= self.target if self.at_most else self.median >= self.target
+        median = statistics.median(self.ratios)
+        return median <= self.target if self.at_most else median >= self.target
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,13 @@ def in_turn(contestants: Mapping[str, Callable[[int], T]], rounds: int, warm: in
     for number in range(warm + rounds):
         first = number % len(names)
         for name in names[first:] + names[:first]:
+            started = time.perf_counter()
             result = contestants[name](number)
+            print(
+                f"{number + 1}/{warm + rounds} {name}: {time.perf_counter() - started:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
             if number >= warm:
                 found[name].append(result)
     return found
@@ -191,8 +198,9 @@ def show(rows: Sequence[Row]) -> None:
         sign = "≤" if row.at_most else "≥"
         target = f"{sign} {row.target:g}" if row.target is not None else ""
         verdict = {True: "[green]met[/]", False: "[red]not met[/]", None: ""}[row.met]
-        span = f"{min(row.ratios):.2f} to {max(row.ratios):.2f}"
-        table.add_row(row.name, f"{row.median:.2f}", span, target, verdict, row.note)
+        median = "" if row.median is None else f"{row.median:.2f}"
+        span = f"{min(row.ratios):.2f} to {max(row.ratios):.2f}" if row.ratios else ""
+        table.add_row(row.name, median, span, target, verdict, row.note)
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table)
     for command in dict.fromkeys(row.command for row in rows):

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 MEAN, STD = 0.305, 0.376
+SMALL = 64  # pixels a side up to which a ResNet has the stem for small images
+NOISE = 256, 64  # images of noise, small and large
 
 
 def arguments() -> argparse.Namespace:
@@ -42,7 +44,7 @@ def build(asked: argparse.Namespace) -> nn.Module:
         from torchvision.models import resnet
 
         model = getattr(resnet, asked.model)(num_classes=10)
-    if asked.size <= 64:
+    if asked.size <= SMALL:
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     return model.to(memory_format=torch.channels_last) if asked.channels_last else model
 
@@ -60,8 +62,9 @@ def data(size: int) -> TensorDataset:
         grey = (torch.tensor(images[:1437]).view(-1, 1, 8, 8) * (255 / 16)).round().to(torch.uint8)
         return TensorDataset(grey.expand(-1, 3, -1, -1).contiguous(), torch.tensor(labels[:1437]))
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (256, 3, size, size), generator=generator, dtype=torch.uint8)
-    return TensorDataset(images, torch.randint(0, 10, (256,), generator=generator))
+    count = NOISE[size > SMALL]
+    images = torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+    return TensorDataset(images, torch.randint(0, 10, (count,), generator=generator))
 
 
 def prepared(images: Tensor, asked: argparse.Namespace) -> Tensor:
