@@ -34,7 +34,7 @@ LIBRARIES = {
 }
 FLAGS = ["--bf16", "--channels-last"]
 OURS = "recipes.ddp"
-FAST, FASTEST = "recipes.ddp, fast", ["precision=bf16", "channels_last=true"]
+FAST, FASTEST = "recipes.ddp precision=auto", ["precision=auto"]
 THEIRS = "timm's train.py", "pytorch/examples"  # programs that are taken as they are
 OVER_DEFAULTS, OVER_BEST = 2.5, 1.15  # times faster than the others' defaults, and than the best of them
 

@@ -1,7 +1,7 @@
 """Where every rank is, readable from outside whatever has become of it: ranks/<rank>.heartbeat, a line of JSON.
 
-    {"rank": 1, "host": "node1", "pid": 4711, "born": 81, "step": 8, "phase": "training", "at": 1795285031.2,
-     "spent": {"waiting for data": 0.031, "training": 1.204}, "taken": 7, "busy": 0.967}
+    {"step": 8, "phase": "training", "at": 1795285031.284, "spent": {"waiting for data": 0.031, "training": 1.204},
+     "taken": 7, "busy": 0.967, "rank": 1, "host": "node1", "pid": 4711, "born": 81}
 
 `spent` are the seconds of this start in each phase, `taken` its steps, and `busy` the seconds of them in which the
 process computed, or was kept from a core by others: a rank that waits for another one does neither, so the slowest has
@@ -43,7 +43,9 @@ class Pulse:
 
     def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
         self.facts: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
+        self._rest = json.dumps(self.facts)[1:]  # the end of the line: all that no change of phase changes
         self._spent: dict[str, Clocks] = {}
+        self._seconds: dict[str, str] = {}  # the same, as it stands in the line
         self._taken, self._busy, self._since, self._delay = 0, 0.0, NOTHING, 0.0
         self._file: int | None = None
         self._schedule: int | None = None
@@ -60,13 +62,14 @@ class Pulse:
             self.facts["step"] = step
         now, delay, before = self._clocks(), self._delayed(), self.facts.get("phase")
         if before is not None:
-            self._spent[before] = self._spent_in(before, now)
+            self._spent[before] = spent = self._spent_in(before, now)
+            self._seconds[before] = f'"{before}": {spent[0]:.3f}'
         if before == TRAINING:
             self._taken += 1
             self._busy += now[1] - self._since[1] + delay - self._delay
         self._since, self._delay = now, delay
-        spent = {name: round(clocks[0], 3) for name, clocks in self._spent.items()}
-        self.tell(phase=phase, at=time.time(), spent=spent, taken=self._taken, busy=round(self._busy, 3))
+        self.facts["phase"], self.facts["at"] = phase, time.time()
+        self._write()
 
     def of_steps(self) -> tuple[float, float, float, float]:
         """Seconds of this start spent in steps so far: each of `Clocks`, and how many of them waiting for data."""
@@ -93,12 +96,23 @@ class Pulse:
     def tell(self, **facts: Any) -> None:
         """Add to what is known of this rank."""
         self.facts |= facts
-        if self._file is not None:
-            line = json.dumps(self.facts).encode()
-            if len(line) >= SIZE:  # very many groups; in the store, where the others look first, there is room
-                line = json.dumps(self.facts | {"collectives": {}, "last": ""}).encode()
-            with contextlib.suppress(OSError):
-                os.pwrite(self._file, line.ljust(SIZE - 1) + b"\n", 0)
+        rest = {name: value for name, value in self.facts.items() if name not in ("step", "phase", "at")}
+        self._rest = json.dumps(rest)[1:]
+        if len(self._rest) > SIZE // 2:  # very many groups; in the store, where the others look first, there is room
+            self._rest = json.dumps(rest | {"collectives": {}, "last": ""})[1:]
+        self._write()
+
+    def _write(self) -> None:
+        """Put the line together by hand: json.dumps would take as long as all the rest of a change of phase."""
+        if self._file is None:
+            return
+        facts, spent = self.facts, ", ".join(self._seconds.values())
+        line = (
+            f'{{"step": {facts["step"]}, "phase": "{facts["phase"]}", "at": {facts["at"]:.3f}, "spent": {{{spent}}}, '
+            f'"taken": {self._taken}, "busy": {self._busy:.3f}, {self._rest}'
+        )
+        with contextlib.suppress(OSError):
+            os.pwrite(self._file, line.encode().ljust(SIZE - 1) + b"\n", 0)
 
 
 def wait_share(spent: Mapping[str, float]) -> float:
