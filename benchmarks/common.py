@@ -122,8 +122,10 @@ def run(
         done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True)
         seconds, cpu_seconds = time.perf_counter() - started, _spent_by_children() - before
         if done.returncode:
-            said = "\n".join((done.stdout + done.stderr).splitlines()[-15:])
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{said}")
+            said = (done.stdout + done.stderr).splitlines()
+            errors = [line for line in said if "Error: " in line]  # which torchrun's summary may have pushed far up
+            text = "\n".join([*said[-15:], *errors[-1:]])
+            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{text}")
         return Ran(seconds, cpu_seconds, began, [json.loads(line) for line in told])
 
 

@@ -17,6 +17,9 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
+from torchvision.io import write_png
+
 from benchmarks import common
 from benchmarks.contestants import work
 
@@ -66,8 +69,25 @@ def contestants(model: str, arguments: argparse.Namespace) -> tuple[dict[str, Co
             return common.run(program, clock=clock)
 
     def timm(number: int) -> common.Ran:
-        words = ["train.py", "--model", model, "--device", "cpu", "--amp", "--amp-dtype", "bfloat16", "--channels-last"]
-        return common.run(common.torchrun(arguments.timm.resolve() / "train.py", RANKS, *words[1:]), clock=clock)
+        program = arguments.timm.resolve() / "train.py"
+        words = [
+            "--model",
+            model,
+            "--device",
+            "cpu",
+            "--amp",
+            "--amp-dtype",
+            "bfloat16",
+            "--channels-last",
+            "-b",
+            share,
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            for image in (Path(folder, f"{part}/0/{n}.png") for part in ("train", "val") for n in range(64)):
+                image.parent.mkdir(parents=True, exist_ok=True)
+                write_png(torch.zeros(3, size, size, dtype=torch.uint8), str(image))
+            words += ["--data-dir", folder, "--output", folder]
+            return common.run(common.torchrun(program, RANKS, *words), folder, clock=clock)
 
     who: dict[str, Contestant] = {OURS: ours, FAST: partial(ours, settings=FASTEST)}
     target: dict[str, float | None] = {}
@@ -117,8 +137,7 @@ def attempt(call: Contestant, name: str, fails: dict[str, str], number: int) -> 
     except RuntimeError as error:
         if name not in THEIRS:
             raise
-        said = [line for line in str(error).splitlines() if "Error" in line]
-        fails[name] = f"does not run: {(said or [str(error)])[-1].strip()[-150:]}"
+        fails[name] = f"does not run: {str(error).splitlines()[-1].strip()[:150]}"
         return None
 
 

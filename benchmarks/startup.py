@@ -1,49 +1,55 @@
-"""How long a run takes that does almost nothing: ours against a hand-written torchrun script, in turn, as a ratio.
+"""How long it takes until training goes: `recipes.ddp` against a torchrun script by hand, and three libraries.
 
-    python -m benchmarks.startup [PAIRS]
+    python -m benchmarks.startup [--rounds N]
 
-Both start two ranks, load the digits, take one step of ResNet-18, evaluate and save the weights. Ours composes and
-checks a config, writes a run directory and prints its summaries as well. Wall time of the whole command, start to exit.
+All start two ranks, load the digits and take one step of ResNet-18; the time is that from the command to the end of
+that step, on the last rank to get there. Ours composes and checks a config, writes a run directory and prints its
+summaries on the way; its ranks are copies of one process, which has imported torch once.
+
+`recipes.ddp` and the script by hand (bare_ddp.py) then evaluate and save the weights: the second comparison is the
+whole command, from start to exit, in seconds and in CPU seconds.
 """
 
+import argparse
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-OURS = ["-m", "recipes.ddp", "max_steps=1", "nproc=2", "device=cpu"]
-BARE = [
-    "-m",
-    "torch.distributed.run",
-    "--standalone",
-    "--nproc-per-node=2",
-    str(Path(__file__).with_name("bare_ddp.py")),
-]
+from benchmarks import common
+
+OURS, BARE = "recipes.ddp", "bare torchrun script"
+HERE = "benchmarks.contestants"
+LIBRARIES = {"Fabric": f"{HERE}.by_fabric", "Accelerate": f"{HERE}.by_accelerate", "Trainer": f"{HERE}.by_trainer"}
 
 
-def seconds(words: list[str], folder: str) -> float:
-    started = time.perf_counter()
-    subprocess.run([sys.executable, *words], cwd=folder, check=True, capture_output=True)
-    return time.perf_counter() - started
-
-
-def main() -> None:
-    pairs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
-    found = []
+def rows(arguments: argparse.Namespace) -> list[common.Row]:
+    bare = common.torchrun(Path(__file__).with_name("bare_ddp.py"), 2)
+    ours = ["-m", "recipes.ddp", "max_steps=1", "nproc=2", "device=cpu"]
     with tempfile.TemporaryDirectory() as folder:
-        for number in range(pairs + 1):
-            bare = seconds([*BARE, f"{folder}/bare.pt"], folder)
-            ours = seconds([*OURS, f"out={folder}/{number}"], folder)
-            if number:  # the first pair warms the file cache
-                found.append((bare, ours))
-                print(f"pair {number}: bare {bare:.2f} s, lockstep {ours:.2f} s, ratio {ours / bare:.2f}")
-    ratios = sorted(ours / bare for bare, ours in found)
-    print(
-        f"start-up ratio lockstep / bare: median {statistics.median(ratios):.2f}, {ratios[0]:.2f} to {ratios[-1]:.2f}"
-    )
+
+        def start(number: int, words: Sequence[str]) -> common.Ran:
+            return common.run(words, folder, clock=(1, 1))
+
+        contestants = {
+            OURS: lambda number: start(number, [*ours, f"out={folder}/{number}"]),
+            BARE: partial(start, words=[*bare, f"{folder}/bare.pt"]),
+        }
+        for name, module in LIBRARIES.items():
+            words = common.torchrun(module, 2, "--model", "resnet18", "--share", 48, "--steps", 1)
+            contestants[name] = partial(start, words=words)
+        ran = common.in_turn(contestants, arguments.rounds, warm=1)
+
+    def row(what: str, other: str, attribute: str, target: float | None) -> common.Row:
+        mine, theirs = ([getattr(each, attribute) for each in ran[name]] for name in (OURS, other))
+        note = f"{statistics.median(mine):.2f} s, {statistics.median(theirs):.2f} s"
+        return common.Row(f"{what}: {OURS} / {other}", common.ratios(mine, theirs), target, True, note)
+
+    found = [row("start to first step", BARE, "first_step", 1.2)]
+    found += [row("start to first step", name, "first_step", 1.0) for name in LIBRARIES]
+    return [*found, row("whole command", BARE, "seconds", 1.2), row("CPU s of it", BARE, "cpu_seconds", None)]
 
 
 if __name__ == "__main__":
-    main()
+    common.main(__doc__, rows)
