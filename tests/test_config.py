@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 import pytest
@@ -24,24 +24,33 @@ FIXED_NAMES = """
 """.split()
 
 
+def together() -> list[list[str]]:
+    """Every option of every group, with as many of other groups at once as there are."""
+    groups: dict[str, list[str]] = {}
+    for option in OPTIONS:
+        groups.setdefault(option.partition("=")[0], []).append(option)
+    return [[option for option in options if option] for options in zip_longest(*groups.values())]
+
+
 @pytest.mark.parametrize(
-    ("name", "option"),
-    [(name, option) for name, option in product(RECIPES, OPTIONS) if name == "tune" or not option.startswith("tune=")],
+    ("name", "options"),
+    [("ddp", [option]) for option in OPTIONS if not option.startswith("tune=")] + list(product(RECIPES, together())),
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_every_recipe_composes_with_every_option(name: str, option: str) -> None:
-    recipe = importlib.import_module(f"recipes.{name}").train
-    plus = "+" if option.startswith(("cluster", "debug")) else ""
-    config = compose_config(recipe, plus + option)
-    group, _, choice = option.partition("=")
-    if group == "cluster":
-        assert config.cluster is not None
-    elif group == "tune":
-        assert config.tune.space
-    elif group == "monitor":  # which may be several
-        chosen = [kind for kind in ("csv", "tensorboard", "wandb") if getattr(config.monitor, kind)]
-        assert chosen == [choice]
-    elif group != "debug":
-        assert getattr(config, group).name == choice
+def test_every_recipe_composes_with_every_option(name: str, options: list[str]) -> None:
+    options = [option for option in options if name == "tune" or not option.startswith("tune=")]
+    words = ["+" * option.startswith(("cluster", "debug")) + option for option in options]
+    config = compose_config(importlib.import_module(f"recipes.{name}").train, *words)
+    for group, _, choice in (option.partition("=") for option in options):
+        if group == "cluster":
+            assert config.cluster is not None
+        elif group == "tune":
+            assert config.tune.space
+        elif group == "monitor":  # which may be several
+            chosen = [kind for kind in ("csv", "tensorboard", "wandb") if getattr(config.monitor, kind)]
+            assert chosen == [choice]
+        elif group != "debug":
+            assert getattr(config, group).name == choice
     assert from_yaml(to_yaml(config)) == config, "a rank reads back what was frozen"
 
 
@@ -56,13 +65,14 @@ def test_there_is_a_yaml_for_every_recipe_and_the_other_way_round() -> None:
     assert RECIPES
 
 
-@pytest.mark.parametrize("name", FIXED_NAMES)
-def test_the_names_users_type_exist(name: str) -> None:
+def test_the_names_users_type_exist() -> None:
     """Scripts outside this project rely on them."""
     config = compose_config(ddp.train, "+cluster=slurm")
-    for part in name.split("."):
-        assert hasattr(config, part)
-        config = getattr(config, part)
+    for name in FIXED_NAMES:
+        found = config
+        for part in name.split("."):
+            assert hasattr(found, part), name
+            found = getattr(found, part)
 
 
 def test_the_defaults_are_within_their_own_rules() -> None:

@@ -59,7 +59,13 @@ def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
             found.append(error)  # kept out of Hydra: it is not Hydra's, nor to be worded as if it were
 
     try:
-        hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
+        if any(word.startswith("-") or "hydra" in word for word in sys.argv[1:]):
+            hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
+        else:  # it would compose twice, the first time to learn whether this is a sweep, which it is not
+            with hydra.initialize_config_dir(str(directory), version_base="1.3"):
+                composed = load(name, sys.argv[1:])
+                HydraConfig.instance().set_config(composed)
+                task(without_hydra(composed))
     except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
         raise explain(error) from None
     if found:
@@ -81,14 +87,23 @@ def compose_another(recipe: Recipe, words: list[str]) -> Config:
         else hydra.initialize_config_dir(str(directory), version_base="1.3")
     ):
         try:
-            composed = here.config_loader().load_configuration(name, overrides=words, run_mode=RunMode.RUN)
-            with open_dict(composed):
-                del composed["hydra"]
-            config = OmegaConf.to_object(composed)
+            config = OmegaConf.to_object(without_hydra(load(name, words)))
         except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
             raise explain(error) from None
     assert isinstance(config, Config)
     return config
+
+
+def load(name: str | None, words: list[str]) -> DictConfig:
+    """The config of this name with these overrides, and Hydra's own part in it."""
+    return GlobalHydra.instance().config_loader().load_configuration(name, overrides=words, run_mode=RunMode.RUN)
+
+
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """Take out Hydra's own part."""
+    with open_dict(composed):
+        del composed["hydra"]
+    return composed
 
 
 def spelled_out(words: list[str], key: str) -> list[str]:
@@ -216,9 +231,7 @@ def leaves(node: DictConfig, prefix: str = "") -> Iterator[str]:
 def check_cluster_file(composed: DictConfig, overrides: list[str]) -> None:
     """Compose again without the cluster: nothing of the science may change by where it runs."""
     rest = [override for override in overrides if not override.lstrip("+~").startswith("cluster")]
-    loader = GlobalHydra.instance().config_loader()
-    name = HydraConfig.get().job.config_name
-    bare = loader.load_configuration(config_name=name, overrides=rest, run_mode=RunMode.RUN)
+    bare = load(HydraConfig.get().job.config_name, rest)
     for key in map(str, composed):
         if key != "cluster" and composed[key] != bare[key]:
             raise UserError(f"the cluster file sets {key}: it may set cluster.* only; a run means the same everywhere")
