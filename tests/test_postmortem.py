@@ -17,8 +17,9 @@ from lockstep.checks import complete
 from lockstep.data import Samples
 from lockstep.errors import UserError
 from lockstep.findings import Finding
-from lockstep.postmortem import collect, error_in, judge
-from lockstep.pulse import HUNGRY, Pulse
+from lockstep.postmortem import judge
+from lockstep.pulse import HUNGRY, VERDICT, Pulse
+from lockstep.remains import collect, error_in
 from lockstep.rundir import freeze
 from lockstep.schema import Config, from_yaml, to_yaml
 from lockstep.world import World
@@ -45,7 +46,8 @@ def read(out: Path) -> dict[str, Finding]:
 def test_a_finished_run_and_one_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     execute(ddp.train, tmp_path / "run", 2, *SHORT, "checkpoint.every=2")
     found = read(tmp_path / "run")
-    assert {each.verdict for each in found.values()} == {"ok"}, found
+    of_the_machine = {"speed", "slowest", "data"}  # which other work may slow down
+    assert {each.verdict for name, each in found.items() if name not in of_the_machine} == {"ok"}, found
     assert found["end"].figure.startswith("finished at step 4, accuracy ")
     assert found["steps"].figure.startswith("rank 0 logged step 4 last")
     assert found["checkpoints"].figure.startswith("step-00000004 is intact")
@@ -75,7 +77,8 @@ def test_a_finished_run_and_one_that_is_under_way(tmp_path: Path, monkeypatch: p
 )
 def test_a_run_that_died_is_read(how: str, words: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / "crash.py").write_text(CRASHING)
-    done = command("crash.py", "batch_size=24", "log_every=1", "checkpoint.every=1", "out=run", cwd=tmp_path, HOW=how)
+    options = ["batch_size=24", "log_every=1", "checkpoint.every=1", "checkpoint.asynchronous=false", "out=run"]
+    done = command("crash.py", *options, cwd=tmp_path, HOW=how)
     assert done.returncode
     found = read(tmp_path / "run")
     assert found["end"].verdict == found["error"].verdict == "fails"
@@ -132,6 +135,29 @@ def test_a_run_that_vanished(out: Path) -> None:
     assert found["checkpoints"] == Finding(
         "checkpoints", "warning", "none", "set checkpoint.every, or checkpoint.minutes"
     )
+
+
+def test_what_earlier_attempts_said_is_told(out: Path) -> None:
+    agreed = f"Traceback\n\n{VERDICT}rank 1 (node1) ended without a word in step 3 (training)\n  rank 0: step 3\n"
+    stacks = {
+        "0.stack.1": agreed,
+        "2.stack.1": agreed,
+        "1.stack.1": "Fatal Python error: Segmentation fault\n\nCurrent thread 0x1 (most recent call first):\n"
+        '  File "/home/me/mine.py", line 7 in f\n',
+        "0.stack.2": "Traceback (most recent call last):\nRuntimeError: Timed out waiting 300000ms\n\nThread 0x2\n",
+    }
+    for number, (name, text) in enumerate(stacks.items()):
+        (out / "ranks" / name).write_text(text)
+        os.utime(out / "ranks" / name, (1000 + number, 1000 + number))
+    told = [each for each in judge(collect(out)) if each.check == "earlier"]
+    assert [each.remedy for each in told] == [
+        "ranks/0.stack.1, 2.stack.1 have the stacks",
+        "ranks/1.stack.1 has the stacks",
+        "ranks/0.stack.2 has the stacks",
+    ]
+    assert told[0].figure.endswith(": rank 1 (node1) ended without a word in step 3 (training)")
+    assert told[1].figure.endswith(": rank 1 (node1): crashed at mine.py:7, Segmentation fault")
+    assert told[2].figure.endswith(": rank 0 (node1): RuntimeError: Timed out waiting 300000ms")
 
 
 def test_the_first_cause_is_not_the_rank_that_only_lost_another_one(out: Path) -> None:

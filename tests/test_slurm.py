@@ -313,8 +313,10 @@ def test_a_lost_network_is_named_before_slurm_misses_the_node(folder: Path) -> N
         log = folder / "run" / "ranks" / "0.log"
         wait_until(lambda: "error: " in log.read_text(), 40)
         box.run("scancel", job)
-    # Whose network it is, two ranks cannot know: over the shared files each may still say where it is.
-    assert re.search(r"error: rank \d \(node\d\) .*network", log.read_text())
+    # Its interface has no link any more, which it says over the shared files.
+    assert re.search(
+        r"error: rank 1 \(node2\) lost the network in step \d+ \(\S+.*\): eth0 has no link", log.read_text()
+    )
 
 
 @pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])

@@ -33,6 +33,7 @@ import torch.distributed as dist
 from lockstep import pulse
 from lockstep.errors import CheckFailed
 from lockstep.pulse import Facts, Pulse
+from lockstep.world import lost_link, within
 
 LISTEN_SECONDS = 0.5  # between two looks at the bell
 ANSWER_SECONDS = 5.0  # in which a rank that lives answers it
@@ -112,6 +113,7 @@ class Inquest:
         self._lost = False  # the store
         self._stacks: IO[str] | None = None
         with contextlib.suppress(OSError):
+            pulse.keep_stack(folder, self._rank)
             self._stacks = (folder / f"{self._rank}.stack").open("w")
             faulthandler.enable(self._stacks)  # for crashes: gloo aborts where a message is larger than was expected
         # A thousand ranks are not to ask five hundred times a second.
@@ -140,19 +142,24 @@ class Inquest:
         began = time.monotonic()
         first = self._in_store(lambda: self._store.compare_set(CALL, "", str(self._rank)))
         if first is not None and int(first) != self._rank:  # one hears all: a thousand that do would choke the store
-            verdict = self._await_verdict(patience + 2 * ANSWER_SECONDS)
+            verdict = self._await_verdict(int(first), patience + 2 * ANSWER_SECONDS)
             if verdict:
+                self._conclude(verdict)
                 return Stuck(verdict)
         answers: dict[int, Facts] = {}
         while True:
             self._in_store(lambda: self._collect(answers))
             everyone, states = self._hear(answers)
+            unheard = [] if self._lost else self._unheard(everyone, states, answers)
             waited = time.monotonic() - began
             # Whoever is stopped may have been for a moment only.
-            grace = ANSWER_SECONDS if "silent" in states else STOPPED_SECONDS if "stopped" in states else 0
+            awaits = "silent" in states or not all(facts.get("cut") for facts in unheard)
+            grace = ANSWER_SECONDS if awaits else STOPPED_SECONDS if "stopped" in states else 0
             if waited >= max(patience, grace):
                 break
             time.sleep(0.1)
+        for facts in unheard:  # its file has come here, and its word has not come to the store
+            facts["cut"] = True
         text = pulse.verdict(everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder)
         mine = json.dumps({"by": self._rank, "text": text, "readers": states.count("answered")})
         stored = self._in_store(lambda: self._store.compare_set(VERDICT, "", mine))
@@ -162,7 +169,7 @@ class Inquest:
             speaks = json.loads(stored)["by"] == self._rank
             text = json.loads(stored)["text"]
             self._part(json.loads(stored)["readers"], waits=speaks)
-        self.heart.tell(end=text.partition("\n")[0])
+        self._conclude(text)
         self._wake(everyone, states)
         return Stuck(text, speaks)
 
@@ -189,8 +196,11 @@ class Inquest:
         if self._over.is_set() or not self._mine.acquire(blocking=False):
             return
         self._testify(None, asks=False)
-        lonely = f"rank {self._rank} was asked where it is by a rank that waited for others, and heard no more of it"
-        self._end(Stuck(self._await_verdict(4 * ANSWER_SECONDS) or lonely))
+        asker = int(self._in_store(lambda: self._store.get(CALL)) or 0)
+        lonely = f"rank {self._rank} was asked where it is by rank {asker}, and heard no more of it"
+        verdict = self._await_verdict(asker, 4 * ANSWER_SECONDS) or lonely
+        self._conclude(verdict)
+        self._end(Stuck(verdict))
 
     # On both sides
 
@@ -220,23 +230,40 @@ class Inquest:
                 self.heart.tell(writing=pulse.quoted(*others[-1]))
         said = {group_of(entry): brief(entry) for entry in entries}
         last = group_of(entries[-1]) if entries else ""
-        self.heart.tell(call=pulse.spot(frames), collectives=said, last=last, asked=asks)
+        link = {"lost_link": lost_link()} if lost_link() else {}
+        self.heart.tell(call=pulse.spot(frames), collectives=said, last=last, asked=asks, **link)
         self._in_store(lambda: self._store.set(f"hang/{self._rank}", json.dumps(self.heart.facts)))
 
     def _in_store(self, work: Callable[[], Any]) -> Any:
         """What `work` returns, or None: a store whose server is stopped never answers, and is asked no more."""
-        found = [] if self._lost else within(STORE_SECONDS, work)
-        self._lost = not found
-        return found[0] if found else None
+        if self._lost:
+            return None
+        try:
+            return within(STORE_SECONDS, work)
+        except (RuntimeError, TimeoutError):
+            self._lost = True
+            self.heart.tell(cut=True)
+            return None
 
-    def _await_verdict(self, seconds: float) -> str:
-        """The verdict, or nothing where there is none in time."""
+    def _conclude(self, text: str) -> None:
+        """Write the verdict down: its first line in the heartbeat, all of it beside the stacks."""
+        self.heart.tell(end=text.partition("\n")[0], stuck=True)
+        if self._stacks is not None:
+            with contextlib.suppress(OSError, ValueError):
+                self._stacks.write(f"\n{pulse.VERDICT}{text}\n")
+                self._stacks.flush()
+
+    def _await_verdict(self, asker: int, seconds: float) -> str:
+        """The verdict, or nothing where there is none in time; of an asker that lost the store, its first line."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             if self._in_store(lambda: self._store.check([VERDICT])):
                 told = json.loads(self._store.get(VERDICT))
                 self._part(told["readers"], waits=False)
                 return str(told["text"])
+            found = pulse.read(self._folder, asker)
+            if found.get("stuck"):
+                return str(found["end"])
             if self._lost:
                 break
             time.sleep(0.1)
@@ -267,6 +294,14 @@ class Inquest:
             states.append(pulse.state(everyone[-1], rank in answers or "call" in everyone[-1]))
         return everyone, states
 
+    def _unheard(self, everyone: list[Facts], states: list[str], answers: dict[int, Facts]) -> list[Facts]:
+        """Ranks that have answered in the shared files, and not in the store."""
+        return [
+            facts
+            for facts, what in zip(everyone, states, strict=True)
+            if what == "answered" and facts["rank"] not in (self._rank, *answers)
+        ]
+
     def _wake(self, everyone: list[Facts], states: list[str]) -> None:
         """Let ranks of this host that were stopped go on: they find the verdict, and leave by themselves."""
         for facts, what in zip(everyone, states, strict=True):
@@ -284,20 +319,6 @@ def main_thread() -> list[tuple[str, int]]:
     """Where it is."""
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     return lines(traceback.extract_stack(frame)) if frame else []
-
-
-def within(seconds: float, work: Callable[[], Any]) -> list[Any]:
-    """[what `work` returns], or nothing if it raises or takes longer."""
-    found: list[Any] = []
-
-    def call() -> None:
-        with contextlib.suppress(RuntimeError):
-            found.append(work())
-
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    return found
 
 
 # torch's flight recorder ------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ HUNGRY = 0.05  # share of its steps from which a rank's wait for data is spoken 
 SIZE = 8192  # bytes of a heartbeat file, more than a line ever has
 ROWS = 8  # of ranks that are told apart in a message
 FINISHED, FAILED = "finished", "failed"
+VERDICT = "the verdict: "  # before it, in a rank's stack file
 Facts = dict[str, Any]
 Clocks = tuple[float, float, float]  # seconds: passed, computed by this process, computed by its main thread
 NOTHING: Clocks = (0.0, 0.0, 0.0)
@@ -145,7 +146,7 @@ def process(pid: int) -> tuple[str, int | None]:
 def state(facts: Mapping[str, Any], answered: bool) -> str:
     """What has become of a rank: failed, finished, answered, gone, stopped, or silent, which says nothing."""
     end = facts.get("end", "")
-    if end:
+    if end and not facts.get("stuck"):  # whoever ends because it waited in vain is not the cause
         return FINISHED if end == FINISHED else FAILED
     if answered:
         return "answered"
@@ -174,7 +175,7 @@ def verdict(everyone: list[Facts], states: list[str], *, asker: int, seconds: fl
     for facts, what in zip(everyone, states, strict=True):
         if what == "gone" and (place := left_behind(folder, facts["rank"])):
             facts["call"] = place
-    why = causes(everyone, states) or [disagreement(everyone, asker, seconds)]
+    why = causes(everyone, states) or parted(everyone, seconds) or [disagreement(everyone, asker, seconds)]
     stacks = [f"{r}.stack" for r in range(len(everyone)) if has_content(folder / f"{r}.stack")]
     more = [f"stack traces: {folder.name}/{listing(stacks)}"] if stacks else []
     return "\n".join(["; ".join(why), *rows(everyone, states), *more])
@@ -197,6 +198,20 @@ def causes(everyone: list[Facts], states: list[str]) -> list[str]:
             last = f", last heard of{when(first)}" if when(first) else ""
             found.append(phrase.format(who=names(ranks), where=when(first), last=last, end=first.get("end", "")))
     return found
+
+
+def parted(everyone: list[Facts], seconds: float) -> list[str]:
+    """Which of the ranks that all live can no longer be reached.
+
+    Neither side of a broken network can know which of them has broken, unless an interface has lost its link. Then
+    those are named that are cut off from rank 0, in whose store all meet.
+    """
+    down = [facts for facts in everyone if facts.get("lost_link")]
+    if down:
+        return [f"{names(down)} lost the network{when(down[0])}: {down[0]['lost_link']} has no link"]
+    cut = [facts for facts in everyone if facts.get("cut")]
+    there = "where all meet" if everyone[0] in cut else f"{names(everyone[:1])}, where all meet"
+    return [f"{names(cut)} can no longer be reached from {there} (timeout_seconds={seconds:g})"] if cut else []
 
 
 def disagreement(everyone: list[Facts], asker: int, seconds: float) -> str:
@@ -276,13 +291,29 @@ def has_content(path: Path) -> bool:
     return False
 
 
+def keep_stack(folder: Path, rank: int) -> None:
+    """Put aside what an earlier attempt left in ranks/<rank>.stack, as <rank>.stack.1, 2, ...: the next one's is to
+    come in its place."""
+    old = folder / f"{rank}.stack"
+    if has_content(old):
+        number = 1
+        while (kept := old.with_name(f"{old.name}.{number}")).exists():
+            number += 1
+        old.rename(kept)
+
+
 def left_behind(folder: Path, rank: int) -> str:
-    """The place that a crash left in ranks/<rank>.stack; empty where it left none.
+    """The place that a crash left in ranks/<rank>.stack; empty where it left none."""
+    return crash_in(folder / f"{rank}.stack")
+
+
+def crash_in(stack: Path) -> str:
+    """The place of a crash that a stack file tells of; empty where it tells of none.
 
     faulthandler lists the threads' frames from the innermost outwards, and the main thread last.
     """
     try:
-        text = (folder / f"{rank}.stack").read_text()
+        text = stack.read_text(errors="replace")
     except OSError:
         return ""
     cause = re.search(r"^Fatal Python error: (.+)", text, re.MULTILINE)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep import data, metrics, order
+from lockstep.alike import hold_alike
 from lockstep.data import Batch
 from lockstep.errors import UserError
 from lockstep.files import write_json
@@ -362,8 +363,10 @@ class Run:
 
         Raises:
             NothingLeft: it is that of the last step.
+            UserError: the ranks have not the same data.
         """
         self._optimizer = optimizer
+        hold_alike(self)
         if self.listener:
             self._agreement, self.listener.training = Agreement(self.world.control, self.listener), True
         assert self._whole is not None

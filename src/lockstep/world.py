@@ -18,10 +18,11 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from torch.distributed import distributed_c10d
 from lockstep.errors import UserError
 from lockstep.pulse import Pulse
 
+T = TypeVar("T")
 NCCL_SPARE_SECONDS = 60  # what NCCL waits longer: it ends the process without a word (lockstep.inquest)
 IMPATIENCE_SECONDS = 60.0  # after that, rank 0 says whom it is waiting for
 
@@ -147,34 +149,44 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
             f"rank {place.rank} could not reach rank 0 at {where} within {timeout_seconds:g} s: "
             "start rank 0, or correct the address, or raise timeout_seconds"
         )
-    found: list[dist.Store | Exception] = []
 
-    def connect() -> None:
-        try:
-            found.append(
-                dist.TCPStore(
-                    place.master_addr,
-                    place.master_port,
-                    is_master=serves,
-                    timeout=timedelta(seconds=timeout_seconds),
-                    wait_for_workers=False,  # it would wait without saying who is missing; check_in names them
-                )
-            )
-        except (RuntimeError, ValueError) as error:  # DistNetworkError among them
-            found.append(error)
+    def connect() -> dist.Store:
+        return dist.TCPStore(
+            place.master_addr,
+            place.master_port,
+            is_master=serves,
+            timeout=timedelta(seconds=timeout_seconds),
+            wait_for_workers=False,  # it would wait without saying who is missing; check_in names them
+        )
 
     # Before something that listens but is no store, TCPStore waits for ever, whatever its timeout.
-    thread = threading.Thread(target=connect, daemon=True)
-    thread.start()
-    thread.join(timeout_seconds)
-    if not found:
-        raise UserError(f"{where}: something answers there that is no store; set a free MASTER_PORT")
-    if isinstance(found[0], Exception):
-        text = str(found[0]).lower()
+    try:
+        return dist.PrefixStore("lockstep", within(timeout_seconds, connect))
+    except TimeoutError:
+        raise UserError(f"{where}: something answers there that is no store; set a free MASTER_PORT") from None
+    except (RuntimeError, ValueError) as error:  # DistNetworkError among them
+        text = str(error).lower()
         if "eaddrinuse" in text or "address already in use" in text:
-            raise UserError(f"{where}: the port is in use on {socket.gethostname()}; set a free MASTER_PORT")
-        raise UserError(f"{where}: no store there ({str(found[0]).splitlines()[0]}); set another MASTER_PORT")
-    return dist.PrefixStore("lockstep", found[0])
+            raise UserError(f"{where}: the port is in use on {socket.gethostname()}; set a free MASTER_PORT") from None
+        raise UserError(f"{where}: no store there ({str(error).splitlines()[0]}); set another MASTER_PORT") from None
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns, or raises.
+
+    Raises:
+        TimeoutError: it takes longer; the thread it is in is left alone.
+    """
+    done: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return done.result(seconds)
 
 
 def answers(host: str, port: int, timeout_seconds: float) -> bool:
@@ -344,6 +356,19 @@ def interface_towards(host: str) -> str | None:
             if request[20:24] == mine:
                 return name
     return None
+
+
+def lost_link() -> str:
+    """The interface that this rank's gloo groups use where it has no link: a pulled cable, a dead switch; else
+    nothing."""
+    SIOCGIFFLAGS, IFF_RUNNING = 0x8913, 0x40  # linux/sockios.h, linux/if.h
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            about = fcntl.ioctl(probe, SIOCGIFFLAGS, struct.pack("256s", name.encode()))
+        except OSError:
+            return ""  # none is set, or several are
+    return "" if struct.unpack_from("H", about, 16)[0] & IFF_RUNNING else name
 
 
 def patience(timeout_seconds: float, backend: str) -> timedelta:
