@@ -144,12 +144,14 @@ class Inquest:
         if first is not None and int(first) != self._rank:  # one hears all: a thousand that do would choke the store
             verdict = self._await_verdict(int(first), patience + 2 * ANSWER_SECONDS)
             if verdict:
-                self._conclude(verdict)
-                return Stuck(verdict)
+                return self._conclude(verdict)
         answers: dict[int, Facts] = {}
         while True:
             self._in_store(lambda: self._collect(answers))
             everyone, states = self._hear(answers)
+            for facts in everyone:  # while this rank was stopped, the others have come to an end
+                if facts.get("spoke"):
+                    return self._conclude(facts["end"])
             unheard = [] if self._lost else self._unheard(everyone, states, answers)
             waited = time.monotonic() - began
             # Whoever is stopped may have been for a moment only.
@@ -169,9 +171,9 @@ class Inquest:
             speaks = json.loads(stored)["by"] == self._rank
             text = json.loads(stored)["text"]
             self._part(json.loads(stored)["readers"], waits=speaks)
-        self._conclude(text)
+        verdict = self._conclude(text, speaks)
         self._wake(everyone, states)
-        return Stuck(text, speaks)
+        return verdict
 
     # In the thread
 
@@ -199,8 +201,7 @@ class Inquest:
         asker = int(self._in_store(lambda: self._store.get(CALL)) or 0)
         lonely = f"rank {self._rank} was asked where it is by rank {asker}, and heard no more of it"
         verdict = self._await_verdict(asker, 4 * ANSWER_SECONDS) or lonely
-        self._conclude(verdict)
-        self._end(Stuck(verdict))
+        self._end(self._conclude(verdict))
 
     # On both sides
 
@@ -245,13 +246,14 @@ class Inquest:
             self.heart.tell(cut=True)
             return None
 
-    def _conclude(self, text: str) -> None:
-        """Write the verdict down: its first line in the heartbeat, all of it beside the stacks."""
-        self.heart.tell(end=text.partition("\n")[0], stuck=True)
+    def _conclude(self, text: str, speaks: bool = False) -> Stuck:
+        """The verdict, written down: its first line in the heartbeat, all of it beside the stacks."""
+        self.heart.tell(end=text.partition("\n")[0], stuck=True, spoke=speaks)
         if self._stacks is not None:
             with contextlib.suppress(OSError, ValueError):
                 self._stacks.write(f"\n{pulse.VERDICT}{text}\n")
                 self._stacks.flush()
+        return Stuck(text, speaks)
 
     def _await_verdict(self, asker: int, seconds: float) -> str:
         """The verdict, or nothing where there is none in time; of an asker that lost the store, its first line."""
@@ -262,7 +264,7 @@ class Inquest:
                 self._part(told["readers"], waits=False)
                 return str(told["text"])
             found = pulse.read(self._folder, asker)
-            if found.get("stuck"):
+            if found.get("spoke"):
                 return str(found["end"])
             if self._lost:
                 break
