@@ -35,7 +35,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lockstep import Recipe, Run, UserError, data, files, page, plots, recipe, rundir, trial, world
+from lockstep import Recipe, Run, UserError, files, formats, page, plots, recipe, rundir, trial, world
 from lockstep.checks import check_package, complete
 from lockstep.comparison import Case, Result, rows, tables, verdicts
 from lockstep.errors import CheckFailed
@@ -65,7 +65,7 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
     threads = config.threads
     if threads is None and device == "cpu" and len(numbers) > 1:
         threads = max(1, cores // numbers[-1])
-    counted = data.check(config.data)
+    counted = formats.check(config.data)
     steps = min(config.epochs * (counted[1] // config.batch_size), config.max_steps or math.inf)
     profile = min(config.profile, max(0, int(steps) - warm_up(int(steps)) - 1))  # as many as a short run has
     common = words(config) + ([f"threads={threads}"] if threads else [])

@@ -171,9 +171,9 @@ class Inquest:
             speaks = json.loads(stored)["by"] == self._rank
             text = json.loads(stored)["text"]
             self._part(json.loads(stored)["readers"], waits=speaks)
-        verdict = self._conclude(text, speaks)
+        found = self._conclude(text, speaks)
         self._wake(everyone, states)
-        return verdict
+        return found
 
     # In the thread
 
