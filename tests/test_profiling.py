@@ -121,7 +121,7 @@ def test_shares_of_a_step_add_up_and_each_operation_is_counted_once() -> None:
     assert found["seconds"] == 100
     assert (found["communication"], found["exposed"]) == (10, 6)
     expected = {"data": 10, "optimizer": 8, "communication": 6, "normalisation": 5, "activation": 4, "convolution": 31}
-    expected |= {"copies": 3, "other": 1, "outside": 32}
+    expected |= {"copies": 3, "compiled": 0, "other": 1, "outside": 32}
     assert found["shares"] == pytest.approx({name: seconds / 100 for name, seconds in expected.items()})
     operations = found["operations"]
     assert operations["aten::mkldnn_convolution"] == [27, 1]
@@ -183,6 +183,29 @@ def test_a_kernel_belongs_where_it_was_launched() -> None:
     }
 
 
+def test_a_gpu_s_trace_is_read_as_it_is_written(tmp_path: Path) -> None:
+    """Microseconds; a kernel has its operation's number; an annotation stands on the GPU's line once more."""
+    events = [
+        ("user_annotation", f"{STEP}7", 0, 100, "main", 1),
+        ("cpu_op", "aten::cudnn_convolution", 5, 10, "main", 2),
+        ("cuda_runtime", "cudaLaunchKernel", 7, 2, "main", 2),
+        ("gpu_user_annotation", f"{STEP}7", 20, 300, "7", 1),
+        ("kernel", "sm90_xmma_gemm", 20, 30, "7", 2),
+        ("kernel", "ncclDevKernel_AllReduce_Sum_f32_RING_LL", 40, 20, "20", 3),
+        ("gpu_memset", "Memset (Device)", 70, 5, "7", 4),
+        ("Trace", "PyTorch Profiler (0)", 0, 900, "main", 5),
+    ]
+    names, numbered = ("cat", "name", "ts", "dur", "tid"), {"ph": "X", "pid": 1}
+    rows = [dict(zip(names, each, strict=False)) | numbered | {"args": {"External id": each[5]}} for each in events]
+    path = tmp_path / "trace.json"
+    path.write_text(json.dumps({"traceEvents": [*rows, {"ph": "s", "name": "ac2g", "ts": 7, "pid": 1, "tid": "main"}]}))
+    found = account(read_trace(path))
+    assert found["seconds"] == pytest.approx(100e-6)
+    assert (found["communication"], found["exposed"]) == pytest.approx((20e-6, 10e-6))
+    assert found["shares"]["convolution"] == pytest.approx(0.3)
+    assert found["shares"]["copies"] == pytest.approx(0.05)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -197,6 +220,8 @@ def test_a_kernel_belongs_where_it_was_launched() -> None:
         ("aten::to", "copies"),
         ("aten::topk", "other"),
         ("c10d::allreduce_", "communication"),
+        ("## Call CompiledFxGraph fyhgwmu6 ##", "compiled"),
+        ("triton_poi_fused_native_batch_norm_backward_3", "normalisation"),
         ("Optimizer.zero_grad#AdamW.zero_grad", "optimizer"),
     ],
 )

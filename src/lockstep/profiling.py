@@ -34,6 +34,7 @@ CLASSES = {
     "copies": re.compile(
         r"copy|contiguous|::clone|::to$|::cat$|reorder|memcpy|memset|transpose|nchwToNhwc|nhwcToNchw", re.I
     ),
+    "compiled": re.compile(r"CompiledF|^triton_|^cpp_fused"),  # of torch.compile, where its name tells no more
 }
 OUTER = ("data", "optimizer")  # all that runs within belongs to it
 
