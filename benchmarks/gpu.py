@@ -63,7 +63,7 @@ class Measurement:
     kind: str
     options: dict[str, Any] = field(default_factory=dict)
     expected: float = 60.0
-    limit: float = 150.0
+    limit: float = 200.0
 
 
 def plan(quick: bool) -> list[Measurement]:
