@@ -99,7 +99,7 @@ def write(world: World, folder: str, asynchronous: bool) -> dict[str, Any]:
 def test_torch_alone_reads_what_ranks_wrote_behind_training_s_back(asynchronous: bool, tmp_path: Path) -> None:
     ranks = run_ranks(write, 2, str(tmp_path), asynchronous)
     for seen in ranks:
-        assert seen["writer's"] == (min(19, seen["mine"] + 10) if asynchronous else seen["mine"])
+        assert seen["writer's"] == (min(19, seen["mine"] + 5) if asynchronous else seen["mine"])
     for step in (1, 2):
         path = tmp_path / folder_name(step)
         assert not whats_wrong(path)
