@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import resource
 import statistics
 import subprocess
@@ -25,6 +26,7 @@ from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
@@ -123,7 +125,8 @@ def run(
         seconds, cpu_seconds = time.perf_counter() - started, _spent_by_children() - before
         if done.returncode:
             said = (done.stdout + done.stderr).splitlines()
-            errors = [line for line in said if "Error: " in line]  # which torchrun's summary may have pushed far up
+            # The program's own word, which torchrun's summary may have pushed far up.
+            errors = [line for line in said if re.search(r"\b\w+Error: .", line)]
             text = "\n".join([*said[-15:], *errors[-1:]])
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{text}")
         return Ran(seconds, cpu_seconds, began, [json.loads(line) for line in told])
@@ -202,11 +205,11 @@ def show(rows: Sequence[Row]) -> None:
         verdict = {True: "[green]met[/]", False: "[red]not met[/]", None: ""}[row.met]
         median = "" if row.median is None else f"{row.median:.2f}"
         span = f"{min(row.ratios):.2f} to {max(row.ratios):.2f}" if row.ratios else ""
-        table.add_row(row.name, median, span, target, verdict, row.note)
+        table.add_row(Text(row.name), median, span, target, verdict, Text(row.note))  # no markup in what programs say
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False)
     console.print(table)
     for command in dict.fromkeys(row.command for row in rows):
-        console.print(f"repeat: {command}")
+        console.print(f"repeat: {command}", markup=False, soft_wrap=True)
 
 
 def write(rows: Sequence[Row], path: Path) -> None:

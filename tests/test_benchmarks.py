@@ -1,0 +1,63 @@
+"""The benchmarks' own machinery: the clock in a process that somebody else wrote, turns, ratios, the table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import common
+
+PROGRAM = """
+import sys, time, torch
+weight = torch.zeros(1, requires_grad=True)
+optimizer = torch.optim.SGD([weight], lr=0.1)
+for step in range(6):
+    time.sleep(0.2 if step < 3 else 0.02)
+    (weight * 1).backward()
+    optimizer.step()
+"""
+
+
+def test_the_clock_counts_any_programs_updates(tmp_path: Path) -> None:
+    """Three steps of 200 ms are the warm-up, three of 20 ms count."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    ran = common.run([tmp_path / "program.py"], tmp_path, clock=(3, 3))
+    assert 0.02 <= ran.step("median") < 0.15
+    assert ran.step("median") <= ran.step("mean") * 1.5
+    assert 0 < ran.cpu_a_step < ran.cpu_seconds
+    assert 0.2 < ran.first_step < ran.seconds - 2 * 0.2
+
+
+def test_a_program_that_fails_says_why(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text("print('on the way')\nraise ValueError('the cause')")
+    with pytest.raises(RuntimeError, match=r"ended with 1:\non the way\n(.*\n)*ValueError: the cause$"):
+        common.run([tmp_path / "program.py"])
+
+
+def test_all_take_turns_and_each_begins_once() -> None:
+    calls: list[tuple[int, str]] = []
+    names = {name: lambda number, name=name: calls.append((number, name)) or len(calls) for name in "abc"}
+    found = common.in_turn(names, rounds=2, warm=1)
+    assert ["".join(name for number, name in calls if number == turn) for turn in range(3)] == ["abc", "bca", "cab"]
+    assert found == {"a": [6, 8], "b": [4, 9], "c": [5, 7]}  # without the warm round
+
+
+def test_a_row_is_judged_by_its_median(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ratios = common.ratios([3.0, 1.0, 2.0], [1.0, 1.0, 1.0])
+    rows = [
+        common.Row("fast / slow", ratios, 1.5, note="[1, 2]", command="python -m benchmarks.x"),
+        common.Row("small / large", ratios, 1.5, at_most=True),
+        common.Row("only known", ratios),
+        common.Row("mine / theirs", [], 1.5, note="does not run: [rank0] why"),
+    ]
+    assert [row.met for row in rows] == [True, False, None, None]
+    common.show(rows)
+    shown = capsys.readouterr().out
+    assert "2.00   1.00 to 3.00  ≥ 1.5   met      [1, 2]" in shown
+    assert "≤ 1.5   not met" in shown
+    assert "does not run: [rank0] why" in shown
+    common.write(rows, tmp_path / "bench.json")
+    assert common.read(tmp_path / "bench.json") == rows
+    assert json.loads((tmp_path / "bench.json").read_text())[0]["median"] == 2
