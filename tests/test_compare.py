@@ -230,7 +230,7 @@ def test_runs_take_turns(stand: None, tmp_path: Path) -> None:
     assert ddp["speedup"] == pytest.approx((200 / 100 + 400 / 300) / 2)
     assert ddp["folders"] == ["runs/ddp-2-1", "runs/ddp-2-2"]
     assert found["verified"][0]["verdict"] == "equal"
-    assert "Verified" in (tmp_path / "run" / "report.html").read_text()
+    assert "Held to recipes.single" in (tmp_path / "run" / "report.html").read_text()
     assert {path.stem for path in (tmp_path / "run").glob("*.png")} == {"compare", "throughput", "memory"}
     profiled = {name: "profile=" in (tmp_path / "run/runs" / name / "words").read_text() for name in asked(tmp_path)}
     assert [name for name, yes in profiled.items() if yes] == ["single-1-2", "ddp-2-2"], "a round measures memory alone"

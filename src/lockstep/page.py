@@ -111,6 +111,7 @@ th, td { border-bottom: 1px solid var(--line); padding: .45rem .8rem; text-align
 thead th { color: var(--muted); font-size: .82rem; font-weight: 600; }
 th:first-child, td:first-child { padding-left: 0; text-align: left; }
 tbody th { font-weight: 600; }
+th:first-child { background: var(--surface); left: 0; position: sticky; }
 td.text, th.text { text-align: left; }
 tbody tr:last-child > * { border-bottom: 0; }
 .good { color: var(--good); } .bad { color: var(--bad); }
@@ -122,6 +123,7 @@ dl.list dt { color: var(--muted); } dl.list dd { margin: 0; min-width: 0; overfl
 details > summary { cursor: pointer; font-weight: 600; margin: .2rem 0 .6rem; }
 a { color: var(--accent); }
 footer { font-size: .88rem; }
+@media (max-width: 36rem) { dl.list { grid-template-columns: 1fr; } dl.list dt { font-weight: 600; margin-top: .4rem; } }
 @media print { img { min-width: 0; } body { background: #fff; font-size: 11pt; max-width: none; padding: 0; }
   section, .tiles > div { border-color: #ccc; break-inside: avoid; } .scroll { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .25rem .35rem; } details > pre { white-space: pre-wrap; } }
@@ -136,7 +138,7 @@ def page(facts: Facts, plots: list[Plot]) -> str:
         section("Failed", bullets(problems, "bad")) if problems else "",
         section("Plots", f'<div class="plots">{"".join(map(picture, plots))}</div>') if plots else "",
         section("Figures", figures(facts.rows)) if facts.rows else "",
-        section("Verified: the same training as recipes.single", verified(facts.verified)) if facts.verified else "",
+        section("Held to recipes.single", verified(facts.verified)) if facts.verified else "",
         section("Left out", bullets(facts.left_out)) if facts.left_out else "",
         section("How it was measured", measured(facts)),
         section("Where", machine(facts.environment)),
@@ -250,7 +252,7 @@ def verified(rows: list[dict[str, Any]]) -> str:
         f'<span class="{name}">{cell}</span>' for name, cell in zip(style, columns["verdict"], strict=True)
     ]
     off = sum(name == "bad" for name in style)
-    caption = f"Relative differences from recipes.single: {count(off, 'row')} off."
+    caption = f"Relative differences from recipes.single: {count(off, 'row') if off else 'no row is'} off."
     return f'<p class="note">{caption}</p>' + table(caption, columns, texts=("precision", "verdict"))
 
 
