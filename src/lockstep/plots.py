@@ -167,7 +167,9 @@ def paint(found: list[Plot], theme: Theme, columns: int) -> bytes:
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     stream = io.BytesIO()
-    picture.quantize(128).save(stream, format="png", optimize=True)  # a third of the bytes, and nobody sees it
+    picture.quantize(256, Image.Quantize.MAXCOVERAGE).save(
+        stream, format="png", optimize=True
+    )  # a third of the bytes, and nobody sees it
     return stream.getvalue()
 
 
