@@ -94,6 +94,8 @@ def test_every_start_gives_the_same_run(start, nproc, weights, tmp_path: Path) -
         f"{rank}.{kind}" for rank in range(nproc) for kind in ("log", "heartbeat")
     }
     assert json.loads((out / "result.json").read_text())["world_size"] == nproc
+    share = max(1, len(os.sched_getaffinity(0)) // nproc)
+    assert f"{share} thread" in (out / "ranks" / "1.log").read_text(), "no more threads than cores"
 
 
 def test_without_out_the_directory_is_named_by_recipe_and_time(tmp_path: Path) -> None:
@@ -136,9 +138,3 @@ def test_a_conf_folder_where_the_user_stands_does_not_hide_ours(tmp_path: Path) 
     done = command("-m", "recipes.ddp", "--cfg", "job", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "nonsense" not in done.stdout
-
-
-def test_no_more_threads_than_cores(tmp_path: Path) -> None:
-    by_python(tmp_path / "run", tmp_path, 2)
-    share = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert f"{share} thread" in (tmp_path / "run" / "ranks" / "1.log").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -13,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.errors import UserError
+
+PACKAGES = "lockstep torch torchvision numpy hydra-core omegaconf lightning deepspeed ray".split()
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
@@ -71,18 +74,11 @@ def environment(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
     """What a run ran on. Variables are picked by name, because a dump of all of them would publish tokens."""
     import torch
 
-    packages = ("lockstep", "torch", "torchvision", "numpy", "hydra-core", "omegaconf", "lightning", "deepspeed")
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
     keep = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_NTASKS")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions,
+        "versions": versions(),
         "cuda": torch.version.cuda,
         "git_commit": git_commit(),
         "hosts": hosts,
@@ -100,6 +96,15 @@ def cpu_name() -> str:
     """The processor's model, as the kernel knows it."""
     names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a run may use, those that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
 
 
 def git_commit() -> str | None:

@@ -36,7 +36,6 @@ from lockstep.world import World, interface_towards
 
 Facts = dict[str, Any]
 FOLDER = ".preflight"  # in the run directory, removed at the end
-PACKAGES = "lockstep torch torchvision numpy hydra-core omegaconf torchmetrics lightning deepspeed ray".split()
 PATIENCE_SECONDS = 10.0  # in which a file of another rank must be seen
 SWAP_SECONDS = 0.5  # in which rank 0 replaces a file again and again while the others read it
 BLOCK_BYTES = 2**25  # written to see how fast that is
@@ -90,10 +89,7 @@ def leaders(hosts: list[str]) -> list[int]:
 
 def versions() -> Facts:
     """What is installed, and which requirements of it are not met."""
-    found: dict[str, str] = {}
-    for package in PACKAGES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[package] = metadata.version(package)
+    found = files.versions()
     nccl = ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None
     return {
         "python": platform.python_version(),
