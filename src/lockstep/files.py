@@ -15,7 +15,7 @@ from typing import Any
 
 from lockstep.errors import UserError
 
-PACKAGES = "lockstep torch torchvision numpy hydra-core omegaconf lightning deepspeed ray".split()
+PACKAGES = "lockstep torch torchvision numpy hydra-core omegaconf torchmetrics lightning deepspeed ray".split()
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
