@@ -30,6 +30,9 @@ def micro_batches(batch: Batch, count: int, model: nn.Module) -> Iterator[MicroB
     gradients add up on each rank, and cross the network once a step. The forward must lie inside no_sync too, because
     it is the forward that arms DDP's hooks; so the context spans the whole body of the caller's loop.
     """
+    if count == 1:
+        yield MicroBatch(*batch, weight=1.0)
+        return
     pieces = list(zip(batch.images.chunk(count), batch.labels.chunk(count), strict=True))
     for number, (images, labels) in enumerate(pieces):
         last = number == len(pieces) - 1

@@ -123,7 +123,9 @@ dl.list dt { color: var(--muted); } dl.list dd { margin: 0; min-width: 0; overfl
 details > summary { cursor: pointer; font-weight: 600; margin: .2rem 0 .6rem; }
 a { color: var(--accent); }
 footer { font-size: .88rem; }
-@media (max-width: 36rem) { dl.list { grid-template-columns: 1fr; } dl.list dt { font-weight: 600; margin-top: .4rem; } }
+@media (max-width: 36rem) {
+  dl.list { grid-template-columns: 1fr; } dl.list dt { font-weight: 600; margin-top: .4rem; }
+}
 @media print { img { min-width: 0; } body { background: #fff; font-size: 11pt; max-width: none; padding: 0; }
   section, .tiles > div { border-color: #ccc; break-inside: avoid; } .scroll { overflow: visible; }
   table { font-size: 7.5pt; } th, td { padding: .25rem .35rem; } details > pre { white-space: pre-wrap; } }

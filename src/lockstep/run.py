@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,7 @@ class Run:
         self._agreement: Agreement | None = None
         self._keeper = Keeper(recipe, config, world, out, self.report)
         self._train_loss: float | None = None
+        self._unlogged: Callable[[], None] | None = None  # ends the logging of a step
         self._evaluation: metrics.Evaluation | None = None
 
     # What recipes call ------------------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ class Run:
         GPU.
         """
         self._instruments.recorded(loss)
-        part = loss.detach() * weight
+        part = loss.detach() if weight == 1 else loss.detach() * weight
         self._loss = part if self._loss is None else self._loss + part
 
     def note(self, text: str, **values: Any) -> None:
@@ -432,6 +434,7 @@ class Run:
         """
         if not self._instruments.profiling:
             self._timer.stop()
+        self._settle_log()
         self.step += 1
         self.pulse.enter(AFTER, self.step)
         if self._module and not self._module.training:
@@ -447,11 +450,12 @@ class Run:
         if self._is_logged(self.step):
             self._log_step(left_out)
         elif left_out:
-            self._log(**self._scaling)
+            self._log(self.step, self._scaling)
         self._loss = None
         self._paused_at = time.perf_counter()
         evaluates = self.step == self.total_steps or self._epoch_ends_with_evaluation()
         if evaluates:
+            self._settle_log()
             self.pulse.enter("evaluating")
         return evaluates
 
@@ -460,28 +464,37 @@ class Run:
         self._logged_at += seconds
 
     def _log_step(self, left_out: bool) -> None:
-        self._train_loss, memory = self._loss_and_memory()
+        """Begin to log a step. What has to be summed over the ranks is on its way while the next step is taken."""
         now = time.perf_counter()
         speed = (self.step - self._logged_step) * self.config.batch_size / (now - self._logged_at)
         self._logged_at, self._logged_step = now, self.step
         more, histograms, usage = self._instruments.read(updated=not left_out)
-        self._log(
-            loss=self._train_loss,
-            lr=self._lr,
-            images_per_second=round(speed, 1),
-            peak_memory_bytes=memory,
-            **self._scaling,
-            **more,
-        )
-        for monitor in self.monitors if histograms else ():
-            monitor.histograms(self.step, histograms)
-        self.report.step(self.step, self._train_loss, speed, usage)
+        scalars = {"loss": 0.0, "lr": self._lr, "images_per_second": round(speed, 1), "peak_memory_bytes": 0}
+        scalars |= self._scaling | more
+        summed = self._loss_and_memory()
+
+        def finish(step: int) -> None:
+            self._train_loss, scalars["peak_memory_bytes"] = summed()
+            scalars["loss"] = self._train_loss
+            self._log(step, scalars)
+            for monitor in self.monitors if histograms else ():
+                monitor.histograms(step, histograms)
+            self.report.step(step, self._train_loss, speed, usage)
+
+        self._unlogged = partial(finish, self.step)
+
+    def _settle_log(self) -> None:
+        """Write down the logged step that is under way, where there is one."""
+        if self._unlogged:
+            finish, self._unlogged = self._unlogged, None
+            finish()
 
     def _is_logged(self, step: int) -> bool:
         return step % self.config.log_every == 0 or step == self.total_steps
 
     def stop(self) -> None:
         """Bring to an end what is under way, before all ranks leave."""
+        self._settle_log()
         self._keeper.wait()
         for monitor in self.monitors:
             monitor.close()
@@ -489,7 +502,8 @@ class Run:
     def _evaluated(self, result: metrics.Evaluation) -> None:
         """Log an evaluation, and judge by it."""
         self._evaluation = result
-        self._log(eval_loss=result.loss, eval_accuracy=result.accuracy, eval_f1=result.f1)
+        scalars = {"eval_loss": result.loss, "eval_accuracy": result.accuracy, "eval_f1": result.f1}
+        self._log(self.step, scalars)
         self.report.evaluation(self.step, result)
         self._keeper.judge(result)
         if self._keeper.is_out_of_patience and self.step < self.total_steps:
@@ -531,6 +545,7 @@ class Run:
 
     def _save(self, state: TrainingState) -> None:
         """Have the checkpoint of this step written; the clock by which speed is measured stands still meanwhile."""
+        self._settle_log()
         if self.quiet:
             return
         self.pulse.enter("saving", self.step)
@@ -589,8 +604,8 @@ class Run:
             images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
         return Batch(self.to_model(images), batch.labels.to(self.device, non_blocking=True))
 
-    def _loss_and_memory(self) -> tuple[float, int]:
-        """(the loss over the global batch, the largest peak of a rank's memory so far), in one all-reduce.
+    def _loss_and_memory(self) -> Callable[[], tuple[float, int]]:
+        """Begin one all-reduce; its end: (the loss over the global batch, the largest peak of a rank's memory so far).
 
         The loss is the mean over the ranks that have one, whose shares are equal; of a pipeline only the last stage has
         one. Of the memory each rank writes its own number, and zeros for the others.
@@ -602,11 +617,16 @@ class Run:
         if self._loss is not None:
             total[0], total[1] = self._loss.double().to(self.device), 1
         total[2 + self.world.rank] = metrics.peak_memory_bytes(self.device)
-        dist.all_reduce(total)
-        loss, count, *memory = total.tolist()
-        if not count:
-            raise UserError(f"{self.recipe}: no loss to log; call run.record(loss=loss) in every step")
-        return loss / count, int(max(memory))
+        work = dist.all_reduce(total, async_op=True)
+
+        def summed() -> tuple[float, int]:
+            work.wait()
+            loss, count, *memory = total.tolist()
+            if not count:
+                raise UserError(f"{self.recipe}: no loss to log; call run.record(loss=loss) in every step")
+            return loss / count, int(max(memory))
+
+        return summed
 
     def _epoch_ends_with_evaluation(self) -> bool:
         every = self.config.eval_every * self.steps_per_epoch
@@ -625,8 +645,8 @@ class Run:
         with self.autocast():
             return metrics.evaluate(module, self.eval_batches(sampler), sampler, self.device)
 
-    def _log(self, **scalars: float) -> None:
-        where = {"step": self.step, "epoch": self.epoch, "samples_seen": self.step * self.config.batch_size}
+    def _log(self, step: int, scalars: dict[str, float]) -> None:
+        where = {"step": step, "epoch": step // self.steps_per_epoch, "samples_seen": step * self.config.batch_size}
         for monitor in self.monitors:
             monitor.log(where | scalars)
 
