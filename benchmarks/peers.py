@@ -28,7 +28,7 @@ RANKS = 2
 SIZES = {"resnet50": 224, "resnet18": 32}  # pixels a side
 SHARES = {"resnet50": 8, "resnet18": 32}  # images a rank
 WARM = {"resnet50": 2, "resnet18": 5}
-STEPS = {"resnet50": 8, "resnet18": 40}
+STEPS = {"resnet50": 8, "resnet18": 15}
 LIBRARIES = {
     "bare DDP": f"{HERE}.bare",
     "Fabric": f"{HERE}.by_fabric",
