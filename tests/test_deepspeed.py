@@ -243,7 +243,18 @@ def test_it_keeps_the_console_to_lockstep(tmp_path: Path) -> None:
     done = command("-m", "recipes.deepspeed_zero", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    starts = ("deepspeed_zero", "  model ", "  data ", "  batch ", "  run ", "step 2/2", "  accuracy", "  speed")
+    starts = (
+        "deepspeed_zero",
+        "  model ",
+        "  data ",
+        "  batch ",
+        "  chosen ",
+        "         ",
+        "  run ",
+        "step 2/2",
+        "  accuracy",
+        "  speed",
+    )
     starts += ("  time", "  memory", "  state", "  written", "  held", "  next")
     assert all(line.startswith(starts) for line in done.stdout.splitlines()), done.stdout
     assert "untested optimizer" in (tmp_path / "run" / "ranks" / "0.log").read_text()

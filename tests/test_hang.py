@@ -144,11 +144,10 @@ def ended(process: Any, folder: Path, began: float, who: int) -> Ended:
         ),
         (
             "skip",
-            f"rank 1 was killed by SIGABRT on {HERE} in step 3 (after the update); its last words are in ranks/1.log\n"
+            f"rank 1 was killed by SIGABRT on {HERE} in step # (…); its last words are in ranks/1.log\n"
             f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:#), last collective all_reduce no. # of "
             "[490]\n"
-            f"  rank 1 ({HERE}): step 3, after the update, for batch in run.steps(model=model, optimizer=optimizer): "
-            "(hanging.py:#), in a collective of another size than the others'\n",
+            f"  rank 1 ({HERE}): step #, … (hanging.py:#), in a collective of another size than the others'\n",
         ),
         (
             "other",

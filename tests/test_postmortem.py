@@ -238,13 +238,13 @@ def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
 
 
 def trained(world: World, config: str, out: str, how: str) -> None:
-    """Train with heartbeats, and a rank 1 that computes 20 ms more in each step, or whose images come 20 ms later."""
+    """Train with heartbeats, and a rank 1 that computes 50 ms more in each step, or whose images come 20 ms later."""
     world = replace(world, pulse=Pulse(Path(out) / "ranks", world.rank))
     if world.rank == 1 and how == "slow":
         loss = ddp.cross_entropy
 
         def burning(*given: Any) -> Any:
-            until = time.process_time() + 0.02
+            until = time.process_time() + 0.05
             while time.process_time() < until:
                 pass
             return loss(*given)

@@ -156,7 +156,7 @@ def test_a_pipeline_trains_in_every_arithmetic(switch: str, schedule: str, fit: 
     start = make_model()
     assert found.keys() == start.state_dict().keys()
     assert all(tensor.isfinite().all() for tensor in found.values())
-    expected, reference = fit(single.train, 1, "model.norm=group")
+    expected, reference = fit(single.train, 1, "model.norm=group", "accumulate=2", switch)
     assert result["train_loss"] == pytest.approx(reference["train_loss"], rel=0.02)
     assert 1 - torch.cosine_similarity(found["fc.weight"].flatten(), expected["fc.weight"].flatten(), 0) < 0.01
 

@@ -385,7 +385,8 @@ def check_values(config: Config) -> None:
         if name == "batch_size" and value == AUTO:
             continue
         if rule["choices"] and value is not None and value not in rule["choices"]:
-            raise UserError(f"{name}={value}: allowed are {', '.join(map(word, rule['choices']))}")
+            allowed = (str(each).lower() if isinstance(each, bool) else str(each) for each in rule["choices"])
+            raise UserError(f"{name}={value}: allowed are {', '.join(allowed)}")
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name}={value}: allowed are finite numbers")
