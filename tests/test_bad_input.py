@@ -285,6 +285,16 @@ def run_main(recipe, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int: 
     return int(leaving.value.code)  # type: ignore[arg-type]
 
 
+def assert_one_line(capfd: pytest.CaptureFixture[str], parts: list[str]) -> None:
+    """What was said is an error in one line, with these parts in it."""
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("error: ")
+    assert said.err.count("\n") == 1, said.err
+    for part in parts:
+        assert part in said.err
+
+
 @pytest.mark.parametrize(
     ("recipe", "words", "parts"), ROWS, ids=[f"{recipe.name} {words}" for recipe, words, _ in ROWS]
 )
@@ -292,12 +302,7 @@ def test_bad_input_is_refused_in_one_line(recipe, words, parts, tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     quoted = tune.quoted if recipe is tune.train else str
     assert run_main(recipe, [quoted(word) for word in words.split()], monkeypatch) == 2
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1, said.err
-    for part in parts:
-        assert part in said.err
+    assert_one_line(capfd, parts)
     assert list(tmp_path.iterdir()) == [], "nothing may be created"
     assert "ray" not in sys.modules or "tests.test_tune" in sys.modules, "a search is refused before Ray starts"
 

@@ -28,7 +28,7 @@ from recipes import ddp, transfer_learning
 from tests.harness import ROOT, assert_equal, command, compose_config, execute, lines, result, run_ranks
 from tests.narrow import narrow_resnet18
 from tests.site import Site, serving
-from tests.test_bad_input import run_main
+from tests.test_bad_input import assert_one_line, run_main
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -191,12 +191,7 @@ def refused(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     assert run_main(recipe, words.split(), monkeypatch) == 2
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1, said.err
-    for part in parts:
-        assert part in said.err
+    assert_one_line(capfd, parts)
 
 
 def test_a_damaged_checkpoint_is_named(base: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import nn
 from torch.optim import Optimizer
 
+from lockstep.checkpoint import gather
 from lockstep.memory import ENGINE, KINDS, Layer, Ledger, layers, size
 from lockstep.words import mebibytes
 
@@ -48,9 +49,7 @@ class Account:
 
 def everyone(mine: list[Layer], group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
     """What each rank holds, in rank order, as JSON: its layers and their sums. All ranks call it."""
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, {"total": sums(mine), "layers": [asdict(layer) for layer in mine]}, group)
-    return found
+    return gather({"total": sums(mine), "layers": [asdict(layer) for layer in mine]}, group)
 
 
 def sums(found: Iterable[Layer]) -> dict[str, int]:

@@ -7,7 +7,6 @@ import os
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -186,8 +185,7 @@ class Instruments:
         from lockstep.profiling import in_a_line, worst
 
         run, began = self._run, time.perf_counter()
-        ranks: list[Any] = [None] * run.world.world_size
-        dist.all_gather_object(ranks, profiler.report(), run.world.control)
+        ranks = checkpoint.gather(profiler.report(), run.world.control)
         run.note(
             f"profile: {in_a_line(ranks)}",
             profiled_steps=profiler.steps,

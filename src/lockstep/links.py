@@ -20,6 +20,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 
+from lockstep.checkpoint import gather
 from lockstep.world import World
 
 SIZES = tuple(2**10 * 4**power for power in range(8))  # 1 KiB … 16 MiB
@@ -61,9 +62,7 @@ def measure(world: World, sizes: tuple[int, ...] = ()) -> dict[str, Any]:
                 if world.rank == pair[0]:
                     hosts = [world.hosts[rank] for rank in pair]
                     mine.append({"ranks": pair, "hosts": hosts, "latency": latency, "bandwidth": size / seconds})
-    everyone: list[Any] = [None] * world.world_size
-    dist.all_gather_object(everyone, mine, group=world.control)
-    return {"collectives": found, "pairs": [pair for some in everyone for pair in some]}
+    return {"collectives": found, "pairs": [pair for some in gather(mine, world.control) for pair in some]}
 
 
 def collective(world: World, name: str, size: int) -> Row:
