@@ -1,27 +1,29 @@
 """What the loop around a step costs: `recipes.ddp` against a loop written by hand, and three libraries' loops.
 
-    python -m benchmarks.loop [--rounds N] [--steps N]
+    python -m benchmarks.loop [--rounds N]
 
 All train the same tiny network on the digits, 2 ranks of one thread over gloo, 32 images a rank, no augmentation. A
 step by hand takes about a millisecond, so what a loop adds can be seen. `recipes.ddp` is the recipe itself with that
 network for its ResNet (contestants/tiny_ddp.py) and its defaults: it goes through `run.steps`, watches, logs, writes
 heartbeats, agrees on signals, and has a learning-rate schedule. It evaluates at the end only, since the others do not.
 
-Steps a second are counted from update to update over all steps after the warm-up. On a machine that has other things
-to do only the CPU seconds of a step mean something: the second half of the table.
+In a round all of them live at once and take turns of 0.3 s, 20 each; the others stand still meanwhile. Steps a second
+are counted from the first update of a turn to its last.
 """
 
 import argparse
 import statistics
+import sys
 import tempfile
-from functools import partial
 
 from benchmarks import common
 
 HERE = "benchmarks.contestants"
 WARM, RANKS, SHARE = 200, 2, 32
+ENDLESS = 10_000_000  # steps: they are stopped before
 OURS = "recipes.ddp"
 SETTINGS = ["data.augment=false", f"batch_size={RANKS * SHARE}", "eval_every=0", "epochs=1000000", "threads=1"]
+SETTINGS += ["log_every=50"]  # as often as the others say their loss
 PEERS = {
     "bare": f"{HERE}.bare",
     "Fabric": f"{HERE}.by_fabric",
@@ -31,40 +33,30 @@ PEERS = {
 
 
 def rows(arguments: argparse.Namespace) -> list[common.Row]:
-    def peer(number: int, module: str, *more: str) -> common.Ran:
-        words = ["--share", SHARE, "--steps", WARM + arguments.steps, *more]
-        return common.run(common.torchrun(module, RANKS, *words), clock=(WARM, arguments.steps))
-
-    def ours(number: int) -> common.Ran:
+    ours = ["-m", f"{HERE}.tiny_ddp", *SETTINGS, f"nproc={RANKS}", "device=cpu", f"max_steps={ENDLESS}"]
+    hand = ["--share", SHARE, "--steps", ENDLESS]
+    words = {name: common.torchrun(module, RANKS, *hand) for name, module in PEERS.items()}
+    words["bare, no DataLoader"] = common.torchrun(PEERS["bare"], RANKS, *hand, "--in-memory")
+    ran = []
+    for number in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
-            words = [
-                *SETTINGS,
-                f"nproc={RANKS}",
-                "device=cpu",
-                f"max_steps={WARM + arguments.steps}",
-                f"out={folder}/run",
-            ]
-            return common.run(["-m", f"{HERE}.tiny_ddp", *words], clock=(WARM, arguments.steps))
-
-    contestants = {OURS: ours} | {name: partial(peer, module=module) for name, module in PEERS.items()}
-    contestants["bare, no DataLoader"] = lambda number: peer(number, f"{HERE}.bare", "--in-memory")
-    ran = common.in_turn(contestants, arguments.rounds)
-    speed = {name: [1 / each.step("mean") for each in found] for name, found in ran.items()}
-    cpu = {name: [each.cpu_a_step for each in found] for name, found in ran.items()}
+            commands = {name: common.Command(each) for name, each in words.items()}
+            commands[OURS] = common.Command([*ours, f"out={folder}/run"])
+            ran.append(common.in_slices(commands, ranks=RANKS, warm=WARM))
+        print(f"{number + 1}/{arguments.rounds}", file=sys.stderr, flush=True)
+    speed = {name: [found[name].speed for found in ran] for name in ran[0]}
+    cpu = {name: [found[name].cpu_a_step for found in ran] for name in ran[0]}
     found = []
-    for name in ran:
-        if name != OURS:
-            target = {"bare": 0.97, "bare, no DataLoader": None}.get(name, 1.0)
-            note = ", ".join(f"{who} {1e6 / statistics.median(speed[who]):.0f} µs" for who in (OURS, name))
-            found.append(
-                common.Row(f"steps/s: {OURS} / {name}", common.ratios(speed[OURS], speed[name]), target, note=note)
-            )
-    for name in ran:
-        if name != OURS:
-            note = ", ".join(f"{who} {1e6 * statistics.median(cpu[who]):.0f} µs" for who in (OURS, name))
-            found.append(common.Row(f"CPU s a step: {name} / {OURS}", common.ratios(cpu[name], cpu[OURS]), note=note))
+    for name in words:
+        target = {"bare": 0.97, "bare, no DataLoader": None}.get(name, 1.0)
+        note = ", ".join(f"{who} {1e6 / statistics.median(speed[who]):.0f} µs" for who in (OURS, name))
+        ratios = common.ratios(speed[OURS], speed[name])
+        found.append(common.Row(f"steps/s: {OURS} / {name}", ratios, target, note=note))
+    for name in words:
+        note = ", ".join(f"{who} {1e6 * statistics.median(cpu[who]):.0f} µs" for who in (OURS, name))
+        found.append(common.Row(f"CPU s a step: {name} / {OURS}", common.ratios(cpu[name], cpu[OURS]), note=note))
     return found
 
 
 if __name__ == "__main__":
-    common.main(__doc__, rows, steps={"type": int, "default": 2000, "help": "steps that are counted (2000)"})
+    common.main(__doc__, rows)

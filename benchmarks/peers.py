@@ -118,9 +118,9 @@ def compare(model: str, arguments: argparse.Namespace) -> list[common.Row]:
             wall.append(common.Row(f"steps/s: {what}", [], target[name], note=fails[name]))
             continue
         pairs = list(zip(ran[name], ran[FAST], strict=True))
-        ratios = [theirs.step("median") / mine.step("median") for theirs, mine in pairs]
+        ratios = [theirs.step(statistics.median) / mine.step(statistics.median) for theirs, mine in pairs]
         note = ", ".join(
-            f"{1000 * statistics.median(each.step('median') for each in ran[n]):.0f}" for n in (FAST, name)
+            f"{1000 * statistics.median(each.step(statistics.median) for each in ran[n]):.0f}" for n in (FAST, name)
         )
         wall.append(common.Row(f"steps/s: {what}", ratios, target.get(name), note=f"{note} ms a step"))
         ratios = [theirs.cpu_a_step / mine.cpu_a_step for theirs, mine in pairs]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import statistics
+from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import pytest
 
 from benchmarks import common
@@ -24,10 +27,49 @@ def test_the_clock_counts_any_programs_updates(tmp_path: Path) -> None:
     """Three steps of 200 ms are the warm-up, three of 20 ms count."""
     (tmp_path / "program.py").write_text(PROGRAM)
     ran = common.run([tmp_path / "program.py"], tmp_path, clock=(3, 3))
-    assert 0.02 <= ran.step("median") < 0.15
-    assert ran.step("median") <= ran.step("mean") * 1.5
+    assert 0.02 <= ran.step(statistics.median) < 0.15
+    assert ran.step(statistics.median) <= ran.step() * 1.5
     assert 0 < ran.cpu_a_step < ran.cpu_seconds
     assert 0.2 < ran.first_step < ran.seconds - 2 * 0.2
+
+
+STEPS_FOR_EVER = """
+import subprocess, sys, time
+if len(sys.argv) == 2:  # a launcher with a rank
+    sys.exit(subprocess.call([sys.executable, __file__, sys.argv[1], "rank"]))
+import torch
+weight = torch.zeros(1, requires_grad=True)
+optimizer = torch.optim.SGD([weight], lr=0.1)
+for step in range(1_000_000 if sys.argv[1] != "early" else 5):
+    time.sleep({"slow": 0.02, "fast": 0.005, "early": 0.005}[sys.argv[1]])
+    (weight * 1).backward()
+    optimizer.step()
+"""
+
+
+def test_in_slices_one_command_runs_at_a_time_and_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their ranks' updates, told apart by process, lie in turns of their own."""
+    program = tmp_path / "program.py"
+    program.write_text(STEPS_FOR_EVER)
+    seen: list[list[list[common.Tick]]] = []
+    read = common.Live.stretches
+    monkeypatch.setattr(common.Live, "stretches", lambda *args: seen.append(read(*args)) or seen[-1])
+    commands = {name: common.Command([program, name]) for name in ("slow", "fast")}
+    found = common.in_slices(commands, ranks=1, warm=3, slices=4, seconds=0.3)
+    assert 40 < found["fast"].speed <= 200
+    assert 10 < found["slow"].speed <= 50
+    assert all(0 < share.cpu_a_step < 0.02 for share in found.values())
+    turns = sorted((rank[0].moment, rank[-1].moment) for stretches in seen for (rank,) in stretches)
+    assert len(turns) == 8
+    assert all(before[1] < after[0] for before, after in pairwise(turns))
+    assert not [one for one in psutil.process_iter(["cmdline"]) if str(program) in (one.info["cmdline"] or [])]
+
+
+def test_in_slices_a_command_that_ends_is_told(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(STEPS_FOR_EVER)
+    with pytest.raises(RuntimeError, match="ended before its last turn: give it more steps"):
+        common.in_slices({"early": common.Command([program, "early"])}, ranks=1, warm=5, slices=25, seconds=0.2)
 
 
 def test_a_program_that_fails_says_why(tmp_path: Path) -> None:

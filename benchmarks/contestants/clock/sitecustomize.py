@@ -1,43 +1,31 @@
 """The clock in every contestant, whoever wrote it: Python imports this file at its start if PYTHONPATH has its folder.
 
-With BENCHMARK_STEPS="warm:steps" it counts a process's updates by torch's own hook for all optimizers. After the first
-one it tells the time; after `warm` + `steps` of them the seconds of the last `steps`, each from update to update,
-whatever the loop did between two, and the CPU seconds of the whole process. What it tells goes into BENCHMARK_FILE.
+Where BENCHMARK_TICKS names a folder it writes down every update of a process, told by torch's own hook for all
+optimizers, in a file named after the process: when, on the clock that all processes of a machine share, and how many
+CPU seconds the whole process had computed by then. Two doubles an update; common.py makes figures of them.
 """
 
 import importlib.util
-import json
 import os
-import statistics
+import struct
 import sys
 import time
 
 
 def install(module):
-    """Count, in a process in which `module`, torch.optim.optimizer, has just been imported."""
-    warm, steps = map(int, os.environ["BENCHMARK_STEPS"].split(":"))
-    moments, spent = [], [0.0]
+    """Write down the updates of a process in which `module`, torch.optim.optimizer, has just been imported."""
+    pid, descriptor = None, -1
 
     def tick(optimizer, args, kwargs):
-        moments.append(time.perf_counter())
-        if len(moments) == 1:
-            tell(first_step=time.time(), cpu=time.process_time())
-        if len(moments) == warm:
-            spent[0] = time.process_time()
-        if len(moments) == warm + steps:
-            taken = [after - before for before, after in zip(moments[warm - 1 :], moments[warm:], strict=False)]
-            cpu = (time.process_time() - spent[0]) / steps
-            tell(mean=statistics.fmean(taken), median=statistics.median(taken), cpu_a_step=cpu)
+        nonlocal pid, descriptor
+        moment = time.perf_counter(), time.process_time()
+        if pid != os.getpid():  # the first update, and not that of a process of which this one is a copy
+            pid = os.getpid()
+            path = os.path.join(os.environ["BENCHMARK_TICKS"], str(pid))
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        os.write(descriptor, struct.pack("dd", *moment))
 
     module.register_optimizer_step_post_hook(tick)
-
-
-def tell(**facts):
-    # By one write, so that two ranks' lines do not mix; into a file, since a rank's output may go to a log of its own.
-    line = json.dumps(facts) + "\n"
-    descriptor = os.open(os.environ["BENCHMARK_FILE"], os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    os.write(descriptor, line.encode())
-    os.close(descriptor)
 
 
 class Watch:
@@ -56,5 +44,5 @@ class Watch:
         return spec
 
 
-if "BENCHMARK_STEPS" in os.environ:
+if "BENCHMARK_TICKS" in os.environ:
     sys.meta_path.insert(0, Watch())
