@@ -7,6 +7,7 @@ they are on the device: a quarter of the bytes to copy.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -75,7 +76,7 @@ class InMemory:
         return len(self.labels)
 
     def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
-        images = self.images[samples]
+        images = self.images.index_select(0, samples)  # bytes by the row; images[samples] copies them one by one
         if draws is not None:
             images = self._augment(images, draws)
         return Batch(images, self.labels[samples])
@@ -230,12 +231,15 @@ class Samples(Dataset[Batch]):
         return self.images.fetch(samples, draws)
 
 
-def loader(samples: Samples, sampler: Sampler[tuple[int, Tensor]], workers: int, pin_memory: bool) -> DataLoader[Batch]:
+def loader(samples: Samples, sampler: Sampler[tuple[int, Tensor]], workers: int, pin_memory: bool) -> Iterable[Batch]:
     """A DataLoader that asks the dataset for whole batches (`batch_size=None`: nothing to collate).
 
     `workers` processes fetch ahead, two batches each; 0 fetches in the training process, which is faster for images in
-    memory. Pinned memory lets the copy to a GPU run beside the computation.
+    memory. Pinned memory lets the copy to a GPU run beside the computation. Where there is neither to see to, a
+    DataLoader would only take time.
     """
+    if not workers and not pin_memory:
+        return map(samples.__getitem__, sampler)
     return DataLoader(
         samples,
         sampler=sampler,

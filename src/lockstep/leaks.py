@@ -34,27 +34,24 @@ class Graphs:
         """Put a mark on a step's graph: on its very first node, which every output of the model leads back to."""
         if self._over or loss.grad_fn is None or step in self._marks or (step > EVERY_STEP and step % EVERY_STEP):
             return
+        self._marks = {number: mark for number, mark in self._marks.items() if mark() is not None}
         mark = _Mark()
         first_node(loss.grad_fn).metadata["lockstep"] = mark  # a dict of the node's own, freed with it
         self._marks[step] = weakref.ref(mark)
 
     def kept(self, step: int) -> list[int]:
         """The steps whose graphs should have gone by `step` and have not; told once, and empty ever after."""
-        if self._over:
-            return []
-        old = [number for number in self._alive() if number < step - PATIENCE]
-        if len(old) < PATIENCE:
+        if self._over or len(self._old(step)) < PATIENCE:
             return []
         gc.collect()  # some may only wait for it, in a cycle of references
-        old = [number for number in self._alive() if number < step - PATIENCE]
+        old = self._old(step)
         if len(old) < PATIENCE:
             return []
         self._over, self._marks = True, {}
         return old
 
-    def _alive(self) -> list[int]:
-        self._marks = {number: mark for number, mark in self._marks.items() if mark() is not None}
-        return list(self._marks)
+    def _old(self, step: int) -> list[int]:
+        return [number for number, mark in self._marks.items() if number < step - PATIENCE and mark() is not None]
 
 
 def first_node(node: Any) -> Any:

@@ -9,7 +9,6 @@ Source: https://arxiv.org/abs/1710.03740, https://docs.pytorch.org/docs/stable/a
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
@@ -50,8 +49,6 @@ class Scaler(torch.amp.GradScaler):
         self.left_out = self._overflow = False
         if enabled:
             self.scale(torch.zeros((), device=device))  # makes the scale, also where no loss comes by to be scaled
-            # Where the very first step is left out, the schedule comes before any update, as it should.
-            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Halve the scale after a step that was left out, double it after many that were not.

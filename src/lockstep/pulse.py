@@ -5,7 +5,7 @@
 
 `spent` are the seconds of this start in each phase, `taken` its steps, and `busy` the seconds of them in which the
 process computed, or was kept from a core by others: a rank that waits for another one does neither, so the slowest has
-most.
+most. It is added up once a step, for to ask the kernel takes as long as all the rest.
 
 A rank rewrites its line at each change of phase, by one write without flushing: the kernel keeps it however the process
 ends. (A mapped file would kill the rank where the disk is full.) A rank that is asked where it is adds `call` and
@@ -24,14 +24,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-TRAINING, WAITING, AFTER = STEP = "training", "waiting for data", "after the update"  # the phases of a step
+TRAINING, WAITING = STEP = "training", "waiting for data"  # the phases of a step
 HUNGRY = 0.05  # share of its steps from which a rank's wait for data is spoken of
 SIZE = 8192  # bytes of a heartbeat file, more than a line ever has
 ROWS = 8  # of ranks that are told apart in a message
 FINISHED, FAILED = "finished", "failed"
 VERDICT = "the verdict: "  # before it, in a rank's stack file
 Facts = dict[str, Any]
-Clocks = tuple[float, float, float]  # seconds: passed, computed by this process, computed by its main thread
+Clocks = tuple[float, float, float]  # seconds: computed by this process, by its main thread, kept from a core
 NOTHING: Clocks = (0.0, 0.0, 0.0)
 
 
@@ -45,9 +45,10 @@ class Pulse:
     def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
         self.facts: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
         self._rest = json.dumps(self.facts)[1:]  # the end of the line: all that no change of phase changes
-        self._spent: dict[str, Clocks] = {}
+        self._spent: dict[str, float] = {}  # seconds passed
         self._seconds: dict[str, str] = {}  # the same, as it stands in the line
-        self._taken, self._busy, self._since, self._delay = 0, 0.0, NOTHING, 0.0
+        self._taken, self._since = 0, 0.0
+        self._used = self._used_before = NOTHING  # in steps; by the last time that the clocks were read
         self._file: int | None = None
         self._schedule: int | None = None
         with contextlib.suppress(OSError):
@@ -61,31 +62,37 @@ class Pulse:
         """Begin a phase; `step`: the one that is being taken, else as before."""
         if step is not None:
             self.facts["step"] = step
-        now, delay, before = self._clocks(), self._delayed(), self.facts.get("phase")
+        now, before = time.perf_counter(), self.facts.get("phase")
         if before is not None:
-            self._spent[before] = spent = self._spent_in(before, now)
-            self._seconds[before] = f'"{before}": {spent[0]:.3f}'
+            self._spent[before] = spent = self._spent.get(before, 0.0) + now - self._since
+            self._seconds[before] = f'"{before}": {spent:.3f}'
         if before == TRAINING:
             self._taken += 1
-            self._busy += now[1] - self._since[1] + delay - self._delay
-        self._since, self._delay = now, delay
+        if phase == WAITING or not (before in STEP and phase in STEP):
+            clocks = self._clocks()
+            self._used, self._used_before = self._used_by(clocks), clocks
+        self._since = now
         self.facts["phase"], self.facts["at"] = phase, time.time()
         self._write()
 
     def of_steps(self) -> tuple[float, float, float, float]:
-        """Seconds of this start spent in steps so far: each of `Clocks`, and how many of them waiting for data."""
-        now, running = self._clocks(), self.facts["phase"]
-        each = {name: self._spent_in(name, now if name == running else self._since) for name in STEP}
-        passed, computed, main = (sum(clock) for clock in zip(*each.values(), strict=True))
-        return passed, computed, main, each[WAITING][0]
+        """Seconds of this start's steps so far: all, computed by the process, by its main thread, waiting for data."""
+        spent, running = dict(self._spent), self.facts["phase"]
+        spent[running] = spent.get(running, 0.0) + time.perf_counter() - self._since
+        process, main, _ = self._used_by(self._clocks())
+        return sum(spent.get(phase, 0.0) for phase in STEP), process, main, spent.get(WAITING, 0.0)
 
-    def _spent_in(self, phase: str, now: Clocks) -> Clocks:
-        """What has been spent in a phase, with what has passed since it began."""
-        before, since = self._spent.get(phase, NOTHING), self._since
-        return before[0] + now[0] - since[0], before[1] + now[1] - since[1], before[2] + now[2] - since[2]
+    def _used_by(self, clocks: Clocks) -> Clocks:
+        """What the steps have used when the clocks stand so."""
+        if self.facts.get("phase") not in STEP:
+            return self._used
+        process, main, kept = (
+            used + now - before for used, now, before in zip(self._used, clocks, self._used_before, strict=True)
+        )
+        return process, main, kept
 
     def _clocks(self) -> Clocks:
-        return time.perf_counter(), time.process_time(), time.thread_time()
+        return time.process_time(), time.thread_time(), self._delayed()
 
     def _delayed(self) -> float:
         """Seconds that the main thread has waited for a core."""
@@ -110,7 +117,7 @@ class Pulse:
         facts, spent = self.facts, ", ".join(self._seconds.values())
         line = (
             f'{{"step": {facts["step"]}, "phase": "{facts["phase"]}", "at": {facts["at"]:.3f}, "spent": {{{spent}}}, '
-            f'"taken": {self._taken}, "busy": {self._busy:.3f}, {self._rest}'
+            f'"taken": {self._taken}, "busy": {self._used[0] + self._used[2]:.3f}, {self._rest}'
         )
         with contextlib.suppress(OSError):
             os.pwrite(self._file, line.encode().ljust(SIZE - 1) + b"\n", 0)

@@ -17,7 +17,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep import data, metrics, order
 from lockstep.alike import hold_alike
@@ -33,7 +32,7 @@ from lockstep.monitor import Mistake, Monitor, open_monitors
 from lockstep.precision import Scaler
 from lockstep.preemption import Agreement, Listener, Preempted
 from lockstep.pretrained import backbone
-from lockstep.pulse import AFTER, TRAINING, WAITING
+from lockstep.pulse import TRAINING, WAITING
 from lockstep.report import Report
 from lockstep.schema import Config, OptimConfig
 from lockstep.state import (
@@ -224,7 +223,7 @@ class Run:
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
         state = self._take_up(model, optimizer, whole, keep, engine)
-        schedule = LambdaLR(optimizer, self.lr_factor, last_epoch=self.step - 1)
+        self._set_lr(optimizer)
         self._begin(optimizer, model)
         batches = self.batches(self.step, self.total_steps)
         model.train()
@@ -236,8 +235,9 @@ class Run:
                     "or its sampler is shorter than that of other ranks"
                 )
             yield batch
-            schedule.step()
-            if self._after_step():
+            evaluates = self._after_step()
+            self._set_lr(optimizer)
+            if evaluates:
                 model.eval()
                 self._evaluated(self._evaluate())
                 model.train()  # evaluation switched BatchNorm and dropout off: back on before the next batch
@@ -436,7 +436,6 @@ class Run:
             self._timer.stop()
         self._settle_log()
         self.step += 1
-        self.pulse.enter(AFTER, self.step)
         if self._module and not self._module.training:
             raise UserError(
                 f"{self.recipe}: step {self.step} left the model in evaluation mode, which trains without dropout and "
@@ -518,6 +517,12 @@ class Run:
         if self._scaler is None or not self._scaler.is_enabled():
             return {}
         return {"loss_scale": self._scaler.get_scale(), "skipped_steps": self._scaler.skipped}
+
+    def _set_lr(self, optimizer: Optimizer) -> None:
+        """For the step after `self.step`; what a checkpoint of this step holds."""
+        factor = self.lr_factor(self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor  # an engine's optimizer may be new
 
     def _next_lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])
