@@ -51,7 +51,7 @@ class Training:
         model = run.place(build_model(run.config.model))
         # Dropout draws random numbers in each step.
         model.avgpool = nn.Sequential(model.get_submodule("avgpool"), nn.Dropout(0.5))
-        model = DistributedDataParallel(model, device_ids=run.device_ids)
+        model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
         optim = run.config.optim
         if optim.name == "sgd":
             optimizer: Optimizer = SGD(

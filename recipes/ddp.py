@@ -7,6 +7,9 @@ and since all ranks start with the same weights and apply the same update, they 
 weight. BatchNorm is the exception: each rank normalises by its own share (`model.norm=group` does not, and then this
 recipe computes exactly what recipes.single does).
 
+A gradient lies in its bucket (gradient_as_bucket_view), or there would be a second copy of all of them, and a copying
+back after each all-reduce.
+
 With comm=bf16 or fp16 gradients travel in 16 bits: half the bytes, where the link and not the adding up is what takes
 the time, for a mean that is rounded.
 
@@ -37,7 +40,7 @@ COMPRESS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}  # round a b
 )
 def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
-    model = DistributedDataParallel(model, device_ids=run.device_ids)
+    model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
     if run.config.comm in COMPRESS:
         model.register_comm_hook(None, COMPRESS[run.config.comm])
     optim = run.config.optim

@@ -57,7 +57,7 @@ def check(config: Config, share: int) -> None:
 )
 def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
-    model = DistributedDataParallel(model, device_ids=run.device_ids)
+    model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
     optim = run.config.optim
     if optim.name == "sgd":
         optimizer: Optimizer = SGD(

@@ -46,7 +46,7 @@ def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
     model = convert_sync_batchnorm(model)  # before the wrap: DDP hooks the parameters it finds
     # The running statistics are equal on all ranks already: rank 0 need not broadcast them before every forward.
-    model = DistributedDataParallel(model, device_ids=run.device_ids, **NO_BUFFER_SYNC)
+    model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True, **NO_BUFFER_SYNC)
     optim = run.config.optim
     if optim.name == "sgd":
         optimizer: Optimizer = SGD(

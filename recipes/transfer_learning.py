@@ -111,7 +111,7 @@ def check(config: Config, share: int) -> None:
 def train(run: Run) -> None:
     model = run.place(build_model(run.config.model))
     prepare(run, model)
-    model = DistributedDataParallel(model, device_ids=run.device_ids)
+    model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     optim = run.config.optim
@@ -129,7 +129,8 @@ def train(run: Run) -> None:
     for batch in run.steps(model=model, optimizer=optimizer):
         if frozen and run.step >= unfreeze_at:  # at that step, or in a run that goes on from a later one
             unfreeze(model.module)
-            model = DistributedDataParallel(model.module, device_ids=run.device_ids)  # which averages all from now on
+            # A new wrapper averages all of them from now on.
+            model = DistributedDataParallel(model.module, device_ids=run.device_ids, gradient_as_bucket_view=True)
             run.settle(model, since=unfreeze_at)
             frozen = []
             run.note("", trainable_parameters=count_parameters(model)[1])

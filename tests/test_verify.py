@@ -99,7 +99,7 @@ BROKEN = {
     ),
     "ranks that train alone": (
         "ddp",
-        "    model = DistributedDataParallel(model, device_ids=run.device_ids)\n",
+        "    model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)\n",
         "",
     ),
     "BatchNorm left unsynchronised": (
