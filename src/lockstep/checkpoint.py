@@ -220,6 +220,7 @@ def agree(mine: list[Any], group: dist.ProcessGroup | None) -> list[Any]:
 
 
 def gather(mine: Any, group: dist.ProcessGroup | None) -> list[Any]:
+    """One object from every rank of a group, or of all, in rank order, on every rank."""
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     return everyone

@@ -31,6 +31,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lockstep import checkpoint
 from lockstep.errors import CheckFailed, UserError
 from lockstep.monitor import Histogram
 from lockstep.schema import Config, GradientsConfig
@@ -233,10 +234,9 @@ class Gradients:
         dist.all_reduce(anyone)
         if not anyone.item():
             return
-        everyone: list[tuple[int, str] | None] = [None] * dist.get_world_size()
-        dist.all_gather_object(everyone, found)
+        everyone = enumerate(checkpoint.gather(found, None))
         # Forward passes through a pipeline's ranks upwards, backward downwards.
-        first = min((each[0], -r if each[0] else r, each[1], r) for r, each in enumerate(everyone) if each is not None)
+        first = min((each[0], -r if each[0] else r, each[1], r) for r, each in everyone if each is not None)
         stopping()
         raise CheckFailed(
             f"gradients.stop_on_nan: in step {self._step}, {first[2]} is not finite, first on rank {first[3]}; "

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lockstep import checkpoint
 from lockstep.run import Run
 from lockstep.schema import Config
 
@@ -65,9 +66,7 @@ def trace(
     if prepare:
         inner.prepare = partial(prepare, inner)
     recipe(inner)
-    parts: list[Any] = [None] * run.world.world_size
-    mine = {name: tensor.cpu() for name, tensor in inner.first_gradients.items()}
-    dist.all_gather_object(parts, mine)
+    parts = checkpoint.gather({name: tensor.cpu() for name, tensor in inner.first_gradients.items()}, None)
     dist.barrier()
     if run.world.rank:
         return None
