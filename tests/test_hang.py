@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import re
@@ -289,6 +290,20 @@ def test_a_word_that_came_by_the_files_alone_is_that_of_a_rank_that_is_cut_off(t
     assert str(found).startswith(words)
     inquest.close()
     assert f"the verdict: {words}" in (tmp_path / "0.stack").read_text()
+
+
+def test_a_rank_that_was_stopped_takes_over_what_was_found_meanwhile(tmp_path: Path) -> None:
+    """Its own store hands it the other rank's testimony, which is older than the verdict in that rank's file."""
+    there = pulse.Pulse(tmp_path, 1)
+    there.enter("training", 3)
+    there.tell(call="loss.backward()", collectives={}, last="", asked=True)
+    store = Deaf()
+    store.set("hang/1", json.dumps(there.facts))
+    there.tell(end="rank 0 stands still", stuck=True, spoke=True)
+    inquest = Inquest(pulse.Pulse(tmp_path, 0), tmp_path, store, 2, LIMIT, end=lambda _: None, say=print)
+    found = inquest.ask(RuntimeError("Connection closed by peer"))
+    inquest.close()
+    assert (str(found), found.speaks) == ("rank 0 stands still", False)
 
 
 def test_what_an_earlier_attempt_left_is_kept(tmp_path: Path) -> None:

@@ -20,13 +20,17 @@ from tests.test_start_paths import TORCHRUN, free_port
 RUN = ["data=synthetic", "data.size=96", "data.image_size=8", "batch_size=12", "log_every=1", "checkpoint.every=5"]
 WORDS = [*RUN, "epochs=4"]  # 32 steps: long enough to be hit
 DDP = [sys.executable, "-m", "recipes.ddp", *WORDS]
-# A recipe of ours whose rank 1 dies once, at step 12; the file that MARK names says that it has.
+# A recipe of ours of which rank WHO dies once, at step 12, when the checkpoint of step 10 is there: it is written
+# meanwhile. The file `mark` says that it has.
 DYING = """
 import os
+import time
 from recipes import ddp
 
 DIE = (
     "        if run.world.rank == int(os.environ['WHO']) and run.step == 12 and not os.path.exists('mark'):\\n"
+    "            while not (run.out / 'checkpoints' / 'step-00000010').exists():\\n"
+    "                time.sleep(0.01)\\n"
     "            open('mark', 'w').close()\\n"
     "            os.kill(os.getpid(), 9)\\n"
 )

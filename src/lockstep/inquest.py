@@ -149,9 +149,6 @@ class Inquest:
         while True:
             self._in_store(lambda: self._collect(answers))
             everyone, states = self._hear(answers)
-            for facts in everyone:  # while this rank was stopped, the others have come to an end
-                if facts.get("spoke"):
-                    return self._conclude(facts["end"])
             unheard = [] if self._lost else self._unheard(everyone, states, answers)
             waited = time.monotonic() - began
             # Whoever is stopped may have been for a moment only.
@@ -160,6 +157,11 @@ class Inquest:
             if waited >= max(patience, grace):
                 break
             time.sleep(0.1)
+        # While this rank was stopped, the others may have come to an end. What they have told the store is older.
+        for rank in (facts["rank"] for facts in everyone if facts.get("asked") and facts["rank"] != self._rank):
+            latest = pulse.read(self._folder, rank)
+            if latest.get("spoke"):
+                return self._conclude(latest["end"])
         for facts in unheard:  # its file has come here, and its word has not come to the store
             facts["cut"] = True
         text = pulse.verdict(everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder)
