@@ -56,7 +56,8 @@ from lockstep.errors import CheckFailed
 from lockstep.files import write_json
 from lockstep.findings import Finding
 from lockstep.fit import cut_short
-from lockstep.memory import KINDS, Prediction, free_bytes, peak_from_now, predict, sharded
+from lockstep.machine import free_bytes, peak_from_now
+from lockstep.memory import KINDS, Prediction, predict, sharded
 from lockstep.metrics import gather_numbers
 from lockstep.preemption import Preempted
 from lockstep.preflight import Asked, judge

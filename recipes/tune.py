@@ -25,24 +25,15 @@ same model to the last bit.
 Source: https://arxiv.org/abs/1810.05934 (ASHA)
 """
 
-import contextlib
-import csv
 import importlib
 import importlib.util
 import json
-import logging
 import math
 import os
-import secrets
-import shlex
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,59 +41,20 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from rich.live import Live
-from rich.markup import escape
-from rich.table import Table
 
 from lockstep import Recipe, Run, UserError, formats, recipe, rundir, trial, world
 from lockstep.checks import complete
 from lockstep.errors import CheckFailed
-from lockstep.files import write_json
-from lockstep.preemption import SIGNALS, Preempted
+from lockstep.preemption import Preempted
+from lockstep.ray_session import ray_for
 from lockstep.schema import AUTO, Config, typed
 from lockstep.space import Space
-from lockstep.words import count, interpreter
+from lockstep.standings import Watch, mode, results, table, write_results
+from lockstep.words import count
 from recipes import choose
 
 OURS = {"tune", "out", "nproc", "threads", "resume", "launcher", "recipes", "rounds"}  # keys that mean this tool
 SAME = {"epochs", "max_steps", "eval_every", "metric", "patience"}  # trials of different lengths are not to be compared
-OBJECT_STORE = 200 * 2**20  # bytes; Ray would take a third of the memory, for objects that there are none of here
-QUIET = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "SPT_NOENV": "1",  # else some give themselves a title where their environment is, by which the reaper knows them
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a trial without GPUs of Ray's sees what this process sees
-    "RAY_kill_child_processes_on_worker_exit": "false",  # the kernel asks them to save and leave: lockstep.trial
-    "RAY_AIR_NEW_OUTPUT": "0",  # the other one speaks even when it is told not to
-    "RAY_memory_monitor_refresh_ms": "0",  # it would kill workers, which hold no memory to speak of
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # signals have one owner, and it is not Tune
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # before its first evaluation a trial has none
-    "TUNE_GLOBAL_CHECKPOINT_S": "2",
-    "TUNE_MAX_PENDING_TRIALS_PG": "1",
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-}
-# Ends with the process that started it, whatever that dies of, and then removes what Ray has left: its helpers would
-# stay for another minute, and its folder for ever. All of them have the folder's name in their environment.
-REAPER = """
-import os, shutil, signal, sys, time
-from pathlib import Path
-def found():
-    for entry in Path("/proc").glob("[0-9]*/environ"):
-        try:
-            if f"LOCKSTEP_RAY={sys.argv[1]}\\0".encode() in entry.read_bytes():
-                yield int(entry.parent.name)
-        except OSError:
-            pass
-sys.stdin.read()
-while left := list(found()):  # until there are none: one of them may have started another while it was looked for
-    for process in left:
-        try:
-            os.kill(process, signal.SIGKILL)
-        except OSError:
-            pass
-    time.sleep(0.1)
-shutil.rmtree(sys.argv[1], ignore_errors=True)
-"""
 WAIT_SECONDS = 60  # for runs of trials that a killed start has left behind, and that are saving
 
 
@@ -256,10 +208,6 @@ def trainable(run: Run, each: Recipe) -> Any:
     return Trial
 
 
-def mode(config: Config) -> str:
-    return "min" if config.metric == "eval_loss" else "max"
-
-
 def searcher(config: Config, each: Recipe, common: list[str]) -> Any:
     """What draws the settings of each trial, at random or Optuna's TPE, and numbers them."""
     from ray import tune
@@ -375,163 +323,6 @@ def tuner(run: Run, each: Recipe, how: Plan) -> Any:
     )
 
 
-@contextlib.contextmanager
-def ray_for(run: Run, how: Plan) -> Iterator[None]:
-    """Ray on this machine for as long as this lasts, nothing of it outside the run directory; or a cluster's."""
-    address, reaper = run.config.tune.address, None
-    os.environ.update(QUIET)
-    if not address and "RAY_AUTH_MODE" not in os.environ:
-        # Nobody else on this machine may use this Ray; left to itself it would keep a token in the home directory.
-        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
-    import ray
-
-    logging.getLogger("ray").setLevel(logging.CRITICAL)
-    common: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
-    try:
-        if address:
-            try:
-                ray.init(address=address, **common)
-            except ConnectionError as error:
-                raise UserError(
-                    f"tune.address={address}: {str(error).splitlines()[0]}; start it with ray start --head, and if it "
-                    "asks for a token, set RAY_AUTH_MODE=token, as for any program of Ray's"
-                ) from None
-        else:
-            # Sockets lie in it, whose paths are at most 107 characters long; a run directory's may be longer.
-            folder = tempfile.mkdtemp(prefix="ray-", dir=None if len(tempfile.gettempdir()) <= 30 else "/tmp")
-            words = [sys.executable, "-I", "-S", "-c", REAPER, folder]
-            reaper = subprocess.Popen(words, stdin=subprocess.PIPE, start_new_session=True)
-            os.environ["LOCKSTEP_RAY"] = folder
-            at_once = how.concurrent or 1
-            ray.init(
-                address="local",
-                num_cpus=how.ranks * how.threads * at_once,
-                num_gpus=how.gpus * at_once,
-                include_dashboard=False,
-                object_store_memory=OBJECT_STORE,
-                _temp_dir=folder,
-                **common,
-            )
-        for number in SIGNALS:  # Ray has taken SIGTERM for itself; the run's listener hears all of them
-            signal.signal(number, lambda *_: None)
-        yield
-    finally:
-        ray.shutdown()
-        if reaper:
-            reaper.communicate()
-
-
-# What is seen of it --------------------------------------------------------------------------------------------------
-
-
-def results(run: Run) -> list[dict[str, Any]]:
-    """A row a trial, the best first: those that were trained to the end, then those that were not, then the rest."""
-    metric, rows = run.config.metric, []
-    for file in (run.out / "trials").glob("[0-9]*.json"):
-        row = json.loads(file.read_text())
-        lines = trial.evaluations(trial.metrics(file.with_suffix("")), metric)
-        latest = lines[-1] if lines else {}
-        row["steps"], row["evaluations"] = latest.get("step", 0), len(lines)
-        row |= {name: value for name, value in latest.items() if name.startswith("eval_")}
-        rows.append(row)
-
-    def order(row: dict[str, Any]) -> tuple[Any, ...]:
-        value = row.get(metric, math.nan)
-        there = not math.isnan(value) and row["state"] != "failed"
-        value = value if mode(run.config) == "min" else -value
-        return (not there, row["state"] != "finished", value if there else 0, row["number"])
-
-    return sorted(rows, key=order)
-
-
-def table(run: Run, rows: list[dict[str, Any]]) -> Table:
-    """The trials as the notes' reporter has them."""
-    keys = list(Space(run.config.tune.space).texts)
-    metrics = sorted({name for row in rows for name in row if name.startswith("eval_")})
-    metrics = sorted(metrics, key=lambda name: name != run.config.metric)
-    title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {run.config.metric}"
-    found = Table(title=title, title_justify="left")
-    for column in ("trial", *keys, "steps", *metrics, "state"):
-        found.add_column(column)
-    styles = {"finished": "green", "failed": "red", "running": "cyan"}
-    for row in rows:
-        state = f"[{styles.get(row['state'], 'yellow')}]{row['state']}[/]"
-        problem = f" {escape(row['problem'])}" if row["problem"] else ""
-        figures = [f"{row[name]:.4f}" if name in row else "" for name in metrics]
-        values = [str(row["values"][key]) for key in keys]
-        found.add_row(str(row["number"]), *values, str(row["steps"]), *figures, state + problem)
-    return found
-
-
-class Watch(threading.Thread):
-    """Shows the trials while Tune has this process's attention, and tells Tune of a signal."""
-
-    def __init__(self, run: Run) -> None:
-        super().__init__(daemon=True)
-        self.run_, self.over = run, threading.Event()
-        self.seen: dict[int, tuple[int, str]] = {}
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *_: object) -> None:
-        self.over.set()
-        self.join()
-
-    def run(self) -> None:
-        console, told = self.run_.report.console, False
-        live = Live(console=console, transient=True) if console.is_terminal else None
-        with live or contextlib.nullcontext():
-            while not self.over.wait(1):
-                if self.run_.listener and self.run_.listener.received and not told:
-                    told = True
-                    os.kill(os.getpid(), signal.SIGUSR1)  # what Tune ends by, with its state saved
-                rows = results(self.run_)
-                if live:
-                    live.update(table(self.run_, rows))
-                else:
-                    self.say(rows)
-        if not live:
-            self.say(results(self.run_))
-
-    def say(self, rows: list[dict[str, Any]]) -> None:
-        """A line for each evaluation, and for each end of a trial."""
-        metric = self.run_.config.metric
-        for row in sorted(rows, key=lambda row: int(row["number"])):
-            now, before = (row["evaluations"], row["state"]), self.seen.get(row["number"], (0, ""))
-            if now == before:
-                continue
-            self.seen[row["number"]] = now
-            values = " ".join(typed(*pair) for pair in row["values"].items())
-            figure = f", step {row['steps']}: {metric} {row[metric]:.4f}" if metric in row else ""
-            problem = f": {row['problem']}" if row["problem"] else ""
-            self.run_.report.line(f"trial {row['number']} {row['state']}{problem}{figure}  {values}")
-
-
-def again(run: Run, row: dict[str, Any]) -> str:
-    """The command that trains a trial's model again, to the last bit."""
-    stop = [f"max_steps={row['steps']}"] if row["state"] != "finished" else []
-    kept = [word for word in row["words"] if not (stop and word.startswith("max_steps="))]
-    return f"{interpreter()} -m recipes.{run.config.tune.recipe} {shlex.join([*kept, *stop])}"
-
-
-def write_results(run: Run, rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
-    """result.json and trials.csv; returns what is in the former."""
-    metric = run.config.metric
-    good = [row for row in rows if metric in row and row["state"] != "failed"]
-    result: dict[str, Any] = {"recipe": "tune", "status": status, "tuned": run.config.tune.recipe, "metric": metric}
-    result |= {"best": good[0] if good else None, "command": again(run, good[0]) if good else None, "trials": rows}
-    write_json(run.out / "result.json", result | {"wall_seconds": time.perf_counter() - run.started})
-    flat = [
-        {name: value for name, value in row.items() if name not in ("words", "values")} | row["values"] for row in rows
-    ]
-    with (run.out / "trials.csv").open("w", newline="") as stream:
-        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in flat for name in row)))
-        writer.writeheader()
-        writer.writerows(flat)
-    return result
-
-
 @recipe(ranks=1, check=check, needs="ray", stands_for=find)
 def train(run: Run) -> None:
     each = find(run.config)
@@ -539,12 +330,13 @@ def train(run: Run) -> None:
     (run.out / "trials").mkdir(exist_ok=True)
     for folder in (run.out / "trials").glob("[0-9]*/config.yaml"):
         rundir.lock(folder.parent, WAIT_SECONDS).close()  # of an earlier start's trial, which may be saving still
-    at_once = f"{count(how.concurrent, 'trial')} at once" if how.concurrent else "as many trials at once as have room"
+    many = f"{count(how.concurrent, 'trial')} at once" if how.concurrent else "as many trials at once as have room"
     run.report.line(
-        f"tune: {count(run.config.tune.trials, 'trial')} of recipes.{each.name}, {at_once}, each "
+        f"tune: {count(run.config.tune.trials, 'trial')} of recipes.{each.name}, {many}, each "
         f"{count(how.ranks, 'rank')} with {count(how.threads, 'thread')}"
     )
-    with ray_for(run, how):
+    at_once = how.concurrent or 1
+    with ray_for(at_once * how.ranks * how.threads, at_once * how.gpus, run.config.tune.address):
         if run.listener:
             run.listener.training = True  # from now on there is something to save
         with Watch(run):

@@ -31,7 +31,7 @@ from lockstep import formats, oom, rank, rundir, world
 from lockstep.checks import check_batch, check_batchnorm, complete
 from lockstep.data import First
 from lockstep.errors import CheckFailed, UserError
-from lockstep.memory import group_bytes, host_bytes, process_bytes
+from lockstep.machine import group_bytes, host_bytes, process_bytes
 from lockstep.proof import with_values
 from lockstep.schema import NO_AUTO, Config, MonitorConfig, check_values, from_yaml
 from lockstep.words import count, mebibytes

@@ -15,7 +15,8 @@ from lockstep.account import Account, everyone, in_a_line
 from lockstep.files import write_json
 from lockstep.gradients import Gradients, Parts, wanted
 from lockstep.leaks import Graphs, warning
-from lockstep.memory import Layer, Meter
+from lockstep.machine import Meter
+from lockstep.memory import Layer
 from lockstep.metrics import Load, gather_numbers, warm_up
 from lockstep.monitor import Histogram
 from lockstep.pulse import HUNGRY

@@ -1,16 +1,12 @@
-"""Where memory goes, counted instead of guessed, and what a machine has of it."""
+"""Where memory goes, counted instead of guessed."""
 
 from __future__ import annotations
 
 import copy
 import math
-import os
-import resource
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +14,10 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
+from lockstep.machine import process_bytes
 from lockstep.models import AUTOCAST, DTYPES, build_model
 from lockstep.schema import Config
 from lockstep.state import local
-from lockstep.words import mebibytes
 
 LOSS = "(loss)"  # what is saved outside of every layer
 ENGINE = "(engine)"  # what is held for all layers in one piece
@@ -363,125 +359,3 @@ def sharded(config: Config, ranks: int) -> dict[str, dict[str, int]]:
         "fsdp": (tops, tops, moments * tops + counters),
     }
     return {name: dict(zip(KINDS, sizes, strict=False)) | {"total": sum(sizes)} for name, sizes in table.items()}
-
-
-# What a machine has -------------------------------------------------------------------------------------------------
-
-
-def process_bytes(entry: str) -> int:
-    """An entry of /proc/self/status: VmRSS, the resident memory; VmHWM, its peak; VmSize and VmData, what is mapped."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{entry}:"):
-            return int(line.split()[1]) * 1024
-    return 0
-
-
-def free_bytes(device: torch.device) -> tuple[int, str]:
-    """(bytes that this process could still take, who says so).
-
-    On a GPU what the driver has free and torch keeps unused; on the CPU the least of what the host has, what the
-    process's control group may take, and its own limits (`ulimit -v`, `ulimit -d`).
-    """
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused, "the driver"
-    limits = [(host_bytes(), "the host"), *group_bytes()]
-    for name, entry, words in (
-        (resource.RLIMIT_AS, "VmSize", "ulimit -v"),
-        (resource.RLIMIT_DATA, "VmData", "ulimit -d"),
-    ):
-        most = resource.getrlimit(name)[0]
-        if most != resource.RLIM_INFINITY:
-            limits.append((max(0, most - process_bytes(entry)), words))
-    return min(limits)
-
-
-def host_bytes() -> int:
-    """Memory of this host that is free, or could be made so without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def group_bytes(machine: Path = Path("/")) -> Iterator[tuple[int, str]]:
-    """What the control groups of this process may still take: a container's limit, or a Slurm job's."""
-    files = {
-        1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-        2: ("memory.max", "memory.current", "inactive_file"),
-    }
-    for group, version in control_groups("memory", machine):
-        limit, usage, inactive = files[version]
-        try:
-            most, used = ((group / name).read_text().strip() for name in (limit, usage))
-            rows = (row.split() for row in (group / "memory.stat").read_text().splitlines())
-            cached = [row[1] for row in rows if row[0] == inactive]
-        except OSError:
-            continue
-        if most != "max" and int(most) < 2**60:
-            yield max(0, int(most) - int(used) + int(cached[0] if cached else 0)), "the control group"
-
-
-def control_groups(controller: str, machine: Path = Path("/")) -> Iterator[tuple[Path, int]]:
-    """The folders of this process's control groups for memory or cpu, the innermost first; each with its version."""
-    for line in (machine / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = machine / "sys/fs/cgroup" / controllers
-        folder = root / path.lstrip("/")
-        if not folder.is_dir():  # inside a container its own group is the root
-            folder = root
-        for group in [folder, *folder.parents]:
-            yield group, 1 if controllers else 2
-            if group == root:
-                break
-
-
-def peak_from_now(device: torch.device) -> Callable[[], int]:
-    """What tells by how many bytes memory has risen at most since this was called: what torch's allocator gave out on a
-    GPU, this process's resident memory on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        return lambda: torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from VmRSS
-    before = process_bytes("VmRSS")
-    return lambda: process_bytes("VmHWM") - before
-
-
-MOMENT = 1.0  # seconds for which what a CPU is said to do stays said; to find it out takes as long as a small step
-
-
-class Meter:
-    """How busy a rank's device is and how full, since it was last asked; a line for people, and figures on a GPU.
-
-    A GPU's figures are NVML's, other processes' work among them: the share of the last moment in which it computed. A
-    CPU's are this process's own: how many cores it kept busy. They are read anew after a second at the earliest.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._before = (time.perf_counter(), time.process_time())
-        self._words = ""
-
-    def read(self) -> tuple[str, dict[str, float]]:
-        """(words for the progress line, figures for metrics.jsonl)."""
-        if self._device.type == "cuda":
-            return self._read_gpu()
-        now = (time.perf_counter(), time.process_time())
-        seconds, busy = (after - before for after, before in zip(now, self._before, strict=True))
-        if not self._words or seconds > MOMENT:
-            self._before = now
-            self._words = f"{busy / max(seconds, 1e-9):.1f} cores busy, {mebibytes(process_bytes('VmRSS'), 0)} MiB"
-        return self._words, {}
-
-    def _read_gpu(self) -> tuple[str, dict[str, float]]:
-        free, total = torch.cuda.mem_get_info(self._device)
-        figures: dict[str, float] = {"gpu_memory_bytes": total - free, "gpu_memory_share": round(1 - free / total, 3)}
-        words = f"{mebibytes(total - free, 0)} of {mebibytes(total, 0)} MiB"
-        try:
-            figures["gpu_busy"] = torch.cuda.utilization(self._device) / 100  # by nvidia-ml-py
-        except Exception:  # it is missing, or has no figure for this device, such as a slice of one (MIG)
-            return words, figures
-        return f"GPU {figures['gpu_busy']:.0%} busy, {words}", figures

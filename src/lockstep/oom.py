@@ -23,7 +23,8 @@ from torch import nn
 
 from lockstep.errors import CheckFailed
 from lockstep.files import write_json
-from lockstep.memory import foretell, free_bytes, sharded
+from lockstep.machine import free_bytes
+from lockstep.memory import foretell, sharded
 from lockstep.proof import with_values
 from lockstep.schema import Config
 from lockstep.words import mebibytes

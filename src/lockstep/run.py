@@ -26,7 +26,8 @@ from lockstep.files import write_json
 from lockstep.gradients import Parts
 from lockstep.instruments import Instruments
 from lockstep.keeper import Keeper, export
-from lockstep.memory import held_bytes, process_bytes, state_bytes
+from lockstep.machine import process_bytes
+from lockstep.memory import held_bytes, state_bytes
 from lockstep.models import AUTOCAST, DTYPES, count_parameters
 from lockstep.monitor import Mistake, Monitor, open_monitors
 from lockstep.precision import Scaler

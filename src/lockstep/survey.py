@@ -30,7 +30,7 @@ import torch.distributed as dist
 
 from lockstep import files
 from lockstep.checkpoint import agree, gather
-from lockstep.memory import control_groups
+from lockstep.machine import control_groups
 from lockstep.run import Run
 from lockstep.world import World, interface_towards
 
