@@ -31,6 +31,7 @@ from lockstep.run import Run
 from lockstep.rundir import freeze
 from lockstep.schema import Config, from_yaml, to_yaml
 from lockstep.world import World, join
+from tests import warm
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -180,16 +181,18 @@ def tensors_in(content: Any, name: str) -> dict[str, torch.Tensor]:
 
 
 def command(
-    *words: str, cwd: Path | None = None, timeout: float = 120, **environment: str
+    *words: str, cwd: Path | None = None, timeout: float = 120, fresh: bool = False, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS` as a user would, from `cwd`; stdout and stderr as text."""
+    """Run `python WORDS` as a user would, from `cwd`; stdout and stderr as text.
+
+    Args:
+        fresh: in an interpreter of its own; else in a copy of one that has loaded torch (tests/warm.py).
+    """
+    variables = clean_environment() | environment
+    if not fresh and warm.can_run([*words], variables):
+        return warm.interpreter().run([*words], cwd or ROOT, variables, timeout)
     return subprocess.run(
-        [sys.executable, *words],
-        cwd=cwd or ROOT,
-        timeout=timeout,
-        capture_output=True,
-        text=True,
-        env=clean_environment() | environment,
+        [sys.executable, *words], cwd=cwd or ROOT, timeout=timeout, capture_output=True, text=True, env=variables
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from lockstep import fit, oom
 from lockstep.errors import CheckFailed
-from lockstep.memory import process_bytes
+from lockstep.machine import process_bytes
 from lockstep.proof import with_values
 from lockstep.schema import Config, from_yaml
 from lockstep.world import World
@@ -152,7 +152,7 @@ import resource
 import sys
 
 from lockstep import Run, recipe
-from lockstep.memory import process_bytes
+from lockstep.machine import process_bytes
 from recipes import ddp
 
 

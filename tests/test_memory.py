@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 
 from lockstep import Run
-from lockstep.memory import KINDS, Ledger, Meter, foretell, group_bytes, layers, predict, process_bytes, sharded, size
+from lockstep.machine import Meter, group_bytes, process_bytes
+from lockstep.memory import KINDS, Ledger, foretell, layers, predict, sharded, size
 from lockstep.models import build_model
 from lockstep.schema import Config
 from lockstep.world import World

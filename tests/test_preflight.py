@@ -20,7 +20,7 @@ import torch.distributed as dist
 from lockstep import Run, files, links, survey
 from lockstep.findings import failed
 from lockstep.links import measure, plot, rounds
-from lockstep.memory import control_groups
+from lockstep.machine import control_groups
 from lockstep.preflight import Asked, judge, minutes_left
 from lockstep.survey import core_quota, kind_of, leaders, notice, unmet
 from lockstep.world import World

@@ -7,14 +7,17 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from recipes import ddp
-from tests.harness import ROOT, clean_environment, command, train
+from tests import harness
+from tests.harness import ROOT, clean_environment, train
 
+command = partial(harness.command, fresh=True)  # here an interpreter's start is what is tested
 SMOKE = ["batch_size=24", "max_steps=3", "log_every=1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
