@@ -247,6 +247,8 @@ class Live:
         self._all(signal.SIGSTOP)  # or a launcher could begin to clean up
         self._all(signal.SIGKILL)
         self._process.wait()
+        while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._whole):
+            time.sleep(0.01)  # its ranks are nobody's children any more
         self._stack.close()
 
     def begin(self, ranks: int, warm: int) -> None:

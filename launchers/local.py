@@ -16,13 +16,14 @@ MISTAKE = 2  # of the user's: the same command would fail again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # what asks a run to leave
 
 
-def attempts(run: Callable[[], int], max_restarts: int, ranks: Callable[[], list[int]] | None = None) -> int:
+def attempts(run: Callable[[], int], max_restarts: int, ranks: Callable[[], list[int] | None] | None = None) -> int:
     """Start all ranks, and again after one of them has failed; return 0, its exit code, or 128 + a signal.
 
     Args:
         run: starts the ranks, waits for their end, says what went wrong, and returns the exit code.
         max_restarts: times that they are started again.
-        ranks: the processes that signals go on to; None: all that this one has started.
+        ranks: the processes that signals go on to, or None as long as there is none; None: all that this one has
+            started.
     """
     for attempt in range(max_restarts + 1):
         signals = Forwarded(ranks or children)
@@ -39,7 +40,7 @@ def attempts(run: Callable[[], int], max_restarts: int, ranks: Callable[[], list
 
 
 class Ended(BaseException):
-    """A signal came before there were ranks, or after."""
+    """A signal came before there were ranks."""
 
 
 class Forwarded:
@@ -52,7 +53,7 @@ class Forwarded:
         first: number of the first signal, 0 before there is one.
     """
 
-    def __init__(self, ranks: Callable[[], list[int]]) -> None:
+    def __init__(self, ranks: Callable[[], list[int] | None]) -> None:
         self.ranks = ranks
 
     def __enter__(self) -> None:
@@ -66,7 +67,7 @@ class Forwarded:
 
     def forward(self, number: int, frame: Any) -> None:
         ranks = self.ranks()
-        if not ranks:
+        if ranks is None:
             self.first = self.first or number
             raise Ended
         if not self.first:
@@ -83,25 +84,27 @@ class Forwarded:
                 os.kill(rank, number)
 
 
-def children() -> list[int]:
-    """The processes that this one has started: the ranks."""
+def children() -> list[int] | None:
+    """The processes that this one has started: the ranks; None: there is none."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parent = stat.read_text().rpartition(")")[2].split()[1]
             if int(parent) == os.getpid():
                 found.append(int(stat.parent.name))
-    return found
+    return found or None
 
 
 def show(error: Exception) -> int:
     """Print the root failure of a ChildFailedError once; return its exit code."""
     failures = error.failures  # type: ignore[attr-defined]
 
-    def order(rank: int) -> tuple[bool, int]:
-        """The first to fail, but none that the agent itself ended: a rank that only lost another one waits before it
-        says so, and a stopped one is killed only after the others have complained."""
-        return failures[rank].exitcode in (-signal.SIGTERM, ASK_AGAIN), failures[rank].timestamp
+    def order(rank: int) -> tuple[bool, bool, int]:
+        """The first to fail, but none that the agent itself ended or that only tells of others, if there is any else:
+        a rank that lost another one waits a while, a stopped one is killed only after the others have complained."""
+        failure = failures[rank]
+        tells = isinstance(failure.message, dict) and failure.message["message"].startswith("Stuck: ")
+        return failure.exitcode in (-signal.SIGTERM, ASK_AGAIN), tells, failure.timestamp
 
     rank = min(failures, key=order)
     failure = failures[rank]

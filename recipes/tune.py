@@ -25,6 +25,7 @@ same model to the last bit.
 Source: https://arxiv.org/abs/1810.05934 (ASHA)
 """
 
+import contextlib
 import importlib
 import importlib.util
 import json
@@ -323,13 +324,18 @@ def tuner(run: Run, each: Recipe, how: Plan) -> Any:
     )
 
 
+def wait_for_trials(run: Run) -> None:
+    """Wait until none holds its run directory: one that was asked to leave may be saving still."""
+    for config in (run.out / "trials").glob("[0-9]*/config.yaml"):
+        rundir.lock(config.parent, WAIT_SECONDS).close()
+
+
 @recipe(ranks=1, check=check, needs="ray", stands_for=find)
 def train(run: Run) -> None:
     each = find(run.config)
     how = plan(run.config, each, run.device.type)
     (run.out / "trials").mkdir(exist_ok=True)
-    for folder in (run.out / "trials").glob("[0-9]*/config.yaml"):
-        rundir.lock(folder.parent, WAIT_SECONDS).close()  # of an earlier start's trial, which may be saving still
+    wait_for_trials(run)  # of an earlier start
     many = f"{count(how.concurrent, 'trial')} at once" if how.concurrent else "as many trials at once as have room"
     run.report.line(
         f"tune: {count(run.config.tune.trials, 'trial')} of recipes.{each.name}, {many}, each "
@@ -341,18 +347,17 @@ def train(run: Run) -> None:
             run.listener.training = True  # from now on there is something to save
         with Watch(run):
             tuner(run, each, how).fit()
+    with contextlib.suppress(UserError):  # it stays for good, and is told of as lost
+        wait_for_trials(run)  # that Tune has let go of before they were gone
     received = run.listener.received if run.listener else 0
     rows = results(run)
     for row in rows:
         if row["state"] == "running" and not received:
-            row |= {
-                "state": "failed",
-                "problem": "Ray has lost it, perhaps with its node; its log says how far it came",
-            }
+            left = rundir.read_result(run.out / "trials" / str(row["number"])).get("status") == "preempted"
+            lost = "Ray has lost it, perhaps with its node; its log says how far it came"
+            row |= {"state": "stopped"} if left else {"state": "failed", "problem": lost}
     result = write_results(run, rows, "preempted" if received else "finished")
     if received:
-        for folder in (run.out / "trials").glob("[0-9]*/config.yaml"):
-            rundir.lock(folder.parent, WAIT_SECONDS).close()
         ended = sum(row["state"] in ("finished", "failed") for row in rows)
         run.report.line(f"preempted: {ended} of {count(run.config.tune.trials, 'trial')} trained to the end")
         raise Preempted(signal.Signals(received).name)

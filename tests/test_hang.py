@@ -54,7 +54,7 @@ def begin(folder: Path, how: str, who: int, words: tuple[str, ...], start: Any) 
         for number, name in ((1, "printed"), (2, "said")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-        os.environ |= {"HOW": how, "WHO": str(who), "LIMIT": str(LIMIT), rank.RUN_DIRECTORY: str(out)}
+        os.environ |= {"HOW": how, "WHO": str(who), "SAID": str(folder / "said"), rank.RUN_DIRECTORY: str(out)}
         code = start(out)
         sys.stderr.flush()
         (folder / "ended").write_text(str(time.time()))
@@ -163,7 +163,7 @@ def ended(process: Any, folder: Path, began: float, who: int) -> Ended:
         ("one batch less", f"rank 1 failed on {HERE} in step 6 (waiting for data)\nTraceback"),
         ("shape", f"rank 1 failed on {HERE} in step 0 (starting)\nTraceback"),
         ("raise", f"rank 1 failed on {HERE} in step 3 (training)\nTraceback"),
-        ("worker dies", f"rank 1 failed on {HERE} in step # (waiting for data)\nTraceback"),
+        ("worker dies", f"rank 1 failed on {HERE} in step # (…)\nTraceback"),
         ("worker hangs", f"error: rank 1 ({HERE}) has not come to all_reduce no. # of [490], in which rank 0"),
         (
             "disk",
@@ -211,9 +211,9 @@ def test_stacks_are_left_of_ranks_that_hung(outcomes: dict[str, Ended]) -> None:
 
 def test_ranks_that_are_slow_all_alike_are_left_alone(outcomes: dict[str, Ended]) -> None:
     found = outcomes["slow everywhere"]
-    at = 'step 3, training, time.sleep(2.5 * float(os.environ["LIMIT"])) (hanging.py:'
+    words = rf"rank 0 has been at it for {2 * LIMIT} s, and goes on: step 3, training, .* \(hanging\.py:\d+\)\n"
     assert found.code == 0, found.said
-    assert found.said.startswith(f"rank 0 has been at it for {2 * LIMIT} s, and goes on: {at}"), found.said
+    assert re.match(words, found.said), found.said
     assert found.said.count("\n") == 1, found.said
     assert found.seconds > 2 * LIMIT
     assert [pulse.read(found.ranks, rank)["end"] for rank in range(2)] == [pulse.FINISHED] * 2
@@ -276,17 +276,21 @@ class Deaf(dist.HashStore):
         return self
 
 
-def test_a_word_that_came_by_the_files_alone_is_that_of_a_rank_that_is_cut_off(tmp_path: Path) -> None:
+def test_a_word_that_came_by_the_files_alone_is_that_of_a_rank_that_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 1's network is lost, and the file system is another one's: seen from rank 0, which serves the store."""
     there = pulse.Pulse(tmp_path, 1)
     there.enter("training", 3)
-    there.tell(call="loss.backward()", collectives={}, last="", asked=True)
+    there.tell(call="loss.backward()", collectives={}, last="", asked=True, host="node9")
+    monkeypatch.setattr("lockstep.inquest.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("lockstep.inquest.STORE_SECONDS", 0.2)
     heart = pulse.Pulse(tmp_path, 0)
     heart.enter("training", 3)
     inquest = Inquest(heart, tmp_path, Deaf(), 2, LIMIT, end=lambda _: None, say=print)
     found = inquest.ask(RuntimeError("Timed out waiting 6000ms"))
     assert found.speaks
-    words = f"rank 1 ({HERE}) can no longer be reached from rank 0 ({HERE}), where all meet (timeout_seconds={LIMIT})\n"
+    words = f"rank 1 (node9) can no longer be reached from rank 0 ({HERE}), where all meet (timeout_seconds={LIMIT})\n"
     assert str(found).startswith(words)
     inquest.close()
     assert f"the verdict: {words}" in (tmp_path / "0.stack").read_text()

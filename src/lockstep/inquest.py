@@ -32,11 +32,13 @@ import torch.distributed as dist
 
 from lockstep import pulse
 from lockstep.errors import CheckFailed
+from lockstep.preemption import alone_under_srun
 from lockstep.pulse import Facts, Pulse
 from lockstep.world import lost_link, within
 
 LISTEN_SECONDS = 0.5  # between two looks at the bell
 ANSWER_SECONDS = 5.0  # in which a rank that lives answers it
+SLOW_SECONDS = 20.0  # in which it does where it is known to live
 STOPPED_SECONDS = 1.0  # for which a rank of this host must stand still to count as stopped
 STORE_SECONDS = 3.0  # after which a store that says nothing is taken for lost
 CALL, VERDICT, READ = "hang/call", "hang/verdict", "hang/read"
@@ -59,11 +61,19 @@ class Stuck(CheckFailed):
 
     Attributes:
         speaks: whether this rank is the one whose words it is.
+        stopped: ranks of this host that were stopped, by their process numbers.
     """
 
     def __init__(self, text: str, speaks: bool = False) -> None:
         super().__init__(text)
         self.speaks = speaks
+        self.stopped: list[int] = []
+
+    def wake(self) -> None:
+        """Let ranks that were stopped go on, when the verdict has been told: they find it, and leave by themselves."""
+        for pid in self.stopped:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGCONT)
 
 
 def lost_a_peer(error: BaseException) -> bool:
@@ -142,26 +152,30 @@ class Inquest:
         began = time.monotonic()
         first = self._in_store(lambda: self._store.compare_set(CALL, "", str(self._rank)))
         if first is not None and int(first) != self._rank:  # one hears all: a thousand that do would choke the store
-            verdict = self._await_verdict(int(first), patience + 2 * ANSWER_SECONDS)
+            verdict = self._await_verdict(int(first), patience + SLOW_SECONDS + ANSWER_SECONDS)
             if verdict:
                 return self._conclude(verdict)
         answers: dict[int, Facts] = {}
         while True:
             self._in_store(lambda: self._collect(answers))
             everyone, states = self._hear(answers)
+            if found := self._found_meanwhile(everyone):
+                return found
             unheard = [] if self._lost else self._unheard(everyone, states, answers)
             waited = time.monotonic() - began
-            # Whoever is stopped may have been for a moment only.
+            # Whoever is stopped may have been for a moment only, and who is alive on this host may only be slow.
             awaits = "silent" in states or not all(facts.get("cut") for facts in unheard)
             grace = ANSWER_SECONDS if awaits else STOPPED_SECONDS if "stopped" in states else 0
+            late = [facts for facts, what in zip(everyone, states, strict=True) if what == "silent"]
+            if any(facts.get("host") == socket.gethostname() for facts in [*late, *unheard]):
+                grace = SLOW_SECONDS
             if waited >= max(patience, grace):
                 break
             time.sleep(0.1)
-        # While this rank was stopped, the others may have come to an end. What they have told the store is older.
-        for rank in (facts["rank"] for facts in everyone if facts.get("asked") and facts["rank"] != self._rank):
-            latest = pulse.read(self._folder, rank)
-            if latest.get("spoke"):
-                return self._conclude(latest["end"])
+        askers = [facts["rank"] for facts in everyone if facts.get("asked") and facts["rank"] != self._rank]
+        # What they have told the store may be older than their files.
+        if found := self._found_meanwhile([pulse.read(self._folder, rank) for rank in askers]):
+            return found
         for facts in unheard:  # its file has come here, and its word has not come to the store
             facts["cut"] = True
         text = pulse.verdict(everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder)
@@ -174,26 +188,32 @@ class Inquest:
             text = json.loads(stored)["text"]
             self._part(json.loads(stored)["readers"], waits=speaks)
         found = self._conclude(text, speaks)
-        self._wake(everyone, states)
+        if alone_under_srun() and set(states) == {"answered", pulse.FAILED}:
+            found.speaks = False  # srun's tasks share a console, where that rank's own words are
+        here = [facts for facts in everyone if facts.get("host") == socket.gethostname()]
+        found.stopped = [facts["pid"] for facts in here if states[facts["rank"]] == "stopped"]
         return found
 
     # In the thread
 
     def _listen(self) -> None:
-        mentioned = 0.0
+        mentioned = seen = watched = stood = 0.0
         while not self._over.wait(self._pause):
             try:
                 if self._store.check([CALL]):
                     break
             except RuntimeError:
                 return  # whoever served the store has gone
-            since = self.heart.facts["at"]
-            if time.time() - since < self._timeout:
+            since, now = self.heart.facts["at"], time.monotonic()
+            # Seconds in which this process was itself stopped do not count: nobody has been at anything.
+            stood = stood + min(now - watched, 2 * self._pause) if since == seen else 0.0
+            seen, watched = since, now
+            if stood < self._timeout:
                 continue
             if self._overdue and pending(self._timeout):
                 self._end(self.ask(None))
             # Nobody has waited in vain: it may compile, or all wait for a disk. No reason to end, but to say so.
-            if since != mentioned and time.time() - since > 2 * self._timeout:
+            if since != mentioned and stood > 2 * self._timeout:
                 mentioned = since
                 at = pulse.where(self.heart.facts | {"call": pulse.spot(main_thread())})
                 self._say(f"rank {self._rank} has been at it for {2 * self._timeout:g} s, and goes on: {at}")
@@ -202,7 +222,7 @@ class Inquest:
         self._testify(None, asks=False)
         asker = int(self._in_store(lambda: self._store.get(CALL)) or 0)
         lonely = f"rank {self._rank} was asked where it is by rank {asker}, and heard no more of it"
-        verdict = self._await_verdict(asker, 4 * ANSWER_SECONDS) or lonely
+        verdict = self._await_verdict(asker, 2 * SLOW_SECONDS) or lonely
         self._end(self._conclude(verdict))
 
     # On both sides
@@ -210,7 +230,7 @@ class Inquest:
     def _take_over(self) -> None:
         """Keep the other thread from ending this process, or let it."""
         if not self._mine.acquire(blocking=False):
-            time.sleep(10 * ANSWER_SECONDS)  # it does
+            time.sleep(3 * SLOW_SECONDS)  # it does
 
     def _testify(self, error: BaseException | None, asks: bool) -> None:
         """Write down this rank's stacks and collectives, and tell the others where its main thread is."""
@@ -298,6 +318,11 @@ class Inquest:
             states.append(pulse.state(everyone[-1], rank in answers or "call" in everyone[-1]))
         return everyone, states
 
+    def _found_meanwhile(self, others: list[Facts]) -> Stuck | None:
+        """The verdict of another rank, to which the others have come while this one was stopped."""
+        spoke = [facts["end"] for facts in others if facts.get("spoke")]
+        return self._conclude(spoke[0]) if spoke else None
+
     def _unheard(self, everyone: list[Facts], states: list[str], answers: dict[int, Facts]) -> list[Facts]:
         """Ranks that have answered in the shared files, and not in the store."""
         return [
@@ -305,13 +330,6 @@ class Inquest:
             for facts, what in zip(everyone, states, strict=True)
             if what == "answered" and facts["rank"] not in (self._rank, *answers)
         ]
-
-    def _wake(self, everyone: list[Facts], states: list[str]) -> None:
-        """Let ranks of this host that were stopped go on: they find the verdict, and leave by themselves."""
-        for facts, what in zip(everyone, states, strict=True):
-            if what == "stopped" and facts["host"] == socket.gethostname():
-                with contextlib.suppress(OSError):
-                    os.kill(facts["pid"], signal.SIGCONT)
 
 
 def lines(stack: traceback.StackSummary) -> list[tuple[str, int]]:

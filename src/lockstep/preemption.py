@@ -33,14 +33,19 @@ class Listener:
     Python's own handlers run only between two bytecodes, so not while the main thread waits in a collective. The
     interpreter's C handler writes every signal's number to a socket as it comes, and a thread reads it there.
 
+    Args:
+        say: puts a line before the user.
+        launched: by a launcher, which sees a second Ctrl-C and kills. The first one reaches the ranks twice: from the
+            terminal, and from the launcher however much later.
+
     Attributes:
         received: number of the first signal, 0 before there is one.
         training: whether training has begun, so that there is a step boundary to wait for.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
+    def __init__(self, say: Callable[[str], None], launched: bool = False) -> None:
         self.received, self.training = 0, False
-        self._say = say
+        self._say, self._launched, self._announced = say, launched, False
         self._first = 0.0
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
@@ -61,9 +66,16 @@ class Listener:
                     os._exit(unsaved(number))
                 if not self.received:
                     self.received, self._first = number, time.monotonic()
-                    self._say(f"{signal.Signals(number).name}: leaving after this step; Ctrl-C ends at once")
-                elif number == signal.SIGINT and time.monotonic() - self._first > 0.3:  # nobody types that fast
-                    os._exit(128 + signal.SIGINT)
+                    if number == signal.SIGINT:  # other signals come from launchers too, when another rank has died
+                        self.announce(number)
+                elif number == signal.SIGINT and not self._launched and time.monotonic() - self._first > 0.3:
+                    os._exit(128 + signal.SIGINT)  # nobody types faster than that
+
+    def announce(self, number: int) -> None:
+        """Say, once, that the ranks are going to leave."""
+        if not self._announced:
+            self._announced = True
+            self._say(f"{signal.Signals(number).name}: leaving after this step; Ctrl-C ends at once")
 
     def close(self) -> None:
         """Give the signals back: from here on each does what it does by default."""

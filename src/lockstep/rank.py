@@ -54,6 +54,8 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
 
     def leave(error: BaseException, code: int, told_to_stop: bool = False) -> NoReturn:
         tell(error, place, out, console, told_to_stop)
+        if isinstance(error, Stuck):
+            error.wake()
         if out is not None and place.rank == 0 and not isinstance(error, Busy):
             rundir.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
         sys.stdout.flush()
@@ -62,7 +64,7 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             helper.kill()
         os._exit(code)
 
-    listener = Listener(say)
+    listener = Listener(say, launched=LAUNCHER in os.environ)
     try:
         end_with_launcher()
         try:
@@ -95,13 +97,16 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             inquest.close(FINISHED)
         stop_agent(place)
     except BaseException as error:
+        asks = inquest and (waited_in_vain(error) or (lost_a_peer(error) and not listener.received))
+        if inquest and asks:
+            inquest.heart.tell(asked=True)  # a launcher's SIGTERM may be under way, and ends this rank from here on
         listener.close()
         code = error.exit_code if isinstance(error, UserError) else 1
         if listener.received and lost_a_peer(error):
             code = unsaved(listener.received)  # asked to leave, and another rank already has
         if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace this rank's exit code
             signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-        if inquest and (waited_in_vain(error) or (lost_a_peer(error) and not listener.received)):
+        if inquest and asks:
             # Where another rank broke first, it, or the launcher that sees it dead, is to be heard first. An agent ends
             # this rank meanwhile, however slow the machine.
             patience = 5.0 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2.0

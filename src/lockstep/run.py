@@ -417,6 +417,8 @@ class Run:
             sign, due = self._agreement.ask(self.step, self._keeper.is_due_by_the_clock())
         last = self.step == self.total_steps
         leaves = bool(sign) and not last
+        if leaves and self.listener:
+            self.listener.announce(sign)
         if (leaves or due or self._keeper.is_due(self.step, last)) and self.step > self._keeper.saved_step:
             self._save(state)
         if leaves:

@@ -91,6 +91,7 @@ class Watch(threading.Thread):
             while not self.over.wait(1):
                 if self.run_.listener and self.run_.listener.received and not told:
                     told = True
+                    self.run_.listener.announce(self.run_.listener.received)
                     os.kill(os.getpid(), signal.SIGUSR1)  # what Tune ends by, with its state saved
                 rows = results(self.run_)
                 if live:

@@ -381,12 +381,14 @@ def filled(number: int) -> bytes:
 def wait_for(path: Path, content: str, seconds: float) -> float | None:
     """Seconds until a file is there with this content; None where it does not come in time."""
     started = time.monotonic()
-    while (passed := time.monotonic() - started) < seconds:
+    while True:
+        passed = time.monotonic() - started  # before the look, so that there is one however slow this process is
         with contextlib.suppress(OSError):
             if path.read_text() == content:
                 return passed
+        if passed >= seconds:
+            return None
         time.sleep(0.02)
-    return None
 
 
 def replace(path: Path) -> Facts:
