@@ -123,9 +123,13 @@ class Box:
 
     def start_again_now(self, job_id: str) -> None:
         """Wait until a job is requeued, then spare it most of the 6 s that Slurm would let it wait."""
-        self.wait_for_state(job_id, "PENDING")
+        deadline = time.monotonic() + 60
+        while self.job(job_id)["Restarts"] == "0":
+            assert time.monotonic() < deadline, f"job {job_id} was not requeued: {self.job(job_id)}"
+            time.sleep(0.1)
         time.sleep(2)  # in the very second of the requeue a node takes the new start for the old one, and refuses it
-        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
+        if self.job(job_id)["JobState"] == "PENDING":
+            self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now")
 
     def _answer(self) -> str:
         assert self.process.stdout is not None

@@ -15,6 +15,7 @@ import pytest
 
 from tests.cluster import BOX, Box
 from tests.harness import ROOT
+from tests.processes import read, wait_until
 
 RANK = """
 import os, socket, torch, torch.distributed as dist
@@ -104,7 +105,7 @@ def test_two_ranks_on_two_nodes_all_reduce(box: Box, tmp_path: Path) -> None:
 def test_a_job_in_high_takes_the_place_of_one_in_low(box: Box, tmp_path: Path) -> None:
     lives = "echo life $SLURM_RESTART_COUNT; [ $SLURM_RESTART_COUNT ] || exec sleep 1000"
     low = box.sbatch("--nodes=2", "--exclusive", "--open-mode=append", "--output=out", f"--wrap={lives}", cwd=tmp_path)
-    box.wait_for_state(low, "RUNNING")
+    wait_until(lambda: "life" in read(tmp_path / "out"))
     box.run("scontrol", "update", "PartitionName=low", "GraceTime=0")  # a grace of 5 s makes it 13 s
     high = box.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     box.wait_for_state(high, "COMPLETED")
@@ -129,7 +130,7 @@ def test_a_killed_node_loses_its_tasks_and_can_be_mended(box: Box) -> None:
     job = box.sbatch("--nodelist=node2", "--output=/dev/null", "--wrap=sleep 4321")
     box.wait_for_state(job, "RUNNING")
     box.steer("node", "kill", "node2")
-    assert box.run("pgrep", "--full", "sleep 4321").stdout == ""
+    wait_until(lambda: box.run("pgrep", "--full", "sleep 4321").stdout == "")
     box.run("scancel", job)
     box.steer("node", "mend", "node2")
     assert box.run("srun", "--nodelist=node2", "hostname").stdout == "node2\n"
@@ -160,6 +161,7 @@ def test_two_boxes_at_once_do_not_meet_and_leave_nothing(box: Box) -> None:
         assert other.run("srun", "hostname").stdout == "node1\n"
         assert box.folder != other.folder
         assert len(box.run("sinfo", "--noheader", "--Node", "--partition=low").stdout.splitlines()) == 2
+        other.wait_for_state("2", "COMPLETED")  # srun returns before its node has acknowledged
         assert other.queue() == {"1": "RUNNING", "2": "COMPLETED"}
         assert processes_with(str(other.folder))  # or the next line would prove nothing
     assert_nothing_is_left(other.folder)

@@ -13,7 +13,6 @@ import pickle
 import shutil
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -544,27 +543,30 @@ def test_a_run_that_lies_on_the_full_disk_goes_on_too(
     on_a_disk(body, tmp_path / "disk", int(1.1 * room) + rest)
 
 
-def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(tmp_path: Path, whole: Result) -> None:
+def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(
+    tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
     setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=2", "checkpoint.keep=2"))
+    save = Checkpoints.save
 
     def body(disk: Path) -> None:
         out = tmp_path / "out"
         lay_out(out, setup)
         (out / "checkpoints").symlink_to(disk)
 
-        def close() -> None:
-            wait_until(lambda: (disk / "LATEST").exists())
-            while True:  # a save that is under way keeps it open
-                try:
-                    mount("tmpfs", disk, MS_REMOUNT | MS_RDONLY)
-                    return
-                except OSError:
-                    time.sleep(0.002)
+        def close_and_save(self: Checkpoints, tensors: Any, facts: Any, **more: Any) -> None:
+            if facts["step"] == 6 and dist.get_rank() == 0:
+                self.wait()
+                while True:
+                    try:
+                        mount("tmpfs", disk, MS_REMOUNT | MS_RDONLY)
+                        break
+                    except OSError:  # the other rank has not closed its file yet
+                        time.sleep(0.002)
+            save(self, tensors, facts, **more)
 
-        closing = threading.Thread(target=close)
-        closing.start()
+        monkeypatch.setattr(Checkpoints, "save", close_and_save)
         ended = again(out, setup)
-        closing.join()
         assert "not saved ([Errno 30] Read-only file system" in ended.said
         assert "Traceback" not in ended.said
         assert read_result(out)["checkpoints_failed"] > 0

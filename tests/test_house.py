@@ -162,10 +162,10 @@ TRAINS = "-m recipes."
 SHORT = ["max_steps=2", "data.augment=false"]  # a README command trains for a minute; that it starts and ends is tested
 
 
-# What every change is tried on; the other commands that train are `slow`: their techniques have tests of their own.
+# What every change is tried on; the other commands that train are `slow`: their techniques have tests of their own, and
+# so has torchrun (tests/test_start_paths.py).
 QUICK = {
     "python -m recipes.ddp",
-    "torchrun --nproc-per-node=2 -m recipes.ddp",
     "python -m recipes.checkpoint_resume forget=optimizer",
     "python -m recipes.ddp +cluster=lightning",
 }
@@ -191,13 +191,16 @@ def test_every_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     if TRAINS in line and "--help" not in words and "--cfg" not in words:
         words += SHORT
-    if words[0] == "slurm/box":
-        words[0] = str(ROOT / words[0])
-    environment = clean_environment()
-    environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # an activated environment
-    done = subprocess.run(
-        words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+    if words[0] == "python":
+        done = command(*words[1:], cwd=tmp_path, timeout=240)
+    else:
+        if words[0] == "slurm/box":
+            words[0] = str(ROOT / words[0])
+        environment = clean_environment()
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # an activated environment
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
     assert done.returncode == 0, done.stderr
 
 

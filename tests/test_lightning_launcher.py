@@ -46,7 +46,7 @@ def session(process: subprocess.Popen[str]) -> list[int]:
 # One command, one result ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("start", "nproc"), [("spawn", 2), ("fork", 4)])
+@pytest.mark.parametrize(("start", "nproc"), [pytest.param("spawn", 2, marks=pytest.mark.slow), ("fork", 4)])
 def test_it_is_the_run_that_torchrun_starts(start: str, nproc: int, tmp_path: Path) -> None:
     words = [*LIGHTNING, f"start={start}", f"nproc={nproc}", *SMOKE, "out=run"]
     done = command(*words, cwd=tmp_path)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
-import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 
-from lockstep import Run
+from lockstep import Run, machine
 from lockstep.machine import Meter, group_bytes, process_bytes
 from lockstep.memory import KINDS, Ledger, foretell, layers, predict, sharded, size
 from lockstep.models import build_model
@@ -60,14 +60,13 @@ def test_every_recipe_reports_what_its_ranks_hold_and_keeps_no_graph(name: str, 
 
 
 def test_the_progress_line_says_how_busy_the_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the CPU for real; a GPU's figures with the driver's words put in."""
-    meter = Meter(torch.device("cpu"))
-    deadline = time.process_time() + 0.05
-    while time.process_time() < deadline:
-        pass
-    words, figures = meter.read()
+    """On the CPU with clocks made up; a GPU's figures with the driver's words put in."""
+    clocks = SimpleNamespace(perf_counter=iter((10.0, 12.0)).__next__, process_time=iter((5.0, 8.0)).__next__)
+    monkeypatch.setattr(machine, "time", clocks)
+    words, figures = Meter(torch.device("cpu")).read()
     busy, used = re.fullmatch(r"([\d.]+) cores busy, ([\d,]+) MiB", words).groups()  # type: ignore[union-attr]
-    assert 0 < float(busy) < 4
+    assert busy == "1.5"
+    monkeypatch.undo()
     assert abs(int(used.replace(",", "")) * 2**20 - process_bytes("VmRSS")) < 2**25
     assert figures == {}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 4 * 2**30))

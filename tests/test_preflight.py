@@ -538,10 +538,9 @@ def looks(world: World, out: str, trouble: str) -> Facts:
     if trouble == "in place":
 
         def write(path: Path, content: str | bytes) -> None:
-            with path.open("wb", buffering=0) as stream:
-                data = content.encode() if isinstance(content, str) else content
-                for start in range(0, len(data), 4096):
-                    stream.write(data[start : start + 4096])
+            """Leave a long file as a reader may find it in the midst of a writing, so that none can miss it."""
+            data = content.encode() if isinstance(content, str) else content
+            path.write_bytes(data[:4096] + bytes(byte ^ 1 for byte in data[4096:]))
 
         files.write_atomically = write  # type: ignore[assignment]
     if trouble == "no lock":

@@ -13,11 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from lockstep import metrics
 from lockstep.exposed import BRIDGE, Event, Interval, common, exposed, forest, length, minus, union
 from lockstep.profiling import DATA, STEP, Profiler, account, class_of, read_trace, worst
 from lockstep.run import Run
 from lockstep.world import World
 from tests.harness import execute, result, run_ranks
+from tests.processes import wait_until
 from tests.test_run import in_run
 
 TINY = ("data=synthetic", "data.size=48", "data.image_size=16", "batch_size=8", "eval_every=0", "checkpoint.minutes=0")
@@ -243,15 +245,19 @@ def test_of_each_operation_the_worst_rank_is_shown() -> None:
 
 
 def late(world: World, folder: str, hidden: bool) -> dict[str, Any]:
-    """A step in which rank 1 comes a third of a second late to an all_reduce, and rank 0 waits, or computes."""
+    """A step in which rank 1 comes a second late to an all_reduce, and rank 0 waits, or computes."""
+    begun = Path(folder) / "begun"
     profiler = Profiler(world.device, 1, 1, Path(folder) / f"{world.rank}.json")
     tensor, square = torch.ones(1000), torch.ones(200, 200)
     dist.all_reduce(tensor)  # the first one connects
     profiler.before_step(1)
     if world.rank:
-        time.sleep(0.3)
+        wait_until(begun.exists)
+        time.sleep(1)
     work = dist.all_reduce(tensor, async_op=True)
     assert work is not None
+    if world.rank == 0:
+        begun.touch()
     while hidden and world.rank == 0 and not work.is_completed():
         square @ square
     work.wait()
@@ -262,9 +268,10 @@ def late(world: World, folder: str, hidden: bool) -> dict[str, Any]:
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_rank_that_waits_is_exposed_and_one_that_computes_meanwhile_is_not(hidden: bool, tmp_path: Path) -> None:
     first, second = run_ranks(late, 2, str(tmp_path), hidden)
-    assert first["communication"] > 0.25
+    assert first["communication"] > 1
     assert (first["exposed"] < 0.5 * first["communication"]) == hidden, first
-    assert second["communication"] < 0.25 < second["seconds"], "who comes late does not wait"
+    # Both end together, however late: rank 0 began a second earlier.
+    assert second["communication"] < first["communication"] - 0.25, "who comes late does not wait"
     assert second["shares"]["outside"] > 0.5, "it sleeps"
     assert {"gloo:all_reduce"} <= first["operations"].keys()
 
@@ -304,7 +311,8 @@ def test_every_engine_s_messages_are_seen(name: str, tmp_path: Path) -> None:
 
 def instruments(run: Run) -> list[bool]:
     """Four steps, of which the recorded ones are slow; of each whether it was recorded, and what is left of them."""
-    found = []
+    found: list[bool] = []
+    metrics.Stopwatch._now = lambda self: float(sum(found))  # type: ignore[method-assign]  # by which others take no time
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
     for batch in run.steps(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)):
         found.append(run._instruments.profiling)
@@ -313,7 +321,7 @@ def instruments(run: Run) -> list[bool]:
     return [
         *found,
         run._timer.count == 4 - sum(found),
-        run._timer.total() > 0.3,
+        run._timer.total() > 0,
         run._instruments._load._left_out[0] > 0.3,
     ]
 

@@ -91,7 +91,8 @@ def assert_same_run(a: Path, b: Path) -> None:
 
 # make test takes those that differ most in what they keep; make test-all all, and tests/fuzz.py draws from all.
 MORE = ("ddp", "ddp in fp16", "fsdp in copies", "data_parallel", "model_parallel", "pipeline_parallel")
-MORE += ("sync_batchnorm", "grad_accumulation", "lightning_fabric", "unfrozen while saved")
+MORE += ("ddp of 3", "sync_batchnorm", "grad_accumulation", "lightning_fabric", "unfrozen while saved")
+MORE += ("unfrozen when resumed",)
 
 
 @pytest.mark.parametrize(

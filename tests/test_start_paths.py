@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -14,18 +16,20 @@ import pytest
 import torch
 
 from recipes import ddp
-from tests import harness
-from tests.harness import ROOT, clean_environment, train
+from tests.harness import ROOT, clean_environment, command, train
 
-command = partial(harness.command, fresh=True)  # here an interpreter's start is what is tested
+in_an_interpreter = partial(command, fresh=True)  # its start is what is tested
 SMOKE = ["batch_size=24", "max_steps=3", "log_every=1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """Where nobody listens, and below the ports that the kernel hands out to whoever connects meanwhile."""
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def start_all(commands: list[list[str]], cwd: Path, variables: list[dict[str, str]] | None = None) -> None:
@@ -43,7 +47,7 @@ def start_all(commands: list[list[str]], cwd: Path, variables: list[dict[str, st
 
 
 def by_python(out: Path, cwd: Path, nproc: int, *words: str) -> None:
-    done = command("-m", "recipes.ddp", *SMOKE, f"out={out}", f"nproc={nproc}", *words, cwd=cwd)
+    done = in_an_interpreter("-m", "recipes.ddp", *SMOKE, f"out={out}", f"nproc={nproc}", *words, cwd=cwd)
     assert done.returncode == 0, done.stderr
 
 
@@ -131,7 +135,7 @@ def test_a_script_that_has_computed_something_gets_interpreters(tmp_path: Path) 
     work = "import torch\n\n(torch.rand(3000, 3000) * 2).sum()\n\n"
     script = (ROOT / "recipes" / "single.py").read_text()
     (tmp_path / "mine.py").write_text(script.replace("if __name__", work + "if __name__"))
-    done = command("mine.py", *SMOKE, "out=run", "threads=2", cwd=tmp_path)
+    done = in_an_interpreter("mine.py", *SMOKE, "out=run", "threads=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
 

@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
+from lockstep import metrics
 from lockstep import split as splitting
 from lockstep.accumulate import MicroBatch, micro_batches
 from lockstep.data import Batch
@@ -634,7 +635,7 @@ def test_two_parts_on_the_host_share_the_time(fit: Fit) -> None:
     shares = result["idle_shares"]
     assert len(shares) == 2
     assert all(0 < share < 1 for share in shares)
-    assert 0.9 < sum(shares) < 1.1
+    assert sum(shares) > 0.999, "one part works at a time"
     assert result["cuts"] == ["layer3.0"]
     assert difference(found, fit(single.train, 1, *PROOF)[0]) <= TOLERANCE
 
@@ -648,7 +649,7 @@ def test_model_parallel_trains_what_one_process_does(words: tuple[str, ...], fit
     parts = 3 if "devices=[cpu,cpu,cpu]" in words else 2
     assert len(result["idle_shares"]) == parts
     assert all(0 < share < 1 for share in result["idle_shares"])
-    assert parts - 1.1 < sum(result["idle_shares"]) < parts - 0.9, "one part works at a time"
+    assert sum(result["idle_shares"]) > parts - 1.001, "one part works at a time"
 
 
 def test_evaluation_runs_the_parts_on_their_devices(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,28 +668,27 @@ def test_evaluation_runs_the_parts_on_their_devices(fit: Fit, monkeypatch: pytes
     assert evaluated == 1
 
 
-class Sleeper(nn.Module):
-    def __init__(self, seconds: float) -> None:
-        super().__init__()
-        self.layer, self.seconds = nn.Linear(4, 4), seconds
+def test_the_part_that_works_less_idles_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
 
-    def forward(self, x: Tensor) -> Tensor:
-        time.sleep(self.seconds)
-        return self.layer(x)
+    class Takes(nn.Linear):
+        def __init__(self, seconds: float) -> None:
+            super().__init__(4, 4)
+            self.seconds = seconds
 
+        def forward(self, x: Tensor) -> Tensor:
+            now[0] += self.seconds
+            return super().forward(x)
 
-def test_the_part_that_works_less_idles_more() -> None:
-    parts = [Sleeper(0.01), Sleeper(0.03)]
+    monkeypatch.setattr(metrics.Stopwatch, "_now", lambda self: now[0])
+    parts = [Takes(1), Takes(3)]
     clock = PartClock([torch.device("cpu")] * 2, next(parts[0].parameters()))
     for _ in range(4):
         x = torch.ones(2, 4)
         for number, part in enumerate(parts):
             x = clock.leave(part(clock.enter(x, number)), number)
         x.sum().backward()
-    shares = clock.idle_shares()
-    assert shares[0] > shares[1] + 0.1
-    assert all(0 < share < 1 for share in shares)
-    assert 0.9 < sum(shares) < 1.1
+    assert clock.idle_shares() == [0.75, 0.25]
     assert clock.whole.count == 4, "an interval a step"
 
 

@@ -17,7 +17,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import NoReturn
@@ -34,7 +36,7 @@ LOADED = (
     "torchvision.models",
 )
 # Read when libraries are loaded, or when Python starts: whoever sets one of them needs a fresh interpreter.
-EARLY = ("PYTHON", "OMP_", "MKL_", "KMP_", "LD_", "MALLOC_", "TORCH_", "CUDA_", "DS_")
+EARLY = ("PYTHON", "OMP_", "MKL_", "KMP_", "LD_", "MALLOC_", "TORCH_", "CUDA_", "TMPDIR")
 START = dict(os.environ)
 LARGEST = 2**17  # bytes of a request
 
@@ -59,23 +61,34 @@ class Warm:
         """
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             request = json.dumps([words, str(folder), environment]).encode()
-            socket.send_fds(self._line, [request], [stdout.fileno(), stderr.fileno()])
-            pid = int(self._line.recv(LARGEST))
-            self._line.settimeout(timeout)
             try:
-                code = int(self._line.recv(LARGEST))
-            except TimeoutError:
-                os.kill(pid, signal.SIGKILL)
-                self._line.settimeout(None)
-                self._line.recv(LARGEST)
-                raise subprocess.TimeoutExpired(words, timeout) from None
-            finally:
-                self._line.settimeout(None)
+                code = self._copy(request, [stdout.fileno(), stderr.fileno()], timeout)
+            except BaseException:  # an answer may still come, which must not be the next command's
+                interpreter.cache_clear()
+                self._process.kill()
+                raise
             said = []
             for stream in (stdout, stderr):
                 stream.seek(0)
                 said.append(stream.read())
+        if code is None:
+            raise subprocess.TimeoutExpired(words, timeout, *said)
         return subprocess.CompletedProcess(words, code, *said)
+
+    def _copy(self, request: bytes, files: list[int], timeout: float) -> int | None:
+        """Its exit code, or None: it was killed."""
+        self._line.settimeout(None)
+        socket.send_fds(self._line, [request], files)
+        pid = int(self._line.recv(LARGEST))
+        self._line.settimeout(timeout)
+        try:
+            return int(self._line.recv(LARGEST))
+        except TimeoutError:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
+        self._line.settimeout(None)
+        self._line.recv(LARGEST)
+        return None
 
 
 @cache
@@ -133,6 +146,7 @@ def become(words: list[str], folder: str, environment: dict[str, str], files: li
             print(error.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
