@@ -62,6 +62,13 @@ def test_a_seed_decides_all_that_is_drawn() -> None:
     assert 0.4 < len(in_saves) / len(faults) < 0.8, "deaths inside saving, committing and pruning must be common"
 
 
+def test_a_rank_that_dies_on_its_way_to_the_first_save_leaves_nobody_waiting(tmp_path: Path) -> None:
+    setup = killed_in_the_third_save("ddp", 2).setup
+    outcome = play(Plan(setup, (Fault(signal.SIGKILL, 0, call=1, at="mkdir ."),), (None,)), tmp_path)
+    assert outcome.wrong == ""
+    assert outcome.counts["kills"] == 1
+
+
 # Whether it would be seen -----------------------------------------------------------------------------------------
 
 

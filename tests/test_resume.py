@@ -126,6 +126,9 @@ class Interrupt:
         run = self.run[0]
         return 15 if run.world.rank == self.rank and run.step >= self.step else 0
 
+    def announce(self, number: int) -> None:
+        assert number == 15
+
 
 def interrupted(world: World, recipe: str, config: Any, out: str, rank: int, step: int) -> str:
     """Train until the signal; what the rank raised."""

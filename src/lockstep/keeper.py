@@ -41,6 +41,7 @@ class Keeper:
         self._recipe, self._config, self._world, self._report = recipe, config, world, report
         self._folder = out / CHECKPOINTS
         self._checkpoints: Checkpoints | None = None
+        self._group: dist.ProcessGroup | None = None
         self.resumed_from: str | None = None
         self.started_at = self.saved_step = self.waited = 0
         self._saved_at = time.perf_counter()
@@ -127,6 +128,10 @@ class Keeper:
 
     # Between two steps
 
+    def connect(self) -> None:
+        """Make the group in which the ranks save."""
+        self._group = make_group(self._config.timeout_seconds)
+
     def begin(self) -> None:
         """Start the clock by which checkpoints are due."""
         self._saved_at = time.perf_counter()
@@ -152,7 +157,9 @@ class Keeper:
             if self._world.rank == 0:
                 self._folder.mkdir(exist_ok=True)
             config = self._config.checkpoint
-            saver = Saver(make_group(self._config.timeout_seconds), asynchronous=config.asynchronous)
+            if self._group is None:
+                self.connect()
+            saver = Saver(self._group, asynchronous=config.asynchronous)
             self._checkpoints = Checkpoints(self._folder, saver, keep=config.keep, warn=self._report.line)
         if self._best_is_new:
             self._best_step = step

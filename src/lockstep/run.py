@@ -371,6 +371,10 @@ class Run:
         self._optimizer = optimizer
         hold_alike(self)
         if self.listener:
+            if not self.quiet:
+                # Whose peer has died waits in here until its time is over, or until a signal ends it: as long as there
+                # is nothing to save, the first one does.
+                self._keeper.connect()
             self._agreement, self.listener.training = Agreement(self.world.control, self.listener), True
         assert self._whole is not None
         assert self._module is not None
