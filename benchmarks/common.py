@@ -229,6 +229,12 @@ def in_slices(
         return {name: each.share(each.stretches(windows[name])) for name, each in live.items()}
 
 
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return bool(process.status() != psutil.STATUS_ZOMBIE)
+    return False
+
+
 class Live:
     """A command that is alive, and runs only when it is told to."""
 
@@ -247,7 +253,7 @@ class Live:
         self._all(signal.SIGSTOP)  # or a launcher could begin to clean up
         self._all(signal.SIGKILL)
         self._process.wait()
-        while any(one.is_running() and one.status() != psutil.STATUS_ZOMBIE for one in self._whole):
+        while any(map(_runs, self._whole)):
             time.sleep(0.01)  # its ranks are nobody's children any more
         self._stack.close()
 

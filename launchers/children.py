@@ -26,13 +26,12 @@ import torch.multiprocessing
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 
-from launchers.local import SIGNALS, show, show_cursor
+from launchers.local import SIGNALS, Forwarded, show, show_cursor
 
 POLL_SECONDS = 0.1  # between two looks at who has ended
 NOTICE_SECONDS = 0.3  # in which ranks find out by themselves that another one is gone
 SAVE_SECONDS = 30.0  # for those that were asked to leave, and for what the kernel does at their end
 Failed = dict[int, tuple[int, int]]  # {local rank: (pid, exit code)}
-started: list[int] = []  # the ranks of this attempt, also when they have ended
 
 
 def attempt(begin: Callable[[str, str, int], Failed], target: str, folder: str, *, first: int = 0) -> int:
@@ -46,7 +45,6 @@ def attempt(begin: Callable[[str, str, int], Failed], target: str, folder: str, 
     """
     errors = Path(folder, str(len(os.listdir(folder))))
     errors.mkdir()
-    started.clear()
     logging.disable(logging.ERROR)  # torch and Lightning would report a failure on their own as well
     try:
         failed = begin(target, str(errors), os.getpid())
@@ -93,7 +91,7 @@ def end_of(processes: list[Any]) -> Failed:
 
     With patience: torch's own would end the others before they have noticed that one is gone.
     """
-    started.extend(process.pid for process in processes)
+    Forwarded.launched = True
     while None in (codes := [process.exitcode for process in processes]) and not any(codes):
         # Not without end: what tells of a death is a pipe, which the dead rank's DataLoader workers may keep open.
         wait([process.sentinel for process, code in zip(processes, codes, strict=True) if code is None], POLL_SECONDS)
@@ -107,10 +105,9 @@ def end_of(processes: list[Any]) -> Failed:
     return failed
 
 
-def ranks() -> list[int] | None:
-    """The ranks of this attempt that have not ended; None: there has been none yet."""
-    alive = [child.pid for child in multiprocessing.active_children() if child.pid]
-    return alive if alive or started else None
+def ranks() -> list[int]:
+    """The ranks that this process has started and that have not ended."""
+    return [child.pid for child in multiprocessing.active_children() if child.pid]
 
 
 def error_file(errors: str, local_rank: int) -> str:

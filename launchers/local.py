@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 ASK_AGAIN = os.EX_TEMPFAIL  # the exit code of ranks that were asked to leave, and have saved
+KILL_SECONDS = 29  # torch's engine kills after 30 those that do not heed its SIGTERM; timestamps are whole seconds
 MISTAKE = 2  # of the user's: the same command would fail again
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)  # what asks a run to leave
 
 
-def attempts(run: Callable[[], int], max_restarts: int, ranks: Callable[[], list[int] | None] | None = None) -> int:
+def attempts(run: Callable[[], int], max_restarts: int, ranks: Callable[[], list[int]] | None = None) -> int:
     """Start all ranks, and again after one of them has failed; return 0, its exit code, or 128 + a signal.
 
     Args:
         run: starts the ranks, waits for their end, says what went wrong, and returns the exit code.
         max_restarts: times that they are started again.
-        ranks: the processes that signals go on to, or None as long as there is none; None: all that this one has
-            started.
+        ranks: the processes that signals go on to; None: all that this one has started.
     """
     for attempt in range(max_restarts + 1):
         signals = Forwarded(ranks or children)
@@ -40,7 +40,7 @@ def attempts(run: Callable[[], int], max_restarts: int, ranks: Callable[[], list
 
 
 class Ended(BaseException):
-    """A signal came before there were ranks."""
+    """A signal came before there were ranks, or after all that is known to have been."""
 
 
 class Forwarded:
@@ -51,12 +51,17 @@ class Forwarded:
 
     Attributes:
         first: number of the first signal, 0 before there is one.
+        launched: whether this attempt has had ranks; said by whoever starts them, if it can. After their end a signal
+            does not take their exit code's place.
     """
 
-    def __init__(self, ranks: Callable[[], list[int] | None]) -> None:
+    launched = False
+
+    def __init__(self, ranks: Callable[[], list[int]]) -> None:
         self.ranks = ranks
 
     def __enter__(self) -> None:
+        Forwarded.launched = False
         self.first, self.at = 0, 0.0
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays nohup
         self.before = {number: signal.signal(number, self.forward) for number in heard}
@@ -67,7 +72,7 @@ class Forwarded:
 
     def forward(self, number: int, frame: Any) -> None:
         ranks = self.ranks()
-        if ranks is None:
+        if not ranks and not self.launched:
             self.first = self.first or number
             raise Ended
         if not self.first:
@@ -84,27 +89,31 @@ class Forwarded:
                 os.kill(rank, number)
 
 
-def children() -> list[int] | None:
-    """The processes that this one has started: the ranks; None: there is none."""
+def children() -> list[int]:
+    """The processes that this one has started: the ranks."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parent = stat.read_text().rpartition(")")[2].split()[1]
             if int(parent) == os.getpid():
                 found.append(int(stat.parent.name))
-    return found or None
+    return found
 
 
 def show(error: Exception) -> int:
     """Print the root failure of a ChildFailedError once; return its exit code."""
     failures = error.failures  # type: ignore[attr-defined]
+    first = min(failure.timestamp for failure in failures.values())
 
     def order(rank: int) -> tuple[bool, bool, int]:
-        """The first to fail, but none that the agent itself ended or that only tells of others, if there is any else:
-        a rank that lost another one waits a while, a stopped one is killed only after the others have complained."""
+        """The first to fail, but none that was ended here, by SIGTERM or half a minute later by SIGKILL, nor one that
+        only tells of others, if there is any else. Who was killed from outside may be seen later than who tells of it.
+        """
         failure = failures[rank]
+        ended = failure.exitcode == -signal.SIGKILL and failure.timestamp - first >= KILL_SECONDS
+        # lockstep.rank.tell puts the exception's class in front.
         tells = isinstance(failure.message, dict) and failure.message["message"].startswith("Stuck: ")
-        return failure.exitcode in (-signal.SIGTERM, ASK_AGAIN), tells, failure.timestamp
+        return ended or failure.exitcode in (-signal.SIGTERM, ASK_AGAIN), tells, failure.timestamp
 
     rank = min(failures, key=order)
     failure = failures[rank]

@@ -149,6 +149,7 @@ def carry_out(run: Run, target: str, told: list[str], out: Path) -> float | None
     command = trial.Command(target, told, out, os.getcwd(), {})
     while not command.ended(0.5):
         if run.listener and run.listener.received:
+            run.listener.announce(run.listener.received)
             command.leaves()
             raise Preempted(signal.Signals(run.listener.received).name)
     seconds = time.perf_counter() - began

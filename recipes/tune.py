@@ -25,7 +25,6 @@ same model to the last bit.
 Source: https://arxiv.org/abs/1810.05934 (ASHA)
 """
 
-import contextlib
 import importlib
 import importlib.util
 import json
@@ -324,10 +323,15 @@ def tuner(run: Run, each: Recipe, how: Plan) -> Any:
     )
 
 
-def wait_for_trials(run: Run) -> None:
-    """Wait until none holds its run directory: one that was asked to leave may be saving still."""
+def wait_for_trials(run: Run) -> UserError | None:
+    """Wait for those that were asked to leave and may be saving still; return what is to be said of one that stays."""
+    stays = None
     for config in (run.out / "trials").glob("[0-9]*/config.yaml"):
-        rundir.lock(config.parent, WAIT_SECONDS).close()
+        try:
+            rundir.lock(config.parent, WAIT_SECONDS).close()
+        except UserError as error:
+            stays = error
+    return stays
 
 
 @recipe(ranks=1, check=check, needs="ray", stands_for=find)
@@ -335,7 +339,8 @@ def train(run: Run) -> None:
     each = find(run.config)
     how = plan(run.config, each, run.device.type)
     (run.out / "trials").mkdir(exist_ok=True)
-    wait_for_trials(run)  # of an earlier start
+    if stays := wait_for_trials(run):  # of an earlier start
+        raise stays
     many = f"{count(how.concurrent, 'trial')} at once" if how.concurrent else "as many trials at once as have room"
     run.report.line(
         f"tune: {count(run.config.tune.trials, 'trial')} of recipes.{each.name}, {many}, each "
@@ -347,8 +352,7 @@ def train(run: Run) -> None:
             run.listener.training = True  # from now on there is something to save
         with Watch(run):
             tuner(run, each, how).fit()
-    with contextlib.suppress(UserError):  # it stays for good, and is told of as lost
-        wait_for_trials(run)  # that Tune has let go of before they were gone
+    wait_for_trials(run)  # that Tune has let go of before they were gone
     received = run.listener.received if run.listener else 0
     rows = results(run)
     for row in rows:

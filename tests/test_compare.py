@@ -288,12 +288,12 @@ def test_a_signal_ends_the_run_that_is_under_way(tmp_path: Path, monkeypatch: py
             left.append("asked to")
             return True
 
-    listener = SimpleNamespace(received=0)
+    listener = SimpleNamespace(received=0, announce=lambda number: left.append(signal.Signals(number).name))
     monkeypatch.setattr(trial, "Command", Endless)
     run: Any = SimpleNamespace(listener=listener)
     with pytest.raises(Preempted, match="SIGTERM"):
         compare.carry_out(run, "recipes.ddp", [], tmp_path / "ddp-2-1")
-    assert left == ["asked to"]
+    assert left == ["SIGTERM", "asked to"]
     assert not list(tmp_path.iterdir()), "it has not ended, and will be run again"
 
 

@@ -37,7 +37,6 @@ class Ended:
     code: int
     said: str  # on stderr
     seconds: float
-    hung: float  # seconds from the rank's last step on, without those that the start took
     ranks: Path
 
 
@@ -102,20 +101,17 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ended]:
     for case, (words, start) in CASES.items():
         folder, who = tmp_path_factory.mktemp("hang"), int(start is launched)
         running[case] = folder, begin(folder, case.removeprefix("by hand: "), who, words, start)
-    return {
-        case: ended(process, folder, began, int(CASES[case][1] is launched))
-        for case, (folder, process) in running.items()
-    }
+    return {case: ended(process, folder, began) for case, (folder, process) in running.items()}
 
 
-def ended(process: Any, folder: Path, began: float, who: int) -> Ended:
+def ended(process: Any, folder: Path, began: float) -> Ended:
     process.join(60)
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     assert process.exitcode is not None, f"still running: {(folder / 'said').read_text()}"
-    end, ranks = float((folder / "ended").read_text()), folder / "run" / "ranks"
+    end = float((folder / "ended").read_text())
     said = re.sub(r"^\[rank\d\]:\[W.*\n", "", (folder / "said").read_text(), flags=re.MULTILINE)  # c10d's own log
-    return Ended(process.exitcode, said, end - began, end - pulse.read(ranks, who)["at"], ranks)
+    return Ended(process.exitcode, said, end - began, folder / "run" / "ranks")
 
 
 @pytest.mark.parametrize(
@@ -183,7 +179,6 @@ def test_one_message_says_who_and_where(how: str, words: str, outcomes: dict[str
     assert found.code == (134 if "SIGABRT" in words else 2 if how == "one step less" else 1)
     assert found.said.count("error: ") + found.said.count("rank 1 failed") + found.said.count("was killed") == 1
     assert ("Traceback" in found.said) == ("Traceback" in words)
-    assert found.hung < LIMIT + 20
 
 
 def test_ranks_started_by_hand_know_as_much(outcomes: dict[str, Ended]) -> None:
@@ -193,7 +188,6 @@ def test_ranks_started_by_hand_know_as_much(outcomes: dict[str, Ended]) -> None:
     words = f"error: rank 0 ({HERE}) stands still in step 3 (training): stopped by SIGSTOP, Ctrl-Z or a debugger\n"
     assert found.said.startswith(words), found.said
     assert found.said.count("error: ") == 1, "woken up, rank 0 finds what was said of it"
-    assert found.hung < LIMIT + 20
 
 
 def test_the_one_that_raised_is_named_by_the_other_too(outcomes: dict[str, Ended]) -> None:

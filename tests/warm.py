@@ -2,7 +2,7 @@
 
 A copy gets the command's words, folder, environment and streams, and runs it as `python -m NAME` or `python FILE` does:
 under the name __main__, in a process of its own, to its own exit code. What a copy cannot be asked about is the
-interpreter's start itself; tests/test_start_paths.py starts fresh ones.
+interpreter's start itself, its own command line and hash seed among it; tests/test_start_paths.py starts fresh ones.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ LARGEST = 2**17  # bytes of a request
 
 
 class Warm:
-    """The process that is copied; it ends with the one that has made it."""
+    """The process that is copied; it ends when the one that has made it does."""
 
     def __init__(self) -> None:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm", str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT
+            [sys.executable, "-m", "tests.warm", str(theirs.fileno())], pass_fds=[theirs.fileno()], cwd=ROOT, env=START
         )
         theirs.close()
 
     def run(
         self, words: list[str], folder: Path, environment: dict[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """What subprocess.run would return for `python WORDS`.
+        """What subprocess.run would return for `python WORDS`; what that leaves behind is not waited for.
 
         Raises:
             subprocess.TimeoutExpired: it took longer, and was killed.

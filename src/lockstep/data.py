@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from lockstep.errors import UserError
 from lockstep.formats import DIGITS, chosen_classes, cifar10_files, list_folder, read_cifar, read_digits, root_of
 from lockstep.order import uniform
-from lockstep.preemption import ignore_signals
+from lockstep.preemption import be_a_helper
 from lockstep.schema import DataConfig
 
 
@@ -247,7 +247,8 @@ def loader(samples: Samples, sampler: Sampler[tuple[int, Tensor]], workers: int,
         num_workers=workers,
         pin_memory=pin_memory,
         prefetch_factor=2 if workers else None,
-        worker_init_fn=ignore_signals,
+        multiprocessing_context="fork" if workers else None,  # which is what be_a_helper expects
+        worker_init_fn=be_a_helper,
         generator=torch.Generator(),  # or it would draw its base seed from training's random numbers
     )
 

@@ -38,7 +38,7 @@ from lockstep.world import lost_link, within
 
 LISTEN_SECONDS = 0.5  # between two looks at the bell
 ANSWER_SECONDS = 5.0  # in which a rank that lives answers it
-SLOW_SECONDS = 20.0  # in which it does where it is known to live
+SLOW_SECONDS = 20.0  # in which it does on the asking rank's host, whose processes can be seen to live
 STOPPED_SECONDS = 1.0  # for which a rank of this host must stand still to count as stopped
 STORE_SECONDS = 3.0  # after which a store that says nothing is taken for lost
 CALL, VERDICT, READ = "hang/call", "hang/verdict", "hang/read"
@@ -159,7 +159,7 @@ class Inquest:
         while True:
             self._in_store(lambda: self._collect(answers))
             everyone, states = self._hear(answers)
-            if found := self._found_meanwhile(everyone):
+            if found := self._found_meanwhile(everyone):  # by those of whom only the files tell
                 return found
             unheard = [] if self._lost else self._unheard(everyone, states, answers)
             waited = time.monotonic() - began
@@ -167,13 +167,14 @@ class Inquest:
             awaits = "silent" in states or not all(facts.get("cut") for facts in unheard)
             grace = ANSWER_SECONDS if awaits else STOPPED_SECONDS if "stopped" in states else 0
             late = [facts for facts, what in zip(everyone, states, strict=True) if what == "silent"]
-            if any(facts.get("host") == socket.gethostname() for facts in [*late, *unheard]):
+            late += [facts for facts in unheard if not facts.get("cut")]
+            if any(facts.get("host") == socket.gethostname() for facts in late):
                 grace = SLOW_SECONDS
             if waited >= max(patience, grace):
                 break
             time.sleep(0.1)
         askers = [facts["rank"] for facts in everyone if facts.get("asked") and facts["rank"] != self._rank]
-        # What they have told the store may be older than their files.
+        # What the others have told the store may be older than their files, which are many to read.
         if found := self._found_meanwhile([pulse.read(self._folder, rank) for rank in askers]):
             return found
         for facts in unheard:  # its file has come here, and its word has not come to the store
@@ -190,8 +191,7 @@ class Inquest:
         found = self._conclude(text, speaks)
         if alone_under_srun() and set(states) == {"answered", pulse.FAILED}:
             found.speaks = False  # srun's tasks share a console, where that rank's own words are
-        here = [facts for facts in everyone if facts.get("host") == socket.gethostname()]
-        found.stopped = [facts["pid"] for facts in here if states[facts["rank"]] == "stopped"]
+        found.stopped = [facts["pid"] for facts, what in zip(everyone, states, strict=True) if what == "stopped"]
         return found
 
     # In the thread

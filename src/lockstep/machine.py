@@ -1,7 +1,4 @@
-"""What a machine has left of its memory, and how busy and how full a rank's device is.
-
-Of the kernel's files each function names the one that it reads.
-"""
+"""What a machine has left of its memory, and how busy and how full a rank's device is."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ signalled. So here a signal raises a flag, and `Agreement` makes of one rank's f
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -103,6 +104,18 @@ def ignore_signals(*_: object) -> None:
     signal.set_wakeup_fd(-1)  # after a fork it is still the rank's socket
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def be_a_helper(*_: object) -> None:
+    """In a process that works for this rank: leave signals to it, and end with it."""
+    ignore_signals()
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Have the kernel kill this process when the thread that forked it ends, however that happens."""
+    PR_SET_PDEATHSIG = 1  # linux/prctl.h
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 class Agreement:

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import socket
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,6 +45,7 @@ class Pulse:
 
     def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
         self.facts: Facts = {"rank": rank, "host": socket.gethostname(), "pid": os.getpid(), "born": born(os.getpid())}
+        self._telling = threading.Lock()
         self._rest = json.dumps(self.facts)[1:]  # the end of the line: all that no change of phase changes
         self._spent: dict[str, float] = {}  # seconds passed
         self._seconds: dict[str, str] = {}  # the same, as it stands in the line
@@ -102,13 +104,15 @@ class Pulse:
         return 0.0
 
     def tell(self, **facts: Any) -> None:
-        """Add to what is known of this rank."""
-        self.facts |= facts
-        rest = {name: value for name, value in self.facts.items() if name not in ("step", "phase", "at")}
-        self._rest = json.dumps(rest)[1:]
-        if len(self._rest) > SIZE // 2:  # very many groups; in the store, where the others look first, there is room
-            self._rest = json.dumps(rest | {"collectives": {}, "last": ""})[1:]
-        self._write()
+        """Add to what is known of this rank; from any thread."""
+        with self._telling:
+            self.facts |= facts
+            rest = {name: value for name, value in self.facts.items() if name not in ("step", "phase", "at")}
+            text = json.dumps(rest)[1:]
+            if len(text) > SIZE // 2:  # very many groups; in the store, where the others look first, there is room
+                text = json.dumps(rest | {"collectives": {}, "last": ""})[1:]
+            self._rest = text
+            self._write()
 
     def _write(self) -> None:
         """Put the line together by hand: json.dumps would take as long as all the rest of a change of phase."""

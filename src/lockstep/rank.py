@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import importlib
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -24,7 +22,7 @@ from lockstep import files, oom, rundir, world
 from lockstep.checks import complete
 from lockstep.errors import Busy, UserError
 from lockstep.inquest import Inquest, Stuck, lost_a_peer, waited_in_vain
-from lockstep.preemption import PREEMPTED, Listener, Preempted, alone_under_srun, unsaved
+from lockstep.preemption import PREEMPTED, Listener, Preempted, alone_under_srun, end_with_parent, unsaved
 from lockstep.pulse import FINISHED, Pulse, obituary
 from lockstep.run import Run
 from lockstep.schema import Config, from_yaml, to_yaml
@@ -60,9 +58,10 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             rundir.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
         sys.stdout.flush()
         sys.stderr.flush()
-        for helper in multiprocessing.active_children():  # DataLoader workers that hang would not notice this end
-            helper.kill()
         os._exit(code)
+
+    def asks(error: BaseException) -> bool:
+        return waited_in_vain(error) or (lost_a_peer(error) and not listener.received)
 
     listener = Listener(say, launched=LAUNCHER in os.environ)
     try:
@@ -97,16 +96,15 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
             inquest.close(FINISHED)
         stop_agent(place)
     except BaseException as error:
-        asks = inquest and (waited_in_vain(error) or (lost_a_peer(error) and not listener.received))
-        if inquest and asks:
+        if inquest and asks(error):
             inquest.heart.tell(asked=True)  # a launcher's SIGTERM may be under way, and ends this rank from here on
         listener.close()
         code = error.exit_code if isinstance(error, UserError) else 1
         if listener.received and lost_a_peer(error):
             code = unsaved(listener.received)  # asked to leave, and another rank already has
-        if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace this rank's exit code
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
-        if inquest and asks:
+        if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace exit code or last words
+            signal.signal(signal.SIGTERM, (lambda *_: os._exit(code)) if asks(error) else signal.SIG_IGN)
+        if inquest and asks(error):
             # Where another rank broke first, it, or the launcher that sees it dead, is to be heard first. An agent ends
             # this rank meanwhile, however slow the machine.
             patience = 5.0 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2.0
@@ -126,12 +124,11 @@ def preload() -> None:
 
 
 def end_with_launcher() -> None:
-    """Have the kernel end this rank when its launcher is killed, which no handler of the launcher's could do."""
+    """Have this rank end when its launcher is killed."""
     launcher = os.environ.get(LAUNCHER)
     if launcher is None:
         return
-    PR_SET_PDEATHSIG = 1  # linux/prctl.h
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    end_with_parent()
     if os.getppid() != int(launcher):
         os._exit(1)  # it was killed while this rank was still importing
 

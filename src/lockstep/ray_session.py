@@ -61,7 +61,7 @@ def ray_for(cpus: int, gpus: int, address: str | None) -> Iterator[None]:
 
     Args:
         cpus, gpus: that it shall hand out on this machine.
-        address: of a cluster that is there already, and hands out its own; None: none.
+        address: of a cluster that is there already, and hands out its own; None: Ray is started here.
 
     Raises:
         UserError: the cluster refuses this process.
