@@ -274,6 +274,11 @@ def test_an_end_that_was_set_differently_is_refused(stand: None, tmp_path: Path)
         complete(config, compare.train, 1)
 
 
+def test_where_it_runs_is_not_handed_on_to_the_recipes() -> None:
+    config = compose_config(compare.train, *WORDS, "+cluster=slurm", "cluster.nodes=2")
+    assert compare.words(config) == compare.words(compose_config(compare.train, *WORDS))
+
+
 def test_a_signal_ends_the_run_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[str] = []
 

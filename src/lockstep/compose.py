@@ -135,7 +135,7 @@ def overrides(tool: Recipe, config: Config, without: Collection[str] = ()) -> li
     Args:
         without: keys that are left out, and groups of them.
     """
-    skip, default = set(without), Config()
+    skip, default = {"cluster", *without}, Config()  # where the tool runs, its recipes run too
     names = {"model": config.model.name, "data": config.data.name, "optim": config.optim.name}
     groups = [
         f"{group}={name}"
@@ -151,7 +151,7 @@ def overrides(tool: Recipe, config: Config, without: Collection[str] = ()) -> li
     return groups + [
         typed(name, value)
         for name, value, _ in walk(config)
-        if value != plain[name] and not (follows.get(name) or {name, name.partition(".")[0]} & skip)
+        if not (follows.get(name) or {name, name.partition(".")[0]} & skip) and value != plain[name]
     ]
 
 
