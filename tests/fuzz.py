@@ -10,7 +10,6 @@ of a clock then hits is up to the machine; a kill at the n-th file-system call o
 from __future__ import annotations
 
 import argparse
-import ctypes
 import faulthandler
 import importlib
 import io
@@ -326,8 +325,7 @@ def _rank(
 ) -> NoReturn:
     """Be a rank as lockstep.rank has it, except that the store is a file and the config is there already."""
     renew_threads()
-    PR_SET_PDEATHSIG = 1
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    preemption.end_with_parent()
     for sign in SIGNALS:
         signal.signal(sign, signal.SIG_DFL)
     console = os.open(scratch / "console", os.O_WRONLY | os.O_CREAT | os.O_APPEND)

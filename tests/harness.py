@@ -32,8 +32,7 @@ from lockstep.rundir import freeze
 from lockstep.schema import Config, from_yaml, to_yaml
 from lockstep.world import World, join
 from tests import warm
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.warm import ROOT
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:

@@ -102,9 +102,10 @@ def be_a_rank(recipe: Recipe, place: world.Place) -> NoReturn:
         code = error.exit_code if isinstance(error, UserError) else 1
         if listener.received and lost_a_peer(error):
             code = unsaved(listener.received)  # asked to leave, and another rank already has
+        asking = inquest is not None and asks(error)  # whether a signal came is certain only now
         if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace exit code or last words
-            signal.signal(signal.SIGTERM, (lambda *_: os._exit(code)) if asks(error) else signal.SIG_IGN)
-        if inquest and asks(error):
+            signal.signal(signal.SIGTERM, (lambda *_: os._exit(code)) if asking else signal.SIG_IGN)
+        if inquest and asking:
             # Where another rank broke first, it, or the launcher that sees it dead, is to be heard first. An agent ends
             # this rank meanwhile, however slow the machine.
             patience = 5.0 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2.0

@@ -51,7 +51,7 @@ def results(run: Run) -> list[dict[str, Any]]:
 
 
 def table(run: Run, rows: list[dict[str, Any]]) -> Table:
-    """The trials as the notes' reporter has them."""
+    """A line a trial: what was drawn, how far it came, its figures with the metric first, its state."""
     keys = list(Space(run.config.tune.space).texts)
     metrics = sorted({name for row in rows for name in row if name.startswith("eval_")})
     metrics = sorted(metrics, key=lambda name: name != run.config.metric)
