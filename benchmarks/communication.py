@@ -4,7 +4,8 @@
 
 Two ranks of one thread over gloo, bf16 and channels_last, ResNet-18 on 32 × 32 pixels (or ResNet-50 on 224 × 224). Five
 steps of each are recorded by torch.profiler; what is exposed is the communication during which nothing else of the rank
-computes (lockstep/exposed.py). Ranks wait for each other in it, so a machine that does other things shows here first.
+computes (lockstep/callbacks/communication.py). Ranks wait for each other in it, so a machine that does other things
+shows here first.
 """
 
 import argparse

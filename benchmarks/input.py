@@ -36,8 +36,8 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from benchmarks import common
-from lockstep import data
-from lockstep.order import EvalSampler, StepSampler
+from lockstep.data import images as data
+from lockstep.data.sampler import EvalSampler, StepSampler
 
 BATCH, SIZE = 32, 224
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -171,7 +171,7 @@ def rows(arguments: argparse.Namespace) -> list[common.Row]:
 
 def reading(folder: Path, rounds: int) -> list[common.Row]:
     """All that is measured in this process."""
-    memory = data.InMemory(
+    memory = data.InMemoryImages(
         torch.randint(0, 256, (8192, 3, 32, 32), dtype=torch.uint8), torch.zeros(8192, dtype=torch.int64), 10, 4, True
     )
     kinds = {"train": True, "val": False}

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING
 from launchers.local import MISTAKE, SIGNALS, attempts
 
 if TYPE_CHECKING:
-    from lockstep.schema import ClusterConfig
+    from lockstep.config.schema import ClusterConfig
 
 STARTS = ("spawn", "fork")  # what config.start may say
 SEVERAL = ("NODE_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a person says on each of several machines
@@ -78,8 +78,8 @@ def check(cluster: ClusterConfig | None) -> None:
     Raises:
         UserError: Lightning is not installed, or this machine is one of several and does not know which.
     """
-    from lockstep.checks import require
     from lockstep.errors import UserError
+    from lockstep.launch.validate import require
 
     require("lightning", "launchers.lightning")
     nodes = cluster.nodes if cluster else 1
@@ -105,7 +105,7 @@ def adopt() -> None:
     Raises:
         UserError: Lightning is not installed, or WORLD_SIZE is set to something else.
     """
-    from lockstep.world import from_srun, nodes_of_tasks
+    from lockstep.distributed.environment import from_srun, nodes_of_tasks
 
     check(None)
     variables = os.environ

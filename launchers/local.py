@@ -111,7 +111,7 @@ def show(error: Exception) -> int:
         """
         failure = failures[rank]
         ended = failure.exitcode == -signal.SIGKILL and failure.timestamp - first >= KILL_SECONDS
-        # lockstep.rank.tell puts the exception's class in front.
+        # lockstep.launch.worker.tell puts the exception's class in front.
         tells = isinstance(failure.message, dict) and failure.message["message"].startswith("Stuck: ")
         return ended or failure.exitcode in (-signal.SIGTERM, ASK_AGAIN), tells, failure.timestamp
 
@@ -141,7 +141,7 @@ def last_heard_of(rank: int, aborted: bool = False) -> tuple[str, list[str]]:
     out = os.environ.get("LOCKSTEP_RUN_DIR")
     if out is None:
         return "", []
-    from lockstep.pulse import obituary
+    from lockstep.distributed.heartbeat import obituary
 
     return obituary(Path(out), rank, aborted)
 

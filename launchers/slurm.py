@@ -6,7 +6,7 @@ job back into the queue when they leave with exit code 75, which asks for that. 
 launchers.slurm` (or the module that `cluster.ranks` names) gives the rank torchrun's environment and becomes it.
 
 Who does what with signals: Slurm announces the time limit, or a preemption, with SIGUSR1 to the ranks; theirs is
-lockstep's one listener (lockstep.preemption), and nobody else acts on a signal.
+lockstep's one listener (lockstep.distributed.signals), and nobody else acts on a signal.
 Source: https://slurm.schedmd.com/sbatch.html and https://github.com/facebookincubator/submitit
 """
 
@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, NoReturn
 from launchers.local import ASK_AGAIN, MISTAKE
 
 if TYPE_CHECKING:
-    from lockstep.schema import ClusterConfig
+    from lockstep.config.schema import ClusterConfig
 
 NOTICE = signal.SIGUSR1  # what Slurm sends some time before the end; it is not submitit's USR2, which has a handler
 DETACHED = 128 + signal.SIGINT  # Ctrl-C while following: how the job will end is not known
@@ -203,7 +203,10 @@ def refusal(said: str, cluster: ClusterConfig) -> str:
 
 def announce(jobs: Sequence[Job], cluster: ClusterConfig) -> None:
     """Say where the jobs are and what can be done with them."""
-    from lockstep.words import count, short  # here: a job's head loads this file too, and need not load the library
+    from lockstep.utils.text import (  # here: a job's head loads this file too, and need not load the library
+        count,
+        short,
+    )
 
     for job in jobs:
         partition = cluster.partition or ask(job.id).get("Partition", "the default one")
@@ -244,7 +247,7 @@ def follow(jobs: Sequence[Job]) -> int:
             show_log(job, len(jobs) > 1)
             print(f"job {job.id}: {job.shown}", flush=True)
     except KeyboardInterrupt:
-        from lockstep.words import short
+        from lockstep.utils.text import short
 
         ids = " ".join(job.id for job in jobs if job.code is None)
         logs = shlex.join(short(job.log) for job in jobs if job.code is None)

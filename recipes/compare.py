@@ -10,7 +10,7 @@ Reported are images/s with the spread of the rounds, speedup and efficiency agai
 the same: strong scaling), communication and the share of a step in which nothing hides it, idle parts, waiting for
 data, memory by rank and its imbalance (the largest over the mean), busy cores, the accuracy reached, the way to
 the first step. Of DataParallel's threads it tells how many computed at a time: where that is far below their number,
-they waited for each other in one interpreter. lockstep/comparison.py defines every figure.
+they waited for each other in one interpreter. lockstep/compare/figures.py defines every figure.
 
     python -m recipes.compare recipes=[single,data_parallel,ddp] max_steps=30
     python -m recipes.compare nproc=1,2,4 rounds=5 model=resnet50 data=synthetic data.image_size=64 max_steps=20
@@ -35,15 +35,21 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from lockstep import Recipe, Run, UserError, files, formats, page, plots, recipe, rundir, trial, world
-from lockstep.checks import check_package, complete
-from lockstep.comparison import Case, Result, rows, tables, verdicts
+from lockstep import Recipe, Run, UserError, recipe
+from lockstep.compare import html_report, plots
+from lockstep.compare.figures import Case, Result, comparison_rows, tables, verdicts
+from lockstep.config import run_directory
+from lockstep.config.schema import Config, to_yaml, typed, with_values
+from lockstep.data import image_files
+from lockstep.distributed.environment import check_nproc, default_nproc, resolve_device
+from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
-from lockstep.metrics import warm_up
-from lockstep.preemption import Preempted
-from lockstep.proof import with_values
-from lockstep.schema import Config, to_yaml, typed
-from lockstep.words import count, interpreter, short
+from lockstep.launch import recipe_process
+from lockstep.launch.validate import check_package, validate
+from lockstep.training.timing import warm_up
+from lockstep.utils import files
+from lockstep.utils.environment import environment
+from lockstep.utils.text import count, interpreter, short
 from recipes import choose
 
 OURS = {"recipes", "nprocs", "rounds", "verify", "profile", "out", "nproc", "threads", "resume", "launcher"}
@@ -57,15 +63,15 @@ WAIT_SECONDS = 60  # for a run that a killed start has left behind, and that is 
 
 def plan(config: Config) -> tuple[list[Case], list[str]]:
     """What is to be run, and a line for each combination that cannot be."""
-    from lockstep.compose import compose_another  # Hydra, which only a process that starts others needs
+    from lockstep.config.compose import compose_another  # Hydra, which only a process that starts others needs
 
-    device, backend = world.resolve_device(config.device, config.backend)
-    numbers = sorted(set(config.nprocs or [world.default_nproc(device)]))
+    device, backend = resolve_device(config.device, config.backend)
+    numbers = sorted(set(config.nprocs or [default_nproc(device)]))
     cores = len(os.sched_getaffinity(0))
     threads = config.threads
     if threads is None and device == "cpu" and len(numbers) > 1:
         threads = max(1, cores // numbers[-1])
-    counted = formats.check(config.data)
+    counted = image_files.check_data(config.data)
     steps = min(config.epochs * (counted[1] // config.batch_size), config.max_steps or math.inf)
     profile = min(config.profile, max(0, int(steps) - warm_up(int(steps)) - 1))  # as many as a short run has
     common = words(config) + ([f"threads={threads}"] if threads else [])
@@ -88,9 +94,9 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
                 check_package(each)
                 if each.backbone:
                     raise UserError("trains a part of a trained model, which is not the same work")
-                world.check_nproc(number, device, backend)
+                check_nproc(number, device, backend)
                 base = base or compose_another(each, common)
-                complete(with_values(base, own), each, ranks, counted)
+                validate(with_values(base, own), each, ranks, counted)
                 cases.append(case)
             except UserError as error:
                 left_out.append(f"{case.label}: {error}")
@@ -106,7 +112,7 @@ def devices(config: Config, each: Recipe, number: int, ranks: int, threads: int 
 
 def words(config: Config) -> list[str]:
     """The overrides that all runs have in common."""
-    from lockstep.compose import overrides
+    from lockstep.config.compose import overrides
 
     return overrides(train, config, OURS)
 
@@ -117,7 +123,7 @@ def check(config: Config, share: int) -> None:
     wrong = [number for number in config.nprocs or [] if number < 1]
     if wrong or config.nprocs == []:
         raise UserError(f"nproc={','.join(map(str, config.nprocs or []))}: allowed are numbers from 1 up, as nproc=1,2")
-    before = rundir.found_in(config, "compare")
+    before = run_directory.found_in(config, "compare")
     if before and before[1].max_steps != config.max_steps:
         raise UserError(
             f"max_steps={config.max_steps}: the runs in out={config.out} have max_steps={before[1].max_steps}; "
@@ -143,10 +149,10 @@ def carry_out(run: Run, target: str, told: list[str], out: Path) -> float | None
     if note.is_file() and {**json.loads(note.read_text()), **asked} == json.loads(note.read_text()):
         return None
     if out.exists():  # of a start that was cut off, whose run may be saving still; half a run measures nothing
-        rundir.lock(out, WAIT_SECONDS).close()
+        run_directory.lock(out, WAIT_SECONDS).close()
         shutil.rmtree(out)
     began = time.perf_counter()
-    command = trial.Command(target, told, out, os.getcwd(), {})
+    command = recipe_process.Command(target, told, out, os.getcwd(), {})
     while not command.ended(0.5):
         if run.listener and run.listener.received:
             run.listener.announce(run.listener.received)
@@ -179,7 +185,7 @@ def verify(run: Run, cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
     out, problem = run.out / "runs" / "verify", ""
     try:
         carry_out(run, "recipes.verify", told, out)
-    except trial.Failed as error:
+    except recipe_process.Failed as error:
         problem = f"recipes.verify: {error}"
     file = out / "verify.json"
     return (json.loads(file.read_text()) if file.is_file() else []), problem
@@ -187,7 +193,7 @@ def verify(run: Run, cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
 
 def again(config: Config) -> str:
     """The command that repeats the comparison in a new folder."""
-    from lockstep.compose import overrides
+    from lockstep.config.compose import overrides
 
     typed_here = [word.replace("nprocs=[", "nproc=").rstrip("]") if word.startswith("nprocs=") else word
                   for word in overrides(train, config, {"out", "nproc"})]  # fmt: skip
@@ -229,16 +235,16 @@ def train(run: Run) -> None:
             try:
                 found[case].append(measure(run, case, number, out))
                 folders[case].append(str(out.relative_to(run.out)))
-            except trial.Failed as error:
+            except recipe_process.Failed as error:
                 failed[case] = f"{case.label}: {error}"
                 run.report.line(f"failed: {failed[case]}")
     verified, problem = verify(run, cases) if config.verify else ([], "")
-    made = rows(found, folders)
-    facts = page.Facts(
+    made = comparison_rows(found, folders)
+    facts = html_report.Facts(
         title=f"{config.model.name} on {config.data.name}: {count(len({case.recipe for case in cases}), 'recipe')}",
         about=about(run.config, run.device.type),
         rows=made,
-        environment=files.environment(run.world.hosts, str(run.device), run.world.backend),
+        environment=environment(run.world.hosts, str(run.device), run.world.backend),
         config=to_yaml(replace(config, out=None)),
         command=again(config),
         out=str(run.out),
@@ -254,7 +260,7 @@ def train(run: Run) -> None:
         raise CheckFailed("; ".join(broken))
 
 
-def write(run: Run, facts: page.Facts) -> None:
+def write(run: Run, facts: html_report.Facts) -> None:
     """compare.json, the plots, report.html, and the tables on the console."""
     said = verdicts(facts.rows)
     files.write_json(run.out / "compare.json", asdict(facts) | {"verdicts": said})
@@ -263,7 +269,7 @@ def write(run: Run, facts: page.Facts) -> None:
         files.write_atomically(run.out / f"{plot.name}.png", plot.png(plots.LIGHT))
     if drawn:
         files.write_atomically(run.out / "compare.png", plots.overview(drawn))
-    files.write_atomically(run.out / "report.html", page.page(facts, drawn))
+    files.write_atomically(run.out / "report.html", html_report.html_report(facts, drawn))
     title = f"{run.config.model.name} on {run.config.data.name}, {run.device.type}"
     for table in tables(title, facts.rows) if facts.rows else []:
         run.report.console.print(table)

@@ -27,8 +27,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.models import build_model
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import micro_batches
 
 
 class HostDataParallel(nn.Module):

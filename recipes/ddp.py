@@ -26,8 +26,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.models import build_model
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import micro_batches
 
 COMPRESS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}  # round a bucket, all-reduce it, widen it again
 

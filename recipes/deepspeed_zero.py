@@ -42,10 +42,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.metrics import gather_numbers
-from lockstep.models import AUTOCAST, build_model
-from lockstep.schema import AUTO, Config
+from lockstep.config.schema import AUTO, Config
+from lockstep.distributed.collectives import gather_numbers
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import micro_batches
+from lockstep.training.precision import AUTOCAST
 
 
 def deepspeed_config(run: Run) -> dict[str, Any]:
@@ -109,7 +110,7 @@ def train(run: Run) -> None:
     os.environ["DS_ACCELERATOR"] = run.device.type  # read when DeepSpeed is imported
     import deepspeed
 
-    from lockstep import zero
+    from lockstep.integrations import deepspeed as zero
 
     model = run.place(build_model(run.config.model))
     optim = run.config.optim
@@ -130,7 +131,7 @@ def train(run: Run) -> None:
             plain = build_model(run.config.model)
         return zero.gather(model, plain)
 
-    files = zero.Files(engine, scaler)
+    files = zero.ZeroFiles(engine, scaler)
     for batch in run.steps(model=engine, optimizer=optimizer, whole=whole, engine=files):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():

@@ -47,24 +47,24 @@ from typing import Any
 import torch.distributed as dist
 from rich.table import Table
 
-from lockstep import Recipe, Run, UserError, findings, links, postmortem, recipe
-from lockstep.account import cell, in_a_line, table
-from lockstep.checkpoint import agree
-from lockstep.checks import complete
-from lockstep.data import First
+from lockstep import Recipe, Run, UserError, recipe
+from lockstep.callbacks.memory_report import cell, in_a_line, table
+from lockstep.config.schema import Config, check_values, with_values
+from lockstep.data.images import First
+from lockstep.diagnose import bandwidth, findings, postmortem
+from lockstep.diagnose.findings import Finding
+from lockstep.diagnose.preflight import Asked, judge
+from lockstep.diagnose.probes import survey
+from lockstep.distributed.collectives import agree, gather_numbers
+from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
-from lockstep.files import write_json
-from lockstep.findings import Finding
-from lockstep.fit import cut_short
-from lockstep.machine import free_bytes, peak_from_now
-from lockstep.memory import KINDS, Prediction, predict, sharded
-from lockstep.metrics import gather_numbers
-from lockstep.preemption import Preempted
-from lockstep.preflight import Asked, judge
-from lockstep.proof import trace, with_values
-from lockstep.schema import Config, check_values
-from lockstep.survey import survey
-from lockstep.words import count, mebibytes, short
+from lockstep.launch.batch_size import cut_short
+from lockstep.launch.validate import validate
+from lockstep.memory.tracker import KINDS, Prediction, predict, sharded
+from lockstep.memory.usage import free_bytes, peak_from_now
+from lockstep.utils.files import write_json
+from lockstep.utils.text import count, mebibytes, short
+from lockstep.verify.trace import trace
 from recipes import choose, verify
 
 STEPS = 3
@@ -173,7 +173,7 @@ def account(run: Run) -> None:
 def preflight(run: Run) -> None:
     """Whether a run would work here."""
     ranks = survey(run)
-    speeds = links.measure(run.world) if run.world.world_size > 1 else {}
+    speeds = bandwidth.measure(run.world) if run.world.world_size > 1 else {}
     whole = sharded(run.config, 1)["ddp"]
     asked = Asked(whole["parameters"] + whole["optimizer"], run.config.checkpoint.keep, whole["gradients"])
     proof = proven(run)
@@ -186,8 +186,8 @@ def preflight(run: Run) -> None:
         hosts = count(len(set(run.world.hosts)), "host")
         title = f"{count(run.world.world_size, 'rank')} on {hosts}, {run.device.type}: would a run work here?"
         if speeds:
-            run.report.console.print(links.grid(speeds["collectives"], run.world.world_size))
-            run.report.console.print(links.plot(speeds["collectives"]), markup=False)
+            run.report.console.print(bandwidth.grid(speeds["collectives"], run.world.world_size))
+            run.report.console.print(bandwidth.plot(speeds["collectives"]), markup=False)
         run.report.console.print(findings.table(found, title))
     if proof.figure.startswith(BROKEN):  # the ranks may be at different places, so nothing more can be agreed
         raise CheckFailed(f"preflight: {proof.figure}; see preflight.json")
@@ -244,7 +244,7 @@ def again(name: str, config: Config, out: Path) -> str:
     """The command that goes on with a run."""
     if not Path(__file__).with_name(f"{name}.py").is_file():
         return f"the command that started {name}, with out={short(out)}"
-    from lockstep.compose import overrides  # Hydra, which no rank needs
+    from lockstep.config.compose import overrides  # Hydra, which no rank needs
 
     found: Recipe = importlib.import_module(f"recipes.{name}").train
     return f"python -m recipes.{name} {shlex.join([*overrides(found, config, without=['out']), f'out={short(out)}'])}"
@@ -255,7 +255,7 @@ def check(config: Config, share: int) -> None:
     if config.run is not None:
         raise UserError(f"run={config.run}: is read by one process; start it with python, without torchrun or srun")
     each = patient(config)
-    complete(as_patient(config), each, config.batch_size // share * config.stages)
+    validate(as_patient(config), each, config.batch_size // share * config.stages)
 
 
 @recipe(check=check, stands_for=patient, word="check", alone=read)

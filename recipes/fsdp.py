@@ -41,9 +41,10 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.models import AUTOCAST, DTYPES, build_model
-from lockstep.schema import Config
+from lockstep.config.schema import Config
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import micro_batches
+from lockstep.training.precision import AUTOCAST, DTYPES
 
 
 def make_mesh(run: Run) -> DeviceMesh:

@@ -22,10 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.data import Batch
-from lockstep.memory import saved_bytes
-from lockstep.models import build_model
-from lockstep.schema import Config
+from lockstep.config.schema import Config
+from lockstep.data.images import Batch
+from lockstep.memory.tracker import saved_bytes
+from lockstep.models.resnet import build_model
 
 
 def cut(batch: Batch, count: int, by: str) -> list[Batch]:

@@ -3,7 +3,8 @@
 `fabric.setup` puts DistributedDataParallel around the model, `fabric.autocast` and `fabric.backward` apply the
 precision, `fabric.no_backward_sync` keeps gradients on their rank while micro-batches add up. So the ranks send what
 recipes.ddp sends, and end with the same bits. Fabric could also start the ranks; these are there already, and
-`lockstep.lightning` tells it who they are (to have Lightning start them: `+cluster=lightning`, for any recipe).
+`lockstep.integrations.fabric` tells it who they are (to have Lightning start them: `+cluster=lightning`, for any
+recipe).
 
 Fabric has no SyncBatchNorm, though the Trainer has (https://github.com/Lightning-AI/pytorch-lightning/issues/13749).
 With `sync_batchnorm=true` the layers are converted here, before `fabric.setup`. After it, they would synchronise as
@@ -21,9 +22,9 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
-from lockstep.models import build_model
+from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import micro_batches
 
 
 @recipe(
@@ -36,7 +37,7 @@ def train(run: Run) -> None:
     from lightning.fabric.plugins import MixedPrecision
     from lightning.fabric.strategies import DDPStrategy
 
-    from lockstep.lightning import PRECISION, joined, loss_scaling
+    from lockstep.integrations.fabric import PRECISION, joined, loss_scaling
 
     synchronised = run.config.sync_batchnorm
     strategy = DDPStrategy(**joined(run.world), **(NO_BUFFER_SYNC if synchronised else {}))

@@ -3,9 +3,9 @@
 `Trainer.fit` runs the epochs. For every micro-batch it calls `training_step` through DistributedDataParallel, then
 backward, and after the last one of a batch the optimizer and the schedule; `validation_step` it calls where an
 epoch ends. So the ranks send what recipes.ddp sends, and end with the same bits. What a run adds comes in at
-Lightning's own extension points, each a class in `lockstep.trainer`: which ranks there are (ClusterEnvironment), what
-happens between two steps (Callback), checkpoints that are complete or not there (CheckpointIO), BatchNorm over all
-ranks (LayerSync).
+Lightning's own extension points, each a class in `lockstep.integrations.lightning_trainer`: which ranks there are
+(ClusterEnvironment), what happens between two steps (Callback), checkpoints that are complete or not there
+(CheckpointIO), BatchNorm over all ranks (LayerSync).
 
 Three things that a Trainer gets wrong if left alone. `accumulate_grad_batches=N` divides each loss by N, so a smaller
 last micro-batch counts too much: here each loss is weighted by its share. Validation with a DistributedSampler pads, so
@@ -30,10 +30,10 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep import Proof, Run, recipe
-from lockstep.accumulate import MicroBatch
-from lockstep.data import Batch
-from lockstep.metrics import Tally
-from lockstep.models import build_model
+from lockstep.data.images import Batch
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import MicroBatch
+from lockstep.training.evaluate import Tally
 
 
 @recipe(
@@ -45,8 +45,8 @@ def train(run: Run) -> None:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.plugins import MixedPrecision
 
-    from lockstep.lightning import PRECISION, loss_scaling
-    from lockstep.trainer import DDP, EvalBatches, RunHooks, SyncBatchNorm, TrainBatches
+    from lockstep.integrations.fabric import PRECISION, loss_scaling
+    from lockstep.integrations.lightning_trainer import DDP, EvalBatches, RunHooks, SyncBatchNormPlugin, TrainBatches
 
     model = run.place(build_model(run.config.model))
     optim = run.config.optim
@@ -91,7 +91,7 @@ def train(run: Run) -> None:
     trainer = Trainer(
         strategy=DDP(run.world),
         precision=PRECISION[run.config.precision],
-        plugins=[hooks.files_of_the_trainer, *scaling, *([SyncBatchNorm()] if run.config.sync_batchnorm else [])],
+        plugins=[hooks.files_of_the_trainer, *scaling, *([SyncBatchNormPlugin()] if run.config.sync_batchnorm else [])],
         callbacks=[hooks],
         accumulate_grad_batches=batches.pieces,
         max_epochs=run.config.epochs,

@@ -23,11 +23,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.idle import PartClock
-from lockstep.models import build_model
-from lockstep.schema import Config
-from lockstep.split import check_cut, choose_cuts, split
+from lockstep.config.schema import Config
+from lockstep.models.resnet import build_model
+from lockstep.parallel.partition import check_cut, choose_cuts, split
+from lockstep.parallel.stage_clock import StageClock
+from lockstep.training.accumulate import micro_batches
 
 
 class ModelParallel(nn.Module):
@@ -39,7 +39,7 @@ class ModelParallel(nn.Module):
         parts = split(module, firsts)  # the same parameters, so moving a part moves a part of `module`
         self._parts = [part.to(device) for part, device in zip(parts, devices, strict=True)]
         self._devices, self._pieces = devices, pieces
-        self.clock = PartClock(devices, next(parts[0].parameters()))
+        self.clock = StageClock(devices, next(parts[0].parameters()))
         # Whoever evaluates or exports `module` calls it directly, and its own forward knows nothing of devices.
         module.forward = self.forward
 

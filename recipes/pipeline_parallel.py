@@ -38,10 +38,11 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.metrics import Stopwatch, gather_numbers
-from lockstep.models import build_model
-from lockstep.schema import Config
-from lockstep.split import Part, blocks, check_cut, choose_cuts, split
+from lockstep.config.schema import Config
+from lockstep.distributed.collectives import gather_numbers
+from lockstep.models.resnet import build_model
+from lockstep.parallel.partition import Part, blocks, check_cut, choose_cuts, split
+from lockstep.training.timing import Stopwatch
 
 STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
 

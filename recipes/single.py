@@ -14,8 +14,8 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Run, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.models import build_model
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import micro_batches
 
 
 @recipe(ranks=1, next_command="python -m recipes.ddp     the same training, shared by two ranks")

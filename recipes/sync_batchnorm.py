@@ -5,7 +5,8 @@ model trains, and is evaluated with running statistics, that no single process w
 ranks share them: in forward, one all-gather carries each rank's mean, sum of squared deviations and count per channel,
 and every rank merges them into the global mean and variance; in backward, one all-reduce carries the two sums of the
 gradient that the derivative through those statistics needs. Two small collectives a layer and step, and the result is
-the single process's, exactly. With large shares it only costs time. `lockstep.batchnorm` holds the derivation.
+the single process's, exactly. With large shares it only costs time. `lockstep.distributed.sync_batchnorm` holds the
+derivation.
 
     python -m recipes.sync_batchnorm                     the digits, synchronised
     python -m recipes.sync_batchnorm demonstrate=true    2 images a rank: with, without, and one process, side by side
@@ -20,11 +21,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
-from lockstep.models import build_model
-from lockstep.proof import difference, trace, with_values
-from lockstep.schema import Config
+from lockstep.config.schema import Config, with_values
+from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import micro_batches
+from lockstep.verify.trace import difference, trace
 
 
 def check(config: Config, share: int) -> None:

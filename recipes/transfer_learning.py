@@ -33,10 +33,11 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.accumulate import micro_batches
-from lockstep.models import build_model, count_parameters
-from lockstep.pretrained import backbone
-from lockstep.schema import Config
+from lockstep.config.schema import Config
+from lockstep.models.parameters import count_parameters
+from lockstep.models.pretrained import backbone
+from lockstep.models.resnet import build_model
+from lockstep.training.accumulate import micro_batches
 
 HEAD = "fc."  # what a ResNet's last layer is called
 

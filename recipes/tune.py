@@ -7,7 +7,7 @@ TPE from what earlier ones came to) and a scheduler, ASHA: of the trials that ge
 evaluations, those among the better 1/reduction so far go on, the others are asked to leave; they save, and are gone.
 Nobody waits at a rung for the others, so no core is idle.
 
-`tune.space` says for each config key what to draw it from (lockstep/space.py has the words); `conf/tune/` holds spaces,
+`tune.space` says for each config key what to draw it from (search_space.py has the words); `conf/tune/` holds spaces,
 and every other key is the same for all trials. Trials at once share the cores: each gets `threads` for each of its
 ranks, which Ray counts as its CPUs; of GPUs, Ray gives each trial `tune.nproc` of its own. What Ray sets for its own
 workers (OMP_NUM_THREADS, RAY_…) does not get as far as the ranks. With `tune.address` the trials run wherever an
@@ -42,15 +42,20 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from lockstep import Recipe, Run, UserError, formats, recipe, rundir, trial, world
-from lockstep.checks import complete
+from lockstep import Recipe, Run, UserError, recipe
+from lockstep.config import run_directory
+from lockstep.config.schema import AUTO, Config, typed
+from lockstep.data import image_files
+from lockstep.distributed.environment import check_nproc, default_nproc, resolve_device
+from lockstep.distributed.rendezvous import answers
+from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
-from lockstep.preemption import Preempted
-from lockstep.ray_session import ray_for
-from lockstep.schema import AUTO, Config, typed
-from lockstep.space import Space
-from lockstep.standings import Watch, mode, results, table, write_results
-from lockstep.words import count
+from lockstep.integrations.ray import ray_for
+from lockstep.launch import recipe_process
+from lockstep.launch.validate import validate
+from lockstep.tune.search_space import Space
+from lockstep.tune.standings import Watch, mode, results, table, write_results
+from lockstep.utils.text import count
 from recipes import choose
 
 OURS = {"tune", "out", "nproc", "threads", "resume", "launcher", "recipes", "rounds"}  # keys that mean this tool
@@ -87,7 +92,7 @@ class Plan:
 def plan(config: Config, each: Recipe, device: str) -> Plan:
     """Divide this machine among the trials; on a cluster, Ray does."""
     tune = config.tune
-    ranks = tune.nproc or each.ranks or world.default_nproc(device)
+    ranks = tune.nproc or each.ranks or default_nproc(device)
     gpus = ranks if device == "cuda" else 0
     if tune.address is not None:
         return Plan(ranks, config.threads or 1, tune.concurrent, gpus)
@@ -99,7 +104,7 @@ def plan(config: Config, each: Recipe, device: str) -> Plan:
 
 def words(config: Config, how: Plan) -> list[str]:
     """The overrides that all trials have in common. The threads are part of them: other threads, other last bits."""
-    from lockstep.compose import overrides  # Hydra
+    from lockstep.config.compose import overrides  # Hydra
 
     rest = overrides(train, config, OURS | set(Space(config.tune.space).texts))
     numbers = [f"nproc={how.ranks}", f"threads={how.threads}"]
@@ -120,21 +125,21 @@ def check(config: Config, share: int) -> None:
     if tune.search == "optuna" and importlib.util.find_spec("optuna") is None:
         raise UserError("tune.search=optuna: optuna is not installed: pip install 'lockstep[ray]'")
     check_address(tune.address)
-    before = rundir.found_in(config, "tune")
+    before = run_directory.found_in(config, "tune")
     if before and before[1].max_steps != config.max_steps:
         raise UserError(
             f"max_steps={config.max_steps}: the trials in out={config.out} have max_steps={before[1].max_steps}; "
             "set it as it was, or name a new out"
         )
-    from lockstep.compose import compose_another  # Hydra: only who checks needs it
+    from lockstep.config.compose import compose_another  # Hydra: only who checks needs it
 
-    device, backend = world.resolve_device(config.device, config.backend)
+    device, backend = resolve_device(config.device, config.backend)
     how = plan(config, each, device)
     if tune.address is None:
-        world.check_nproc(how.ranks, device, backend)
+        check_nproc(how.ranks, device, backend)
     common = words(config, how)
     base = compose_another(each, common)
-    counted = None if any(key.startswith("data.") for key in space.texts) else formats.check(base.data)
+    counted = None if any(key.startswith("data.") for key in space.texts) else image_files.check_data(base.data)
     tree = OmegaConf.structured(base)
     for drawn in space.examples():
         values = space.values(drawn, base)
@@ -144,7 +149,7 @@ def check(config: Config, share: int) -> None:
             for key, value in values.items():
                 OmegaConf.update(one, key, value)
             made: Any = OmegaConf.to_object(one)
-            complete(made, each, how.ranks, counted)
+            validate(made, each, how.ranks, counted)
         except (UserError, OmegaConfBaseException) as error:
             raise UserError(f"tune.space can draw {shown}: {str(error).splitlines()[0]}") from None
 
@@ -156,7 +161,7 @@ def check_address(address: str | None) -> None:
     host, _, port = str(address).rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise UserError(f"tune.address={address}: allowed are auto, and HOST:PORT of a cluster's head node")
-    if not world.answers(host, int(port), 1):
+    if not answers(host, int(port), 1):
         raise UserError(f"tune.address={address}: nobody answers there; start it with ray start --head --port={port}")
 
 
@@ -165,7 +170,8 @@ def trainable(run: Run, each: Recipe) -> Any:
     from ray import cloudpickle
     from ray.tune import Trainable
 
-    cloudpickle.register_pickle_by_value(trial)  # so that the worker does not import lockstep, and torch with it
+    # By value, so that the worker does not import lockstep, and torch with it.
+    cloudpickle.register_pickle_by_value(recipe_process)
     config = run.config
     target, folder, metric = each.target, run.out / "trials", config.metric
     ends = {"step": config.max_steps, "epoch": config.epochs}  # of the last evaluation, one or the other
@@ -173,10 +179,10 @@ def trainable(run: Run, each: Recipe) -> Any:
 
     class Trial(Trainable):
         def setup(self, config: dict[str, Any]) -> None:
-            self.record = trial.Record(folder, config["number"], config["words"], config["values"])
+            self.record = recipe_process.Record(folder, config["number"], config["words"], config["values"])
             self.command = None
             if not self.record.has_ended():  # an earlier start may have been killed before Tune had noted it
-                self.command = trial.Command(target, config["words"], self.record.start(), here, variables)
+                self.command = recipe_process.Command(target, config["words"], self.record.start(), here, variables)
             self.coming: list[dict[str, Any]] = []  # evaluations that are not reported yet
             self.latest: dict[str, Any] = {"evaluations": 0}
 
@@ -184,11 +190,11 @@ def trainable(run: Run, each: Recipe) -> Any:
             """The next evaluation, or after a second without one the latest: Tune can stop a trial only in between."""
             try:
                 ended = self.command is None or self.command.ended(seconds=0 if self.can_report() else 1)
-            except trial.Failed as error:
+            except recipe_process.Failed as error:
                 self.record.change(state="failed", problem=str(error))
                 return self.latest | {"done": True}
             known = self.latest["evaluations"] + len(self.coming)
-            self.coming += trial.evaluations(trial.metrics(self.record.out), metric)[known:]
+            self.coming += recipe_process.evaluations(recipe_process.metrics(self.record.out), metric)[known:]
             if self.coming and (ended or self.can_report()):
                 self.latest = self.coming.pop(0)
             done = ended and not self.coming
@@ -214,7 +220,7 @@ def searcher(config: Config, each: Recipe, common: list[str]) -> Any:
     from ray.tune.search import Searcher
     from ray.tune.search.optuna import OptunaSearch
 
-    from lockstep.compose import compose_another
+    from lockstep.config.compose import compose_another
 
     space, base = Space(config.tune.space), compose_another(each, common)
 
@@ -270,7 +276,9 @@ def scheduler(run: Run) -> Any:
         def on_trial_add(self, controller: Any, added: Any) -> None:
             """Tune restores trials, but not what its scheduler knew of them: that is read from what they logged."""
             super().on_trial_add(controller, added)
-            for line in trial.evaluations(trial.metrics(folder / str(added.config["number"])), metric):
+            for line in recipe_process.evaluations(
+                recipe_process.metrics(folder / str(added.config["number"])), metric
+            ):
                 self.on_trial_result(controller, added, line)
 
     if config.tune.scheduler == "none":
@@ -328,7 +336,7 @@ def wait_for_trials(run: Run) -> UserError | None:
     stays = None
     for config in (run.out / "trials").glob("[0-9]*/config.yaml"):
         try:
-            rundir.lock(config.parent, WAIT_SECONDS).close()
+            run_directory.lock(config.parent, WAIT_SECONDS).close()
         except UserError as error:
             stays = error
     return stays
@@ -357,7 +365,7 @@ def train(run: Run) -> None:
     rows = results(run)
     for row in rows:
         if row["state"] == "running" and not received:
-            left = rundir.read_result(run.out / "trials" / str(row["number"])).get("status") == "preempted"
+            left = run_directory.read_result(run.out / "trials" / str(row["number"])).get("status") == "preempted"
             lost = "Ray has lost it, perhaps with its node; its log says how far it came"
             row |= {"state": "stopped"} if left else {"state": "failed", "problem": lost}
     result = write_results(run, rows, "preempted" if received else "finished")

@@ -24,12 +24,12 @@ import torch.distributed as dist
 from rich.table import Table
 
 from lockstep import Proof, Recipe, Run, UserError, recipe
-from lockstep.checks import check_batch, check_package
+from lockstep.config.schema import Config, typed, with_values
 from lockstep.errors import CheckFailed
-from lockstep.files import write_json
-from lockstep.models import AUTOCAST
-from lockstep.proof import Trace, angle, difference, trace, with_values
-from lockstep.schema import Config, typed
+from lockstep.launch.validate import check_batch, check_package
+from lockstep.training.precision import AUTOCAST
+from lockstep.utils.files import write_json
+from lockstep.verify.trace import Trace, angle, difference, trace
 from recipes import choose
 
 TOLERANCE = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}

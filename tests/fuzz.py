@@ -41,14 +41,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from lockstep import data, preemption, rank, rundir, world
-from lockstep.app import Recipe
-from lockstep.checkpoint import UNFINISHED, digest, names
-from lockstep.checks import complete
-from lockstep.preemption import PREEMPTED, SIGNALS, Listener
-from lockstep.proof import difference
-from lockstep.rundir import freeze
-from lockstep.world import Place
+from lockstep.checkpoint.layout import UNFINISHED, digest, names
+from lockstep.config import run_directory
+from lockstep.config.run_directory import freeze
+from lockstep.data import images
+from lockstep.distributed import environment, signals
+from lockstep.distributed.environment import Place
+from lockstep.distributed.signals import PREEMPTED, SIGNALS, Listener
+from lockstep.launch import worker
+from lockstep.launch.validate import validate
+from lockstep.recipe import Recipe
+from lockstep.verify.trace import difference
 from tests import overflow
 from tests.harness import compose_config, preload, renew_threads, tensors_of
 from tests.narrow import NarrowResNet
@@ -112,7 +115,7 @@ class Fault:
     """
 
     sign: int = 0
-    rank: int = 0
+    worker: int = 0
     share: float | None = None
     call: int = 0
     at: str = ""
@@ -219,15 +222,15 @@ class Ended:
 @contextmanager
 def warm() -> Iterator[None]:
     """Make the model small and the digits few, and load here what forked ranks would otherwise each load."""
-    before = data.digits, resnet.resnet18, torch.get_num_threads()
-    few = [data.InMemory(part.images[:size], part.labels[:size], 10, 1, False) for part, size in digits()]
+    before = images.digits, resnet.resnet18, torch.get_num_threads()
+    few = [images.InMemoryImages(part.images[:size], part.labels[:size], 10, 1, False) for part, size in digits()]
     torch.set_num_threads(1)  # a fork must not inherit a running pool
-    data.digits, resnet.resnet18 = lambda: (few[0], few[1]), shallow_resnet
+    images.digits, resnet.resnet18 = lambda: (few[0], few[1]), shallow_resnet
     try:
         with overflow.overflowing():
             yield
     finally:
-        data.digits, resnet.resnet18 = before[:2]
+        images.digits, resnet.resnet18 = before[:2]
         torch.set_num_threads(before[2])
 
 
@@ -238,8 +241,12 @@ def shallow_resnet(num_classes: int, norm_layer: Any) -> nn.Module:
     return model
 
 
-def digits() -> list[tuple[data.InMemory, int]]:
-    return [(part, size) for part, size in zip(data.digits(), IMAGES, strict=True) if isinstance(part, data.InMemory)]
+def digits() -> list[tuple[images.InMemoryImages, int]]:
+    return [
+        (part, size)
+        for part, size in zip(images.digits(), IMAGES, strict=True)
+        if isinstance(part, images.InMemoryImages)
+    ]
 
 
 def start(setup: Setup, out: Path, fault: Fault = Fault(), typical_seconds: float = 1.0) -> Ended:
@@ -251,7 +258,7 @@ def start(setup: Setup, out: Path, fault: Fault = Fault(), typical_seconds: floa
     preload(setup.target)
     copies = COPIES.get((setup.recipe, setup.ranks), ())
     config = compose_config(setup.target, f"out={out}", *setup.words, *setup.saving, *copies)
-    complete(config, setup.target, setup.ranks)
+    validate(config, setup.target, setup.ranks)
     folder = freeze(config, setup.recipe)
     assert folder is not None, "the run has finished"
     with tempfile.TemporaryDirectory() as scratch:
@@ -323,9 +330,9 @@ def end(running: dict[int, Any], console: Path) -> str:
 def _rank(
     recipe: Recipe, number: int, ranks: int, out: Path, scratch: Path, fault: Fault, hit: Any, training: Any
 ) -> NoReturn:
-    """Be a rank as lockstep.rank has it, except that the store is a file and the config is there already."""
+    """Be a rank as lockstep.launch.worker has it, except that the store is a file and the config is there already."""
     renew_threads()
-    preemption.end_with_parent()
+    signals.end_with_parent()
     for sign in SIGNALS:
         signal.signal(sign, signal.SIG_DFL)
     console = os.open(scratch / "console", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -333,8 +340,8 @@ def _rank(
     os.dup2(console, 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
     faulthandler.register(signal.SIGQUIT, os.fdopen(console, "w", closefd=False), all_threads=True)
-    os.environ[rank.RUN_DIRECTORY] = str(out)
-    world.open_store = lambda *_: dist.FileStore(str(scratch / "store"), ranks)  # type: ignore[assignment]
+    os.environ[environment.RUN_DIRECTORY] = str(out)
+    worker.open_store = lambda *_: dist.FileStore(str(scratch / "store"), ranks)  # type: ignore[assignment]
 
     class Noted(Listener):
         def __setattr__(self, name: str, value: Any) -> None:
@@ -342,12 +349,12 @@ def _rank(
             if name == "training" and value:
                 training[number] = 1
 
-    rank.Listener = Noted  # type: ignore[misc]
+    worker.Listener = Noted  # type: ignore[misc]
     if not fault.patient:
-        preemption.AGREE_SECONDS = 0.0
+        signals.AGREE_SECONDS = 0.0
     if fault.sign and fault.share is None and fault.rank == number:
-        strike_at_call(fault, out / rundir.CHECKPOINTS, hit)
-    rank.be_a_rank(recipe, Place(number, ranks, "", 0, agent_store=False, attempt=0))
+        strike_at_call(fault, out / run_directory.CHECKPOINTS, hit)
+    worker.work(recipe, Place(number, ranks, "", 0, agent_store=False, attempt=0))
 
 
 def strike_at_call(fault: Fault, below: Path, hit: Any) -> None:
@@ -512,7 +519,7 @@ def result_of(out: Path, seconds: float = 0.0) -> Result:
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     log = [tuple(line.get(name) for name in LOGGED) for line in lines]
-    listed = names(out / rundir.CHECKPOINTS)
+    listed = names(out / run_directory.CHECKPOINTS)
     return Result(weights("model.pt"), weights("best.pt"), log, tensors_of(listed[0]) if listed else {}, seconds)
 
 
@@ -584,9 +591,9 @@ def play(plan: Plan, folder: Path) -> Outcome:
     out, damaged = folder / "out", set[str]()
     sizes = plan.sizes or (setup.ranks,) * (len(plan.faults) + 1)
     for fault, damage, ranks in zip((*plan.faults, Fault()), (*plan.damages, None), sizes, strict=True):
-        before = state_of(out / rundir.CHECKPOINTS, damaged)
-        wanted = next((path for path in names(out / rundir.CHECKPOINTS) if path.name not in damaged), None)
-        newer = {path.name for path in names(out / rundir.CHECKPOINTS) if not wanted or path.name > wanted.name}
+        before = state_of(out / run_directory.CHECKPOINTS, damaged)
+        wanted = next((path for path in names(out / run_directory.CHECKPOINTS) if path.name not in damaged), None)
+        newer = {path.name for path in names(out / run_directory.CHECKPOINTS) if not wanted or path.name > wanted.name}
         log = out / "ranks" / "0.log"
         read = log.stat().st_size if log.exists() else 0
         ended = start(replace(setup, ranks=ranks), out, fault, expected.seconds)
@@ -597,13 +604,13 @@ def play(plan: Plan, folder: Path) -> Outcome:
         outcome.wrong = (
             judge(fault, ended, out)
             or judge_resume(wanted, newer, resumed, words)
-            or judge_files(before, state_of(out / rundir.CHECKPOINTS, set()))
+            or judge_files(before, state_of(out / run_directory.CHECKPOINTS, set()))
         )
-        damaged -= {path.name for path in names(out / rundir.CHECKPOINTS)} if words else set()
-        if outcome.wrong or rundir.read_result(out).get("status") == "finished":
+        damaged -= {path.name for path in names(out / run_directory.CHECKPOINTS)} if words else set()
+        if outcome.wrong or run_directory.read_result(out).get("status") == "finished":
             break
         if damage:
-            what, broken = inflict(damage, out / rundir.CHECKPOINTS)
+            what, broken = inflict(damage, out / run_directory.CHECKPOINTS)
             damaged |= {broken} - {""}
             if what:
                 outcome.counts["damages"] += 1
@@ -656,10 +663,10 @@ def judge(fault: Fault, ended: Ended, out: Path) -> str:
 
 def judge_preempted(out: Path) -> str:
     """A run that was asked to leave has lost no step."""
-    result = rundir.read_result(out)
+    result = run_directory.read_result(out)
     if result.get("status") != "preempted":
         return f"preempted, and result.json says {result.get('status')}"
-    saved = [path.name for path in names(out / rundir.CHECKPOINTS)] or ["step-0"]
+    saved = [path.name for path in names(out / run_directory.CHECKPOINTS)] or ["step-0"]
     if int(saved[0].removeprefix("step-")) != result["steps"]:
         return f"preempted after step {result['steps']}, and the newest checkpoint is {saved[0]}"
     return ""
@@ -704,7 +711,7 @@ class Blow:
     """
 
     sign: int
-    rank: int
+    worker: int
     steps: int
     seconds: float
 
@@ -785,7 +792,7 @@ def play_launched(blows: tuple[Blow, ...], folder: Path) -> Outcome:
         outcome.wrong = judge_launched(hit, blow, process.returncode, said, processes_in(out.parent))
         if outcome.wrong:
             return outcome
-        if rundir.read_result(out).get("status") == "finished":
+        if run_directory.read_result(out).get("status") == "finished":
             break
     outcome.wrong = compare(result_of(out), expected, best=False)
     return outcome

@@ -22,15 +22,15 @@ import torch.distributed as dist
 import torchmetrics  # noqa: F401  once here, not once in every forked rank
 import torchvision.models  # noqa: F401
 
-from lockstep import storage
-from lockstep.app import Recipe
-from lockstep.checks import complete
-from lockstep.compose import compose
-from lockstep.rank import carry_out
+from lockstep.checkpoint import dcp
+from lockstep.config.compose import compose
+from lockstep.config.run_directory import freeze
+from lockstep.config.schema import Config, from_yaml, to_yaml
+from lockstep.distributed.process_group import World, join
+from lockstep.launch.validate import validate
+from lockstep.launch.worker import carry_out
+from lockstep.recipe import Recipe
 from lockstep.run import Run
-from lockstep.rundir import freeze
-from lockstep.schema import Config, from_yaml, to_yaml
-from lockstep.world import World, join
 from tests import warm
 from tests.warm import ROOT
 
@@ -121,7 +121,7 @@ def execute(recipe: Recipe, out: Path, world_size: int, *overrides: str, timeout
     """Run a recipe or a tool on forked ranks."""
     preload(recipe)
     config = compose_config(recipe, f"out={out}", *overrides)
-    complete(config, recipe, world_size)
+    validate(config, recipe, world_size)
     run_ranks(_train, world_size, recipe.target, to_yaml(config), str(freeze(config, recipe.name)), timeout=timeout)
 
 
@@ -158,11 +158,11 @@ def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint: weights, buffers, optimizer state, every rank's generators, an engine's tensors."""
-    entries = storage.described(checkpoint).items()
+    entries = dcp.described(checkpoint).items()
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
-    storage.load(checkpoint, found, alone=True)
+    dcp.load_tensors(checkpoint, found, alone=True)
     if (checkpoint / "deepspeed").is_dir():  # in its files each rank has a slice of one long vector
-        from lockstep.zero import assemble
+        from lockstep.integrations.deepspeed import assemble
 
         weights, states = assemble(checkpoint / "deepspeed")
         return found | weights | tensors_in(states, "deepspeed")

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep import precision, run
-from lockstep.precision import Scaler
+from lockstep import run
+from lockstep.training import precision
+from lockstep.training.precision import Scaler
 
 LIMIT = 2.0**17
 WORDS = ("precision=fp16", "loss_scale=524288")  # 4 × LIMIT: the first two steps are left out, then every third

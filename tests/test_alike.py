@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 
 from lockstep import Run
-from lockstep.alike import difference
-from lockstep.checks import complete
+from lockstep.config.schema import from_yaml, to_yaml
+from lockstep.distributed.consistency import first_difference
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.schema import from_yaml, to_yaml
-from lockstep.world import World
+from lockstep.launch.validate import validate
 from recipes import ddp
 from tests.harness import compose_config, run_ranks
 
@@ -66,7 +66,7 @@ def test_a_rank_whose_files_differ_is_named_before_the_first_step(damage: str, w
         one.unlink()
     with chdir(homes[0]):
         config = compose_config(ddp.train, *OPTIONS, *STEPS)
-        complete(config, ddp.train, 2)
+        validate(config, ddp.train, 2)
     for said in run_ranks(begin, 2, homes, to_yaml(config)):
         assert said.startswith(f"rank 1 ({HERE}) {words}" if words else "")
         assert bool(said) == bool(words)
@@ -75,7 +75,7 @@ def test_a_rank_whose_files_differ_is_named_before_the_first_step(damage: str, w
 def test_of_many_ranks_the_first_is_named_and_the_others_are_counted() -> None:
     everyone = [{"images to train on": 100 - (rank > 5)} for rank in range(16)]
     hosts = [f"node{rank // 8}" for rank in range(16)]
-    assert difference(everyone, hosts) == (
+    assert first_difference(everyone, hosts) == (
         "rank 6 (node0) has 99 images to train on, and rank 0 (node0) has 100 (10 ranks differ from it)"
     )
-    assert difference(everyone[:5], hosts) == ""
+    assert first_difference(everyone[:5], hosts) == ""

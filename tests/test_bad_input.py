@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lockstep.app import Recipe
+from lockstep.recipe import Recipe
 from recipes import (
     compare,
     data_parallel,

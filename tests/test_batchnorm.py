@@ -17,12 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lockstep import batchnorm
-from lockstep.batchnorm import NO_BUFFER_SYNC, SyncBatchNorm, convert_sync_batchnorm
+from lockstep.config.schema import ModelConfig
+from lockstep.distributed import sync_batchnorm
+from lockstep.distributed.process_group import World
+from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, SyncBatchNorm, convert_sync_batchnorm
 from lockstep.errors import UserError
-from lockstep.models import build_model
-from lockstep.schema import ModelConfig
-from lockstep.world import World
+from lockstep.models.resnet import build_model
 from tests.harness import run_ranks
 
 CHANNELS = 5
@@ -136,7 +136,7 @@ def no_sigma(dy: Tensor, x_hat: Tensor, scale: Tensor, mean_dy: Tensor, mean_dy_
 
 @pytest.mark.parametrize("formula", [wrong_sign, no_sigma])
 def test_the_study_notes_backward_is_found_out(formula: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batchnorm, "input_gradient", formula)  # the ranks are forked, and inherit it
+    monkeypatch.setattr(sync_batchnorm, "input_gradient", formula)  # the ranks are forked, and inherit it
     found = errors(["2d"], [4, 4])["2d"]
     assert {name for name, error in found.items() if error > TOLERANCE} == {"dx0", "dx1", "dx2"}
     assert max(found.values()) > 0.01
@@ -150,8 +150,8 @@ def test_a_rank_s_own_sums_in_the_backward_are_found_out(monkeypatch: pytest.Mon
 
 def normalise(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """The layer's two halves, without the module that skips them where there is one rank."""
-    mean, var, count = batchnorm.global_statistics(x, None)
-    return batchnorm._Normalise.apply(x, weight, bias, mean, var, count, 1e-5, None)
+    mean, var, count = sync_batchnorm.global_statistics(x, None)
+    return sync_batchnorm._Normalise.apply(x, weight, bias, mean, var, count, 1e-5, None)
 
 
 def rank_of_gradcheck(world: World, shape: tuple[int, ...]) -> None:

@@ -25,22 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.checkpoint import (
-    UNFINISHED,
-    Checkpoints,
-    fingerprint,
-    folder_name,
-    named,
-    names,
-    newest,
-    seal,
-    tidy,
-)
-from lockstep.checks import complete
+from lockstep.checkpoint.dcp import Saver, load_tensors, read_metadata
+from lockstep.checkpoint.directory import CheckpointDirectory
+from lockstep.checkpoint.layout import UNFINISHED, fingerprint, folder_name, named, names, newest, seal, tidy
+from lockstep.config.run_directory import freeze, read_result
+from lockstep.distributed.process_group import join
 from lockstep.errors import UserError
-from lockstep.rundir import freeze, read_result
-from lockstep.storage import Saver, load, read_metadata
-from lockstep.world import join
+from lockstep.launch.validate import validate
 from recipes import single
 from tests.fuzz import (
     SIZE,
@@ -316,7 +307,7 @@ def test_a_run_that_stopped_early_and_was_killed_then_stays_stopped(tmp_path: Pa
 def save_steps(folder: Path, steps: tuple[int, ...], fault: Fault, hit: Any) -> None:
     """On one rank: save under these step numbers, the best among them, and have the fault strike in the last save."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(folder / "checkpoints", Saver(None, asynchronous=False), keep=1, warn=print)
+    checkpoints = CheckpointDirectory(folder / "checkpoints", Saver(None, asynchronous=False), keep=1, warn=print)
     for step in steps:
         if step == steps[-1]:
             strike_at_call(fault, folder / "checkpoints", hit)
@@ -329,7 +320,7 @@ def find(folder: Path) -> tuple[int, Tensor, list[str]]:
     assert found.path is not None
     tidy(folder / "checkpoints", found)
     weights = torch.zeros(1000)
-    load(found.path, {"weights": weights})
+    load_tensors(found.path, {"weights": weights})
     return found.facts["step"], weights, sorted(os.listdir(folder / "checkpoints"))
 
 
@@ -521,7 +512,7 @@ def test_a_full_disk_costs_checkpoints_and_not_the_run(
 def lay_out(out: Path, setup: Setup) -> None:
     """The run directory as a launcher makes it, for a start that finds its checkpoints elsewhere."""
     config = compose_config(setup.target, f"out={out}", *setup.words, *setup.saving)
-    complete(config, setup.target, setup.ranks)
+    validate(config, setup.target, setup.ranks)
     freeze(config, setup.recipe)
 
 
@@ -547,14 +538,14 @@ def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(
     tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=2", "checkpoint.keep=2"))
-    save = Checkpoints.save
+    save = CheckpointDirectory.save
 
     def body(disk: Path) -> None:
         out = tmp_path / "out"
         lay_out(out, setup)
         (out / "checkpoints").symlink_to(disk)
 
-        def close_and_save(self: Checkpoints, tensors: Any, facts: Any, **more: Any) -> None:
+        def close_and_save(self: CheckpointDirectory, tensors: Any, facts: Any, **more: Any) -> None:
             if facts["step"] == 6 and dist.get_rank() == 0:
                 self.wait()
                 while True:
@@ -565,7 +556,7 @@ def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(
                         time.sleep(0.002)
             save(self, tensors, facts, **more)
 
-        monkeypatch.setattr(Checkpoints, "save", close_and_save)
+        monkeypatch.setattr(CheckpointDirectory, "save", close_and_save)
         ended = again(out, setup)
         assert "not saved ([Errno 30] Read-only file system" in ended.said
         assert "Traceback" not in ended.said

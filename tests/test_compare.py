@@ -16,11 +16,13 @@ import matplotlib.backends.backend_agg
 import matplotlib.figure  # noqa: F401  once here, not once in every forked rank
 import pytest
 
-from lockstep import UserError, comparison, page, plots, trial
-from lockstep.checks import complete
-from lockstep.comparison import Case, Row, rows, verdicts
-from lockstep.files import environment
-from lockstep.preemption import Preempted
+from lockstep import UserError
+from lockstep.compare import figures, html_report, plots
+from lockstep.compare.figures import Case, Row, comparison_rows, verdicts
+from lockstep.distributed.signals import Preempted
+from lockstep.launch import recipe_process
+from lockstep.launch.validate import validate
+from lockstep.utils.environment import environment
 from recipes import compare
 from tests.browser import Browser
 from tests.harness import command, compose_config, execute, result
@@ -63,7 +65,7 @@ FOUND = {
 
 
 def made() -> list[Row]:
-    return rows(FOUND, {case: [f"runs/{case.name}-{number}" for number in (1, 2, 3)] for case in FOUND})
+    return comparison_rows(FOUND, {case: [f"runs/{case.name}-{number}" for number in (1, 2, 3)] for case in FOUND})
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -99,14 +101,14 @@ def test_memory_is_by_rank() -> None:
     pipeline = made()[2]
     assert pipeline.memory_bytes == [600 * MIB, 300 * MIB]
     profiled = [made_up(100), made_up(100, peak_memory_bytes_by_rank=[900 * MIB], profiled_steps=5)]
-    assert rows({SINGLE: profiled}, {})[0].memory_bytes == [700 * MIB], "a profile is no part of a recipe"
+    assert comparison_rows({SINGLE: profiled}, {})[0].memory_bytes == [700 * MIB], "a profile is no part of a recipe"
     assert pipeline.memory_imbalance == pytest.approx(600 / 450)
 
 
 def test_without_single_a_recipe_is_set_against_its_fewest_ranks() -> None:
     found = {Case("ddp", number, number): [made_up(60.0 * number, number)] for number in (2, 4)}
     found[PIPELINE] = FOUND[PIPELINE][:1]
-    two, four, other = rows(found, {})
+    two, four, other = comparison_rows(found, {})
     assert (two.speedup, other.speedup) == (None, None)
     assert (four.against, four.speedup, four.efficiency) == ("ddp on 2 ranks", 2.0, 1.0)
 
@@ -130,13 +132,13 @@ def test_the_sentences_say_what_the_figures_mean() -> None:
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:
-    found = comparison.filled(comparison.TIME, rows({SINGLE: FOUND[SINGLE]}, {}))
+    found = figures.filled(figures.TIME, comparison_rows({SINGLE: FOUND[SINGLE]}, {}))
     assert found == {}
-    found = comparison.filled(comparison.TIME, made())
+    found = figures.filled(figures.TIME, made())
     assert found["idle"] == ["", "", "10, 30 %", ""]
     assert {"recipe", "ranks", "exposed", "threads busy"} <= set(found)
-    everything = {name for columns in comparison.TABLES.values() for name in columns}
-    assert everything | {"ranks"} == set(comparison.MEANING), "each column is explained"
+    everything = {name for columns in figures.TABLES.values() for name in columns}
+    assert everything | {"ranks"} == set(figures.MEANING), "each column is explained"
 
 
 # What is run ----------------------------------------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def test_every_recipe_gets_the_number_in_its_own_way(monkeypatch: pytest.MonkeyP
 
 
 class Stand:
-    """Stands for `python -m recipes.NAME` as lockstep.trial starts it: notes that it was asked, and has a result."""
+    """Stands for `python -m recipes.NAME` as recipe_process.py starts it: notes that it was asked, and has a result."""
 
     def __init__(self, target: str, words: list[str], out: Path, folder: str, variables: dict[str, str]) -> None:
         asked = out.parent.parent.parent / "asked"
@@ -197,11 +199,11 @@ class Stand:
         (out / "result.json").write_text(json.dumps(made_up(100.0 * number)))
         if target == "recipes.verify":
             row = {"recipe": "ddp", "precision": "fp64", "ranks": 2, "steps": 5, "tolerance": 1e-10, "verdict": "equal"}
-            (out / "verify.json").write_text(json.dumps([row | dict.fromkeys(comparison.VERIFIED, 1e-15)]))
+            (out / "verify.json").write_text(json.dumps([row | dict.fromkeys(figures.VERIFIED, 1e-15)]))
 
     def ended(self, seconds: float) -> bool:
         if self.fails:
-            raise trial.Failed("error: it broke")
+            raise recipe_process.Failed("error: it broke")
         return True
 
 
@@ -214,7 +216,7 @@ def asked(folder: Path) -> list[str]:
 
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trial, "Command", Stand)
+    monkeypatch.setattr(recipe_process, "Command", Stand)
 
 
 def carry_out(folder: Path, *words: str) -> dict[str, Any]:
@@ -271,7 +273,7 @@ def test_an_end_that_was_set_differently_is_refused(stand: None, tmp_path: Path)
     carry_out(tmp_path, *WORDS)
     config = compose_config(compare.train, *WORDS[:-1], "max_steps=13", f"out={tmp_path / 'run'}")
     with pytest.raises(UserError, match=r"max_steps=13: the runs in out=.* have max_steps=12"):
-        complete(config, compare.train, 1)
+        validate(config, compare.train, 1)
 
 
 def test_where_it_runs_is_not_handed_on_to_the_recipes() -> None:
@@ -294,7 +296,7 @@ def test_a_signal_ends_the_run_that_is_under_way(tmp_path: Path, monkeypatch: py
             return True
 
     listener = SimpleNamespace(received=0, announce=lambda number: left.append(signal.Signals(number).name))
-    monkeypatch.setattr(trial, "Command", Endless)
+    monkeypatch.setattr(recipe_process, "Command", Endless)
     run: Any = SimpleNamespace(listener=listener)
     with pytest.raises(Preempted, match="SIGTERM"):
         compare.carry_out(run, "recipes.ddp", [], tmp_path / "ddp-2-1")
@@ -326,9 +328,9 @@ def test_compare_reports_what_each_run_reported(tmp_path: Path) -> None:
 HOSTILE = '<script>alert("1")</script> & <b>'
 
 
-def facts(**more: Any) -> page.Facts:
+def facts(**more: Any) -> html_report.Facts:
     verified = {"recipe": "ddp", "precision": "fp64", "ranks": 2, "steps": 5, "tolerance": 1e-10, "variant": HOSTILE}
-    verified |= {"verdict": "OFF: loss", **dict.fromkeys(comparison.VERIFIED, 1e-15)}
+    verified |= {"verdict": "OFF: loss", **dict.fromkeys(figures.VERIFIED, 1e-15)}
     given: dict[str, Any] = {
         "title": f"resnet18 {HOSTILE}",
         "about": {"on": HOSTILE},
@@ -342,7 +344,7 @@ def facts(**more: Any) -> page.Facts:
         "left_out": [HOSTILE],
         "failed": [HOSTILE],
     }
-    return page.Facts(**given | more)
+    return html_report.Facts(**given | more)
 
 
 class Outline(HTMLParser):
@@ -363,7 +365,7 @@ class Outline(HTMLParser):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(page.page(facts(), plots.plots(made())))
+    file.write_text(html_report.html_report(facts(), plots.plots(made())))
     return file
 
 
@@ -392,7 +394,7 @@ ADDRESSES = ("src", "srcset", "href")
 
 
 def test_a_page_without_a_single_run_is_still_one(tmp_path: Path) -> None:
-    text = page.page(facts(rows=[]), [])
+    text = html_report.html_report(facts(rows=[]), [])
     assert "No run came to its end." in text
     assert not Outline(text).of("img")
 

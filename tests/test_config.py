@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.config.schema import Config, check_values, from_yaml, to_yaml, walk
 from lockstep.errors import UserError
-from lockstep.schema import Config, check_values, from_yaml, to_yaml, walk
 from recipes import ddp
 from tests.harness import ROOT, command, compose_config
 

@@ -28,13 +28,14 @@ from torch import Tensor
 from torchvision.datasets import CIFAR10
 from torchvision.transforms.v2 import functional as transforms
 
-from lockstep import data, formats
-from lockstep.data import DRAWS, InMemory, Samples
+from lockstep.config.schema import DataConfig
+from lockstep.data import image_files
+from lockstep.data import images as data
+from lockstep.data.images import DRAWS, InMemoryImages, Samples
+from lockstep.data.sampler import EvalSampler, StepSampler, epoch_order, rank_slice, sample_uniform
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.metrics import Evaluation, evaluate
-from lockstep.order import EvalSampler, StepSampler, epoch_order, rank_slice, uniform
-from lockstep.schema import DataConfig
-from lockstep.world import World
+from lockstep.training.evaluate import Evaluation, evaluate
 from tests.harness import run_ranks
 from tests.site import Site, serving
 
@@ -109,7 +110,7 @@ def test_a_seed_of_more_than_32_bits_is_not_a_smaller_seeds_later_epoch() -> Non
     """SeedSequence([2**32, 0]) and SeedSequence([0, 1]) are the same words."""
     samples = torch.arange(4)
     assert epoch_order(100, 2**32, 0).tolist() != epoch_order(100, 0, 1).tolist()
-    assert not torch.equal(uniform(2**32, 0, samples, DRAWS), uniform(0, 1, samples, DRAWS))
+    assert not torch.equal(sample_uniform(2**32, 0, samples, DRAWS), sample_uniform(0, 1, samples, DRAWS))
 
 
 def test_consecutive_epochs_drop_different_tails() -> None:
@@ -191,31 +192,33 @@ sample_lists = st.lists(st.integers(0, 2**40), min_size=1, max_size=20)
 def test_draws_belong_to_the_sample_not_to_its_batch(
     samples: list[int], seed: int, epoch: int, chance: random.Random
 ) -> None:
-    together = uniform(seed, epoch, torch.tensor(samples), DRAWS)
+    together = sample_uniform(seed, epoch, torch.tensor(samples), DRAWS)
     assert together.shape == (len(samples), DRAWS)
     assert together.dtype == torch.float64
     assert together.min() >= 0
     assert together.max() < 1
     torch.manual_seed(chance.randrange(1000))
     for sample, draws in zip(samples, together, strict=True):
-        assert torch.equal(uniform(seed, epoch, torch.tensor([sample]), DRAWS)[0], draws)
+        assert torch.equal(sample_uniform(seed, epoch, torch.tensor([sample]), DRAWS)[0], draws)
     shuffled = list(range(len(samples)))
     chance.shuffle(shuffled)
-    assert torch.equal(uniform(seed, epoch, torch.tensor(samples)[shuffled], DRAWS), together[shuffled])
+    assert torch.equal(sample_uniform(seed, epoch, torch.tensor(samples)[shuffled], DRAWS), together[shuffled])
 
 
 def test_no_number_comes_twice_over_samples_draws_epochs_and_seeds() -> None:
     """Neither a neighbour's draws shifted by one nor another epoch's: among 2⁵³ values, chance repeats none."""
     samples = torch.arange(2000)
-    values = torch.cat([uniform(seed, epoch, samples, DRAWS).flatten() for seed in range(4) for epoch in range(4)])
+    values = torch.cat(
+        [sample_uniform(seed, epoch, samples, DRAWS).flatten() for seed in range(4) for epoch in range(4)]
+    )
     assert len(values.unique()) == len(values) == 16 * 2000 * DRAWS
 
 
 def test_draws_are_even_and_independent_of_each_other() -> None:
     """Bounds are 5 standard deviations and more of what 20,000 numbers would show by chance."""
     samples = torch.arange(20_001)
-    draws = uniform(0, 0, samples, DRAWS)
-    this, neighbour, next_epoch = draws[:-1], draws[1:], uniform(0, 1, samples, DRAWS)[:-1]
+    draws = sample_uniform(0, 0, samples, DRAWS)
+    this, neighbour, next_epoch = draws[:-1], draws[1:], sample_uniform(0, 1, samples, DRAWS)[:-1]
     assert (this.mean(0) - 1 / 2).abs().max() < 0.01
     assert (this.var(0) - 1 / 12).abs().max() < 0.003
     counts = torch.stack([torch.histc(column, 10, 0, 1) for column in this.unbind(1)])
@@ -232,9 +235,9 @@ def noise(count: int, height: int = 8, width: int = 8) -> Tensor:
     return torch.randint(1, 256, (count, 3, height, width), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
 
 
-def numbered(count: int, shift: int = 2, flip: bool = True) -> InMemory:
+def numbered(count: int, shift: int = 2, flip: bool = True) -> InMemoryImages:
     """Images whose label is their number, so that a batch tells what is in it."""
-    return InMemory(noise(count), torch.arange(count), count, shift, flip)
+    return InMemoryImages(noise(count), torch.arange(count), count, shift, flip)
 
 
 def moved(image: np.ndarray, down: int, right: int, mirrored: bool) -> np.ndarray:
@@ -256,10 +259,10 @@ def test_augmentation_is_the_plain_shift_and_mirror_of_each_sample(
 ) -> None:
     images = noise(5, height, width)
     samples = torch.tensor([3, 0, 4])
-    found = Samples(InMemory(images, torch.arange(5), 5, shift, flip), seed, augment=True)[epoch, samples]
+    found = Samples(InMemoryImages(images, torch.arange(5), 5, shift, flip), seed, augment=True)[epoch, samples]
     assert found.images.is_contiguous()
     assert found.labels.tolist() == samples.tolist()
-    for i, draws in enumerate(uniform(seed, epoch, samples, DRAWS).tolist()):
+    for i, draws in enumerate(sample_uniform(seed, epoch, samples, DRAWS).tolist()):
         down, right = (int(draw * (2 * shift + 1)) - shift for draw in draws[2:4])
         expected = moved(images[samples[i]].numpy(), down, right, flip and draws[4] < 0.5)
         assert (found.images[i].numpy() == expected).all()
@@ -277,7 +280,7 @@ def test_every_shift_up_to_the_limit_comes_equally_often_and_mirrors_only_where_
         for right in range(-3, 4)
         for mirrored in (False, True)
     }
-    pictures = InMemory(images.repeat(count // 6, 1, 1, 1), torch.arange(count), count, shift, flip)
+    pictures = InMemoryImages(images.repeat(count // 6, 1, 1, 1), torch.arange(count), count, shift, flip)
     found = Samples(pictures, 0, augment=True)[0, torch.arange(count)]
     moves: Counter[tuple[Any, ...]] = Counter()
     for sample, image in enumerate(found.images):
@@ -363,11 +366,11 @@ def scans(batch: data.Batch) -> Counter[tuple[bytes, int]]:
 
 
 def test_digits_are_split_into_1437_and_360_without_overlap() -> None:
-    sets = data.load(DataConfig(), 8, 0)
+    sets = data.load_data(DataConfig(), 8, 0)
     train, test = (everything(images) for images in sets)
     assert [len(images) for images in sets] == [1437, 360]
     assert [images.classes for images in sets] == [10, 10]
-    assert formats.check(DataConfig()) == (10, 1437)
+    assert image_files.check_data(DataConfig()) == (10, 1437)
     bunch = load_digits()
     grey = [np.array([[round(v * 255 / 16) for v in row] for row in image], np.uint8) for image in bunch.images]
     published = Counter((np.stack([g] * 3).tobytes(), int(t)) for g, t in zip(grey, bunch.target, strict=True))
@@ -375,7 +378,7 @@ def test_digits_are_split_into_1437_and_360_without_overlap() -> None:
 
 
 def test_digits_are_three_equal_channels_of_bytes_with_all_labels() -> None:
-    for images in data.load(DataConfig(), 8, 0):
+    for images in data.load_data(DataConfig(), 8, 0):
         batch = everything(images)
         assert batch.images.dtype == torch.uint8
         assert batch.images.shape == (len(images), 3, 8, 8)
@@ -388,9 +391,9 @@ def test_digits_are_three_equal_channels_of_bytes_with_all_labels() -> None:
 
 def test_digits_have_the_same_split_for_every_seed() -> None:
     torch.manual_seed(1)
-    first = data.load(DataConfig(), 8, 0)
+    first = data.load_data(DataConfig(), 8, 0)
     torch.manual_seed(2)
-    second = data.load(DataConfig(), 8, 12345)
+    second = data.load_data(DataConfig(), 8, 12345)
     for a, b in zip(map(everything, first), map(everything, second), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
@@ -398,11 +401,11 @@ def test_digits_have_the_same_split_for_every_seed() -> None:
 
 def test_synthetic_images_are_the_same_for_a_seed_and_as_many_and_large_as_asked() -> None:
     config = DataConfig(name="synthetic", size=21, image_size=5, num_classes=3)
-    sets = [[everything(images) for images in data.load(config, 5, seed)] for seed in (0, 0, 1)]
+    sets = [[everything(images) for images in data.load_data(config, 5, seed)] for seed in (0, 0, 1)]
     for train, test in sets:
         assert (train.images.shape, test.images.shape) == ((21, 3, 5, 5), (5, 3, 5, 5))
         assert set(train.labels.tolist()) == {0, 1, 2}
-    assert formats.check(config) == (3, 21)
+    assert image_files.check_data(config) == (3, 21)
     assert torch.equal(sets[0][0].images, sets[1][0].images)
     assert torch.equal(sets[0][1].labels, sets[1][1].labels)
     assert not torch.equal(sets[0][0].images, sets[2][0].images)
@@ -487,13 +490,13 @@ def cifar(root: Path, download: bool = False) -> DataConfig:
 def complaint(config: DataConfig, load: bool = True) -> str:
     """What the user is told about this data, before a run and also when a rank loads it."""
     with pytest.raises(UserError) as caught:
-        formats.check(config)
+        image_files.check_data(config)
     told = str(caught.value)
     assert told
     assert "\n" not in told
     if load:
         with pytest.raises(UserError) as caught:
-            data.load(config, 32, 0)
+            data.load_data(config, 32, 0)
         assert str(caught.value) == told
     return told
 
@@ -504,9 +507,9 @@ def test_cifar10_reads_the_same_images_from_each_of_its_published_forms(form: st
         cifar_binaries(tmp_path)
     else:
         cifar_pickles(tmp_path, python2_pickle if form == "python 2" else python3_pickle)
-    assert formats.check(cifar(tmp_path)) == (10, cifar_size())
+    assert image_files.check_data(cifar(tmp_path)) == (10, cifar_size())
     records = cifar_records()
-    for images, names in zip(data.load(cifar(tmp_path), 32, 0), (CIFAR_NAMES[:5], CIFAR_NAMES[5:]), strict=True):
+    for images, names in zip(data.load_data(cifar(tmp_path), 32, 0), (CIFAR_NAMES[:5], CIFAR_NAMES[5:]), strict=True):
         batch = everything(images)
         planes = np.concatenate([records[name][0] for name in names])
         assert images.classes == 10
@@ -613,11 +616,11 @@ def test_a_cifar_pickle_cut_anywhere_is_refused(dump: Callable[[dict[bytes, Any]
     whole = dump(cifar_batch("data_batch_1"))
     file = tmp_path / "data_batch_1"
     file.write_bytes(whole)
-    formats.read_cifar_pickle(file)
+    image_files.read_cifar_pickle(file)
     for length in [*range(300), *range(300, len(whole) - 300, 97), *range(len(whole) - 300, len(whole))]:
         file.write_bytes(whole[:length])
         with pytest.raises(UserError, match="data_batch_1"):
-            formats.read_cifar_pickle(file)
+            image_files.read_cifar_pickle(file)
 
 
 class Bomb:
@@ -663,7 +666,7 @@ def test_a_missing_root_is_named(name: str, tmp_path: Path) -> None:
 def test_some_classes_keep_their_images_and_are_relabelled_in_the_order_asked_for() -> None:
     chosen = [7, 0, 3]
     config = DataConfig(classes=[str(label) for label in chosen])
-    for part, whole in zip(data.load(config, 8, 0), data.digits(), strict=True):
+    for part, whole in zip(data.load_data(config, 8, 0), data.digits(), strict=True):
         all_of_it = everything(whole)
         keep = [i for i, label in enumerate(all_of_it.labels.tolist()) if label in chosen]
         mine = everything(part)
@@ -671,19 +674,19 @@ def test_some_classes_keep_their_images_and_are_relabelled_in_the_order_asked_fo
         assert mine.labels.tolist() == [chosen.index(all_of_it.labels[i].item()) for i in keep]
         assert torch.equal(part.labels, mine.labels)
         assert (part.classes, len(part)) == (3, len(keep))
-    assert formats.check(config) == (3, len(data.load(config, 8, 0)[0]))
+    assert image_files.check_data(config) == (3, len(data.load_data(config, 8, 0)[0]))
 
 
 def test_some_classes_of_cifar10_and_of_an_image_folder(tmp_path: Path, folder: Path) -> None:
     cifar_binaries(tmp_path / "root")
     of_cifar = DataConfig(name="cifar10", root=str(tmp_path / "root"), image_size=32, classes=["1", "9"])
     labels = [label for name in CIFAR_NAMES[:5] for label in cifar_records()[name][1] if label in (1, 9)]
-    assert formats.check(of_cifar) == (2, len(labels))
-    train, _ = data.load(of_cifar, 32, 0)
+    assert image_files.check_data(of_cifar) == (2, len(labels))
+    train, _ = data.load_data(of_cifar, 32, 0)
     assert everything(train).labels.tolist() == [(1, 9).index(label) for label in labels]
     folders = DataConfig(name="imagefolder", root=str(folder), classes=["dog", "cat"])
-    assert formats.check(folders) == (2, 10)
-    train, _ = data.load(folders, 32, 0)
+    assert image_files.check_data(folders) == (2, 10)
+    train, _ = data.load_data(folders, 32, 0)
     assert everything(train).labels.tolist() == [1] * 5 + [0] * 5
 
 
@@ -700,7 +703,7 @@ def test_some_classes_of_cifar10_and_of_an_image_folder(tmp_path: Path, folder: 
 )
 def test_classes_that_are_not_there_are_refused(classes: list[str], name: str, said: str, folder: Path) -> None:
     with pytest.raises(UserError) as refused:
-        formats.check(DataConfig(name=name, classes=classes, root=str(folder)))
+        image_files.check_data(DataConfig(name=name, classes=classes, root=str(folder)))
     assert said in str(refused.value)
 
 
@@ -722,11 +725,11 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
 
 def test_cifar10_is_downloaded_where_asked_and_only_once(site: Site, tmp_path: Path) -> None:
     root = tmp_path / "not" / "there yet"
-    assert formats.check(cifar(root, download=True)) == (10, cifar_size())
+    assert image_files.check_data(cifar(root, download=True)) == (10, cifar_size())
     assert site.asked
     site.asked.clear()
-    assert formats.check(cifar(root, download=True)) == (10, cifar_size())
-    train, test = data.load(cifar(root, download=True), 32, 0)
+    assert image_files.check_data(cifar(root, download=True)) == (10, cifar_size())
+    train, test = data.load_data(cifar(root, download=True), 32, 0)
     assert not site.asked
     records = cifar_records()
     assert everything(train).labels.tolist() == flat(records[name][1] for name in CIFAR_NAMES[:5])
@@ -743,7 +746,7 @@ def test_nothing_is_downloaded_unless_asked(site: Site, tmp_path: Path) -> None:
 
 def test_nothing_is_downloaded_where_the_binaries_are(site: Site, tmp_path: Path) -> None:
     cifar_binaries(tmp_path / "root")
-    assert formats.check(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
+    assert image_files.check_data(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
     assert not site.asked
 
 
@@ -756,7 +759,7 @@ def test_a_download_that_fails_names_the_address_and_can_be_repeated(site: Site,
         assert CIFAR10.url in told
         assert "data.download" in told
     site.archive = good
-    assert formats.check(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
+    assert image_files.check_data(cifar(tmp_path / "root", download=True)) == (10, cifar_size())
 
 
 def test_a_download_from_an_unreachable_address_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -806,8 +809,8 @@ def imagefolder(root: Path, check_files: int = 10_000) -> DataConfig:
 
 
 def test_an_image_folder_has_its_images_labelled_by_sorted_class(folder: Path) -> None:
-    assert formats.check(imagefolder(folder)) == (2, 10)
-    train, test = data.load(imagefolder(folder), 32, 0)
+    assert image_files.check_data(imagefolder(folder)) == (2, 10)
+    train, test = data.load_data(imagefolder(folder), 32, 0)
     assert (len(train), len(test)) == (10, 6)
     assert (train.classes, test.classes) == (2, 2)
     assert everything(train).labels.tolist() == [0] * 5 + [1] * 5
@@ -820,7 +823,7 @@ def test_an_image_folder_has_its_images_labelled_by_sorted_class(folder: Path) -
 
 @pytest.mark.parametrize("size", [8, 32, 50])
 def test_images_of_any_size_and_kind_become_equal_squares_of_bytes(size: int, folder: Path) -> None:
-    train, test = data.load(imagefolder(folder), size, 0)
+    train, test = data.load_data(imagefolder(folder), size, 0)
     augmented = Samples(train, 0, augment=True)[0, torch.arange(10)]
     for batch, count in ((augmented, 10), (everything(test), 6)):
         assert batch.images.dtype == torch.uint8
@@ -832,7 +835,7 @@ def test_images_of_any_size_and_kind_become_equal_squares_of_bytes(size: int, fo
 
 
 def test_evaluation_reads_the_same_pixels_every_time(folder: Path) -> None:
-    first, second = (data.load(imagefolder(folder), 32, seed)[1] for seed in (0, 1))
+    first, second = (data.load_data(imagefolder(folder), 32, seed)[1] for seed in (0, 1))
     torch.manual_seed(1)
     once = everything(first).images
     torch.manual_seed(2)
@@ -858,8 +861,8 @@ def test_evaluation_looks_at_the_centre_224_of_256(tmp_path: Path) -> None:
 
 
 def test_images_are_what_torchvision_makes_of_them_pixel_by_pixel(folder: Path) -> None:
-    train, test = data.load(imagefolder(folder), 32, 0)
-    draws = uniform(0, 0, torch.arange(10), DRAWS)
+    train, test = data.load_data(imagefolder(folder), 32, 0)
+    draws = sample_uniform(0, 0, torch.arange(10), DRAWS)
     draws[:5, 0] = 1  # as large as can be: crops that are cut off by the border, or are the whole image
     for images, drawn in ((train, draws), (test, None)):
         assert isinstance(images, data.ImageFolder)
@@ -876,7 +879,7 @@ def test_images_are_what_torchvision_makes_of_them_pixel_by_pixel(folder: Path) 
 
 def test_training_crops_are_inceptions() -> None:
     width, height = 128, 100
-    boxes = [data.random_crop(height, width, draw.tolist()) for draw in uniform(0, 0, torch.arange(400), DRAWS)]
+    boxes = [data.random_crop(height, width, draw.tolist()) for draw in sample_uniform(0, 0, torch.arange(400), DRAWS)]
     areas, aspects = [], []
     for top, left, h, w in boxes:
         assert 0 <= top <= height - h
@@ -894,7 +897,7 @@ def test_training_crops_are_inceptions() -> None:
 
 def test_training_mirrors_half_of_the_images(folder: Path) -> None:
     images = data.ImageFolder(folder / "train", 16)
-    draws = uniform(0, 0, torch.arange(200), DRAWS)
+    draws = sample_uniform(0, 0, torch.arange(200), DRAWS)
     mirrored = 0
     for draw in draws.split(1):
         plain = draw.clone()
@@ -932,7 +935,7 @@ def test_training_crops_are_the_same_with_and_without_workers_and_on_any_rank(fo
 def test_a_16_bit_png_becomes_bytes_like_any_other_image(folder: Path) -> None:
     where = folder / "val" / "cat" / "3.png"
     Image.fromarray(np.full((40, 40), 128 * 257, np.uint16)).save(where)
-    batch = data.load(imagefolder(folder), 16, 0)[1].fetch(torch.tensor([3, 0]), None)
+    batch = data.load_data(imagefolder(folder), 16, 0)[1].fetch(torch.tensor([3, 0]), None)
     assert batch.images.dtype == torch.uint8
     assert batch.images[0].eq(128).all()
 
@@ -941,7 +944,7 @@ def test_an_animated_gif_is_one_image_or_is_named(folder: Path) -> None:
     where = folder / "val" / "cat" / "0.gif"
     frames = [picture(40, 40, seed) for seed in range(3)]
     frames[0].save(where, save_all=True, append_images=frames[1:])
-    images = data.load(imagefolder(folder), 16, 0)[1]
+    images = data.load_data(imagefolder(folder), 16, 0)[1]
     try:
         outcome = str(tuple(images.fetch(torch.tensor([0]), None).images.shape))
     except UserError as error:
@@ -1014,15 +1017,15 @@ def a_dead_link(root: Path) -> Path:
     ],
 )
 def test_a_spoilt_image_is_named_before_the_run(spoil: Callable[[Path], Path], folder: Path) -> None:
-    formats.check(imagefolder(folder))
+    image_files.check_data(imagefolder(folder))
     path = spoil(folder)
     assert str(path) in complaint(imagefolder(folder), load=False)
-    assert formats.check(imagefolder(folder, check_files=0)) == (2, 10), "no file was to be looked at"
+    assert image_files.check_data(imagefolder(folder, check_files=0)) == (2, 10), "no file was to be looked at"
 
 
 def test_only_as_many_files_are_looked_at_as_asked(folder: Path) -> None:
     path = truncated("train/dog/2.png")(folder)  # the 8th in sorted order
-    formats.check(imagefolder(folder, check_files=7))
+    image_files.check_data(imagefolder(folder, check_files=7))
     assert str(path) in complaint(imagefolder(folder, check_files=8), load=False)
 
 
@@ -1046,8 +1049,8 @@ def test_train_and_val_with_different_classes_are_refused(spoil: Callable[[Path]
 )
 def test_an_image_that_does_not_decode_is_named_in_one_line(content: bytes, workers: int, folder: Path) -> None:
     path = replaced("val/cat/0.jpg", content)(folder)
-    formats.check(imagefolder(folder))  # its first and last bytes are right
-    images = data.load(imagefolder(folder), 16, 0)[1]
+    image_files.check_data(imagefolder(folder))  # its first and last bytes are right
+    images = data.load_data(imagefolder(folder), 16, 0)[1]
     batches = data.loader(Samples(images, 0, augment=False), EvalSampler(6, 2, 0, 1), workers, pin_memory=False)
     with pytest.raises(UserError) as caught:
         next(iter(batches))
@@ -1064,10 +1067,10 @@ def test_an_image_that_does_not_decode_is_named_in_one_line(content: bytes, work
 # Evaluation -------------------------------------------------------------------------------------------------------
 
 
-def linear(size: int) -> tuple[InMemory, Tensor]:
+def linear(size: int) -> tuple[InMemoryImages, Tensor]:
     """A set with random labels, and the weights of a model for it."""
     generator = torch.Generator().manual_seed(7)
-    images = InMemory(noise(size), torch.randint(0, 10, (size,), generator=generator), 10, 0, False)
+    images = InMemoryImages(noise(size), torch.randint(0, 10, (size,), generator=generator), 10, 0, False)
     return images, torch.randn(3 * 8 * 8, 10, dtype=torch.float64, generator=generator)
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep import storage
-from lockstep.checkpoint import fingerprint, names, seal
-from lockstep.proof import difference
+from lockstep.checkpoint import dcp
+from lockstep.checkpoint.layout import fingerprint, names, seal
+from lockstep.verify.trace import difference
 from recipes import ddp, deepspeed_zero
 from tests.harness import command, lines, preload, result, train
 
@@ -124,9 +124,9 @@ def test_deepspeed_s_own_converter_makes_a_universal_checkpoint_of_it(fit: Fit, 
     words = ["--inject_missing_state", "--input_folder", str(folder), "--output_folder", str(tmp_path / "universal")]
     done = command("-m", "deepspeed.checkpoint.ds_to_universal", *words, "--num_merge_workers=1")
     assert done.returncode == 0, done.stderr
-    from lockstep import zero
+    from lockstep.integrations import deepspeed
 
-    _, moments = zero.assemble(folder)
+    _, moments = deepspeed.assembleemble(folder)
     for name, states in moments.items():
         made = {file.stem: torch.load(file) for file in (tmp_path / "universal" / "zero" / name).glob("*.pt")}
         assert torch.equal(made["fp32"]["param"].flatten(), weights[name].flatten()), name
@@ -198,14 +198,14 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On one rank alone, whose fellows DeepSpeed would have wait for it."""
-    write = storage.write_atomically
+    write = dcp.write_atomically
 
     def full(path: Path, content: Any) -> None:
         if path.name.startswith("zero_pp_rank_1_") and path.parent.parent.name.endswith("04"):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(path, content)
 
-    monkeypatch.setattr(storage, "write_atomically", full)
+    monkeypatch.setattr(dcp, "write_atomically", full)
     found = train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, *stage_words(2))
     assert result(tmp_path / "run")["checkpoints_failed"] == 1
     assert [path.name for path in names(tmp_path / "run" / "checkpoints")] == ["step-00000008"]
@@ -214,16 +214,16 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
 
 def test_its_collectives_wait_as_long_as_lockstep_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     preload(deepspeed_zero.train)
-    from lockstep import zero
+    from lockstep.integrations import deepspeed
 
-    make = zero.Files.__init__
+    make = deepspeed.ZeroFiles.__init__
 
     def noting(files: Any, engine: Any, *more: Any) -> None:
         make(files, engine, *more)
         options = engine.data_parallel_group._get_backend(torch.device("cpu")).options
         (tmp_path / "seconds").write_text(str(options._timeout.total_seconds()))
 
-    monkeypatch.setattr(zero.Files, "__init__", noting)
+    monkeypatch.setattr(deepspeed.ZeroFiles, "__init__", noting)
     train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, "max_steps=1", "timeout_seconds=77")
     assert (tmp_path / "seconds").read_text() == "77.0"
 

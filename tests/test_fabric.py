@@ -13,11 +13,11 @@ from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.nn.functional import cross_entropy
 
-from lockstep import preemption
-from lockstep.batchnorm import SyncBatchNorm, convert_sync_batchnorm
-from lockstep.lightning import joined
-from lockstep.proof import difference
-from lockstep.world import World
+from lockstep.distributed import signals
+from lockstep.distributed.process_group import World
+from lockstep.distributed.sync_batchnorm import SyncBatchNorm, convert_sync_batchnorm
+from lockstep.integrations.fabric import joined
+from lockstep.verify.trace import difference
 from recipes import ddp, lightning_fabric, single, sync_batchnorm
 from tests.harness import assert_equal, run_ranks, train
 from tests.narrow import narrow_resnet18
@@ -44,8 +44,8 @@ def test_synchronised_it_is_one_process(tmp_path: Path) -> None:
 def looked_at(world: World, when: str) -> tuple[int, int, bool, int, dict[str, torch.Tensor]]:
     """Layers that synchronise, all-reduces of three pieces, whether signals are still ours, threads, the weights."""
     torch.manual_seed(0)
-    listener = preemption.Listener(lambda words: None)
-    before = [preemption.signal.getsignal(number) for number in preemption.SIGNALS]
+    listener = signals.Listener(lambda words: None)
+    before = [signals.signal.getsignal(number) for number in signals.SIGNALS]
     threads = torch.get_num_threads()
     model = narrow_resnet18(10, nn.BatchNorm2d).double()
     fabric = Fabric(strategy=DDPStrategy(**joined(world)), precision="64-true")
@@ -71,7 +71,7 @@ def looked_at(world: World, when: str) -> tuple[int, int, bool, int, dict[str, t
                 loss = cross_entropy(wrapped(mine), torch.arange(len(mine)))
             fabric.backward(loss / 3)
     optimizer.step()
-    kept = [preemption.signal.getsignal(number) for number in preemption.SIGNALS] == before
+    kept = [signals.signal.getsignal(number) for number in signals.SIGNALS] == before
     listener.close()
     layers = sum(isinstance(layer, SyncBatchNorm) for layer in wrapped.modules())
     return layers, len(reduced), kept, torch.get_num_threads() - threads, dict(model.state_dict())

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep import fit, oom
+from lockstep.config.schema import Config, from_yaml, with_values
+from lockstep.distributed.process_group import World
 from lockstep.errors import CheckFailed
-from lockstep.machine import process_bytes
-from lockstep.proof import with_values
-from lockstep.schema import Config, from_yaml
-from lockstep.world import World
+from lockstep.diagnose import out_of_memory
+from lockstep.launch import batch_size
+from lockstep.memory.usage import process_bytes
 from recipes import ddp
 from tests.harness import _train as train_in_a_rank
 from tests.harness import clean_environment, command, compose_config, run_ranks
@@ -37,26 +37,26 @@ def test_the_search_ends_close_to_the_largest_that_fits(seed: int) -> None:
     """On a line with noise, and with or without a word of the peak of what did not fit."""
     draw = random.Random(seed)
     base, slope = draw.uniform(100, 2000), draw.uniform(0.1, 60)
-    room, most = int(draw.uniform(300, 40_000)), fit.tidy(draw.randint(1, 5000))
+    room, most = int(draw.uniform(300, 40_000)), batch_size.tidy(draw.randint(1, 5000))
     smallest, first = draw.choice([1, 1, 2]), draw.choice([1, 4, 16])
-    trials: dict[int, fit.Trial] = {}
+    trials: dict[int, batch_size.Trial] = {}
 
     def fits(count: int) -> bool:
         assert smallest <= count <= max(smallest, most)
         assert count not in trials, "nothing is tried twice"
         peak = int((base + slope * count) * draw.uniform(0.99, 1.01))
         silent = peak > room and draw.random() < 0.5
-        trials[count] = fit.Trial(peak <= room, None if silent else peak, room)
+        trials[count] = batch_size.Trial(peak <= room, None if silent else peak, room)
         return peak <= room
 
-    found = fit.search(fits, trials, smallest, max(smallest, most), first)
+    found = batch_size.search(fits, trials, smallest, max(smallest, most), first)
     assert len(trials) <= 14
     largest = (room - base) / slope
     if found is None:
         assert largest < smallest * 1.5
         return
     assert trials[found].fits
-    assert found == fit.tidy(found)
+    assert found == batch_size.tidy(found)
     assert found >= min(most, 0.85 * largest - 8)
 
 
@@ -81,20 +81,20 @@ def base_of_a_rank(world: World) -> int:
 def test_the_batch_that_is_found_trains_and_a_larger_one_does_not(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
     """The ranks may have 250 MiB more than they start with."""
     room = max(run_ranks(base_of_a_rank, 2)) + 250 * 2**20
-    monkeypatch.setattr(fit, "host_bytes", lambda: 2 * room)
-    monkeypatch.setattr(fit, "group_bytes", list)
-    monkeypatch.setattr(fit, "SLACK", 2**27)
+    monkeypatch.setattr(batch_size, "host_bytes", lambda: 2 * room)
+    monkeypatch.setattr(batch_size, "group_bytes", list)
+    monkeypatch.setattr(batch_size, "SLACK", 2**27)
     words = ["batch_size=auto", "memory_fraction=1.0", "model.image_size=48", "eval_batch_size=32", "model.norm=group"]
     config = compose_config(ddp.train, *words)
-    size = fit.settle(config, ddp.train, 2, forked)
+    size = batch_size.find_batch_size(config, ddp.train, 2, forked)
     said = capfd.readouterr()
     assert f"batch_size=auto: {size}, {size // 2} images on each of 2: " in said.out
     assert said.err.count("tried") >= 2
     assert 8 <= size < 1437
-    short, *_ = fit.first_allowed(config, ddp.train, 2, 2)
+    short, *_ = batch_size.first_allowed(config, ddp.train, 2, 2)
     larger = 3 * size  # what a copy of this process has to begin with changes by the images of half a batch
-    assert fit.attempt(short, ddp.train, size, room, forked, tmp_path).peak < 1.05 * room
-    assert not fit.attempt(short, ddp.train, larger, room, forked, tmp_path).fits
+    assert batch_size.attempt(short, ddp.train, size, room, forked, tmp_path).peak < 1.05 * room
+    assert not batch_size.attempt(short, ddp.train, larger, room, forked, tmp_path).fits
 
 
 def test_a_trial_that_fails_of_something_else_is_no_answer(tmp_path: Path) -> None:
@@ -105,13 +105,13 @@ def test_a_trial_that_fails_of_something_else_is_no_answer(tmp_path: Path) -> No
         return 3
 
     with pytest.raises(CheckFailed, match="a trial with batch_size=32 failed: error: the cause"):
-        fit.settle(config, ddp.train, 2, broken)
+        batch_size.find_batch_size(config, ddp.train, 2, broken)
 
 
 def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
     config = compose_config(ddp.train, "batch_size=auto", f"out={tmp_path}")
     (tmp_path / "config.yaml").write_text("# recipe: ddp\nbatch_size: 44\n")
-    assert fit.settle(config, ddp.train, 2, lambda *_: 1) == 44
+    assert batch_size.find_batch_size(config, ddp.train, 2, lambda *_: 1) == 44
 
 
 @pytest.mark.slow
@@ -192,7 +192,7 @@ def test_out_of_memory_ends_with_one_page(tmp_path: Path) -> None:
 
 
 def knobs_of(world: World, config: Config, *more: Any) -> list[tuple[str, int]]:
-    return [(knob.setting, knob.saves) for knob in oom.knobs(config, *more)]
+    return [(knob.setting, knob.saves) for knob in out_of_memory.knobs(config, *more)]
 
 
 def test_the_knobs_fit_the_config_and_the_largest_comes_first() -> None:
@@ -222,9 +222,9 @@ def test_what_means_that_there_is_no_memory() -> None:
     cpu = torch.device("cpu")
     allocator = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9437184 bytes. Error code 12"
     for error in (MemoryError(), torch.OutOfMemoryError(CUDA), RuntimeError(allocator), RuntimeError("std::bad_alloc")):
-        assert oom.ran_out(error, cpu)
+        assert out_of_memory.ran_out(error, cpu)
     for other in (RuntimeError("shape '[2]' is invalid"), ValueError(allocator), KeyError("memory")):
-        assert not oom.ran_out(other, cpu)
-    assert oom.asked_for(RuntimeError(allocator)) == 9437184
-    assert oom.asked_for(torch.OutOfMemoryError(CUDA)) == int(2.5 * 2**30)
-    assert oom.asked_for(MemoryError()) is None
+        assert not out_of_memory.ran_out(other, cpu)
+    assert out_of_memory.asked_for(RuntimeError(allocator)) == 9437184
+    assert out_of_memory.asked_for(torch.OutOfMemoryError(CUDA)) == int(2.5 * 2**30)
+    assert out_of_memory.asked_for(MemoryError()) is None

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
-from lockstep.checkpoint import names
-from lockstep.checks import complete
+from lockstep.checkpoint.dcp import described
+from lockstep.checkpoint.layout import names
+from lockstep.config.run_directory import freeze
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.proof import angle, difference
+from lockstep.launch.validate import validate
 from lockstep.run import Run
-from lockstep.rundir import freeze
-from lockstep.storage import described
-from lockstep.world import World
+from lockstep.verify.trace import angle, difference
 from recipes import ddp, fsdp, single
 from tests.harness import compose_config, lines, result, run_ranks, train
 from tests.test_resume import PROOF, newest
@@ -112,7 +112,7 @@ def precisions(world: World, config: Any, out: str) -> dict[str, list[str]]:
 
 def test_bf16_computes_in_bf16_but_for_batch_norm_s_weights_the_loss_and_the_gradients(tmp_path: Path) -> None:
     config = compose_config(fsdp.train, *SHORT, "precision=bf16", f"out={tmp_path / 'run'}")
-    complete(config, fsdp.train, 2)
+    validate(config, fsdp.train, 2)
     for seen in run_ranks(precisions, 2, config, str(freeze(config, "fsdp"))):
         assert seen["layer2.0.conv1"] == seen["fc"] == ["bfloat16"] * 3
         assert seen["layer2.0.bn1"] == ["bfloat16", "float32", "bfloat16"]
@@ -222,7 +222,7 @@ def optimizer_first(world: World, config: Any, out: str) -> str:
 
 def test_an_optimizer_made_before_the_model_was_sharded_is_refused(tmp_path: Path) -> None:
     config = compose_config(fsdp.train, *SHORT, f"out={tmp_path / 'run'}")
-    complete(config, fsdp.train, 2)
+    validate(config, fsdp.train, 2)
     said = run_ranks(optimizer_first, 2, config, str(freeze(config, "fsdp")))
     assert said[0] == said[1]
     assert said[0].startswith("optimizer: holds tensors that are not the model's parameters")

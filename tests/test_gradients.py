@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from lockstep import checkpoint, gradients
+from lockstep.callbacks import gradient_stats
+from lockstep.checkpoint import layout
+from lockstep.distributed.process_group import World
 from lockstep.run import Run
-from lockstep.world import World
 from recipes import ddp, deepspeed_zero, single
 from tests.harness import assert_equal, compose_config, execute, lines, result, run_ranks, train
 
@@ -119,7 +120,7 @@ class Poisoned(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return gradients[0] * float("nan")
+        return gradient_stats[0] * float("nan")
 
 
 def poison(where: str, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +165,7 @@ def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, mo
     with pytest.raises(AssertionError, match=said):
         execute(train, tmp_path / "run", ranks, *words, *pieces)
     assert [line["step"] for line in numbers(tmp_path / "run")] == list(range(1, step))
-    assert checkpoint.names(tmp_path / "run" / "checkpoints")[0].name == f"step-{step - 1:08d}"
+    assert layout.names(tmp_path / "run" / "checkpoints")[0].name == f"step-{step - 1:08d}"
     assert not (tmp_path / "run" / "model.pt").exists()
 
 
@@ -254,7 +255,7 @@ def test_off_costs_nothing(words: tuple[str, ...], count: int, tmp_path: Path) -
 
 
 def test_a_loud_layer_is_named_once_in_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "WARN_STEPS", 2)
+    monkeypatch.setattr(gradient_stats, "WARN_STEPS", 2)
     execute(ddp.train, tmp_path / "run", 2, *SHORT, "max_steps=4", "epochs=2", "gradients.warn_above=0.05")
     log = (tmp_path / "run" / "ranks" / "0.log").read_text()
     named = re.findall(r"step (\d): gradient norm (\S+) of (\S+) is above 0.05", log)
@@ -298,7 +299,7 @@ def test_histograms_are_those_of_the_whole_tensors(name: str, tmp_path: Path) ->
             close = pytest.approx([b["low"], b["high"], b["total"], b["squares"]], rel=1e-3, abs=1e-4)
             assert [a["low"], a["high"], a["total"], a["squares"]] == close
         drawn = theirs[f"weights/{parameter}"]
-        expected = torch.histc(tensor, gradients.BINS, drawn["low"], drawn["high"]).int().tolist()
+        expected = torch.histc(tensor, gradient_stats.BINS, drawn["low"], drawn["high"]).int().tolist()
         assert drawn["counts"] == expected
 
 

@@ -19,10 +19,11 @@ import pytest
 import torch.distributed as dist
 
 from launchers import torchrun
-from lockstep import pulse, rank, world
-from lockstep.checks import complete
-from lockstep.inquest import Inquest
-from lockstep.rundir import freeze
+from lockstep.config.run_directory import freeze
+from lockstep.diagnose.watchdog import Watchdog
+from lockstep.distributed import environment, heartbeat, process_group
+from lockstep.launch import worker
+from lockstep.launch.validate import validate
 from tests import hanging
 from tests.harness import compose_config, renew_threads
 from tests.test_start_paths import free_port
@@ -43,7 +44,7 @@ class Ended:
 def begin(folder: Path, how: str, who: int, words: tuple[str, ...], start: Any) -> Any:
     """`start(out)`, in a process of its own, for a fresh run of the recipe; what it says goes to `said`."""
     config = compose_config(hanging.train, f"out={folder / 'run'}", f"timeout_seconds={LIMIT}", *WORDS, *words)
-    complete(config, hanging.train, 2)
+    validate(config, hanging.train, 2)
     out = freeze(config, hanging.train.name)
     assert out is not None
 
@@ -53,7 +54,7 @@ def begin(folder: Path, how: str, who: int, words: tuple[str, ...], start: Any) 
         for number, name in ((1, "printed"), (2, "said")):
             os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-        os.environ |= {"HOW": how, "WHO": str(who), "SAID": str(folder / "said"), rank.RUN_DIRECTORY: str(out)}
+        os.environ |= {"HOW": how, "WHO": str(who), "SAID": str(folder / "said"), environment.RUN_DIRECTORY: str(out)}
         code = start(out)
         sys.stderr.flush()
         (folder / "ended").write_text(str(time.time()))
@@ -65,7 +66,7 @@ def begin(folder: Path, how: str, who: int, words: tuple[str, ...], start: Any) 
 
 
 def launched(out: Path) -> int:
-    variables = {rank.RUN_DIRECTORY: str(out), rank.LAUNCHER: str(os.getpid())}
+    variables = {environment.RUN_DIRECTORY: str(out), environment.LAUNCHER: str(os.getpid())}
     return torchrun.launch("tests.hanging", variables, nproc=2, start="fork")
 
 
@@ -210,27 +211,27 @@ def test_ranks_that_are_slow_all_alike_are_left_alone(outcomes: dict[str, Ended]
     assert re.match(words, found.said), found.said
     assert found.said.count("\n") == 1, found.said
     assert found.seconds > 2 * LIMIT
-    assert [pulse.read(found.ranks, rank)["end"] for rank in range(2)] == [pulse.FINISHED] * 2
+    assert [heartbeat.read(found.ranks, worker)["end"] for worker in range(2)] == [heartbeat.FINISHED] * 2
     assert not list(found.ranks.glob("*.stack"))
 
 
 # The words --------------------------------------------------------------------------------------------------------
 
 
-def facts(rank: int, number: int = 7, *, step: int = 3, call: str = "loss.backward() (ddp.py:50)") -> pulse.Facts:
+def facts(rank: int, number: int = 7, *, step: int = 3, call: str = "loss.backward() (ddp.py:50)") -> heartbeat.Facts:
     collectives = {"0": [number, "all_reduce", "[490]"]}
     place = {"step": step, "phase": "training", "call": call, "collectives": collectives, "last": "0"}
-    return {"rank": rank, "host": f"node{rank // 8}", **place}
+    return {"rank": worker, "host": f"node{worker // 8}", **place}
 
 
-def verdict(everyone: list[pulse.Facts], folder: Path, **states: str) -> list[str]:
+def verdict(everyone: list[heartbeat.Facts], folder: Path, **states: str) -> list[str]:
     """Asked for by rank 0; of the ranks `r3=...` that did not answer, the state."""
-    found = [states.get(f"r{rank}", "answered") for rank in range(len(everyone))]
-    return pulse.verdict(everyone, found, asker=0, seconds=300, folder=folder).splitlines()
+    found = [states.get(f"r{worker}", "answered") for worker in range(len(everyone))]
+    return heartbeat.verdict(everyone, found, asker=0, seconds=300, folder=folder).splitlines()
 
 
 def test_of_a_thousand_ranks_the_one_that_is_missing_is_named(tmp_path: Path) -> None:
-    everyone = [facts(rank) for rank in range(1000)]
+    everyone = [facts(worker) for worker in range(1000)]
     everyone[613] = facts(613, 6, call="evaluate() (mine.py:7)")
     head, *rows = verdict(everyone, tmp_path)
     assert head.startswith("rank 613 (node76) has not come to all_reduce no. 7 of [490], in which ranks 0 (node0), 1 (")
@@ -274,14 +275,14 @@ def test_a_word_that_came_by_the_files_alone_is_that_of_a_rank_that_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1's network is lost, and the file system is another one's: seen from rank 0, which serves the store."""
-    there = pulse.Pulse(tmp_path, 1)
+    there = heartbeat.Heartbeat(tmp_path, 1)
     there.enter("training", 3)
     there.tell(call="loss.backward()", collectives={}, last="", asked=True, host="node9")
-    monkeypatch.setattr("lockstep.inquest.ANSWER_SECONDS", 0.2)
-    monkeypatch.setattr("lockstep.inquest.STORE_SECONDS", 0.2)
-    heart = pulse.Pulse(tmp_path, 0)
+    monkeypatch.setattr("lockstep.diagnose.watchdog.ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr("lockstep.diagnose.watchdog.STORE_SECONDS", 0.2)
+    heart = heartbeat.Heartbeat(tmp_path, 0)
     heart.enter("training", 3)
-    inquest = Inquest(heart, tmp_path, Deaf(), 2, LIMIT, end=lambda _: None, say=print)
+    inquest = Watchdog(heart, tmp_path, Deaf(), 2, LIMIT, end=lambda _: None, say=print)
     found = inquest.ask(RuntimeError("Timed out waiting 6000ms"))
     assert found.speaks
     words = f"rank 1 (node9) can no longer be reached from rank 0 ({HERE}), where all meet (timeout_seconds={LIMIT})\n"
@@ -292,13 +293,13 @@ def test_a_word_that_came_by_the_files_alone_is_that_of_a_rank_that_is_cut_off(
 
 def test_a_rank_that_was_stopped_takes_over_what_was_found_meanwhile(tmp_path: Path) -> None:
     """Its own store hands it the other rank's testimony, which is older than the verdict in that rank's file."""
-    there = pulse.Pulse(tmp_path, 1)
+    there = heartbeat.Heartbeat(tmp_path, 1)
     there.enter("training", 3)
     there.tell(call="loss.backward()", collectives={}, last="", asked=True)
     store = Deaf()
     store.set("hang/1", json.dumps(there.facts))
     there.tell(end="rank 0 stands still", stuck=True, spoke=True)
-    inquest = Inquest(pulse.Pulse(tmp_path, 0), tmp_path, store, 2, LIMIT, end=lambda _: None, say=print)
+    inquest = Watchdog(heartbeat.Heartbeat(tmp_path, 0), tmp_path, store, 2, LIMIT, end=lambda _: None, say=print)
     found = inquest.ask(RuntimeError("Connection closed by peer"))
     inquest.close()
     assert (str(found), found.speaks) == ("rank 0 stands still", False)
@@ -306,9 +307,9 @@ def test_a_rank_that_was_stopped_takes_over_what_was_found_meanwhile(tmp_path: P
 
 def test_what_an_earlier_attempt_left_is_kept(tmp_path: Path) -> None:
     for words in ("first", "second", ""):
-        pulse.keep_stack(tmp_path, 0)
+        heartbeat.keep_stack(tmp_path, 0)
         (tmp_path / "0.stack").write_text(words)
-    pulse.keep_stack(tmp_path, 0)  # an empty one is not
+    heartbeat.keep_stack(tmp_path, 0)  # an empty one is not
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "0.stack.1": "first",
         "0.stack.2": "second",
@@ -320,18 +321,18 @@ def test_a_link_that_is_lost_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The box pulls a real one, in test_slurm."""
     for name in ("lo", "nothing-there", "lo,eth0"):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
-        assert world.lost_link() == ""
+        assert process_group.lost_link() == ""
 
 
 def test_a_full_disk_costs_the_heartbeat_and_not_the_run(tmp_path: Path) -> None:
-    heart = pulse.Pulse(tmp_path / "nowhere", 0)
+    heart = heartbeat.Heartbeat(tmp_path / "nowhere", 0)
     heart.enter("training", 1)
     assert heart.facts["step"] == 1
-    assert pulse.read(tmp_path / "nowhere", 0) == {"rank": 0}
+    assert heartbeat.read(tmp_path / "nowhere", 0) == {"rank": 0}
 
 
 def test_a_heartbeat_never_outgrows_its_file(tmp_path: Path) -> None:
-    heart = pulse.Pulse(tmp_path, 0)
+    heart = heartbeat.Heartbeat(tmp_path, 0)
     heart.tell(collectives={str(group): [1, "all_reduce", "[1]"] for group in range(1000)}, last="7", call="here")
-    assert (tmp_path / "0.heartbeat").stat().st_size == pulse.SIZE
-    assert pulse.read(tmp_path, 0)["call"] == "here"
+    assert (tmp_path / "0.heartbeat").stat().st_size == heartbeat.SIZE
+    assert heartbeat.read(tmp_path, 0)["call"] == "here"

@@ -110,7 +110,7 @@ def test_the_library_imports_neither() -> None:
 
 def test_a_recipe_loads_no_heavy_package_before_it_needs_one() -> None:
     """What `import recipes.ddp` loads is what every rank waits for."""
-    unasked = HEAVY | {"lockstep.profiling", "lockstep.exposed"}
+    unasked = HEAVY | {"lockstep.callbacks.profiler", "lockstep.callbacks.communication"}
     script = f"import sys, recipes.ddp; print(sorted({unasked!r} & set(sys.modules)))"
     said = command("-c", script)
     assert said.stdout.strip() == "[]", said.stdout + said.stderr

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lockstep import preemption
-from lockstep.app import Recipe
-from lockstep.checkpoint import names
-from lockstep.checks import complete
-from lockstep.rundir import freeze
-from lockstep.schema import to_yaml
-from lockstep.world import World
+from lockstep.checkpoint.layout import names
+from lockstep.config.run_directory import freeze
+from lockstep.config.schema import to_yaml
+from lockstep.distributed import signals
+from lockstep.distributed.process_group import World
+from lockstep.launch.validate import validate
+from lockstep.recipe import Recipe
 from recipes import ddp, lightning_trainer, single, sync_batchnorm
 from tests.harness import command, compose_config, execute, lines, preload, result, run_ranks
 from tests.test_resume import DATA, SHORT, interrupted
@@ -111,12 +111,12 @@ def test_each_rank_goes_on_drawing_its_own_random_numbers(tmp_path: Path, monkey
 
 def test_signals_stop_all_ranks_together_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first step, where an epoch ends without an evaluation, within an epoch, and after an evaluation."""
-    monkeypatch.setattr(preemption, "AGREE_SECONDS", 0)  # these steps are so short that the run would be over
+    monkeypatch.setattr(signals, "AGREE_SECONDS", 0)  # these steps are so short that the run would be over
     words = (*SHORT, "checkpoint.every=null", "eval_every=2", f"out={tmp_path / 'run'}")
     preload(TRAINER)
     for rank, step in ((0, 0), (1, 4), (0, 6), (1, 8)):
         config = compose_config(TRAINER, *words)
-        complete(config, TRAINER, 2)
+        validate(config, TRAINER, 2)
         out = freeze(config, TRAINER.name)
         assert run_ranks(interrupted, 2, TRAINER.target, config, str(out), rank, step) == ["SIGTERM"] * 2
         assert (result(tmp_path / "run")["status"], result(tmp_path / "run")["steps"]) == ("preempted", step)
@@ -129,18 +129,18 @@ def test_signals_stop_all_ranks_together_and_lose_nothing(tmp_path: Path, monkey
 
 def handlers_while_training(world: World, config: str, out: str) -> list[Any]:
     """The handlers of each step, after one of ours was put there before."""
+    from lockstep.config.schema import from_yaml
     from lockstep.run import Run
-    from lockstep.schema import from_yaml
 
     seen = []
 
     def noted(*args: Any) -> torch.Tensor:
-        seen.append([signal.getsignal(sign) is ours for sign in preemption.SIGNALS])
+        seen.append([signal.getsignal(sign) is ours for sign in signals.SIGNALS])
         return cross_entropy(*args)
 
     def ours(*_: Any) -> None: ...
 
-    for sign in preemption.SIGNALS:
+    for sign in signals.SIGNALS:
         signal.signal(sign, ours)
     import_module(TRAINER.target).cross_entropy = noted
     TRAINER(Run(TRAINER.name, from_yaml(config), world, Path(out), quiet=True))
@@ -150,7 +150,7 @@ def handlers_while_training(world: World, config: str, out: str) -> list[Any]:
 def test_lightning_leaves_the_signals_alone(tmp_path: Path) -> None:
     preload(TRAINER)
     config = compose_config(TRAINER, *SHORT, f"out={tmp_path / 'run'}", "max_steps=2")
-    complete(config, TRAINER, 1)
+    validate(config, TRAINER, 1)
     out = freeze(config, TRAINER.name)
     assert run_ranks(handlers_while_training, 1, to_yaml(config), str(out)) == [[[True] * 4] * 2]
 

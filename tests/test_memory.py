@@ -14,12 +14,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 
-from lockstep import Run, machine
-from lockstep.machine import Meter, group_bytes, process_bytes
-from lockstep.memory import KINDS, Ledger, foretell, layers, predict, sharded, size
-from lockstep.models import build_model
-from lockstep.schema import Config
-from lockstep.world import World
+from lockstep import Run
+from lockstep.callbacks.device_stats import DeviceStats
+from lockstep.config.schema import Config
+from lockstep.distributed.process_group import World
+from lockstep.memory import usage
+from lockstep.memory.tracker import KINDS, MemoryTracker, foretell, layers, predict, sharded, size
+from lockstep.memory.usage import group_bytes, process_bytes
+from lockstep.models.resnet import build_model
 from recipes import choose, doctor
 from tests.harness import execute, lines, result, run_ranks
 
@@ -62,8 +64,8 @@ def test_every_recipe_reports_what_its_ranks_hold_and_keeps_no_graph(name: str, 
 def test_the_progress_line_says_how_busy_the_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU with clocks made up; a GPU's figures with the driver's words put in."""
     clocks = SimpleNamespace(perf_counter=iter((10.0, 12.0)).__next__, process_time=iter((5.0, 8.0)).__next__)
-    monkeypatch.setattr(machine, "time", clocks)
-    words, figures = Meter(torch.device("cpu")).read()
+    monkeypatch.setattr(usage, "time", clocks)
+    words, figures = DeviceStats(torch.device("cpu")).read()
     busy, used = re.fullmatch(r"([\d.]+) cores busy, ([\d,]+) MiB", words).groups()  # type: ignore[union-attr]
     assert busy == "1.5"
     monkeypatch.undo()
@@ -71,7 +73,7 @@ def test_the_progress_line_says_how_busy_the_device_is(monkeypatch: pytest.Monke
     assert figures == {}
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 4 * 2**30))
     monkeypatch.setattr(torch.cuda, "utilization", lambda device: 87)
-    words, figures = Meter(torch.device("cuda", 0)).read()
+    words, figures = DeviceStats(torch.device("cuda", 0)).read()
     assert words == "GPU 87% busy, 3,072 of 4,096 MiB"
     assert figures == {"gpu_memory_bytes": 3 * 2**30, "gpu_memory_share": 0.75, "gpu_busy": 0.87}
 
@@ -79,7 +81,7 @@ def test_the_progress_line_says_how_busy_the_device_is(monkeypatch: pytest.Monke
         raise ModuleNotFoundError("nvidia-ml-py does not seem to be installed")
 
     monkeypatch.setattr(torch.cuda, "utilization", missing)
-    assert Meter(torch.device("cuda", 0)).read()[0] == "3,072 of 4,096 MiB"
+    assert DeviceStats(torch.device("cuda", 0)).read()[0] == "3,072 of 4,096 MiB"
 
 
 def test_counting_changes_no_bit(tmp_path: Path) -> None:
@@ -105,7 +107,7 @@ def predicted_and_real(world: World) -> None:
         dtype = torch.float64 if precision == "fp64" else torch.float32
         model = build_model(config.model).to(dtype)
         optimizer: Any = SGD(model.parameters(), momentum=0.9) if optim == "sgd" else AdamW(model.parameters())
-        ledger = Ledger(model)
+        ledger = MemoryTracker(model)
         with ledger, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             cross_entropy(model(torch.randn(6, 3, 16, 16, dtype=dtype)), torch.zeros(6, dtype=torch.int64)).backward()
         gradients = {name: size(parameter.grad) for name, parameter in model.named_parameters()}

@@ -12,10 +12,10 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from lockstep.metrics import Evaluation, Tally
-from lockstep.order import EvalSampler
+from lockstep.data.sampler import EvalSampler
+from lockstep.distributed.process_group import World
 from lockstep.run import Run
-from lockstep.world import World
+from lockstep.training.evaluate import Evaluation, Tally
 from tests.harness import ROOT, execute, lines, preload, result, run_ranks
 from tests.test_run import in_run
 

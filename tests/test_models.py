@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torchvision.models import resnet
 
-from lockstep.models import build_model, count_parameters
-from lockstep.schema import ModelConfig
+from lockstep.config.schema import ModelConfig
+from lockstep.models.parameters import count_parameters
+from lockstep.models.resnet import build_model
 
 
 def model(**changes) -> nn.Module:  # type: ignore[no-untyped-def]

@@ -19,15 +19,15 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep import data
-from lockstep.checks import complete
+from lockstep.config.run_directory import freeze
+from lockstep.config.schema import from_yaml
+from lockstep.data import images as data
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.models import build_model
-from lockstep.monitor import Csv
+from lockstep.launch.validate import validate
+from lockstep.loggers.csv import CsvLogger
+from lockstep.models.resnet import build_model
 from lockstep.run import Run
-from lockstep.rundir import freeze
-from lockstep.schema import from_yaml
-from lockstep.world import World
 from recipes import ddp, single
 from tests.harness import ROOT, compose_config, execute, lines, result, run_ranks
 from tests.processes import as_a_shell, wait_until
@@ -141,7 +141,7 @@ def killed(world: World, config: Any, out: str, pid: str) -> None:
 
 def test_a_killed_run_s_curves_are_whole_in_the_end_and_its_service_is_gone(tmp_path: Path) -> None:
     config = compose_config(single.train, *WORDS, f"out={tmp_path / 'run'}")
-    complete(config, single.train, 1)
+    validate(config, single.train, 1)
     out = freeze(config, "single")
     with pytest.raises(AssertionError, match="died without a word"):
         run_ranks(killed, 1, config, str(out), str(tmp_path / "pid"))
@@ -194,7 +194,7 @@ def test_without_the_package_one_line_says_how_to_get_it(monkeypatch: pytest.Mon
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
     with pytest.raises(UserError, match=r"^monitor=wandb needs the package wandb, .* pip install 'lockstep\[wandb\]'$"):
-        complete(compose_config(single.train, "monitor=[csv,wandb]"), single.train, 1)
+        validate(compose_config(single.train, "monitor=[csv,wandb]"), single.train, 1)
 
 
 def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> N
         found.append(result(tmp_path / str(ranks))["misclassified"])
     assert found[0] == found[1]
     config = from_yaml((tmp_path / "1" / "config.yaml").read_text())
-    _, images = data.load(config.data, 8, 0)
+    _, images = data.load_data(config.data, 8, 0)
     model = build_model(config.model).eval()
     model.load_state_dict(torch.load(tmp_path / "1" / "model.pt", weights_only=True))
     batch = images.fetch(torch.arange(len(images)), None)
@@ -263,11 +263,11 @@ def started(stream: Any) -> Iterator[str]:
 
 
 def test_a_csv_that_goes_on_with_other_columns_keeps_its_rows(tmp_path: Path) -> None:
-    before = Csv(tmp_path, 0, ["gradient_norm"])
+    before = CsvLogger(tmp_path, 0, ["gradient_norm"])
     for step in (1, 2, 3):
         before.log({"step": step, "loss": 0.5, "gradient_norm": float(step)})
     before.close()
-    after = Csv(tmp_path, 2, ["gradient_norm/fc"])
+    after = CsvLogger(tmp_path, 2, ["gradient_norm/fc"])
     after.log({"step": 3, "loss": 0.25, "gradient_norm/fc": 7.0})
     after.close()
     rows = list(csv.DictReader((tmp_path / "metrics.csv").open()))

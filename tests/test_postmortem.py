@@ -13,16 +13,16 @@ from typing import Any
 import pytest
 
 from lockstep import Run
-from lockstep.checks import complete
-from lockstep.data import Samples
+from lockstep.config.run_directory import freeze
+from lockstep.config.schema import Config, from_yaml, to_yaml
+from lockstep.data.images import Samples
+from lockstep.diagnose.evidence import collect, error_in
+from lockstep.diagnose.findings import Finding
+from lockstep.diagnose.postmortem import judge
+from lockstep.distributed.heartbeat import HUNGRY, VERDICT, Heartbeat
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.findings import Finding
-from lockstep.postmortem import judge
-from lockstep.pulse import HUNGRY, VERDICT, Pulse
-from lockstep.remains import collect, error_in
-from lockstep.rundir import freeze
-from lockstep.schema import Config, from_yaml, to_yaml
-from lockstep.world import World
+from lockstep.launch.validate import validate
 from recipes import ddp, doctor
 from tests.harness import command, compose_config, execute, result, run_ranks
 from tests.processes import wait_until
@@ -243,8 +243,8 @@ def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
 
 def trained(world: World, config: str, out: str, how: str) -> None:
     """Train with heartbeats, and a rank 1 that computes 50 ms more in each step, or whose images come 20 ms later."""
-    Pulse._delayed = lambda self: 0.0  # type: ignore[method-assign]  # what others do on this machine is not the question
-    world = replace(world, pulse=Pulse(Path(out) / "ranks", world.rank))
+    Heartbeat._delayed = lambda self: 0.0  # type: ignore[method-assign]  # what others do on this machine is not the question
+    world = replace(world, pulse=Heartbeat(Path(out) / "ranks", world.rank))
     if world.rank == 1 and how == "slow":
         loss = ddp.cross_entropy
 
@@ -265,7 +265,7 @@ def trained(world: World, config: str, out: str, how: str) -> None:
 @pytest.mark.parametrize("how", ["slow", "data"])
 def test_real_heartbeats_name_the_slow_rank(how: str, tmp_path: Path) -> None:
     config = compose_config(ddp.train, f"out={tmp_path / 'run'}", *SHORT, "max_steps=20")
-    complete(config, ddp.train, 2)
+    validate(config, ddp.train, 2)
     run_ranks(trained, 2, to_yaml(config), str(freeze(config, "ddp")), how)
     found = read(tmp_path / "run")
     check = {"slow": "slowest", "data": "data"}[how]

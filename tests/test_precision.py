@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy
 
 from lockstep import run
 from lockstep.errors import UserError
-from lockstep.precision import Scaler
-from lockstep.proof import angle
 from lockstep.run import Run
+from lockstep.training.precision import Scaler
+from lockstep.verify.trace import angle
 from recipes import (
     checkpoint_resume,
     ddp,

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from launchers.local import Forwarded, attempts
-from lockstep.preemption import Listener
+from lockstep.distributed.signals import Listener
 from recipes import ddp
 from tests import harness
 from tests.harness import clean_environment, command, lines, result, train

@@ -17,13 +17,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep import Run, files, links, survey
-from lockstep.findings import failed
-from lockstep.links import measure, plot, rounds
-from lockstep.machine import control_groups
-from lockstep.preflight import Asked, judge, minutes_left
-from lockstep.survey import core_quota, kind_of, leaders, notice, unmet
-from lockstep.world import World
+from lockstep import Run
+from lockstep.diagnose import bandwidth, probes
+from lockstep.diagnose.bandwidth import measure, plot, rounds
+from lockstep.diagnose.findings import failed
+from lockstep.diagnose.preflight import Asked, judge, minutes_left
+from lockstep.diagnose.probes import core_quota, kind_of, leaders, notice, unmet
+from lockstep.distributed.process_group import World
+from lockstep.memory.usage import control_groups
+from lockstep.utils import files
 from recipes import ddp, doctor
 from tests.cluster import Box
 from tests.harness import command, execute, run_ranks
@@ -100,14 +102,15 @@ def machines(*hosts: str, gpu: bool = False) -> list[Facts]:
 
 def speeds(hosts: tuple[str, ...], slow: tuple[int, int] | None = None, between: float = 2e9) -> Facts:
     rows = [
-        {"bytes": size, "seconds": 1e-4 + size / 1e9, "bandwidth": size / (1e-4 + size / 1e9)} for size in links.SIZES
+        {"bytes": size, "seconds": 1e-4 + size / 1e9, "bandwidth": size / (1e-4 + size / 1e9)}
+        for size in bandwidth.SIZES
     ]
     pairs = []
     for a, b in combinations(range(len(hosts)), 2):
         rate = 8e9 if hosts[a] == hosts[b] else between
         rate /= 10 if (a, b) == slow else 1
         pairs.append({"ranks": (a, b), "hosts": [hosts[a], hosts[b]], "latency": 3e-5, "bandwidth": rate})
-    return {"collectives": dict.fromkeys(links.SHORT, rows), "pairs": pairs}
+    return {"collectives": dict.fromkeys(bandwidth.SHORT, rows), "pairs": pairs}
 
 
 FOUR = ("node1", "node1", "node2", "node2")
@@ -469,11 +472,11 @@ def test_requirements_that_are_not_met_are_found(monkeypatch: pytest.MonkeyPatch
         'windows-only; sys_platform == "win32"',
         'extra-only; extra == "gpu"',
     ]
-    monkeypatch.setattr(survey.metadata, "requires", lambda package: wanted)
+    monkeypatch.setattr(probes.metadata, "requires", lambda package: wanted)
     first, second = unmet(["torchvision"])
     assert re.fullmatch(r"torchvision \S+ wants torch==1\.0, and \S+ is installed", first)
     assert second.endswith("wants nowhere>=2, which is not installed")
-    monkeypatch.setattr(survey.metadata, "requires", lambda package: None)
+    monkeypatch.setattr(probes.metadata, "requires", lambda package: None)
     assert list(unmet(["torchvision"])) == []
 
 
@@ -498,7 +501,7 @@ def test_a_job_s_words_are_read() -> None:
 
 def test_links_of_real_ranks_are_measured_and_a_slow_pair_named() -> None:
     found = run_ranks(measured, 3)
-    assert found[0]["collectives"].keys() == links.SHORT.keys()
+    assert found[0]["collectives"].keys() == bandwidth.SHORT.keys()
     for name, rows in found[0]["collectives"].items():
         factor = {"all_reduce": 4 / 3, "pair": 1}.get(name, 2 / 3)
         for row, size in zip(rows, (2**12, 2**16), strict=True):
@@ -516,21 +519,21 @@ def test_links_of_real_ranks_are_measured_and_a_slow_pair_named() -> None:
 
 def measured(world: World) -> Facts:
     """With a link between ranks 0 and 2 that takes 50 ms, whatever it carries."""
-    carry = links.carry
+    carry = bandwidth.carry
 
     def slowly(way: Any, parcel: torch.Tensor, peer: int) -> None:
         if {world.rank, peer} == {0, 2} and way is dist.isend:
             time.sleep(0.05)
         carry(way, parcel, peer)
 
-    links.carry, links.TIMES, links.PINGS = slowly, 3, 2
-    links.PAIR_SIZES = {"cpu": 2**16}
+    bandwidth.carry, bandwidth.TIMES, bandwidth.PINGS = slowly, 3, 2
+    bandwidth.PAIR_SIZES = {"cpu": 2**16}
     return measure(world, (2**12, 2**16))
 
 
 def looks(world: World, out: str, trouble: str) -> Facts:
     """What a rank finds of the others, with something that is really wrong."""
-    survey.PATIENCE_SECONDS, survey.SWAP_SECONDS, survey.BLOCK_BYTES = 0.5, 0.2, 2**20
+    probes.PATIENCE_SECONDS, probes.SWAP_SECONDS, probes.BLOCK_BYTES = 0.5, 0.2, 2**20
     folder = Path(out)
     if trouble == "apart":
         folder = folder / str(world.rank)
@@ -544,7 +547,7 @@ def looks(world: World, out: str, trouble: str) -> Facts:
 
         files.write_atomically = write  # type: ignore[assignment]
     if trouble == "no lock":
-        survey.fcntl.lockf = lambda *_: None  # type: ignore[assignment]
+        probes.fcntl.lockf = lambda *_: None  # type: ignore[assignment]
     reduce = dist.all_reduce
     if trouble in ("bits", "sum") and world.rank == 1:
 
@@ -556,16 +559,16 @@ def looks(world: World, out: str, trouble: str) -> Facts:
         dist.all_reduce = broken
     if trouble == "clock" and world.rank == 1:
         world.hosts[:] = ["here", "there"]
-        survey.time = type("Ahead", (), {"time": staticmethod(lambda: time.time() + 3)})  # type: ignore[assignment]
+        probes.time = type("Ahead", (), {"time": staticmethod(lambda: time.time() + 3)})  # type: ignore[assignment]
     if trouble == "clock":
         world.hosts[:] = ["here", "there"]
-        return {"clock": survey.clock(world)}
+        return {"clock": probes.clock(world)}
     if trouble == "slow":
         product = torch.Tensor.__matmul__
         if world.rank == 1:
             torch.Tensor.__matmul__ = lambda a, b: (time.sleep(0.1), product(a, b))[1]  # type: ignore[method-assign]
-        return {"pace": survey.pace(world)}
-    return {"files": survey.shared_files(world, folder), "determinism": survey.determinism(world)}
+        return {"pace": probes.pace(world)}
+    return {"files": probes.shared_files(world, folder), "determinism": probes.determinism(world)}
 
 
 REAL = {
@@ -602,10 +605,10 @@ def test_real_ranks_find_what_is_wrong(trouble: str, tmp_path: Path) -> None:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter measurements, for this process and the ranks it forks."""
-    monkeypatch.setattr(links, "SIZES", links.SIZES[:3])
-    monkeypatch.setattr(links, "PAIR_SIZES", {"cpu": 2**12})
-    monkeypatch.setattr(survey, "SWAP_SECONDS", 0.1)
-    monkeypatch.setattr(survey, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(bandwidth, "SIZES", bandwidth.SIZES[:3])
+    monkeypatch.setattr(bandwidth, "PAIR_SIZES", {"cpu": 2**12})
+    monkeypatch.setattr(probes, "SWAP_SECONDS", 0.1)
+    monkeypatch.setattr(probes, "BLOCK_BYTES", 2**20)
 
 
 @pytest.mark.usefixtures("narrow", "quick")
@@ -628,7 +631,7 @@ def test_this_machine_passes(ranks: int, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("narrow", "quick")
 def test_where_a_run_would_fail_the_exit_code_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(survey, "disk", lambda folder, rank: {"error": "OSError: No space left on device"})
+    monkeypatch.setattr(probes, "disk", lambda folder, rank: {"error": "OSError: No space left on device"})
     with pytest.raises(AssertionError, match="a run would fail here: files; see preflight"):
         execute(doctor.train, tmp_path / "run", 2)
     report = json.loads((tmp_path / "run" / "preflight.json").read_text())

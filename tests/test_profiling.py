@@ -13,11 +13,11 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from lockstep import metrics
-from lockstep.exposed import BRIDGE, Event, Interval, common, exposed, forest, length, minus, union
-from lockstep.profiling import DATA, STEP, Profiler, account, class_of, read_trace, worst
+from lockstep.callbacks.communication import BRIDGE, Event, Interval, common, exposed, forest, length, minus, union
+from lockstep.callbacks.profiler import DATA, STEP, Profiler, account, class_of, read_trace, worst
+from lockstep.distributed.process_group import World
 from lockstep.run import Run
-from lockstep.world import World
+from lockstep.training import timing
 from tests.harness import execute, result, run_ranks
 from tests.processes import wait_until
 from tests.test_run import in_run
@@ -312,7 +312,7 @@ def test_every_engine_s_messages_are_seen(name: str, tmp_path: Path) -> None:
 def instruments(run: Run) -> list[bool]:
     """Four steps, of which the recorded ones are slow; of each whether it was recorded, and what is left of them."""
     found: list[bool] = []
-    metrics.Stopwatch._now = lambda self: float(sum(found))  # type: ignore[method-assign]  # by which others take no time
+    timing.Stopwatch._now = lambda self: float(sum(found))  # type: ignore[method-assign]  # by which others take no time
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
     for batch in run.steps(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)):
         found.append(run._instruments.profiling)

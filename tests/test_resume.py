@@ -16,17 +16,18 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
-from lockstep import data, preemption
-from lockstep.app import Recipe
-from lockstep.checkpoint import names
-from lockstep.checks import complete
+from lockstep.checkpoint.layout import names
+from lockstep.config.run_directory import freeze
+from lockstep.data import images
+from lockstep.data.sampler import epoch_order
+from lockstep.distributed import signals
+from lockstep.distributed.process_group import World
+from lockstep.distributed.signals import Preempted
 from lockstep.errors import UserError
-from lockstep.order import epoch_order
-from lockstep.preemption import Preempted
+from lockstep.launch.validate import validate
+from lockstep.recipe import Recipe
 from lockstep.run import NothingLeft, Run
-from lockstep.rundir import freeze
-from lockstep.state import generators, set_generators
-from lockstep.world import World
+from lockstep.training.random_state import generators, set_generators
 from recipes import (
     data_parallel,
     ddp,
@@ -149,10 +150,10 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     rank: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before the first step, within an epoch, after an evaluation, and too late to matter."""
-    monkeypatch.setattr(preemption, "AGREE_SECONDS", 0)  # these steps are so short that the run would be over
+    monkeypatch.setattr(signals, "AGREE_SECONDS", 0)  # these steps are so short that the run would be over
     words = (*SHORT, "checkpoint.every=null", f"out={tmp_path / 'run'}")
     config = compose_config(ddp.train, *words)
-    complete(config, ddp.train, 2)
+    validate(config, ddp.train, 2)
     out = freeze(config, "ddp")
     ends = run_ranks(interrupted, 2, ddp.train.target, config, str(out), rank, step)
     execute(ddp.train, tmp_path / "whole", 2, *SHORT)
@@ -172,15 +173,15 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
 
 def test_without_every_it_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0's clock decides for all; a clock of each rank's own would have them save at different steps."""
-    monkeypatch.setattr(preemption, "AGREE_SECONDS", 0)
+    monkeypatch.setattr(signals, "AGREE_SECONDS", 0)
     words = (*SHORT, "checkpoint.every=null", "checkpoint.minutes=0.00001", "checkpoint.keep=20")
     config = compose_config(ddp.train, *words, f"out={tmp_path / 'run'}")
-    complete(config, ddp.train, 2)
+    validate(config, ddp.train, 2)
     out = freeze(config, "ddp")
     assert run_ranks(interrupted, 2, ddp.train.target, config, str(out), 0, 99) == ["finished"] * 2
     assert len(names(tmp_path / "run" / "checkpoints")) > STEPS // 2
     off = compose_config(ddp.train, *words, f"out={tmp_path / 'off'}", "checkpoint.minutes=0")
-    complete(off, ddp.train, 2)
+    validate(off, ddp.train, 2)
     run_ranks(interrupted, 2, ddp.train.target, off, str(freeze(off, "ddp")), 0, 99)
     assert not (tmp_path / "off" / "checkpoints").exists()
 
@@ -190,16 +191,16 @@ PROOF = (*DATA, "precision=fp64", "model.norm=group", "log_every=1", "checkpoint
 
 def test_one_four_two_three_ranks_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No sample of an epoch twice or skipped, and the losses of one uninterrupted process."""
-    fetch = data.Samples.__getitem__
+    fetch = images.Samples.__getitem__
 
-    def logged(self: data.Samples, key: tuple[int, Tensor]) -> data.Batch:
+    def logged(self: images.Samples, key: tuple[int, Tensor]) -> images.Batch:
         if self.augment:  # the training set's; evaluation does not augment
             with (tmp_path / "seen").open("a") as seen:
                 seen.write("".join(f"{key[0]} {sample}\n" for sample in key[1].tolist()))
         return fetch(self, key)
 
     execute(single.train, tmp_path / "whole", 1, *PROOF)
-    monkeypatch.setattr(data.Samples, "__getitem__", logged)
+    monkeypatch.setattr(images.Samples, "__getitem__", logged)
     for ranks, stop in ((1, 2), (4, 5), (2, 9), (3, 12)):
         execute(ddp.train, tmp_path / "parts", ranks, *PROOF, f"max_steps={stop}")
         assert result(tmp_path / "parts")["world_size"] == ranks
@@ -254,7 +255,7 @@ def drop_out(world: World, config: Any, out: str) -> tuple[list[float], float, l
 
 def start(tmp_path: Path, out: str, ranks: int, *words: str) -> list[Any]:
     config = compose_config(ddp.train, *SHORT, f"out={tmp_path / out}", *words)
-    complete(config, ddp.train, ranks)
+    validate(config, ddp.train, ranks)
     return run_ranks(drop_out, ranks, config, str(freeze(config, "ddp")))
 
 
@@ -362,7 +363,7 @@ def refused(build: Callable[[], Any]) -> str:
 
 def enter(recipe: Recipe, ranks: int, *words: str) -> None:
     config = compose_config(recipe, *SHORT, *words)
-    complete(config, recipe, ranks)
+    validate(config, recipe, ranks)
     freeze(config, recipe.name)
 
 
@@ -387,7 +388,7 @@ def test_another_recipe_does_not_go_on_in_the_same_folder(trained: Path) -> None
 
 def test_what_does_not_change_the_training_may_change(trained: Path) -> None:
     config = compose_config(ddp.train, *SHORT, f"out={trained}", "log_every=5", "checkpoint.keep=5", "nproc=4")
-    complete(config, ddp.train, 4)
+    validate(config, ddp.train, 4)
     assert freeze(config, "ddp") is None, "and this one has finished"
 
 

@@ -15,16 +15,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lockstep.data import Batch
+from lockstep.callbacks.instruments import LOAD, advice
+from lockstep.config.schema import OptimConfig
+from lockstep.data.images import Batch
+from lockstep.distributed.heartbeat import TRAINING, WAITING, Heartbeat
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.instruments import LOAD, advice
-from lockstep.metrics import SAMPLE, Load, Stopwatch, percentile
-from lockstep.pulse import TRAINING, WAITING, Pulse
-from lockstep.run import Run, lr_factor
-from lockstep.schema import OptimConfig
-from lockstep.world import World
+from lockstep.run import Run
+from lockstep.training.optim import lr_factor
+from lockstep.training.timing import SAMPLE, StepTime, Stopwatch, percentile
 from recipes import ddp, single
-from tests.harness import complete, compose_config, run_ranks, train
+from tests.harness import validate, compose_config, run_ranks, train
 
 RESULT_KEYS = """
     recipe status world_size backend device precision steps epochs samples_seen train_loss eval_loss eval_accuracy
@@ -96,7 +97,7 @@ def test_the_exported_weights_need_nothing_of_ours(out: Path) -> None:
 
 
 def test_environment_holds_versions_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lockstep.files import environment
+    from lockstep.utils.environment import environment
 
     monkeypatch.setenv("WANDB_API_KEY", "secret-token")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
@@ -121,7 +122,7 @@ def drive(world: World, config: Any, out: str, body: Any) -> Any:
 def in_run(body: Any, tmp_path: Path, *overrides: str) -> Any:
     """Call body(run) on one rank and return what it returns."""
     config = compose_config(single.train, "batch_size=96", *overrides)
-    complete(config, single.train, 1)
+    validate(config, single.train, 1)
     (tmp_path / "ranks").mkdir(parents=True)
     return run_ranks(drive, 1, config, str(tmp_path), body)[0]
 
@@ -230,9 +231,9 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed = self.computed = self.main = 0.0
-        monkeypatch.setattr(Pulse, "_clocks", lambda pulse: (self.computed, self.main, 0.0))
+        monkeypatch.setattr(Heartbeat, "_clocks", lambda pulse: (self.computed, self.main, 0.0))
         wall = SimpleNamespace(perf_counter=lambda: self.passed, time=time.time)
-        monkeypatch.setattr("lockstep.pulse.time", wall)
+        monkeypatch.setattr("lockstep.distributed.heartbeat.time", wall)
 
     def go(self, passed: float, computed: float, main: float) -> None:
         self.passed, self.computed, self.main = self.passed + passed, self.computed + computed, self.main + main
@@ -244,9 +245,9 @@ def test_what_the_steps_were_spent_on_leaves_out_the_warm_up(
 ) -> None:
     """A step: 1 s waiting for data, 3 s on more than one core; evaluations and a slow warm-up do not count."""
     clock = Clock(monkeypatch)
-    pulse = Pulse()
+    pulse = Heartbeat()
     clock.go(99, 99, 99)
-    load = Load(pulse)
+    load = StepTime(pulse)
     slow = {*range(min(steps - 1, 5 if steps > 9 else 1)), *range(6, 6 + profiled)}
     for step in range(steps):
         load.before_step()

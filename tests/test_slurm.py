@@ -17,10 +17,11 @@ import pytest
 import torch
 
 from launchers.slurm import exit_code
-from lockstep.app import Recipe
-from lockstep.cluster import idle_nodes
+from lockstep.distributed.environment import discover, nodes_of_tasks
+from lockstep.distributed.process_group import interface_towards
 from lockstep.errors import UserError
-from lockstep.world import discover, interface_towards, nodes_of_tasks
+from lockstep.launch.cluster import idle_nodes
+from lockstep.recipe import Recipe
 from recipes import ddp
 from tests.cluster import Box, Command
 from tests.harness import ROOT, assert_equal, command, train
@@ -504,7 +505,7 @@ def test_a_world_that_is_not_srun_s_is_refused() -> None:
 
 
 def test_tasks_are_found_on_uneven_nodes(box: Box) -> None:
-    script = "import os, lockstep.world as w; print(*w.nodes_of_tasks(os.environ))"
+    script = "import os, lockstep.distributed.process_group as w; print(*w.nodes_of_tasks(os.environ))"
     env = {"SLURM_STEP_NODELIST": "gpu[1-2],big7", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
     done = box.run(sys.executable, "-c", script, env=env)
     assert done.stdout.split() == ["gpu1", "gpu1", "gpu2", "gpu2", "big7"], done.stderr

@@ -14,10 +14,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from lockstep import storage
-from lockstep.checkpoint import Checkpoints, fingerprint, folder_name, whats_wrong
-from lockstep.storage import HashedFile, HostCopy, Saver
-from lockstep.world import World
+from lockstep.checkpoint import dcp as storage
+from lockstep.checkpoint.dcp import HashedFile, HostCopy, Saver
+from lockstep.checkpoint.directory import CheckpointDirectory
+from lockstep.checkpoint.layout import fingerprint, folder_name, whats_wrong
+from lockstep.distributed.process_group import World
 from tests.harness import run_ranks
 
 
@@ -83,7 +84,7 @@ def write(world: World, folder: str, asynchronous: bool) -> dict[str, Any]:
         save(*arguments)
 
     saver._save = spied  # type: ignore[method-assign]
-    checkpoints = Checkpoints(Path(folder), saver, keep=2, warn=print)
+    checkpoints = CheckpointDirectory(Path(folder), saver, keep=2, warn=print)
     for step in (1, 2):
         state = some_state(step) | {f"rank {world.rank}": torch.tensor(world.rank)}
         checkpoints.save(state, {"step": step})

@@ -21,18 +21,18 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
-from lockstep import metrics
-from lockstep import split as splitting
-from lockstep.accumulate import MicroBatch, micro_batches
-from lockstep.data import Batch
+from lockstep.config.schema import ModelConfig
+from lockstep.data.images import Batch
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.idle import PartClock
-from lockstep.memory import saved_bytes
-from lockstep.models import build_model
-from lockstep.proof import difference
-from lockstep.schema import ModelConfig
-from lockstep.split import balance, blocks, check_cut, choose_cuts, measure, split, units
-from lockstep.world import World
+from lockstep.memory.tracker import saved_bytes
+from lockstep.models.resnet import build_model
+from lockstep.parallel import partition
+from lockstep.parallel.partition import balance, blocks, check_cut, choose_cuts, measure, split, units
+from lockstep.parallel.stage_clock import StageClock
+from lockstep.training import timing
+from lockstep.training.accumulate import MicroBatch, micro_batches
+from lockstep.verify.trace import difference
 from recipes import (
     data_parallel,
     ddp,
@@ -183,7 +183,7 @@ def test_a_balanced_cut_is_measured_once_and_shared(fit: Fit, monkeypatch: pytes
         ranks_that_measured[rank] += 1
         return [100.0 if number == 3 + rank else 1.0 for number in range(len(units(model)))]
 
-    monkeypatch.setattr(splitting, "measure", cost)
+    monkeypatch.setattr(partition, "measure", cost)
     words = (*PROOF, "cut=balanced", "micro_batches=2")
     found, result = fit(pipeline_parallel.train, 2, *words, fresh=True)
     assert result["cuts"] == ["layer2.1"], "of rank 0's costs: 1 1 1 100 | 1 1 1 1 1 1"
@@ -680,9 +680,9 @@ def test_the_part_that_works_less_idles_more(monkeypatch: pytest.MonkeyPatch) ->
             now[0] += self.seconds
             return super().forward(x)
 
-    monkeypatch.setattr(metrics.Stopwatch, "_now", lambda self: now[0])
+    monkeypatch.setattr(timing.Stopwatch, "_now", lambda self: now[0])
     parts = [Takes(1), Takes(3)]
-    clock = PartClock([torch.device("cpu")] * 2, next(parts[0].parameters()))
+    clock = StageClock([torch.device("cpu")] * 2, next(parts[0].parameters()))
     for _ in range(4):
         x = torch.ones(2, 4)
         for number, part in enumerate(parts):
@@ -694,7 +694,7 @@ def test_the_part_that_works_less_idles_more(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_clock_changes_no_number_and_is_silent_without_gradients() -> None:
     part = nn.Linear(4, 4).double()
-    clock = PartClock([torch.device("cpu")], next(part.parameters()))
+    clock = StageClock([torch.device("cpu")], next(part.parameters()))
     x = torch.ones(2, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: clock.leave(part(clock.enter(x, 0)), 0), (x,))
     with torch.no_grad():

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import ResNet18_Weights
 
-from lockstep.app import Recipe
-from lockstep.checks import complete
+from lockstep.config.run_directory import freeze
+from lockstep.config.schema import from_yaml, to_yaml
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.models import build_model
-from lockstep.run import Run, lr_factor
-from lockstep.rundir import freeze
-from lockstep.schema import from_yaml, to_yaml
-from lockstep.world import World
+from lockstep.launch.validate import validate
+from lockstep.models.resnet import build_model
+from lockstep.recipe import Recipe
+from lockstep.run import Run
+from lockstep.training.optim import lr_factor
 from recipes import ddp, transfer_learning
 from tests.harness import ROOT, assert_equal, command, compose_config, execute, lines, result, run_ranks
 from tests.narrow import narrow_resnet18
@@ -147,7 +148,7 @@ def by_hand(world: World, config: str, out: str) -> dict[str, Tensor]:
 def test_head_first_then_everything_is_what_a_plain_loop_computes(ranks: int, tmp_path: Path) -> None:
     words = (*PROOF, "unfreeze_epoch=1", "unfreeze_lr=0.005")
     config = compose_config(transfer_learning.train, *words, f"out={tmp_path / 'hand'}")
-    complete(config, transfer_learning.train, 1)
+    validate(config, transfer_learning.train, 1)
     out = freeze(config, "transfer_learning")
     theirs = run_ranks(by_hand, 1, to_yaml(config), str(out))[0]
     execute(transfer_learning.train, tmp_path / "run", ranks, *words)
@@ -202,7 +203,7 @@ def test_a_damaged_checkpoint_is_named(base: Path, tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1])
     config = compose_config(transfer_learning.train, *DATA, HIGH, f"resume={run}")
     with pytest.raises(UserError, match=r"checkpoints/step-00000016: not intact \(__0_0.distcp has \d+ of"):
-        complete(config, transfer_learning.train, 2)
+        validate(config, transfer_learning.train, 2)
 
 
 # torchvision's weights ----------------------------------------------------------------------------------------------

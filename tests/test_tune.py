@@ -19,11 +19,12 @@ from typing import Any
 
 import pytest
 
-from lockstep import UserError, trial
-from lockstep.schema import Config, walk
-from lockstep.space import Space
+from lockstep import UserError
+from lockstep.config.schema import Config, walk
+from lockstep.launch import recipe_process
+from lockstep.tune.search_space import Space
 from recipes import ddp, tune
-from tests.harness import clean_environment, command, complete, compose_config, result
+from tests.harness import clean_environment, command, validate, compose_config, result
 from tests.processes import as_a_shell, wait_until
 
 SPACE = ["tune.space.batch_size=choice(12, 24)", "tune.space.optim.warmup_steps=sample_from(48 // batch_size)"]
@@ -105,7 +106,7 @@ def test_the_shell_s_words_become_hydra_s() -> None:
 def test_the_tuned_recipe_s_own_keys_can_be_set_and_drawn() -> None:
     wanted = ["tune.recipe=pipeline_parallel", "schedule=gpipe", tune.quoted("tune.space.micro_batches=choice(2, 4)")]
     config = compose_config(tune.train, *wanted)
-    complete(config, tune.train, 1)
+    validate(config, tune.train, 1)
     common = tune.words(config, tune.plan(config, tune.find(config), "cpu"))
     assert common == ["schedule=gpipe", "nproc=2", "threads=1"], "and nothing that the trial finds out by itself"
 
@@ -121,11 +122,11 @@ def test_a_trial_s_command_composes_what_was_typed() -> None:
         "model.norm=group",
         *map(tune.quoted, SPACE),
     )
-    complete(config, tune.train, 1)
+    validate(config, tune.train, 1)
     common = tune.words(config, tune.plan(config, ddp.train, "cpu"))
     assert common[:3] == ["data=synthetic", "optim=adamw", "model.norm=group"]
     there = compose_config(ddp.train, *common, "batch_size=24")
-    complete(there, ddp.train, 1)
+    validate(there, ddp.train, 1)
     drawn = set(Space(config.tune.space).texts)
     mine, theirs = (
         {name: value for name, value, _ in walk(each) if name not in drawn and not name.startswith("tune.")}
@@ -240,7 +241,7 @@ def test_what_ray_sets_for_its_workers_does_not_reach_the_ranks(
 
 
 def hold(folder: Path) -> None:
-    trial.Command("fake", ["sleep=60"], folder / "0", str(folder), {})
+    recipe_process.Command("fake", ["sleep=60"], folder / "0", str(folder), {})
     time.sleep(60)
 
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep import tuning
-from lockstep.schema import Config
-from lockstep.world import World
+from lockstep.config.schema import Config
+from lockstep.distributed.process_group import World
+from lockstep.training import auto as tuning
 from recipes import ddp, deepspeed_zero
 from tests.harness import compose_config, execute, result, run_ranks
 

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from lockstep.app import Recipe
-from lockstep.checks import complete
+from lockstep.callbacks.unused_parameters import listed
+from lockstep.config.run_directory import freeze
+from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
+from lockstep.launch.validate import validate
+from lockstep.recipe import Recipe
 from lockstep.run import Run
-from lockstep.rundir import freeze
-from lockstep.unused import listed
-from lockstep.world import World
 from recipes import ddp
 from tests.harness import compose_config, result, run_ranks
 
@@ -67,7 +67,7 @@ def begin(world: World, kind: str, config: Any, out: str) -> str:
 
 def start(tmp_path: Path, kind: str) -> list[str]:
     config = compose_config(ddp.train, *SHORT, f"out={tmp_path / 'run'}")
-    complete(config, ddp.train, 2)
+    validate(config, ddp.train, 2)
     return run_ranks(begin, 2, kind, config, str(freeze(config, "ddp")))
 
 

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep import order
-from lockstep.batchnorm import SyncBatchNorm
-from lockstep.proof import angle, difference
+from lockstep.data import sampler
+from lockstep.distributed.sync_batchnorm import SyncBatchNorm
+from lockstep.verify.trace import angle, difference
 from recipes import verify
 from tests.harness import ROOT, command, execute, preload
 
@@ -207,11 +207,11 @@ def test_synchronising_in_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_padded_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def padded(self: order.EvalSampler) -> Iterator[tuple[int, torch.Tensor]]:
+    def padded(self: sampler.EvalSampler) -> Iterator[tuple[int, torch.Tensor]]:
         for number in self.numbers():  # the last batch filled up from the start, as DistributedSampler does
             yield number, torch.arange(number * self.batch_size, (number + 1) * self.batch_size) % self.size
 
-    monkeypatch.setattr(order.EvalSampler, "__iter__", padded)
+    monkeypatch.setattr(sampler.EvalSampler, "__iter__", padded)
     with pytest.raises(AssertionError, match="ddp in fp64: RuntimeError: evaluation counted 384 samples of 360"):
         execute(verify.train, tmp_path / "run", 2, "recipes=[ddp]", "max_steps=1")
 

@@ -27,7 +27,7 @@ from typing import NoReturn
 ROOT = Path(__file__).resolve().parent.parent
 LOADED = (
     "lockstep",
-    "lockstep.compose",
+    "lockstep.config.compose",
     "launchers.torchrun",
     "hydra.main",
     "sklearn.datasets",

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.contestants import work
-from lockstep.profiling import Profiler
+from lockstep.callbacks.profiler import Profiler
 
 RECORDED = 5
 FOLDER = "BENCHMARK_FOLDER"  # where every rank writes what it found

@@ -1,5 +1,7 @@
 """The exceptions a user is meant to see."""
 
+from __future__ import annotations
+
 
 class UserError(Exception):
     """A mistake of the user's: shown as one line, without a traceback, and the exit code is 2.

@@ -18,36 +18,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 
-from lockstep import data, metrics, order
-from lockstep.alike import hold_alike
-from lockstep.data import Batch
+from lockstep.callbacks.instruments import Instruments
+from lockstep.checkpoint.manager import CheckpointManager, export
+from lockstep.checkpoint.state import TrainingState
+from lockstep.checkpoint.types import Engine, Stateful
+from lockstep.config.schema import Config
+from lockstep.data import images as data
+from lockstep.data import sampler as order
+from lockstep.data.images import Batch, checksum
+from lockstep.distributed.collectives import gather_numbers
+from lockstep.distributed.consistency import check_consistency
+from lockstep.distributed.dtensor import full_state_dict, is_sharded
+from lockstep.distributed.dtensor import full_tensor as whole_tensor
+from lockstep.distributed.heartbeat import TRAINING, WAITING
+from lockstep.distributed.process_group import World
+from lockstep.distributed.signals import Agreement, Listener, Preempted
 from lockstep.errors import UserError
-from lockstep.files import write_json
-from lockstep.gradients import Parts
-from lockstep.instruments import Instruments
-from lockstep.keeper import Keeper, export
-from lockstep.machine import process_bytes
-from lockstep.memory import held_bytes, state_bytes
-from lockstep.models import AUTOCAST, DTYPES, count_parameters
-from lockstep.monitor import Mistake, Monitor, open_monitors
-from lockstep.precision import Scaler
-from lockstep.preemption import Agreement, Listener, Preempted
-from lockstep.pretrained import backbone
-from lockstep.pulse import TRAINING, WAITING
-from lockstep.report import Report
-from lockstep.schema import Config, OptimConfig
-from lockstep.state import (
-    Engine,
-    Stateful,
-    TrainingState,
-    is_sharded,
-    seed_generators,
-    settle_buckets,
-    whole_weights,
-)
-from lockstep.state import whole as whole_tensor
-from lockstep.tuning import settle
-from lockstep.world import World
+from lockstep.loggers.base import Logger, Mistake
+from lockstep.loggers.build import build_loggers
+from lockstep.loggers.console import ConsoleReport
+from lockstep.memory.tracker import held_bytes, state_bytes
+from lockstep.memory.usage import peak_memory_bytes, process_bytes
+from lockstep.models.parameters import count_parameters
+from lockstep.models.pretrained import backbone
+from lockstep.parallel.ddp_buckets import settle_buckets
+from lockstep.training import timing
+from lockstep.training.auto import choose_for_hardware
+from lockstep.training.evaluate import Evaluation, evaluate, sync_buffers
+from lockstep.training.local_gradients import LocalGradients
+from lockstep.training.optim import lr_factor
+from lockstep.training.precision import AUTOCAST, DTYPES, Scaler
+from lockstep.training.random_state import seed_generators
+from lockstep.utils.files import write_json
 
 
 class NothingLeft(Exception):
@@ -79,7 +81,7 @@ class Run:
     ) -> None:
         self.recipe, self.world, self.out = recipe, world, out
         self.asked = config  # what was typed: tools hand it on to runs that choose for themselves
-        self.config, self.choices = settle(config, recipe, world, out)
+        self.config, self.choices = choose_for_hardware(config, recipe, world, out)
         config = self.config
         self.pulse = world.pulse
         # The stages of a pipeline work on the same images; they are neighbouring ranks.
@@ -92,7 +94,7 @@ class Run:
         torch.autograd.set_detect_anomaly(config.detect_anomaly)
         assert config.model.image_size is not None, "the app fills in what the data set says"
         self.image_size = config.model.image_size
-        self.train_set, self.eval_set = data.load(config.data, self.image_size, config.seed)
+        self.train_set, self.eval_set = data.load_data(config.data, self.image_size, config.seed)
         self._normalise = data.Normalise(config.data.mean, config.data.std)
         self.steps_per_epoch = len(self.train_set) // config.batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
@@ -101,8 +103,8 @@ class Run:
         self.step = 0  # optimizer updates done
         self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.quiet, self.listener = quiet, listener
-        self.monitors: list[Monitor] = []
-        self.report = Report(self.recipe, config, world, out, next_command, quiet)
+        self.monitors: list[Logger] = []
+        self.report = ConsoleReport(self.recipe, config, world, out, next_command, quiet)
         self.keep_gradients = False
         self.first_gradients: dict[str, Tensor] = {}
         self._whole: Callable[[], nn.Module] | None = None
@@ -114,13 +116,13 @@ class Run:
         self._sharded = False  # no rank ever holds the whole model
         self._loss: Tensor | None = None
         self._notes: dict[str, Any] = {}
-        self._timer = metrics.Stopwatch(self.device)
+        self._timer = timing.Stopwatch(self.device)
         self._instruments = Instruments(self)
         self._agreement: Agreement | None = None
-        self._keeper = Keeper(recipe, config, world, out, self.report)
+        self._keeper = CheckpointManager(recipe, config, world, out, self.report)
         self._train_loss: float | None = None
         self._unlogged: Callable[[], None] | None = None  # ends the logging of a step
-        self._evaluation: metrics.Evaluation | None = None
+        self._evaluation: Evaluation | None = None
 
     # What recipes call ------------------------------------------------------------------------------------------
 
@@ -290,10 +292,10 @@ class Run:
         self.pulse.enter("finishing")
         self._keeper.wait()
         module = self._whole()
-        weights = whole_weights(module, self.device, keep=self.world.rank == 0)
-        memory = metrics.gather_numbers(metrics.peak_memory_bytes(self.device), self.device)
+        weights = full_state_dict(module, self.device, keep=self.world.rank == 0)
+        memory = gather_numbers(peak_memory_bytes(self.device), self.device)
         mine, total = state_bytes(self._optimizer)
-        state = metrics.gather_numbers(mine, self.device)
+        state = gather_numbers(mine, self.device)
         self._notes = {"state_bytes_by_rank": [int(m) for m in state], "state_bytes_unsharded": total} | self._notes
         self._instruments.finish(self._workers())
         self._show_mistakes()
@@ -369,7 +371,18 @@ class Run:
             UserError: the ranks have not the same data.
         """
         self._optimizer = optimizer
-        hold_alike(self)
+        data_config = self.config.data
+        check_consistency(
+            {
+                "images to train on": len(self.train_set),
+                "images to evaluate": len(self.eval_set),
+                "steps to take": self.total_steps,
+                "other images to train on": checksum(self.train_set),
+                "other images to evaluate": checksum(self.eval_set),
+            },
+            f"data.root={data_config.root}" if data_config.root else f"data={data_config.name}",
+            self.world,
+        )
         if self.listener:
             if not self.quiet:
                 # Whose peer has died waits in here until its time is over, or until a signal ends it: as long as there
@@ -383,7 +396,7 @@ class Run:
         names = [name for name, _ in complete.named_parameters()]
         self._instruments.begin(self._module, model, optimizer, names, self._parts(optimizer))
         if self.world.rank == 0:
-            self.monitors = open_monitors(
+            self.monitors = build_loggers(
                 self.out,
                 self.config,
                 name=f"{self.recipe}/{self.out.name}",
@@ -406,13 +419,13 @@ class Run:
             self._evaluation = self._evaluate()
             raise NothingLeft
 
-    def _parts(self, optimizer: Optimizer) -> Parts:
+    def _parts(self, optimizer: Optimizer) -> LocalGradients:
         """What this rank holds of gradients and weights."""
         assert self._module is not None
         if self._engine:
             return self._engine.parts(self._module, optimizer)
         pipeline = self.config.stages > 1  # the same stages of several pipelines hold the same
-        return Parts(self._module, optimizer, owns=not pipeline or self.shard == 0, differ=pipeline)
+        return LocalGradients(self._module, optimizer, owns=not pipeline or self.shard == 0, differ=pipeline)
 
     def _before_step(self, state: TrainingState) -> bool:
         """Save where a checkpoint is due, and leave where a signal has come; whether there is a step to take."""
@@ -505,7 +518,7 @@ class Run:
         for monitor in self.monitors:
             monitor.close()
 
-    def _evaluated(self, result: metrics.Evaluation) -> None:
+    def _evaluated(self, result: Evaluation) -> None:
         """Log an evaluation, and judge by it."""
         self._evaluation = result
         scalars = {"eval_loss": result.loss, "eval_accuracy": result.accuracy, "eval_f1": result.f1}
@@ -628,7 +641,7 @@ class Run:
         total = torch.zeros(2 + self.world.world_size, dtype=torch.float64, device=self.device)
         if self._loss is not None:
             total[0], total[1] = self._loss.double().to(self.device), 1
-        total[2 + self.world.rank] = metrics.peak_memory_bytes(self.device)
+        total[2 + self.world.rank] = peak_memory_bytes(self.device)
         work = dist.all_reduce(total, async_op=True)
 
         def summed() -> tuple[float, int]:
@@ -644,18 +657,18 @@ class Run:
         every = self.config.eval_every * self.steps_per_epoch
         return every > 0 and self.step % every == 0
 
-    def _evaluate(self) -> metrics.Evaluation:
+    def _evaluate(self) -> Evaluation:
         # The bare module: DistributedDataParallel's forward communicates, and ranks may have unequal batches here.
         assert self._whole is not None
         module = self._whole().eval()
         if self.shards > 1:
-            metrics.sync_buffers(module)
+            sync_buffers(module)
         sampler = self.eval_sampler()
         if self._sharded:  # its forward talks to all ranks, and its own policy says in which precision it computes
             blank = self.to_model(torch.zeros(1, 3, self.image_size, self.image_size))
-            return metrics.evaluate(module, self.eval_batches(sampler), sampler, self.device, blank)
+            return evaluate(module, self.eval_batches(sampler), sampler, self.device, blank)
         with self.autocast():
-            return metrics.evaluate(module, self.eval_batches(sampler), sampler, self.device)
+            return evaluate(module, self.eval_batches(sampler), sampler, self.device)
 
     def _log(self, step: int, scalars: dict[str, float]) -> None:
         where = {"step": step, "epoch": step // self.steps_per_epoch, "samples_seen": step * self.config.batch_size}
@@ -666,7 +679,7 @@ class Run:
         """The run in numbers; speeds are those of this start, null where it took no step."""
         parameters, trainable = self._parameters
         seconds = self._timer.seconds()
-        median = metrics.percentile(seconds, 50) if seconds else None
+        median = timing.percentile(seconds, 50) if seconds else None
         return (
             {
                 "recipe": self.recipe,
@@ -686,7 +699,7 @@ class Run:
                 "eval_f1": self._evaluation.f1 if self._evaluation else None,
                 "images_per_second": self.config.batch_size / median if median else None,
                 "step_seconds_p50": median,
-                "step_seconds_p95": metrics.percentile(seconds, 95) if seconds else None,
+                "step_seconds_p95": timing.percentile(seconds, 95) if seconds else None,
                 "peak_memory_bytes": int(max(memory)),
                 "peak_memory_bytes_by_rank": [int(m) for m in memory],
                 "parameters": parameters,
@@ -704,21 +717,3 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module that a wrapper like DistributedDataParallel holds under the name `module`."""
     inner = getattr(model, "module", None)
     return inner if isinstance(inner, nn.Module) else model
-
-
-def lr_factor(config: OptimConfig, total_steps: int) -> Any:
-    """step → factor on optim.lr: a linear warm-up, then constant or a half cosine down to 0.
-
-    It spans all epochs even where max_steps ends the run earlier, so that a shorter run is a prefix of the longer one.
-    Source: https://arxiv.org/abs/1608.03983 (cosine), https://arxiv.org/abs/1706.02677 (warm-up).
-    """
-
-    def factor(step: int) -> float:
-        if step < config.warmup_steps:
-            return (step + 1) / config.warmup_steps
-        if config.schedule == "constant":
-            return 1.0
-        progress = (step - config.warmup_steps) / max(1, total_steps - config.warmup_steps)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-
-    return factor

@@ -1,0 +1,254 @@
+"""Gradients seen, bounded and guarded by hooks, in every recipe and under every sharding.
+
+There are two moments at which to look. A tensor hook on a parameter (`tensor.register_hook`), and a module's backward
+hook, see what this rank has computed from one micro-batch, while backward runs: before micro-batches add up, before
+ranks average. That is the place to find out in which layer and on which rank a NaN appears, and the wrong one to clip:
+the mean of clipped gradients is not the clipped mean, so with two ranks or micro-batches it would be another training.
+What the optimizer is about to apply is there when its step begins: after the mean over ranks, and under fp16 unscaled,
+for GradScaler unscales before it calls the optimizer, and does not call it when a gradient has overflowed.
+`optimizer.register_step_pre_hook` is that moment, so norms, limits and histograms are taken there.
+
+A rank may hold a part of a gradient (FSDP), or of some layers only (a pipeline), or the same as all others (DDP). Each
+writes the sums of squares of what it holds into its rows of a table with a row for every parameter of the model, and
+where parts differ one all-reduce adds the tables, 8 bytes a parameter: all ranks then know every layer's norm and the
+norm over all, the same to the last bit. Who has the same as another rank writes zeros.
+
+Nothing asked for: no hook is registered, and nothing is computed.
+
+Source: https://docs.pytorch.org/docs/stable/notes/modules.html#module-hooks,
+https://arxiv.org/abs/1211.5063 (clipping by the norm)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lockstep.callbacks.nan_guard import NanGuard
+from lockstep.config.schema import Config
+from lockstep.distributed.collectives import gather_objects
+from lockstep.errors import CheckFailed
+from lockstep.loggers.base import Histogram
+from lockstep.training.clip import limits
+from lockstep.training.local_gradients import LocalGradients
+
+BINS = 64  # of a histogram
+WARN_STEPS = 100  # a layer is named at most once in so many steps
+
+
+def wanted(config: Config) -> bool:
+    """Whether there is anything to hook into."""
+    asked = config.gradients
+    return bool(
+        asked.log
+        or asked.warn_above
+        or asked.clip_norm
+        or asked.clip_value
+        or asked.stop_on_nan
+        or config.monitor.histograms
+    )
+
+
+def layer_of(parameter: str) -> str:
+    """The module that a parameter belongs to, by its name."""
+    return parameter.rpartition(".")[0] or parameter
+
+
+class GradientStats:
+    """What `gradients.*` and `monitor.histograms` ask for, on one rank. All ranks make one, or none does.
+
+    Args:
+        names: every parameter of the whole model, in the same order on all ranks.
+        module: what this rank holds of the model.
+        say: what prints a line.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        names: list[str],
+        module: nn.Module,
+        parts: LocalGradients,
+        *,
+        device: torch.device,
+        say: Callable[[str], None],
+    ) -> None:
+        self._asked, self._names, self._parts, self._device, self._say = config.gradients, names, parts, device, say
+        self._may_overflow = config.precision == "fp16"
+        self._limits = limits(config.gradients, names)
+        self._rows = {name: row for row, name in enumerate(names)}
+        self.layers = list(dict.fromkeys(layer_of(name) for name in names))
+        self._layer_of_row = torch.tensor([self.layers.index(layer_of(name)) for name in names], device=device)
+        self._warned: dict[str, int] = {}
+        self._sentinel: NanGuard | None = None
+        if self._asked.stop_on_nan:
+            self._sentinel = NanGuard(
+                module, outputs=not config.compile, gradients=not self._may_overflow, blind=config.stages > 1
+            )
+        self.prepare(0, logs=False, histograms=False)
+        parts.before_update(self._before_update)
+        if self._asked.log or config.monitor.histograms:
+            parts.after_update(self._after_update)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the scalars that logged steps have."""
+        total = ("gradient_norm",) if self._asked.log or self._asked.clip_norm else ()
+        if not self._asked.log:
+            return total
+        return (*total, *(f"{kind}/{layer}" for kind in ("gradient_norm", "update_ratio") for layer in self.layers))
+
+    def prepare(self, step: int, *, logs: bool, histograms: bool) -> None:
+        """Forget the last step, and learn of the coming one: its number, and whether it is logged."""
+        self._step, self._logs, self._draws = step, logs, histograms
+        self._squares: Tensor | None = None
+        self._before: dict[str, Tensor] = {}
+        self.scalars: dict[str, float] = {}
+        self.histograms: dict[str, Histogram] = {}
+        if self._sentinel:
+            self._sentinel.reset()
+
+    @torch.no_grad()
+    def _before_update(self) -> None:
+        asked, parameters = self._asked, self._parts.parameters
+        for name, limit in self._limits.items():
+            if name in parameters:  # a pipeline's other ranks have the others
+                self._parts.clamp(parameters[name], limit)
+        clips = asked.clip_norm is not None and not self._parts.clips_norm
+        logs = self._logs and bool(self.columns)
+        if clips or logs or asked.warn_above is not None or asked.stop_on_nan:
+            self._squares = self._sum_of_squares(self._gradients())
+            norm = self._squares.sum().sqrt()
+            if asked.warn_above is not None:
+                self._warn(asked.warn_above)
+            if logs:
+                self.scalars["gradient_norm"] = norm.item()
+            if logs and asked.log:
+                self.scalars |= {f"gradient_norm/{layer}": value for layer, value in self._by_layer(self._squares)}
+            if clips and asked.clip_norm is not None:
+                self._scale((asked.clip_norm / (norm + 1e-6)).clamp(max=1.0))  # torch's own formula
+        if self._draws:
+            self._draw("gradients", self._gradients)
+        if self._logs and asked.log:
+            self._before = {name: self._parts.weight(p).clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def _after_update(self) -> None:
+        if self._before:
+            now = dict(self._weights())
+            moved_by = self._sum_of_squares((name, now[name] - old) for name, old in self._weights(before=True))
+            length = self._sum_of_squares(self._weights(before=True))
+            pairs = zip(self._by_layer(moved_by), self._by_layer(length), strict=True)
+            self.scalars |= {f"update_ratio/{layer}": a / b if b else 0.0 for (layer, a), (_, b) in pairs}
+            self._before.clear()
+        if self._draws:
+            self._draw("weights", self._weights)
+
+    def check(self, rank: int, stopping: Callable[[], None]) -> None:
+        """End the run on all ranks together if in this step anything was not finite; all ranks call it in each step.
+
+        Args:
+            stopping: called before that.
+
+        Raises:
+            CheckFailed: naming the layer, the step and the rank where it came first.
+        """
+        if self._sentinel is None:
+            return
+        found, self._sentinel.blind = self._sentinel.found(), False
+        averaged = None if self._may_overflow else self._squares
+        if found is None and averaged is not None and not averaged.isfinite().all():
+            row = int((~averaged.isfinite()).nonzero()[-1])  # backward comes from the end
+            found = (2, f"the gradient of {self._names[row]}, averaged over the ranks,")
+        anyone = torch.tensor(float(found is not None), device=self._device)
+        dist.all_reduce(anyone)
+        if not anyone.item():
+            return
+        everyone = enumerate(gather_objects(found, None))
+        # Forward passes through a pipeline's ranks upwards, backward downwards.
+        first = min((each[0], -r if each[0] else r, each[1], r) for r, each in everyone if each is not None)
+        stopping()
+        raise CheckFailed(
+            f"gradients.stop_on_nan: in step {self._step}, {first[2]} is not finite, first on rank {first[3]}; "
+            "the step is not saved; lower optim.lr, set gradients.clip_norm, or look closer with +debug=anomaly"
+        )
+
+    def _gradients(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, part) of what counts of this rank's gradients. All ranks go through it together."""
+        for name, parameter in self._parts.parameters.items():
+            gradient = self._parts.gradient(parameter)
+            if gradient is not None and self._parts.counts(parameter, gradient=True):
+                yield name, gradient
+
+    def _weights(self, before: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """(name, part) of what counts of this rank's weights, as they were before the update or are."""
+        for name, parameter in self._parts.parameters.items():
+            if self._parts.counts(parameter, gradient=False):
+                yield name, self._before[name] if before else self._parts.weight(parameter)
+
+    def _sum_of_squares(self, parts: Iterator[tuple[str, Tensor]]) -> Tensor:
+        """[parameters], float64: each one's, over all ranks."""
+        table = torch.zeros(len(self._names), dtype=torch.float64, device=self._device)
+        norms = {self._rows[name]: torch.linalg.vector_norm(part) for name, part in parts}
+        if norms:
+            rows = torch.tensor(list(norms), device=self._device)
+            table[rows] = torch.stack([norm.to(self._device, torch.float64) for norm in norms.values()]).square()
+        return self._everyone(table)
+
+    def _everyone(self, table: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+        if self._parts.differ:
+            dist.all_reduce(table, how)
+        return table
+
+    def _by_layer(self, squares: Tensor) -> list[tuple[str, float]]:
+        """(layer, norm), for every layer."""
+        sums = torch.zeros(len(self.layers), dtype=torch.float64, device=self._device)
+        return list(zip(self.layers, sums.index_add_(0, self._layer_of_row, squares).sqrt().tolist(), strict=True))
+
+    def _scale(self, factor: Tensor) -> None:
+        for parameter in self._parts.parameters.values():
+            gradient = self._parts.gradient(parameter)
+            if gradient is not None:
+                gradient.mul_(factor.to(gradient.device, gradient.dtype))
+
+    def _warn(self, limit: float) -> None:
+        assert self._squares is not None
+        for layer, norm in self._by_layer(self._squares):
+            if limit < norm < float("inf") and self._step >= self._warned.get(layer, -WARN_STEPS) + WARN_STEPS:
+                self._warned[layer] = self._step
+                self._say(f"step {self._step}: gradient norm {norm:.4g} of {layer} is above {limit:g}")
+
+    def _draw(self, kind: str, parts: Callable[[], Iterator[tuple[str, Tensor]]]) -> None:
+        """A histogram for each parameter. The ranks' counts add up once all of them use the same bins.
+
+        Numbers that are not finite are left out.
+        """
+        ends = torch.full((len(self._names), 2), float("inf"), dtype=torch.float64, device=self._device)
+        for name, part in parts():
+            numbers = finite(part)
+            if numbers.numel():
+                low, high = numbers.aminmax()
+                ends[self._rows[name], 0], ends[self._rows[name], 1] = low, -high
+        self._everyone(ends, dist.ReduceOp.MIN)
+        bounds = [(low, -high) if low < -high else (low - 1, 1 - high) for low, high in ends.tolist()]
+        table = torch.zeros(len(self._names), BINS + 2, dtype=torch.float64, device=self._device)
+        for name, part in parts():
+            row, numbers = self._rows[name], finite(part)
+            if numbers.numel():
+                table[row, :BINS] = torch.histc(numbers, BINS, *bounds[row])
+                table[row, BINS] = numbers.sum(dtype=torch.float64)
+                table[row, BINS + 1] = torch.linalg.vector_norm(numbers, dtype=torch.float64).square()
+        for name, bound, row in zip(self._names, bounds, self._everyone(table).tolist(), strict=True):
+            if any(row[:BINS]):
+                counts = [int(count) for count in row[:BINS]]
+                self.histograms[f"{kind}/{name}"] = Histogram(*bound, counts, row[BINS], row[BINS + 1])
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """The finite ones of a tensor's numbers, in one dim."""
+    mask = tensor.isfinite()
+    return tensor.flatten() if mask.all() else tensor[mask]

@@ -1,0 +1,73 @@
+"""Finds autograd graphs that outlive their step: a loss, or an output, that somebody keeps without detaching it.
+
+`losses.append(loss)` and `total += loss` keep the graph of every step: its nodes, what its functions hold, and, where
+no backward has freed them, all activations. Memory then grows with every step, and the error comes hours later,
+somewhere else. A graph has no list of who holds it, but one can see whether it is still there.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from typing import Any
+
+from torch import Tensor
+
+from lockstep.callbacks.unused_parameters import listed
+
+EVERY_STEP = 16  # of the first so many steps every graph is watched, later one in so many
+PATIENCE = 3  # steps a graph may outlive its own: a variable still holds the last one
+
+
+class _GraphMark:
+    """Lives as long as the graph node that it was put on."""
+
+
+class GraphLeaks:
+    """Watches the graphs of the losses that a run records, and says once when they pile up."""
+
+    def __init__(self) -> None:
+        self._marks: dict[int, weakref.ref[_GraphMark]] = {}  # by step
+        self._over = False
+
+    def watch(self, loss: Tensor, step: int) -> None:
+        """Put a mark on a step's graph: on its very first node, which every output of the model leads back to."""
+        if self._over or loss.grad_fn is None or step in self._marks or (step > EVERY_STEP and step % EVERY_STEP):
+            return
+        self._marks = {number: mark for number, mark in self._marks.items() if mark() is not None}
+        mark = _GraphMark()
+        first_node(loss.grad_fn).metadata["lockstep"] = mark  # a dict of the node's own, freed with it
+        self._marks[step] = weakref.ref(mark)
+
+    def kept(self, step: int) -> list[int]:
+        """The steps whose graphs should have gone by `step` and have not; told once, and empty ever after."""
+        if self._over or len(self._old(step)) < PATIENCE:
+            return []
+        gc.collect()  # some may only wait for it, in a cycle of references
+        old = self._old(step)
+        if len(old) < PATIENCE:
+            return []
+        self._over, self._marks = True, {}
+        return old
+
+    def _old(self, step: int) -> list[int]:
+        return [number for number, mark in self._marks.items() if number < step - PATIENCE and mark() is not None]
+
+
+def first_node(node: Any) -> Any:
+    """Follow a graph from its end back to an operation whose inputs are the model's parameters or data alone."""
+    while True:
+        before = [each for each, _ in node.next_functions if each and type(each).__name__ != "AccumulateGrad"]
+        if not before:
+            return node
+        node = before[0]
+
+
+def warning(steps: list[int]) -> str:
+    """What is said of them."""
+    numbers = listed([str(number + 1) for number in steps])
+    return (
+        f"memory leak: the graphs of steps {numbers} are still held, so memory grows with every step. Something "
+        "keeps a loss or an output with its graph, as losses.append(loss) and total += loss do: keep loss.item() or "
+        "loss.detach() instead"
+    )

@@ -1,0 +1,82 @@
+"""Which parameters get no gradient, asked once, in the first step.
+
+They would silently stay as they are. And DistributedDataParallel counts on a gradient of every parameter that asked for
+one when it was wrapped: where one never comes, the gradients that travel with it are not averaged, so the ranks part,
+and the next forward ends with an error that names no parameter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from lockstep.errors import UserError
+
+NAMED = 5  # so many names are enough to know what they belong to
+
+
+class UnusedParameters:
+    """Watches one step's gradients.
+
+    Args:
+        module: whose parameters are watched.
+        model: the same, wrapped or not.
+
+    Raises:
+        UserError: DistributedDataParallel was built over other parameters than those that are trained now.
+    """
+
+    def __init__(self, module: nn.Module, model: nn.Module, optimizer: Optimizer) -> None:
+        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+        wrappers = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
+        self._wrapper = next(wrappers, None)
+        if self._wrapper:
+            wrapped = self._wrapper._get_ddp_logging_data().get("num_parameter_tensors", len(trained))
+            if wrapped != len(trained):
+                raise UserError(
+                    f"{wrapped} tensors were to be trained when DistributedDataParallel wrapped the model, now "
+                    f"{len(trained)} are: it learns there what to average; set requires_grad before, or wrap anew"
+                )
+        self._without = dict.fromkeys(trained)
+        self._hooks: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(self._seen(name)) for name, parameter in trained.items()
+        ]
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._look(trained)))
+
+    def _seen(self, name: str) -> Any:
+        def hook(_: Tensor) -> None:
+            self._without.pop(name, None)
+
+        return hook
+
+    def _look(self, trained: dict[str, nn.Parameter]) -> None:
+        """What sets .grad itself, as pipelines do that put weight gradients off, calls no hook."""
+        for name, parameter in trained.items():
+            if parameter.grad is not None:
+                self._without.pop(name, None)
+
+    def finish(self) -> list[str]:
+        """After the step: the names of this rank's parameters without a gradient.
+
+        Raises:
+            UserError: DistributedDataParallel was waiting for them.
+        """
+        for hook in self._hooks:
+            hook.remove()
+        names, wrapper = list(self._without), self._wrapper
+        if names and wrapper and not (wrapper.find_unused_parameters or wrapper.static_graph):
+            raise UserError(
+                f"no gradient in the first step for {listed(names)}: DistributedDataParallel waits for it, and does "
+                "not average others meanwhile; call requires_grad_(False) on what is not used before the wrap, or wrap "
+                "with find_unused_parameters=True"
+            )
+        return names
+
+
+def listed(names: list[str]) -> str:
+    """`a, b`, or the first few and how many more."""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return ", ".join(names[:NAMED]) + more

@@ -1,0 +1,163 @@
+"""What a training must remember to go on as if it had never stopped, as named tensors and JSON.
+
+Weights and buffers, the optimizer's state, whatever else a recipe hands to `run.steps(keep=...)`, and every random
+number generator of every rank. The data order needs no state (lockstep.data.sampler), and the learning rate follows
+from the step.
+
+Tensors carry the names they have in the whole model (`model.fc.weight`, `optim.fc.weight.exp_avg`), whichever rank
+holds them, so that other ranks, or another number of them, find theirs again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lockstep.checkpoint.layout import Files
+from lockstep.errors import UserError
+
+if TYPE_CHECKING:
+    pass
+
+from lockstep.checkpoint.types import Engine, Stateful, require_tensor
+from lockstep.checkpoint.weights import check_shape
+from lockstep.distributed.dtensor import load_full_state_dict
+from lockstep.training.random_state import generators, set_generators
+
+
+class TrainingState:
+    """The state of one rank's training.
+
+    Args:
+        module: what this rank holds of the model, unwrapped, under the names of the whole model.
+        keep: {name: object}, kept besides model and optimizer; equal on all ranks.
+        engine: what keeps model and optimizer instead, in files of its own.
+        owns_buffers: whether this rank's buffers count. Ranks that share a module's work each have running statistics
+            of their own where BatchNorm is local; evaluation and DDP take the first one's, and so does a checkpoint.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        optimizer: Optimizer | None,
+        keep: Mapping[str, Stateful],
+        *,
+        rank: int,
+        device: torch.device,
+        owns_buffers: bool,
+        engine: Engine | None = None,
+    ) -> None:
+        self.module, self.optimizer, self.keep, self.engine = module, optimizer, keep, engine
+        self.rank, self.device, self.owns_buffers = rank, device, owns_buffers
+        names = {id(parameter): name for name, parameter in module.named_parameters()}
+        groups = optimizer.param_groups if optimizer and not engine else []
+        if not all(id(p) in names for group in groups for p in group["params"]):
+            raise UserError(
+                "optimizer: holds tensors that are not the model's parameters, which would never change; "
+                "build it last: place the model, wrap or shard it, then make the optimizer from its parameters()"
+            )
+        # In the order in which the optimizer numbers them in its own state_dict.
+        self.trained = [(names[id(p)], p) for group in groups for p in group["params"]]
+
+    def files(self) -> Files:
+        """What the engine's own files are to hold, by their paths in the checkpoint."""
+        return {f"{self.engine.name}/{name}": data for name, data in self.engine.files().items()} if self.engine else {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What this rank holds besides, not copied."""
+        parameters = {name for name, _ in self.module.named_parameters()}
+        found = {}
+        for name, tensor in self._model().items():
+            if name in parameters or self.owns_buffers:
+                found[f"model.{name}"] = tensor
+        states = self.optimizer.state if self.optimizer else {}
+        for name, parameter in self.trained:
+            for entry, value in states.get(parameter, {}).items():
+                if value is not None:
+                    found[f"optim.{name}.{entry}"] = require_tensor(value, f"optimizer state {entry}")
+        for name, thing in self.keep.items():
+            found |= {f"keep.{name}.{k}": v for k, v in thing.state_dict().items() if isinstance(v, Tensor)}
+        return found | {f"rng.{self.rank}.{name}": state for name, state in generators(self.device).items()}
+
+    def facts(self) -> dict[str, Any]:
+        """What of the state is no tensor, as JSON."""
+        states = {name: thing.state_dict() for name, thing in self.keep.items()}
+        plain = {name: {k: v for k, v in state.items() if not isinstance(v, Tensor)} for name, state in states.items()}
+        return {"keep": json.loads(json.dumps(plain)), "engine": self.engine and self.engine.name}
+
+    def restore(self, path: Path, facts: dict[str, Any], group: dist.ProcessGroup | None) -> None:
+        """Take over the state in a checkpoint. All ranks call it together.
+
+        Raises:
+            UserError: it is another model's.
+        """
+        from lockstep.checkpoint import dcp  # a second to import, which a run that starts at step 0 need not wait for
+
+        there, here = facts.get("engine"), self.engine and self.engine.name
+        if there != here:
+            raise UserError(
+                f"{path}: holds {there or 'lockstep'}'s files, and this recipe reads {here or 'lockstep'}'s; "
+                f"go on with recipes.{facts['recipe']}, or take the weights alone, with resume=RUN/model.pt"
+            )
+        saved = dcp.described(path)
+        wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self._model().items()}
+        for name, tensor in wanted.items():
+            shape = tuple(saved[name].size) if name in saved else None
+            check_shape(path, name.removeprefix("model."), shape, tuple(tensor.shape))
+        moments: list[dict[str, Tensor]] = []
+        for name, parameter in self.trained:
+            prefix = f"optim.{name}."
+            mine = {key.removeprefix(prefix): saved[key] for key in saved if key.startswith(prefix)}
+            moments.append(
+                {
+                    entry: torch.empty_like(parameter, requires_grad=False)
+                    if tuple(info.size) == tuple(parameter.shape) and parameter.dim()
+                    else torch.empty(info.size, dtype=info.properties.dtype)
+                    for entry, info in mine.items()
+                }
+            )
+            wanted |= {f"{prefix}{entry}": tensor for entry, tensor in moments[-1].items()}
+        kept = {name: thing.state_dict() for name, thing in self.keep.items()}
+        for name, state in kept.items():
+            for key, value in state.items():
+                if isinstance(value, Tensor):
+                    state[key] = wanted[f"keep.{name}.{key}"] = value.clone()
+        # Other ranks than those that saved have no generators there; they keep the seeds they started with.
+        streams = generators(self.device) if facts["world_size"] == dist.get_world_size() else {}
+        streams = {name: state for name, state in streams.items() if f"rng.{self.rank}.{name}" in saved}
+        wanted |= {f"rng.{self.rank}.{name}": state for name, state in streams.items()}
+        dcp.load_tensors(path, wanted, group)
+        if self.engine:
+            self.engine.restore(path / self.engine.name, facts["world_size"] == dist.get_world_size())
+        elif self.optimizer:
+            packed = self.optimizer.state_dict()
+            packed["state"] = {number: state for number, state in enumerate(moments) if state}
+            self.optimizer.load_state_dict(packed)
+        for name, thing in self.keep.items():
+            thing.load_state_dict(kept[name] | facts["keep"].get(name, {}))
+        set_generators(streams, self.device)
+
+    def load(self, weights: dict[str, Tensor]) -> None:
+        """Take over plain weights."""
+        if self.engine:
+            self.engine.load(weights)
+        else:
+            load_full_state_dict(self.module, weights)
+
+    def _model(self) -> dict[str, Tensor]:
+        if self.engine:
+            return {}
+        return {name: require_tensor(value, name) for name, value in self.module.state_dict().items()}
+
+
+# Tensors in shards ------------------------------------------------------------------------------------------------
+
+
+# Plain weights ----------------------------------------------------------------------------------------------------

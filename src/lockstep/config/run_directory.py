@@ -1,0 +1,173 @@
+"""The run directory: made new, or found to hold a run that can go on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import re
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+
+from lockstep.config.schema import Config, from_yaml, to_yaml, walk
+from lockstep.errors import Busy, UserError
+from lockstep.utils import files
+
+CHECKPOINTS = "checkpoints"
+ALREADY_FINISHED = "out={out}: this run has finished; raise max_steps to train on, or name another out to train again"
+
+
+def freeze(config: Config, recipe: str) -> Path | None:
+    """Make the run directory, or enter one that holds this run already, and put the config into it.
+
+    Returns:
+        Its absolute path; None where the run in it has finished.
+
+    Raises:
+        UserError: `out` cannot be written to, holds something else, or a run with other settings.
+    """
+    text = f"# recipe: {recipe}\n{to_yaml(config)}"
+    found = found_in(config, recipe)
+    out = found[0] if found else make_run_directory(config.out, recipe)
+    try:
+        if found:
+            lock(out, 3).close()  # whoever trains there must not find its config changed; a killed one is let end
+            result = read_result(out)
+            if result.get("status") == "finished":
+                if config.max_steps == found[1].max_steps:
+                    return None
+                if not (out / CHECKPOINTS).is_dir():
+                    raise UserError(
+                        f"max_steps={config.max_steps}: out={config.out} finished at step {result['steps']} and "
+                        "kept no checkpoint to go on from; set checkpoint.every in the next run"
+                    )
+            (out / "result.json").unlink(missing_ok=True)
+        files.write_atomically(out / "config.yaml", text)
+    except OSError as error:
+        if not found:
+            shutil.rmtree(out, ignore_errors=True)
+        raise UserError(f"out={out}: cannot be written to ({error.strerror}); name another folder") from None
+    return out
+
+
+def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
+    """The folder `out` and the config in it, if they are a run that this config continues.
+
+    Raises:
+        UserError: it holds another recipe's run, or one with other settings.
+    """
+    if config.out is None or config.resume == "never":
+        return None
+    out = Path(config.out).expanduser().absolute()
+    try:
+        text = (out / "config.yaml").read_text()
+        theirs = re.match(r"# recipe: (\S+)\n", text)
+        there = from_yaml(text)
+    except (OSError, ValueError, OmegaConfBaseException):
+        return None  # not a run; make_run_directory says so if it is not empty
+    if theirs is None or theirs[1] != recipe:
+        raise UserError(
+            f"out={config.out}: holds a run of {theirs[1] if theirs else 'something else'}; name a new folder"
+        )
+    before = {name: value for name, value, rule in walk(there) if not rule["free"]}
+    now = {name: value for name, value, rule in walk(config) if not rule["free"]}
+    # A cluster's settings say where a run is computed, not what.
+    other = [name for name in now if not name.startswith("cluster.") and before.get(name) != now[name]]
+    if other:
+        changed = ", ".join(f"{name}={now[name]} (there: {before.get(name)})" for name in other)
+        raise UserError(
+            f"out={config.out}: holds a run with other settings: {changed}; set them as they were to continue it, "
+            "or name a new out"
+        )
+    return out, there
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether there is something to go on from, intact or not."""
+    return any((out / CHECKPOINTS).glob("step-*"))
+
+
+def checkpoint_folder(path: Path) -> tuple[Path, str]:
+    """(folder of checkpoints, name of the one meant or nothing for the newest), of a run's folder or a checkpoint's.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (path / "manifest.json").is_file():
+        return path.parent, path.name
+    for folder in (path / CHECKPOINTS, path):
+        if any(folder.glob("step-*/manifest.json")):
+            return folder, ""
+    raise UserError(f"resume={path}: holds no checkpoint; name a run's folder, a checkpoint's, or a file of weights")
+
+
+def read_result(out: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((out / "result.json").read_text()))
+    return {}
+
+
+def note_failure(out: Path, recipe: str, world_size: int, wall_seconds: float) -> None:
+    """Leave a result.json behind for a run whose ranks could not."""
+    result = {"recipe": recipe, "status": "failed", "world_size": world_size, "wall_seconds": wall_seconds}
+    with contextlib.suppress(OSError):  # a full disk may be what it failed of
+        if not (out / "result.json").exists():
+            files.write_json(out / "result.json", result)
+
+
+def lock(out: Path, wait_seconds: float = 0) -> Any:
+    """Keep a second start of the same run out while this process lives; keep what is returned.
+
+    A POSIX lock: the kernel takes it back however the process ends, DataLoader workers do not inherit it, NFS knows it.
+
+    Args:
+        wait_seconds: how long an earlier start may take to end, where it is known to be ending.
+
+    Raises:
+        UserError: another process has it.
+    """
+    stream = (out / ".lock").open("w")
+    deadline = time.monotonic() + wait_seconds
+    try:
+        while True:
+            try:
+                fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.5)
+    except BlockingIOError:
+        raise Busy(f"out={out}: another process is training there; wait for its end, or name another out") from None
+    except OSError:
+        pass  # a file system without locks
+    return stream
+
+
+def make_run_directory(out: str | None, recipe: str) -> Path:
+    """Create the run directory, `out` or outputs/<recipe>/<time>, with `ranks/` in it.
+
+    Raises:
+        UserError: `out` holds something already, or cannot be made.
+    """
+    wanted = Path(out).expanduser() if out else Path("outputs", recipe, time.strftime("%Y-%m-%d_%H-%M-%S"))
+    wanted = wanted.absolute()
+    if out and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        raise UserError(f"out={out}: not empty; name a new folder, or empty it")
+    path, again = wanted, 1
+    while True:
+        try:
+            # A second run in the same second gets a name of its own.
+            path.mkdir(parents=True, exist_ok=out is not None)
+            break
+        except FileExistsError:
+            again += 1
+            path = wanted.with_name(f"{wanted.name}-{again}")
+        except OSError as error:
+            raise UserError(f"out={path}: cannot be made ({error.strerror}); name a folder you can write to") from None
+    (path / "ranks").mkdir()
+    return path

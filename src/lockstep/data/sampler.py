@@ -1,0 +1,101 @@
+"""The order of samples and their random numbers: pure functions of (seed, epoch) and of (seed, epoch, sample).
+
+An epoch's order is cut into global batches and those into equal slices, one a rank: step k takes global batch k, and
+rank r its r-th slice. So what the optimizer sees does not depend on the number of ranks, and one integer (steps done)
+says where to go on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+
+def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
+    """The order of an epoch's samples: a permutation of 0…size−1 that depends on (seed, epoch) alone."""
+    state = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1)  # (seed, epoch) pairs never collide
+    return torch.randperm(size, generator=torch.Generator().manual_seed(int(state[0])))
+
+
+def rank_slice(order: Tensor, step: int, batch_size: int, rank: int, world_size: int) -> Tensor:
+    """Rank `rank`'s samples of global batch `step` of an epoch's order: [batch_size / world_size]."""
+    share = batch_size // world_size
+    start = step * batch_size + rank * share
+    return order[start : start + share]
+
+
+class StepSampler(Sampler[tuple[int, Tensor]]):
+    """Yields (epoch, this rank's sample numbers) for every step from `start` to `stop`, over all the epochs they span.
+
+    The last size % batch_size samples of an epoch's order are dropped, which are different ones each epoch.
+    One sampler spans all epochs: DataLoader workers then go on working across the end of an epoch.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int, rank: int, world_size: int, start: int, stop: int
+    ) -> None:
+        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.rank, self.world_size = rank, world_size
+        self.start, self.stop = start, stop
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        steps_per_epoch = self.size // self.batch_size
+        epoch, order = -1, torch.empty(0)
+        for done in range(self.start, self.stop):
+            now, step = divmod(done, steps_per_epoch)
+            if now != epoch:
+                epoch, order = now, epoch_order(self.size, self.seed, now)
+            yield epoch, rank_slice(order, step, self.batch_size, self.rank, self.world_size)
+
+
+class EvalSampler(Sampler[tuple[int, Tensor]]):
+    """Yields (batch number, sample numbers): the evaluation set in fixed batches, dealt out to the ranks in turn.
+
+    Nothing is padded, so every sample is counted once. And the batches themselves do not depend on the number of
+    ranks, so neither do the sums over them, to the last bit.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int, world_size: int) -> None:
+        self.size, self.batch_size, self.rank, self.world_size = size, batch_size, rank, world_size
+
+    def batches(self) -> int:
+        """Batches over all ranks."""
+        return math.ceil(self.size / self.batch_size)
+
+    def rounds(self) -> int:
+        """Batches of the rank that has most; any other has one less at most."""
+        return math.ceil(self.batches() / self.world_size)
+
+    def numbers(self) -> range:
+        """The numbers of this rank's batches."""
+        return range(self.rank, self.batches(), self.world_size)
+
+    def __len__(self) -> int:
+        return len(self.numbers())
+
+    def __iter__(self) -> Iterator[tuple[int, Tensor]]:
+        for number in self.numbers():
+            yield number, torch.arange(number * self.batch_size, min((number + 1) * self.batch_size, self.size))
+
+
+def sample_uniform(seed: int, epoch: int, samples: Tensor, draws: int) -> Tensor:
+    """Random numbers in [0, 1) that belong to a sample: [len(samples), draws], float64.
+
+    A counter-based generator: no state that a worker, a rank or a resume could get out of step. SplitMix64
+    (https://doi.org/10.1145/2660193.2660195) over the key (seed, epoch), the sample and the draw.
+    """
+    base = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1, np.uint64)[0]
+    counter = samples.numpy().astype(np.uint64)[:, None] * np.uint64(draws) + np.arange(1, draws + 1, dtype=np.uint64)
+    z = base + counter * np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    z = z ^ (z >> np.uint64(31))
+    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)

@@ -1,0 +1,210 @@
+"""How fast the ranks are joined: collectives and pairs of ranks, their time and bandwidth against the message's size.
+
+Small messages cost a latency each, whatever their size; large ones are as fast as the link. Of the collectives the
+*bus* bandwidth is given, which is comparable with the link's own whatever the number of ranks n: an all-reduce of S
+bytes sends 2 S (n − 1) / n of them over each rank's link, an all-gather to, or a reduce-scatter of, S bytes half that.
+Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from itertools import combinations
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch import Tensor
+
+from lockstep.distributed.collectives import gather_objects
+from lockstep.distributed.process_group import World
+
+SIZES = tuple(2**10 * 4**power for power in range(8))  # 1 KiB … 16 MiB
+GPU_SIZES = (*SIZES, 2**26, 2**28)
+PAIR_SIZES = {"cpu": 2**22, "cuda": 2**26}  # bytes by which pairs are compared
+PINGS, PARCELS = 10, 1  # of a pair: small messages for its latency, large ones for its bandwidth
+TIMES = 5  # that each measurement is taken: their median is what counts
+SECONDS = 0.1  # about so long all of them take together
+ALL_INDICES = 64  # ranks up to which every two nodes try the links of all their ranks
+Row = dict[str, float]  # bytes, seconds, bandwidth in bytes a second
+SHORT = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "pair": "pair"}
+
+
+def measure(world: World, sizes: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Try the links of all ranks; all call it together, and there must be two at least.
+
+    Args:
+        sizes: bytes of the messages; none: those that suit the device.
+
+    Returns:
+        On every rank: `collectives`, {name: a Row for each size}, where `pair` is rank 0 with the first rank of another
+        host, or with rank 1. On rank 0 also `pairs`: {ranks, hosts, latency in s, bandwidth in bytes/s}, each.
+    """
+    where = carrier(world)
+    sizes = sizes or (GPU_SIZES if where.type == "cuda" else SIZES)
+    found = {name: [collective(world, name, size) for size in sizes] for name in list(SHORT)[:3]}
+    away = next((rank for rank, host in enumerate(world.hosts) if host != world.hosts[0]), 1)
+    found["pair"] = []
+    for size in sizes:
+        seconds = slowest(world, ping_pong(world, (0, away), size, PARCELS))
+        found["pair"].append({"bytes": size, "seconds": seconds, "bandwidth": size / seconds})
+    mine = []
+    for pairs in rounds(world.hosts):
+        dist.barrier(world.control)
+        for pair in pairs:
+            if world.rank in pair:
+                size = PAIR_SIZES[where.type]
+                latency, seconds = ping_pong(world, pair, 2**10, PINGS), ping_pong(world, pair, size, PARCELS)
+                if world.rank == pair[0]:
+                    hosts = [world.hosts[rank] for rank in pair]
+                    mine.append({"ranks": pair, "hosts": hosts, "latency": latency, "bandwidth": size / seconds})
+    return {"collectives": found, "pairs": [pair for some in gather_objects(mine, world.control) for pair in some]}
+
+
+def collective(world: World, name: str, size: int) -> Row:
+    """Time one collective over all ranks; `size` bytes are what it reduces, gathers or scatters in all."""
+    ranks = world.world_size
+    piece = max(1, math.ceil(size / 4 / ranks))
+    whole, mine = (torch.zeros(length, device=carrier(world)) for length in (ranks * piece, piece))
+    run: dict[str, Callable[[], Any]] = {
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, mine),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(mine, whole),
+    }
+    seconds = slowest(world, timed(world, run[name], 1))  # the first one also makes connections and buffers
+    seconds = slowest(world, timed(world, run[name], 1))
+    repeats = min(20, max(1, int(SECONDS / TIMES / seconds)))
+    seconds = statistics.median(slowest(world, timed(world, run[name], repeats)) for _ in range(TIMES))
+    sent = (2 if name == "all_reduce" else 1) * 4 * piece * (ranks - 1)
+    return {"bytes": 4 * piece * ranks, "seconds": seconds, "bandwidth": sent / seconds}
+
+
+def timed(world: World, run: Callable[[], Any], repeats: int) -> float:
+    """Seconds of one of `repeats` calls, begun by all ranks together."""
+    dist.barrier(world.control)
+    settle_links(world)
+    started = time.perf_counter()
+    for _ in range(repeats):
+        run()
+    settle_links(world)
+    return (time.perf_counter() - started) / repeats
+
+
+def carrier(world: World) -> torch.device:
+    """Where the messages lie: NCCL carries a GPU's memory, gloo the host's."""
+    return world.device if world.backend == "nccl" else torch.device("cpu")
+
+
+def settle_links(world: World) -> None:
+    """Wait until a GPU has done what it was given."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+
+
+def slowest(world: World, seconds: float) -> float:
+    """The largest of all ranks' times, on all of them."""
+    number = torch.tensor(seconds, dtype=torch.float64)
+    dist.all_reduce(number, dist.ReduceOp.MAX, group=world.control)
+    return max(number.item(), 1e-9)
+
+
+def ping_pong(world: World, pair: tuple[int, int], size: int, times: int) -> float:
+    """Seconds in which a message of `size` bytes gets from one rank of a pair to the other; 0 on all other ranks.
+
+    Args:
+        times: there and back so often, in each measurement.
+    """
+    if world.rank not in pair:
+        return 0.0
+    first, peer = world.rank == pair[0], pair[0] if world.rank == pair[1] else pair[1]
+    parcel = torch.zeros(max(1, size // 4), device=carrier(world))
+    taken = []
+    for _ in range(1 + TIMES):
+        settle_links(world)
+        started = time.perf_counter()
+        for _ in range(times):
+            for way in (dist.isend, dist.irecv) if first else (dist.irecv, dist.isend):
+                carry(way, parcel, peer)
+        settle_links(world)
+        taken.append((time.perf_counter() - started) / times / 2)
+    return statistics.median(taken[1:])  # the first one also makes the connection
+
+
+def carry(way: Any, parcel: Tensor, peer: int) -> None:
+    """Send or receive. Batched: NCCL then takes the group's own connections, and makes none for each pair."""
+    for work in dist.batch_isend_irecv([dist.P2POp(way, parcel, peer)]):
+        work.wait()
+
+
+def rounds(hosts: list[str]) -> list[list[tuple[int, int]]]:
+    """Which ranks try their link at the same time, so that no two of them share one.
+
+    First all pairs within a host, one at a time on each; then pairs of hosts, as in a tournament in which each plays
+    each. In those the ranks of the same place on both try theirs, since each may have a network card of its own: all
+    of them in turn, or with many ranks another one in each round.
+    """
+    nodes: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        nodes.setdefault(host, []).append(rank)
+    inside = [list(combinations(ranks, 2)) for ranks in nodes.values()]
+    found = [
+        [pairs[number] for pairs in inside if number < len(pairs)] for number in range(max(map(len, inside), default=0))
+    ]
+    players: list[list[int] | None] = list(nodes.values())
+    if len(players) % 2:
+        players.append(None)
+    places = min(map(len, nodes.values()))
+    for number in range(len(players) - 1):
+        half = len(players) // 2
+        games = [(a, b) for a, b in zip(players[:half], reversed(players[half:]), strict=True) if a and b]
+        for place in range(places) if len(hosts) <= ALL_INDICES else [number % places]:
+            if games:
+                found.append([(min(a[place], b[place]), max(a[place], b[place])) for a, b in games])
+        players = [players[0], players[-1], *players[1:-1]]
+    return found
+
+
+# For people ---------------------------------------------------------------------------------------------------------
+
+
+def grid(found: dict[str, list[Row]], ranks: int) -> Table:
+    """Time and bus bandwidth of each collective, and of a pair, by the message's size."""
+    made = Table(title=f"links of {ranks} ranks: milliseconds, and GB/s over a link", title_justify="left")
+    made.add_column("message", justify="right")
+    for name in found:
+        made.add_column(SHORT[name], justify="right")
+        made.add_column("", justify="right")
+    for rows in zip(*found.values(), strict=True):
+        cells = [cell for row in rows for cell in (f"{1e3 * row['seconds']:.3g}", f"{row['bandwidth'] / 1e9:.3g}")]
+        made.add_row(amount(rows[-1]["bytes"]), *cells)
+    return made
+
+
+def plot(found: dict[str, list[Row]], height: int = 8) -> str:
+    """Bandwidth against the message's size, both logarithmic, as text: a letter a collective, `*` where they meet."""
+    letters = dict(zip(SHORT, "rgsp", strict=True))
+    values = [row["bandwidth"] for rows in found.values() for row in rows]
+    low, high = math.log10(min(values)), math.log10(max(values))
+    columns = len(next(iter(found.values())))
+    field = [[" "] * columns for _ in range(height)]
+    for name, rows in found.items():
+        for column, row in enumerate(rows):
+            level = (math.log10(row["bandwidth"]) - low) / ((high - low) or 1)
+            line = height - 1 - round(level * (height - 1))
+            field[line][column] = letters[name] if field[line][column] == " " else "*"
+    lines = []
+    for number, cells in enumerate(field):
+        value = 10 ** (high - (high - low) * number / max(1, height - 1)) / 1e9
+        lines.append(f"{value:9.3g} GB/s │" + "".join(f"{cell:^10}" for cell in cells))
+    sizes = "".join(f"{amount(row['bytes']):^10}" for row in list(found.values())[-1])
+    key = ", ".join(f"{letters[name]} {SHORT[name]}" for name in found)
+    return "\n".join([*lines, f"{'':15}└{'─' * 10 * columns}", f"{'':16}{sizes}", f"{'':16}{key}, * several"])
+
+
+def amount(size: float) -> str:
+    """`16 KiB`, `4 MiB`."""
+    return f"{size / 2**20:.3g} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"

@@ -1,0 +1,212 @@
+"""What a run has left behind, read without changing anything; lockstep.diagnose.postmortem judges it.
+
+    config.yaml               which recipe, when it was last started, and with what
+    .lock                     held by rank 0 while it lives
+    result.json               how it ended, where a rank or the launcher could still say so
+    metrics.jsonl             what rank 0 logged: losses, speed, memory
+    ranks/<rank>.log          each rank's words, its traceback among them; a rank that was killed has no last ones
+    ranks/<rank>.heartbeat    where each rank was, how it ended, and what it spent its time on
+                              (lockstep.distributed.heartbeat)
+    ranks/<rank>.stack        where it crashed, or was when another rank waited for it; .1, .2, … of earlier attempts
+    checkpoints/              what can be gone on from
+    slurm/<n>/*_log.out       what a job's first process saw
+
+Nothing but the first has to be there, or whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf.errors import OmegaConfBaseException
+
+from lockstep.checkpoint import layout
+from lockstep.config.run_directory import CHECKPOINTS, read_result
+from lockstep.config.schema import Config, from_yaml
+from lockstep.diagnose.watchdog import lost_a_peer
+from lockstep.distributed.heartbeat import FINISHED, VERDICT, crash_in, left_behind
+from lockstep.errors import UserError
+from lockstep.utils.text import short
+
+Facts = dict[str, Any]
+REPORTS = {  # what a tool ends with, instead of a result.json
+    "verify": ["verify.json"],
+    "compare": ["compare.json"],
+    "doctor": ["preflight.json", "memory.json"],
+}
+BEGUN = re.compile(r"^\d\d:\d\d:\d\d \S+: [\d,]+ ranks? on [\d,]+ host")  # Report.start's first line
+
+
+def collect(out: Path) -> Facts:
+    """All that the folder tells, as plain values but `config`; nothing is changed.
+
+    Raises:
+        UserError: it is no run's folder.
+    """
+    try:
+        text = (out / "config.yaml").read_text(errors="replace")
+    except OSError:
+        raise refused(out) from None
+    named = re.match(r"# recipe: (\S+)\n", text)
+    if named is None:
+        raise UserError(f"run={out}: its config.yaml is not one that a run writes; name a run's folder")
+    config: Config | None = None
+    with contextlib.suppress(OmegaConfBaseException, ValueError):  # an older version's
+        config = from_yaml(text)
+    started = modified(out / "config.yaml")
+    environment: Facts = {}
+    with contextlib.suppress(OSError, ValueError):
+        environment = dict(json.loads((out / "environment.json").read_text()))
+    ran_out: Facts = {}
+    with contextlib.suppress(OSError, ValueError):
+        ran_out = dict(json.loads((out / "out_of_memory.json").read_text()))
+    signs = [*out.glob("metrics.jsonl"), *out.glob("ranks/*"), *out.glob(f"{CHECKPOINTS}/*"), *out.glob("result.json")]
+    return {
+        "recipe": named[1],
+        "config": config,
+        "started": started,
+        "last_sign": max(map(modified, signs), default=None),
+        "running": is_locked(out / ".lock"),
+        "result": read_result(out),
+        "report": next((name for name in REPORTS.get(named[1], []) if modified(out / name) >= started), None),
+        "environment": environment,
+        "out_of_memory": ran_out,
+        "metrics": list(objects(out / "metrics.jsonl")),
+        "ranks": ranks(out / "ranks", environment.get("hosts", [])),
+        "earlier": earlier(out / "ranks"),
+        "checkpoints": checkpoints(out / CHECKPOINTS),
+        "job": job_log(out / "slurm"),
+    }
+
+
+def refused(out: Path) -> UserError:
+    """Why a folder without a config.yaml is not read."""
+    if not out.is_dir():
+        return UserError(f"run={out}: no such folder; name a run's, such as outputs/ddp/2026-11-21_11-20-16")
+    inside = sorted((short(path.parent) for path in out.glob("*/config.yaml")), reverse=True)
+    hint = f"name one of those in it, such as {inside[0]}" if inside else "name one that holds a config.yaml"
+    return UserError(f"run={out}: is not a run's folder; {hint}")
+
+
+def modified(path: Path) -> float:
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process is training there, here or on another host."""
+    try:
+        with path.open("r+") as stream:
+            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def objects(path: Path) -> Iterator[Facts]:
+    """The JSON objects of a file, a line each; a line that its writer died in is left out."""
+    with contextlib.suppress(OSError):
+        for line in path.read_text(errors="replace").splitlines():
+            with contextlib.suppress(ValueError):
+                found = json.loads(line)
+                if isinstance(found, dict):
+                    yield found
+
+
+def ranks(folder: Path, hosts: list[str]) -> list[Facts]:
+    """Of each rank that left something: its host, its last step, its error, and its heartbeat."""
+    numbers = {int(path.stem) for path in folder.glob("*.*") if path.stem.isdecimal()}
+    found = []
+    for rank in sorted(numbers):
+        lines: list[str] = []
+        with contextlib.suppress(OSError):
+            lines = (folder / f"{rank}.log").read_text(errors="replace").splitlines()
+        starts = [number for number, line in enumerate(lines) if BEGUN.match(line)]
+        lines = lines[starts[-1] :] if starts else lines  # of the last start
+        steps = [int(step) for line in lines for step in re.findall(r"^\d\d:\d\d:\d\d .*?step ([\d]+)/\d", line)]
+        heartbeat = next(objects(folder / f"{rank}.heartbeat"), {})
+        error, place = error_in(lines)
+        end = str(heartbeat.get("end", ""))
+        error = error or (end if end != FINISHED else "")
+        if not error and (crash := left_behind(folder, rank)):
+            error = f"crashed at {crash}"
+        found.append(
+            {
+                "rank": rank,
+                "host": heartbeat.get("host") or (hosts[rank] if rank < len(hosts) else None),
+                "logged_step": steps[-1] if steps else None,
+                "error": error,
+                "place": place,
+                "secondary": bool(error) and lost_a_peer(RuntimeError(error)),
+                "log_modified": modified(folder / f"{rank}.log"),
+                "heartbeat": heartbeat,
+            }
+        )
+    return found
+
+
+def earlier(folder: Path) -> list[Facts]:
+    """What the stack files of earlier attempts tell, oldest first: the verdict, else that rank's own crash or error."""
+    found = []
+    for path in sorted(folder.glob("*.stack.*"), key=modified):
+        text = ""
+        with contextlib.suppress(OSError):
+            text = path.read_text(errors="replace")
+        verdict = text.rpartition(VERDICT)[2].partition("\n")[0] if VERDICT in text else ""
+        crash = crash_in(path)
+        words = f"crashed at {crash}" if crash else error_in(text.splitlines())[0] or "its stacks alone are left"
+        rank = int(path.name.partition(".")[0])
+        found.append({"rank": rank, "file": path.name, "at": modified(path), "verdict": verdict, "words": words})
+    return found
+
+
+def error_in(lines: list[str]) -> tuple[str, str]:
+    """(the last error that a log holds, in a line; `file.py:12`, the innermost line outside of installed packages)."""
+    begins = [number for number, line in enumerate(lines) if line.lstrip().startswith("Traceback (most recent call")]
+    if not begins:
+        said = [line.removeprefix("error: ") for line in lines if line.startswith(("error: ", "Fatal Python error: "))]
+        return (said[-1] if said else ""), ""
+    place = error = ""
+    for line in lines[begins[-1] + 1 :]:
+        frame = re.match(r'\s+File "(.+)", line (\d+)', line)
+        if frame and "site-packages" not in frame[1] and "/lib/python" not in frame[1]:
+            place = f"{Path(frame[1]).name}:{frame[2]}"
+        if line and not line[0].isspace():
+            error = line
+            break
+    return error, place
+
+
+def checkpoints(folder: Path) -> Facts:
+    """The newest checkpoint that is intact, what is wrong with the newer ones, and what a killed save has left."""
+    found: Facts = {"names": [path.name for path in layout.names(folder)], "wrong": {}, "intact": None}
+    found["unfinished"] = [path.name for path in folder.glob(f"{layout.UNFINISHED}*")]
+    for path in layout.names(folder):
+        wrong = layout.whats_wrong(path)
+        if not wrong:
+            manifest = json.loads((path / "manifest.json").read_text())
+            found["intact"] = {"name": path.name, "step": manifest["step"], "saved": modified(path / "manifest.json")}
+            break
+        found["wrong"][path.name] = wrong
+    return found
+
+
+def job_log(folder: Path) -> Facts:
+    """The end of the newest log of a Slurm job's first process, and what in it tells of the end."""
+    logs = sorted(folder.glob("*/*_log.out"), key=modified)
+    if not logs:
+        return {}
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = logs[-1].read_text(errors="replace").splitlines()
+    telling = re.compile(r"oom|DUE TO|CANCELLED|Killed|requeue|does not answer|NODE_FAIL|Exited with|^error: ", re.I)
+    return {"log": short(logs[-1]), "said": [line for line in lines if telling.search(line)][-3:]}

@@ -1,0 +1,159 @@
+"""environment."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from lockstep.errors import UserError
+
+RUN_DIRECTORY = "LOCKSTEP_RUN_DIR"  # set by launchers that start ranks for a run that is already frozen
+LAUNCHER = "LOCKSTEP_LAUNCHER_PID"
+TRIAL = "LOCKSTEP_TRIAL"  # set for ranks that only try whether a batch fits
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a launcher says about this process."""
+
+    rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    agent_store: bool  # torchrun's agent holds the store at master_port, so rank 0 must not
+    attempt: int  # how often the agent has restarted the ranks
+    nodes: tuple[str, ...] = ()  # where the launcher has put each rank, if it says
+
+
+def discover(env: Mapping[str, str]) -> Place | None:
+    """Read this process's place from its environment; None where no launcher started it.
+
+    Raises:
+        UserError: the variables are incomplete or contradict each other.
+    """
+    if "RANK" not in env:
+        if in_a_step_of_many(env):
+            env = {**env, **from_srun(env)}
+        elif "WORLD_SIZE" in env:
+            raise UserError(
+                f"WORLD_SIZE={env['WORLD_SIZE']} is set but RANK is not: set RANK to 0…WORLD_SIZE−1 in each process, "
+                "or unset WORLD_SIZE"
+            )
+        else:
+            return None
+    missing = [name for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT") if name not in env]
+    if missing:
+        raise UserError(
+            f"RANK={env['RANK']} is set but not {', '.join(missing)}: a rank needs all four, or none of them"
+        )
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
+        if not env[name].isdecimal():
+            raise UserError(f"{name}={env[name]}: allowed are whole numbers from 0 up")
+        numbers[name] = int(env[name])
+    if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+        raise UserError(
+            f"RANK={env['RANK']}: allowed are 0…{numbers['WORLD_SIZE'] - 1} (WORLD_SIZE={env['WORLD_SIZE']})"
+        )
+    if not 0 < numbers["MASTER_PORT"] < 2**16:
+        raise UserError(f"MASTER_PORT={env['MASTER_PORT']}: allowed are 1…65535")
+    return Place(
+        rank=numbers["RANK"],
+        world_size=numbers["WORLD_SIZE"],
+        master_addr=env["MASTER_ADDR"],
+        master_port=numbers["MASTER_PORT"],
+        agent_store=env.get("TORCHELASTIC_USE_AGENT_STORE") == "True",
+        attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+        nodes=nodes_of_tasks(env) if in_a_step_of_many(env) else (),
+    )
+
+
+def in_a_step_of_many(env: Mapping[str, str]) -> bool:
+    """Whether this process is one of several that one `srun` started.
+
+    Not so the shell of an allocation or the script of a batch job: they know the job's tasks, and are none of them. A
+    step of a single task is taken for a shell too (`srun --pty bash`). The job's name says nothing.
+    """
+    return "SLURM_STEP_ID" in env and int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
+def from_srun(env: Mapping[str, str]) -> dict[str, str]:
+    """torchrun's variables from those of a step; rank 0 is on the step's first node.
+
+    Raises:
+        UserError: WORLD_SIZE is set too, to something else.
+    """
+    tasks = env["SLURM_STEP_NUM_TASKS"]
+    if env.get("WORLD_SIZE", tasks) != tasks:
+        raise UserError(
+            f"WORLD_SIZE={env['WORLD_SIZE']}: srun started {tasks} tasks, and each is a rank; unset WORLD_SIZE, or "
+            f"start {env['WORLD_SIZE']} with srun --ntasks={env['WORLD_SIZE']}"
+        )
+    found = {"RANK": env["SLURM_PROCID"], "WORLD_SIZE": tasks}
+    if "MASTER_ADDR" not in env:
+        found["MASTER_ADDR"] = expand(env["SLURM_STEP_NODELIST"])[0]
+    if "MASTER_PORT" not in env:  # the same on all ranks without a word between them, another one in each step
+        found["MASTER_PORT"] = str(15000 + (int(env["SLURM_JOB_ID"]) * 7 + int(env["SLURM_STEP_ID"])) % 15000)
+    return found
+
+
+def expand(nodes: str) -> list[str]:
+    """The names in a list of Slurm's, such as `gpu[01-03],big7`."""
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    return done.stdout.split() or [nodes]
+
+
+def nodes_of_tasks(env: Mapping[str, str]) -> tuple[str, ...]:
+    """The node of each task of a step, as srun spreads them by default: the first tasks on the first node."""
+    counts: list[int] = []  # a node
+    for count, _, times in re.findall(r"(\d+)(\(x(\d+)\))?", env.get("SLURM_STEP_TASKS_PER_NODE", "")):
+        counts += [int(count)] * int(times or 1)
+    nodes = expand(env.get("SLURM_STEP_NODELIST", ""))
+    return tuple(node for node, count in zip(nodes, counts, strict=False) for _ in range(count))
+
+
+def resolve_device(device: str, backend: str) -> tuple[str, str]:
+    """Turn `auto` into what this machine has: ("cuda" | "cpu", "nccl" | "gloo").
+
+    Raises:
+        UserError: cuda was asked for and is not there, or nccl for the CPU.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda: torch sees no CUDA device here; allowed are device=cpu and device=auto")
+    if backend == "auto":
+        backend = "nccl" if device == "cuda" else "gloo"
+    if backend == "nccl" and device == "cpu":
+        raise UserError(
+            "backend=nccl: it carries CUDA tensors only; with device=cpu allowed are backend=gloo and backend=auto"
+        )
+    return device, backend
+
+
+def default_nproc(device: str) -> int:
+    """Ranks to start on this machine when nobody says: one per GPU, or 2 on CPU."""
+    return torch.cuda.device_count() if device == "cuda" else 2
+
+
+def check_nproc(nproc: int, device: str, backend: str) -> None:
+    """Refuse more NCCL ranks than GPUs: two ranks on one GPU dead-lock or fail inside NCCL."""
+    if device == "cuda" and backend == "nccl" and nproc > torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise UserError(
+            f"nproc={nproc}: this machine has {count} CUDA devices and a rank needs one of its own; "
+            f"allowed are 1…{count} (or backend=gloo, whose ranks may share a device)"
+        )
+
+
+def share_of_cores(ranks_here: int, env: Mapping[str, str]) -> int:
+    """The cores for one rank. Slurm may have bound each of its tasks to its own already, which must not be shared."""
+    cores = len(os.sched_getaffinity(0))
+    if "SLURM_STEP_ID" in env and "SLURM_CPUS_PER_TASK" in env and ranks_here > 1:
+        return min(int(env["SLURM_CPUS_PER_TASK"]), cores)
+    return max(1, cores // ranks_here)

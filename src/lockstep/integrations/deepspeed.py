@@ -1,0 +1,410 @@
+"""DeepSpeed among lockstep's ranks: on their process group, quiet, and with its files inside lockstep's checkpoints.
+
+Imported by the recipe that uses DeepSpeed, and nowhere else. DeepSpeed's files are pickles. They are read only after
+their hashes have been checked, and by torch's `weights_only` reader, which resolves nothing but tensors and the three
+classes named here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import io
+import os
+import pickle
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime import compiler, torch_autocast
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
+from deepspeed.utils import logger, safe_get_full_grad, safe_set_full_grad
+from deepspeed.utils.tensor_fragment import fragment_address
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lockstep.distributed.process_group import patience
+from lockstep.errors import UserError
+from lockstep.run import Run
+from lockstep.training.local_gradients import LocalGradients
+from lockstep.training.precision import Scaler
+
+TensorsByName = dict[str, Tensor]
+
+
+@contextlib.contextmanager
+def prepared(run: Run) -> Iterator[None]:
+    """Where DeepSpeed can be initialised: it finds what it asks of its own launcher, and talks into the rank's log."""
+    for handler in logger.handlers:  # it warns on stdout
+        handler.setStream(run.report.log)
+    # Its launcher would set it: the number of this rank's device.
+    local = run.device.index if run.device.type == "cuda" else run.world.local_rank
+    os.environ["LOCAL_RANK"] = str(local)
+    # It would probe with a compiler which of its C++ operators can be built here, and build one for the CPU at once, an
+    # all-reduce within a host, while the ranks wait: half a minute, and a toolchain that many machines lack. Told that
+    # none can, it leaves the tensors to gloo and the update to torch's optimizer.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
+    # Its collectives go through a group of its own, which would wait half an hour for a rank that hangs.
+    new_group = functools.partial(dist.new_group, timeout=patience(run.config.timeout_seconds, run.world.backend))
+    vars(torch_autocast)["TORCH_AUTOCAST_INITIALIZED"] = False  # by an earlier run in this process
+    with contextlib.redirect_stdout(run.report.log), mock.patch.object(dist, "new_group", new_group):
+        # When it looks whether an optimizer is Muon, it has that one's functions compiled: 3 s in each rank.
+        with mock.patch.object(compiler, "compile", return_value=lambda function: function):
+            importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        yield
+
+
+# Its files --------------------------------------------------------------------------------------------------------
+
+
+class CheckpointBuffers(CheckpointEngine):
+    """What writes and reads for DeepSpeed: it keeps what is to be saved, and unpickles no code.
+
+    Attributes:
+        kept: {file name: content} of the last save.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept: dict[str, memoryview] = {}
+
+    def create(self, info: Any) -> None:
+        self.kept = {}
+
+    def makedirs(self, path: Any, exist_ok: bool = False) -> None:
+        pass
+
+    def save(self, state_dict: Any, path: Any) -> None:
+        buffer = io.BytesIO()
+        torch.save(state_dict, buffer)
+        self.kept[Path(path).name] = buffer.getbuffer()
+
+    def load(self, path: Any, map_location: Any = None) -> Any:
+        return read(Path(path))
+
+    def commit(self, info: Any) -> bool:
+        return True
+
+
+def read(path: Path) -> Any:
+    """What is in a file of DeepSpeed's, on the CPU; of tensors only those parts are read that are used.
+
+    Raises:
+        UserError: reading it would run code.
+    """
+    try:
+        with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
+            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:
+        said = str(error).splitlines()[0]
+        raise UserError(f"{path}: refused, for it holds more than DeepSpeed's tensors ({said})") from None
+
+
+def first_file(folder: Path) -> dict[str, Any]:
+    """What rank 0 saved besides its part of the optimizer."""
+    found: dict[str, Any] = read(sorted(folder.glob("*_model_states.pt"))[0])
+    return found
+
+
+def assemble(folder: Path) -> tuple[TensorsByName, dict[str, TensorsByName]]:
+    """All that DeepSpeed saved, by any number of ranks in any stage: (the state_dict, {parameter: optimizer state}).
+
+    In stage 1 and 2 each rank saves a section of one long vector of all parameters, and where in it each parameter
+    lies; in stage 3 its section of each parameter, one after the other.
+    """
+    first = first_file(folder)
+    module, stage = first["module"], first["ds_config"]["zero_optimization"]["stage"]
+    if stage == 0:
+        names = [name for name in module if name not in first["buffer_names"]]
+        return dict(module), {names[number]: state for number, state in first["optimizer"]["state"].items()}
+    ranks, shapes = first["dp_world_size"], first["param_shapes"]
+    parts: dict[str, dict[str, list[Tensor]]] = {}
+    for rank in range(ranks):
+        saved = read(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
+        if stage == 3:
+            flats, states = saved["fp32_flat_groups"], saved["optimizer_state_dict"]["state"]
+            places = [sections(group, ranks) for group in shapes]
+        else:
+            flats, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
+            places = [
+                {name: (at.start, at.numel) for name, at in group.items()} for group in saved["param_slice_mappings"]
+            ]
+        for number, place in enumerate(places):
+            for name, (start, size) in place.items():
+                for key, value in {"": flats[number], **states.get(number, {})}.items():
+                    part = value[start : start + size] if value.dim() else value  # Adam's step is one number
+                    parts.setdefault(name, {}).setdefault(key, []).append(part)
+    shape = {name: size for group in shapes for name, size in group.items()}
+    whole = {name: {key: join(some, shape[name]) for key, some in entries.items()} for name, entries in parts.items()}
+    weights = {name: whole[name].pop("") if name in whole else tensor for name, tensor in module.items()}
+    return weights, whole
+
+
+def sections(shapes: dict[str, torch.Size], ranks: int) -> dict[str, tuple[int, int]]:
+    """Stage 3: {parameter: (start, size)} of its sections in a rank's vector; the last rank's may be padded."""
+    found, start = {}, 0
+    for name, shape in shapes.items():
+        size = -(-shape.numel() // ranks)
+        found[name] = (start, size)
+        start += size
+    return found
+
+
+def join(parts: list[Tensor], shape: torch.Size) -> Tensor:
+    return torch.cat(parts)[: shape.numel()].view(shape) if parts[0].dim() else parts[0]
+
+
+class ZeroFiles:
+    """DeepSpeed's state as an Engine of lockstep's checkpoints (lockstep.checkpoint.state).
+
+    On as many ranks as saved it, DeepSpeed itself restores it. On others, or in another stage, it is assembled from
+    the files and cut anew: DeepSpeed's own converter for this case, ds_to_universal, knows Adam's states alone.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, engine: Any, scaler: Scaler) -> None:
+        self.engine, self.module, self.optimizer = engine, engine.module, engine.basic_optimizer
+        self.stage = engine.zero_optimization_stage()
+        self.names = {id(parameter): name for name, parameter in self.module.named_parameters()}
+        engine.checkpoint_engine = self.memory = CheckpointBuffers()
+        engine._copy_recovery_script = lambda _: None  # a script it would write past the checkpoint engine
+        self.scaler, self.gradient_bytes = scaler, 0
+        self.before_update(self._measure)
+        if scaler.is_enabled():
+            self._replace_scaler()
+
+    def files(self) -> dict[str, memoryview]:
+        self.engine.save_checkpoint("checkpoints", tag=self.name, save_latest=False)
+        kept, self.memory.kept = self.memory.kept, {}
+        return kept
+
+    def restore(self, folder: Path, same_ranks: bool) -> None:
+        # Its optimizer's settings come from the config, as they do everywhere else, and not from the checkpoint.
+        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
+        first = first_file(folder)
+        if same_ranks and first["ds_config"] == self.engine.config:
+            self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        else:
+            weights, moments = assemble(folder)
+            self.load(weights)
+            self._load_moments(moments)
+        for group, own in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(own)
+
+    def load(self, weights: TensorsByName) -> None:
+        if self.stage == 0:
+            self.module.load_state_dict(weights)
+            return
+        with torch.no_grad():
+            for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
+                with whole(tensor, writes=True):
+                    if tensor.shape == weights[name].shape:
+                        tensor.copy_(weights[name])
+        self.engine.optimizer.refresh_fp32_params()
+
+    def weights(self, folder: Path) -> TensorsByName:
+        return assemble(folder)[0]
+
+    def keep_gradients(self, into: TensorsByName) -> None:
+        def keep() -> None:
+            if not into:
+                named = self.module.named_parameters()
+                into.update({name: safe_get_full_grad(parameter).detach() / self.scale for name, parameter in named})
+
+        self.before_update(keep)
+
+    def parts(self, module: nn.Module, optimizer: Optimizer) -> LocalGradients:
+        return ZeroGradients(self) if self.stage else LocalGradients(module, optimizer)
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        """Have something called on all ranks in each step, between the last backward and the update."""
+        outer = self.engine.optimizer
+        if isinstance(outer, Optimizer):  # stage 0: the one that was handed in
+            outer.register_step_pre_hook(lambda *_: call())
+        else:
+            self._around_update(call, lambda: None)
+
+    def after_update(self, call: Callable[[], None]) -> None:
+        """Have something called on all ranks in each step, when stage 1 to 3 has updated the weights."""
+        self._around_update(lambda: None, call)
+
+    def _around_update(self, before: Callable[[], None], after: Callable[[], None]) -> None:
+        outer = self.engine.optimizer
+        update = outer.step
+
+        def step(*args: Any, **options: Any) -> Any:
+            before()
+            result = update(*args, **options)
+            after()
+            return result
+
+        outer.step = step
+
+    def held_bytes(self) -> dict[str, int]:
+        """What this rank holds: its weights, the gradients before the first update, what the update needs besides.
+
+        Buffers in which gradients or weights travel are not counted.
+        """
+        zero, parameters = self.engine.optimizer, list(self.module.parameters())
+        weights = stored([*(p.data for p in parameters), *(getattr(p, "ds_tensor", None) for p in parameters)])
+        if self.stage == 0:
+            masters = []
+        else:
+            masters = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        others = {address: size for address, size in stored([*masters, *states]).items() if address not in weights}
+        return {
+            "weights": sum(weights.values()),
+            "gradients": self.gradient_bytes,
+            "optimizer": sum(others.values()),
+        }
+
+    def unsharded_bytes(self) -> int:
+        """What a rank of DDP's holds: weights, gradients, and as much again for each moment of the optimizer's."""
+        moments = {key for state in self.optimizer.state.values() for key, value in state.items() if value.dim()}
+        numel = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in self.module.parameters())
+        return 4 * numel * (2 + len(moments))
+
+    def _measure(self) -> None:
+        if not self.gradient_bytes:
+            gradient_stats = [parameter.grad for parameter in self.module.parameters()]
+            averaged = getattr(self.engine.optimizer, "averaged_gradients", {})  # stage 1 to 3
+            parts = [part for group in averaged.values() for part in group or []]
+            self.gradient_bytes = sum(stored([*gradient_stats, *parts]).values())
+
+    @property
+    def scale(self) -> float:
+        """What gradients are multiplied by before the update: from stage 1 on they are unscaled within it."""
+        return self.scaler.get_scale() if self.stage else 1.0
+
+    def _replace_scaler(self) -> None:
+        """Put our scaler in the place of DeepSpeed's, which no checkpoint holds.
+
+        From stage 1 on DeepSpeed looks at the gradients' norm before it comes to the scaler. Where that is not finite
+        it leaves the step out by itself, on all ranks, and would never tell the scaler, which would never be halved. It
+        clips before, too, so its limit has to grow with what is scaled.
+        """
+        if self.stage == 0:
+            self.engine.torch_autocast_z0_gradscaler = self.scaler
+            return
+        outer = self.engine.optimizer
+        outer.torch_autocast_gradscaler = self.scaler
+        limit = outer.clip_grad
+
+        def before() -> None:
+            outer.clip_grad = limit * self.scale
+
+        def after() -> None:
+            if outer.overflow:
+                self.scaler.leave_out()
+
+        self._around_update(before, after)
+
+    def _load_moments(self, moments: dict[str, TensorsByName]) -> None:
+        if self.stage == 0:
+            packed = self.optimizer.state_dict()
+            packed["state"] = {number: moments[name] for number, name in enumerate(self.names.values()) if moments}
+            self.optimizer.load_state_dict(packed)
+            return
+        for flat, name, at, start, size in self._held():
+            for key, value in moments.get(name, {}).items():
+                if not value.dim():
+                    self.optimizer.state[flat][key] = value.clone()
+                    continue
+                mine = self.optimizer.state[flat].setdefault(key, torch.zeros_like(flat, requires_grad=False))
+                mine[at : at + size] = value.flatten()[start : start + size]
+
+    def _held(self) -> Iterator[tuple[Tensor, str, int, int, int]]:
+        """What this rank's optimizer holds: (vector, parameter, place in the vector, place in the parameter, size)."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            rank, ranks = dist.get_rank(), dist.get_world_size()
+            for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
+                shapes = {self.names[id(parameter)]: parameter.ds_shape for parameter in group}
+                for name, (at, size) in sections(shapes, ranks).items():
+                    yield flat, name, at, rank * size, max(0, min(size, shapes[name].numel() - rank * size))
+            return
+        for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
+            for parameter in group:
+                mapping = parameter._hp_mapping
+                if mapping is not None:  # else all of it is another rank's
+                    at, start = mapping.hp_fragment_address, mapping.lp_fragment_address.start
+                    yield flat, self.names[id(parameter)], at.start, start, at.numel
+
+
+class ZeroGradients(LocalGradients):
+    """What a rank holds of gradients and weights in stage 1 to 3.
+
+    The sections of gradients are no parameters' own, so each one is put together on every rank, one after the other.
+    """
+
+    clips_norm = True  # gradient_clipping does, in the update
+
+    def __init__(self, files: ZeroFiles) -> None:
+        super().__init__(files.module, files.optimizer, owns=dist.get_rank() == 0, differ=True)
+        self._files = files
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        self._files.before_update(call)
+
+    def after_update(self, call: Callable[[], None]) -> None:
+        self._files.after_update(call)
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        found: Tensor | None = safe_get_full_grad(parameter)
+        return found if found is None or self._files.scale == 1 else found / self._files.scale
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        section = getattr(parameter, "ds_tensor", None)
+        if section is None:
+            return parameter.detach()
+        size = section.numel()  # the last ranks' are padded
+        return section.flatten()[: max(0, min(size, vars(parameter)["ds_numel"] - dist.get_rank() * size))].detach()
+
+    def clamp(self, parameter: nn.Parameter, limit: float) -> None:
+        found = safe_get_full_grad(parameter)
+        if found is not None:
+            safe_set_full_grad(parameter, found.clamp(-limit * self._files.scale, limit * self._files.scale))
+
+    def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
+        return self._owns or (not gradient and hasattr(parameter, "ds_tensor"))
+
+
+# Stage 3 ----------------------------------------------------------------------------------------------------------
+
+
+def whole(tensor: Tensor, writes: bool = False) -> Any:
+    """A context in which a partitioned parameter is there in full, on every rank; others are anyway.
+
+    Args:
+        writes: what rank 0 writes into it is what remains.
+    """
+    if not hasattr(tensor, "ds_id"):
+        return contextlib.nullcontext()
+    return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if writes else None)
+
+
+def stored(tensors: list[Any]) -> dict[int, int]:
+    """{address: bytes} of the memory behind tensors, each block once however many tensors look into it."""
+    blocks = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
+    return {block.data_ptr(): block.nbytes() for block in blocks if block.nbytes()}
+
+
+def gather(module: nn.Module, into: nn.Module) -> nn.Module:
+    """Copy a partitioned module into a plain one on the meta device, a parameter at a time. All ranks call it."""
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    some = next(module.parameters())
+    into.to(some.dtype).to_empty(device=some.device)
+    with torch.no_grad():
+        for name, tensor in into.state_dict().items():
+            with whole(tensors[name]):
+                tensor.copy_(tensors[name])
+    return into

@@ -1,0 +1,207 @@
+"""`@recipe`: turns a training function into a command that composes once, checks, freezes and launches, or is a rank.
+
+The same file plays both parts. Started by a person it composes the config with Hydra, writes it into the run directory
+and has a launcher start the ranks; started by a launcher (RANK is set) it is one of those ranks.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from lockstep.config import run_directory
+from lockstep.config.schema import AUTO, ClusterConfig, Config
+from lockstep.distributed import environment
+from lockstep.distributed.environment import check_nproc, default_nproc, discover, resolve_device
+from lockstep.distributed.signals import PREEMPTED
+from lockstep.errors import UserError
+from lockstep.launch import batch_size, cluster, worker
+from lockstep.launch.validate import validate
+from lockstep.recipe import Recipe
+from lockstep.run import Run
+from lockstep.utils.text import short
+
+
+@dataclass(frozen=True)
+class Command(Recipe):
+    """A recipe that is started from a command line: `train.main()` under `__main__`."""
+
+    def main(self) -> NoReturn:
+        """Be the command: exit with the run's exit code, 2 for a mistake of the user's."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # recipes/__init__.py had it end the process at once
+        try:
+            cluster.adopt(self, load_launcher)
+            place = discover(os.environ)
+            code = submit(self) if place is None else None
+        except UserError as error:
+            code = complain(error)
+        except KeyboardInterrupt:
+            code = 128 + signal.SIGINT
+        if code is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            if self.train.__module__ == "__main__":
+                os._exit(code)  # the interpreter would take a second to take torch apart
+            sys.exit(code)
+        assert place is not None
+        worker.work(self, place)
+
+
+def recipe(train: Callable[[Run], None] | None = None, **options: Any) -> Any:
+    """Make a recipe of a training function: `@recipe` or `@recipe(ranks=1)`, then `train.main()` under `__main__`.
+
+    The options are Recipe's attributes.
+    """
+
+    def make(function: Callable[[Run], None]) -> Command:
+        spec = function.__globals__.get("__spec__")  # `python -m recipes.ddp` names the module here, not in __name__
+        target = spec.name if spec else os.path.abspath(function.__globals__["__file__"])
+        return Command(function, target, **options)
+
+    return make(train) if train else make
+
+
+def complain(error: UserError) -> int:
+    """Show a user's mistake as the one line it is; return the exit code for it."""
+    print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+# The submitting process -------------------------------------------------------------------------------------------
+
+
+def submit(recipe: Recipe) -> int:
+    """Compose, check, freeze and launch, once for every point of a sweep; return the exit code.
+
+    Raises:
+        UserError: nothing was created.
+    """
+    from lockstep.config.compose import compose  # Hydra: a submitting process needs it, a rank does not
+
+    codes = [0]
+    points: list[Config] = []  # of a cluster: submitted when all of them are known to be good
+
+    def launch(config: Config) -> None:
+        if recipe.alone and (code := recipe.alone(config)) is not None:
+            codes.append(code)
+            return
+        there = config.cluster
+        launcher = load_launcher(there.launcher if there else config.launcher)
+        if hasattr(launcher, "check"):
+            launcher.check(there)
+        if there and hasattr(launcher, "submit"):
+            cluster.check_cluster(config, recipe)
+            points.append(config)
+            return
+        device, backend = resolve_device(config.device, config.backend)
+        asked = cluster.check_here(config) if there else config.nproc
+        nproc = asked or recipe.ranks or recipe.subject(config).ranks or default_nproc(device)
+        check_nproc(nproc, device, backend)
+        how = how_to_start(config, device, launcher)
+        config = replace(config, cluster=None)
+        if there and there.nodes > 1:
+            codes.append(launch_by_hand(config, there, launcher, nproc, how))
+            return
+        more = {"cluster": there} if there else {}
+
+        def warm() -> None:  # what is refused before does not wait for it
+            if how.get("start") == "fork":
+                worker.preload()
+
+        def start(out: Path, variables: dict[str, str], target: str) -> int:
+            variables = {environment.RUN_DIRECTORY: str(out), environment.LAUNCHER: str(os.getpid()), **variables}
+            restarts = 0 if environment.TRIAL in variables else config.max_restarts
+            return int(launcher.launch(target, variables, nproc=nproc, max_restarts=restarts, **more, **how))
+
+        if config.batch_size == AUTO:
+            warm()
+            target = recipe.subject(config).target
+            config.batch_size = batch_size.find_batch_size(config, recipe, nproc, partial(start, target=target))
+        validate(config, recipe, nproc)
+        if note := cluster.idle_nodes(os.environ):
+            print(note, file=sys.stderr)
+        out = run_directory.freeze(config, recipe.name)
+        if out is None:
+            print(run_directory.ALREADY_FINISHED.format(out=config.out))
+            return
+        started, code = time.perf_counter(), 1
+        try:
+            warm()
+            code = start(out, {}, recipe.target)
+        finally:
+            if code:
+                run_directory.note_failure(out, recipe.name, nproc, time.perf_counter() - started)
+        codes.append(code)
+        if code == PREEMPTED or (code and run_directory.has_checkpoint(out)):
+            print(f"to go on: {again(recipe, out)}", file=sys.stderr)
+        if code in (PREEMPTED, 128 + signal.SIGINT):  # it ends a sweep, not just one point of it
+            raise SystemExit(code)
+
+    def launch_by_hand(
+        config: Config, there: ClusterConfig, launcher: ModuleType, nproc: int, how: dict[str, str]
+    ) -> int:
+        """This machine's ranks of several machines': like all that are started by hand, they make the run directory."""
+        validate(replace(config, nproc=None), recipe, nproc * there.nodes)
+        variables = {environment.LAUNCHER: str(os.getpid())}
+        return int(
+            launcher.launch(
+                recipe.target, variables, nproc=nproc, max_restarts=config.max_restarts, cluster=there, **how
+            )
+        )
+
+    compose(recipe, launch)
+    if points:
+        codes.append(cluster.submit(recipe, points, load_launcher))
+    return max(codes)
+
+
+def how_to_start(config: Config, device: str, launcher: ModuleType) -> dict[str, str]:
+    """`start` for a launcher that can start ranks in more than one way, resolved; nothing for another one.
+
+    Raises:
+        UserError: it cannot start them as asked, or they could not use their device.
+    """
+    ways = getattr(launcher, "STARTS", ("spawn",))
+    if config.start not in ("auto", *ways):
+        raise UserError(f"start={config.start}: {launcher.__name__} cannot; allowed are auto, {', '.join(ways)}")
+    if config.start == "fork" and device == "cuda":
+        raise UserError("start=fork: a copied process cannot use a GPU; set start=spawn, or device=cpu")
+    # In a copy, OpenMP would wait for ever for threads that only the original has.
+    can = "fork" in ways and device == "cpu" and threads() <= THREADS
+    fork = config.start == "fork" or (config.start == "auto" and can)
+    return {"start": "fork" if fork else "spawn"} if len(ways) > 1 else {}
+
+
+def threads() -> int:
+    """Threads of this process."""
+    return len(os.listdir("/proc/self/task"))
+
+
+THREADS = threads()  # those of imported libraries, which know what to do in a copy
+
+
+def again(recipe: Recipe, out: Path) -> str:
+    """The command that continues the run in `out`: the one that was typed, with the folder."""
+    program = recipe.target if recipe.target.endswith(".py") else f"-m {recipe.target}"
+    words = [word for word in sys.argv[1:] if not word.startswith("out=")]
+    return f"python {program} {shlex.join([*words, f'out={short(out)}'])}"
+
+
+def load_launcher(name: str) -> ModuleType:
+    """Import the module that a config names to start the ranks."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if not name.startswith(str(error.name)):
+            raise  # the launcher is there, and something it needs is not
+        raise UserError(f"launcher={name}: no such module; allowed are launchers.torchrun, or one of yours") from None

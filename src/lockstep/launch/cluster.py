@@ -1,0 +1,186 @@
+"""A run on a cluster, as the submitting process sees it: checked for the ranks it will have there, frozen, handed over.
+
+The launcher that `cluster.launcher` names does the rest. What a rank reads holds nothing of the cluster: the same
+run directory can be continued on this machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from lockstep.config import run_directory
+from lockstep.config.schema import ClusterConfig, Config, check_values, walk
+from lockstep.distributed import environment
+from lockstep.distributed.environment import in_a_step_of_many, resolve_device
+from lockstep.errors import UserError
+from lockstep.launch.validate import validate
+
+if TYPE_CHECKING:
+    from lockstep.recipe import Recipe
+
+
+def check_cluster(config: Config, recipe: Recipe) -> None:
+    """Check all that can be checked from here, and fill in the ranks on each node and their device.
+
+    Raises:
+        UserError: a value is out of its range, or does not fit another one.
+    """
+    assert config.cluster is not None
+    check_values(config)
+    there = config.cluster
+    if config.start != "auto":
+        raise UserError(f"start={config.start}: is for ranks on this machine; srun starts those on a cluster")
+    if there.tasks_per_node is None:
+        there.tasks_per_node = recipe.ranks or there.gpus_per_node or 1
+    world_size = there.nodes * there.tasks_per_node
+    if recipe.ranks not in (None, world_size):
+        raise UserError(
+            f"cluster.nodes={there.nodes} cluster.tasks_per_node={there.tasks_per_node}: recipes.{recipe.name} runs on "
+            f"{recipe.ranks} rank, not {world_size}; set both to 1"
+        )
+    if config.nproc not in (None, world_size):
+        raise UserError(f"nproc={config.nproc}: is for this machine; on a cluster set cluster.tasks_per_node")
+    # Of the devices this machine has nothing follows: a login node seldom has any.
+    if config.device == "auto":
+        config.device = "cuda" if there.gpus_per_node else "cpu"
+    if config.device == "cpu":
+        resolve_device(config.device, config.backend)
+    elif config.backend != "gloo" and there.tasks_per_node > (there.gpus_per_node or there.tasks_per_node):
+        raise UserError(
+            f"cluster.tasks_per_node={there.tasks_per_node}: a rank needs a GPU of its own, and "
+            f"cluster.gpus_per_node={there.gpus_per_node}; allowed are 1…{there.gpus_per_node} (or backend=gloo, whose "
+            "ranks may share a device)"
+        )
+    validate(config, recipe, world_size)
+
+
+HERE = ("launcher", "nodes", "tasks_per_node")  # the keys of a cluster that has no queue
+
+
+def check_here(config: Config) -> int | None:
+    """Hold a cluster whose launcher starts ranks on this machine to what it uses; return the ranks asked for.
+
+    Raises:
+        UserError: a key that nobody would read, or two that contradict each other.
+    """
+    there = config.cluster
+    assert there is not None
+    check_values(config)
+    for name, value, _ in walk(there):
+        if name not in HERE and value != getattr(ClusterConfig(), name):
+            raise UserError(
+                f"cluster.{name}={value}: {there.launcher} has no queue and does not use it; it uses "
+                f"{', '.join(f'cluster.{key}' for key in HERE)}"
+            )
+    if config.nproc and (there.nodes > 1 or there.tasks_per_node not in (None, config.nproc)):
+        raise UserError(f"nproc={config.nproc}: with cluster.nodes or cluster.tasks_per_node leave it out")
+    return there.tasks_per_node or config.nproc
+
+
+def adopt(recipe: Recipe, load_launcher: Callable[[str], ModuleType]) -> None:
+    """In one of srun's tasks, have the launcher that `+cluster=` names say which rank this is, where it wants to.
+
+    Raises:
+        UserError: it cannot.
+    """
+    words = sys.argv[1:]
+    if "RANK" in os.environ or not in_a_step_of_many(os.environ):
+        return
+    if not any(word.startswith("+cluster=") for word in words):
+        return
+    from lockstep.config.compose import compose
+
+    found: list[Config] = []
+    # What else is on the command line is rank 0's to compose, and to complain of.
+    chosen = [word for word in words if word.startswith(("+cluster=", "--config-dir="))]
+    before, sys.argv = sys.argv, [sys.argv[0], *chosen]
+    try:
+        compose(recipe, found.append)
+    finally:
+        sys.argv = before
+    assert found[0].cluster is not None
+    launcher = load_launcher(found[0].cluster.launcher)
+    if hasattr(launcher, "adopt"):
+        launcher.adopt()
+
+
+def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[str], ModuleType]) -> int:
+    """Freeze the runs, put them into the queue, follow them unless told not to; return the exit code.
+
+    Raises:
+        UserError: one of them is refused; none is in the queue, and nothing is left behind.
+    """
+    made: list[tuple[Path, Path | None]] = []  # run directories, and what to remove of each if it comes to nothing
+    runs: list[tuple[ClusterConfig, int, Path]] = []
+    jobs = []
+    try:
+        for config in configs:
+            assert config.cluster is not None
+            new = first_missing(config, recipe)
+            out = run_directory.freeze(replace(config, cluster=None), recipe.name)
+            if out is None:
+                print(run_directory.ALREADY_FINISHED.format(out=config.out))
+                continue
+            made.append((out, new))
+            runs.append((config.cluster, config.max_restarts, out))
+        # An array's jobs are all alike: points that differ in where they run are submitted apart.
+        for _, alike in groupby(runs, key=lambda run: (asdict(run[0]), run[1])):
+            group = list(alike)
+            there, max_restarts, _ = group[0]
+            launcher = load_launcher(there.launcher)
+            wanted = [(out, {environment.RUN_DIRECTORY: str(out)}) for _, _, out in group]
+            found = launcher.submit(recipe.target, wanted, there, name=recipe.name, max_restarts=max_restarts)
+            launcher.announce(found, there)
+            jobs += found
+    except UserError:
+        if jobs:  # of another group, submitted a moment ago
+            launcher.cancel(jobs)
+        for out, new in made:
+            if new is not None:
+                shutil.rmtree(out, ignore_errors=True)
+                remove_empty(out.parent, new)
+        raise
+    if not jobs or not runs[0][0].follow:
+        return 0
+    started, code = time.perf_counter(), launcher.follow(jobs)
+    for job in jobs:
+        if job.code:  # ranks that were killed, or never began, have left no word
+            run_directory.note_failure(job.out, recipe.name, 0, time.perf_counter() - started)
+    return int(code)
+
+
+def idle_nodes(env: Mapping[str, str]) -> str:
+    """A word of warning where this machine is about to train alone in a job that has more; else nothing."""
+    nodes = env.get("SLURM_JOB_NUM_NODES", "1")
+    if "SLURM_JOB_ID" not in env or nodes == "1":
+        return ""
+    return f"note: this job has {nodes} nodes, and this trains on one of them; put srun in front to train on all"
+
+
+def first_missing(config: Config, recipe: Recipe) -> Path | None:
+    """The outermost folder that making the run directory will make; None where the run is there already."""
+    if run_directory.found_in(config, recipe.name) is not None:
+        return None
+    wanted = Path(config.out).expanduser() if config.out else Path("outputs", recipe.name, "time")
+    chain = [wanted.absolute(), *wanted.absolute().parents]
+    missing = [path for path in chain if not path.exists()]
+    return missing[-1] if missing else wanted.absolute()
+
+
+def remove_empty(folder: Path, outermost: Path) -> None:
+    """Remove an empty folder and its empty parents, up to `outermost`."""
+    with contextlib.suppress(OSError):
+        for path in [folder, *folder.parents]:
+            if not path.is_relative_to(outermost):
+                return
+            path.rmdir()

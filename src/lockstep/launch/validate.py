@@ -1,0 +1,184 @@
+"""All that can be checked of a config before anything is created: each value, and whether they fit each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from lockstep.checkpoint.weights import check_weights, read_weights
+from lockstep.config.run_directory import checkpoint_folder
+from lockstep.config.schema import AUTO, Config, check_values, walk
+from lockstep.data import image_files
+from lockstep.errors import UserError
+from lockstep.models.resnet import SMALL_IMAGE, build_model
+from lockstep.training.clip import limits
+from lockstep.training.timing import warm_up
+from lockstep.utils.text import count
+
+if TYPE_CHECKING:
+    from lockstep.recipe import Recipe
+
+
+def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int, int] | None = None) -> None:
+    """Check all that can be checked before anything is created, and fill in what follows from the data set.
+
+    Args:
+        counted: the data set's classes and training images, where `formats.check` has already looked it over.
+
+    Raises:
+        UserError: a package is missing, or a value is out of its range, does not fit another one, or is not supported
+            yet.
+    """
+    check_package(recipe)
+    check_values(config)
+    refuse_auto(config)
+    if config.monitor.wandb:
+        require("wandb", "monitor=wandb")
+    names = {recipe.name, recipe.subject(config).name}
+    for name, value, rule in walk(config):
+        if rule["only"] and not names & set(rule["only"]) and value != rule["default"]:
+            raise UserError(f"{name}={value}: recipes.{recipe.name} does not use it; {' and '.join(rule['only'])} do")
+    if config.loss_scale != Config().loss_scale and config.precision != "fp16":
+        raise UserError(
+            f"loss_scale={config.loss_scale:g}: precision={config.precision} scales no loss; "
+            "set precision=fp16, or leave it out"
+        )
+    if recipe.ranks not in (None, world_size):
+        raise UserError(
+            f"recipes.{recipe.name} runs on {recipe.ranks} rank, not {world_size}; "
+            f"set nproc={recipe.ranks}, or --nproc-per-node={recipe.ranks}"
+        )
+    if config.nproc not in (None, world_size):
+        raise UserError(
+            f"nproc={config.nproc}: {world_size} ranks were started by hand; leave nproc out, or start as many"
+        )
+    if config.memory and config.compile:
+        raise UserError(f"memory={config.memory}: counts layer by layer, and compile=true melts them; leave one out")
+    check_batch(config, world_size)
+    if len(config.data.mean) != 3 or len(config.data.std) != 3:
+        raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
+    classes, images = counted or image_files.check_data(config.data)
+    if config.batch_size > images:
+        raise UserError(
+            f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"
+        )
+    if config.profile and not recipe.several:  # recipes.compare profiles as many as there are
+        steps = min(config.epochs * (images // config.batch_size), config.max_steps or math.inf)
+        most = int(steps) - warm_up(int(steps)) - 1
+        if config.profile > most:
+            raise UserError(
+                f"profile={config.profile}: the run's {count(int(steps), 'step')} must be more than these and the "
+                f"warm-up's {warm_up(int(steps))}; allowed are 0…{max(0, most)}, or more steps"
+            )
+    if config.data.num_classes not in (None, classes):
+        where = "data.classes" if config.data.classes else config.data.name
+        raise UserError(f"data.num_classes={config.data.num_classes}: {where} has {classes}; leave it out")
+    config.data.num_classes = classes
+    config.model.num_classes = config.model.num_classes or classes
+    if config.model.num_classes < classes:
+        raise UserError(
+            f"model.num_classes={config.model.num_classes}: {config.data.name} has {classes} classes; "
+            f"allowed are numbers from {classes} up"
+        )
+    config.model.image_size = config.model.image_size or config.data.image_size
+    if config.resume not in ("auto", "never") and not recipe.backbone:
+        check_source(config)
+    if config.gradients.clip_value:
+        with torch.device("meta"):  # names need no memory
+            limits(config.gradients, [name for name, _ in build_model(config.model).named_parameters()])
+    share = config.batch_size // (world_size // config.stages)
+    if config.sync_batchnorm and config.model.norm != "batch":
+        raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
+    if not (recipe.global_batchnorm or config.sync_batchnorm):
+        check_batchnorm(config, share)
+    if recipe.check:
+        recipe.check(config, share)
+
+
+def check_package(recipe: Recipe) -> None:
+    """Hold a recipe to the package it cannot do without; raises UserError as `require` does."""
+    if recipe.needs:
+        require(recipe.needs, f"recipes.{recipe.name}")
+
+
+def require(package: str, who: str) -> None:
+    """Say how an optional package is installed where it is not; nothing of it is loaded.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{who} needs the package {package}, which is not installed: pip install 'lockstep[{package}]'")
+
+
+def check_source(config: Config) -> None:
+    """Hold resume=PATH to what can be started from: a run, a checkpoint, or a file of weights that fit the model.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    path = Path(config.resume).expanduser()
+    if path.is_dir():
+        checkpoint_folder(path)
+        return
+    if not path.is_file():
+        raise UserError(
+            f"resume={config.resume}: no such file or folder; allowed are auto, never, or a path that exists"
+        )
+    with torch.device("meta"):  # names and shapes need no memory
+        model = build_model(config.model)
+    check_weights(path, read_weights(path), model.state_dict())
+
+
+def check_batch(config: Config, world_size: int) -> None:
+    """Hold the global batch to the ranks, pipelines and micro-batches it is cut into.
+
+    Raises:
+        UserError: it does not divide, or a share is smaller than its number of micro-batches.
+    """
+    if world_size % config.stages:
+        raise UserError(
+            f"stages={config.stages}: a pipeline takes a rank for each stage, and {count(world_size, 'rank')} cannot "
+            "be divided into such pipelines; set nproc to a multiple of stages"
+        )
+    shards = world_size // config.stages
+    pieces = shards * config.micro_batches
+    if config.batch_size % pieces:
+        below = config.batch_size // pieces * pieces
+        nearest = ", ".join(str(size) for size in (below, below + pieces) if size)
+        what = f"{shards} ranks" if config.stages == 1 else f"{shards} pipelines"
+        if config.micro_batches > 1:
+            what += f" × micro_batches={config.micro_batches}"
+        raise UserError(
+            f"batch_size={config.batch_size}: the global batch must divide by {what}; nearest that do: {nearest}"
+        )
+    share = config.batch_size // shards
+    if config.accumulate > share:
+        raise UserError(f"accumulate={config.accumulate}: a rank's share is only {share} images; allowed are 1…{share}")
+
+
+def check_batchnorm(config: Config, share: int) -> None:
+    """BatchNorm has nothing to average over one image once that is down to one pixel; say so before it does."""
+    size = config.model.image_size or 0
+    pixels = math.ceil(size / (8 if size <= SMALL_IMAGE else 32))
+    largest = math.ceil(share / max(config.accumulate, config.micro_batches))
+    smallest = share % largest or largest  # chunk's last piece is the ragged one
+    if config.model.norm == "batch" and pixels == 1 and smallest == 1:
+        raise UserError(
+            f"batch_size={config.batch_size}: leaves a forward with a single image, whose last layers are one pixel: "
+            "BatchNorm has nothing to average; set a larger batch_size, fewer micro-batches, or model.norm=group"
+        )
+
+
+def refuse_auto(config: Config) -> None:
+    """Where the ranks will be somewhere else, or were started already, no batch can be tried; raises UserError."""
+    if config.batch_size == AUTO:
+        raise UserError(
+            "batch_size=auto: is found by a command that starts its ranks on its own machine; find it there first with "
+            "python -m recipes.doctor memory recipes=[NAME] batch_size=auto nproc=RANKS (on a cluster after srun "
+            "--nodes=1 --ntasks=1), and set batch_size to that number times the machines"
+        )

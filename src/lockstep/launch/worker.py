@@ -1,0 +1,373 @@
+"""Being a rank: find the frozen config, join the others, train, leave with an exit code and at most one traceback."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import importlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from lockstep.config import run_directory
+from lockstep.config.schema import Config, from_yaml, to_yaml
+from lockstep.data.images import First
+from lockstep.diagnose import out_of_memory
+from lockstep.diagnose.watchdog import Stuck, Watchdog, lost_a_peer, waited_in_vain
+from lockstep.distributed import process_group
+from lockstep.distributed.environment import LAUNCHER, RUN_DIRECTORY, TRIAL, Place, resolve_device
+from lockstep.distributed.heartbeat import FINISHED, Heartbeat, obituary
+from lockstep.distributed.rendezvous import check_in, farewell, open_store, wait_for
+from lockstep.distributed.signals import PREEMPTED, Listener, Preempted, alone_under_srun, end_with_parent, unsaved
+from lockstep.errors import Busy, UserError
+from lockstep.launch.validate import validate
+from lockstep.run import Run
+from lockstep.utils import files
+from lockstep.utils.environment import environment
+
+if TYPE_CHECKING:
+    from lockstep.recipe import Recipe
+
+
+COMPOSE_SECONDS = 3600.0  # rank 0 may list a million images, or download them, before the others learn the config
+
+
+def work(recipe: Recipe, place: Place) -> NoReturn:
+    """Join the others, train, and leave with the exit code.
+
+    A rank's last line is os._exit: gloo's threads can abort the interpreter's own exit after all has gone well
+    (pytorch issue 190489).
+    """
+    started, code, out = time.perf_counter(), 0, None
+    console = os.dup(2)
+    inquest: Watchdog | None = None
+
+    def say(words: str) -> None:
+        if place.rank == 0:
+            os.write(console, f"{words}\n".encode())
+
+    def leave(error: BaseException, code: int, told_to_stop: bool = False) -> NoReturn:
+        tell(error, place, out, console, told_to_stop)
+        if isinstance(error, Stuck):
+            error.wake()
+        if out is not None and place.rank == 0 and not isinstance(error, Busy):
+            run_directory.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+    def asks(error: BaseException) -> bool:
+        return waited_in_vain(error) or (lost_a_peer(error) and not listener.received)
+
+    listener = Listener(say, launched=LAUNCHER in os.environ)
+    try:
+        end_with_launcher()
+        try:
+            config, out, store, hosts = frozen_config(recipe, place)
+        except SystemExit:  # --help and the like have printed what they were asked for
+            sys.stdout.flush()
+            os._exit(0)
+        if place.rank:
+            try:
+                redirect_output(out / "ranks" / f"{place.rank}.log")
+            except FileNotFoundError:
+                raise unseen(out) from None
+        heart = Heartbeat(out / "ranks", place.rank)
+        inquest = Watchdog(
+            heart,
+            out / "ranks",
+            store,
+            place.world_size,
+            config.timeout_seconds,
+            end=lambda verdict: leave(verdict, verdict.exit_code),
+            say=say,
+            overdue=resolve_device(config.device, config.backend)[1] == "nccl",
+        )
+        join_and_train(recipe, config, out, store, place, hosts, listener, heart)
+        inquest.close(FINISHED)
+        dist.destroy_process_group()
+    except Preempted:
+        code = PREEMPTED
+        if inquest:
+            inquest.close(FINISHED)
+        stop_agent(place)
+    except BaseException as error:
+        if inquest and asks(error):
+            inquest.heart.tell(asked=True)  # a launcher's SIGTERM may be under way, and ends this rank from here on
+        listener.close()
+        code = error.exit_code if isinstance(error, UserError) else 1
+        if listener.received and lost_a_peer(error):
+            code = unsaved(listener.received)  # asked to leave, and another rank already has
+        asking = inquest is not None and asks(error)  # whether a signal came is certain only now
+        if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace exit code or last words
+            signal.signal(signal.SIGTERM, (lambda *_: os._exit(code)) if asking else signal.SIG_IGN)
+        if inquest and asking:
+            # Where another rank broke first, it, or the launcher that sees it dead, is to be heard first. An agent ends
+            # this rank meanwhile, however slow the machine.
+            patience = 5.0 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2.0
+            error = inquest.ask(error, patience if lost_a_peer(error) else 0)
+        elif inquest:
+            inquest.close(f"{type(error).__name__}: {error}")
+        leave(error, code, told_to_stop=bool(listener.received))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def preload() -> None:
+    """Load what every rank will, in the process whose copies they are to be."""
+    for module in ("torchvision.models", "torch._dynamo"):  # the models; whatever wraps or steps an optimizer
+        importlib.import_module(module)
+
+
+def end_with_launcher() -> None:
+    """Have this rank end when its launcher is killed."""
+    launcher = os.environ.get(LAUNCHER)
+    if launcher is None:
+        return
+    end_with_parent()
+    if os.getppid() != int(launcher):
+        os._exit(1)  # it was killed while this rank was still importing
+
+
+def stop_agent(place: Place) -> None:
+    """Have torchrun's agent end: it would take ranks that leave for ranks that broke, and start them again."""
+    left = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) - place.attempt
+    if place.agent_store and LAUNCHER not in os.environ and left > 0 and os.environ.get("LOCAL_RANK") == "0":
+        os.kill(os.getppid(), signal.SIGTERM)
+
+
+def join_and_train(
+    recipe: Recipe,
+    config: Config,
+    out: Path,
+    store: dist.Store,
+    place: Place,
+    hosts: list[str],
+    listener: Listener,
+    heart: Heartbeat,
+) -> None:
+    """Join the process group and run the recipe's function."""
+    # A requeued job's earlier ranks may still sit on a node that Slurm has lost, until their own time-out.
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    lock = run_directory.lock(out, config.timeout_seconds if requeued else 0) if place.rank == 0 else None
+    local_rank = os.environ.get("LOCAL_RANK")
+    here = process_group.join(
+        store,
+        place.rank,
+        place.world_size,
+        device=config.device,
+        backend=config.backend,
+        timeout_seconds=config.timeout_seconds,
+        threads=config.threads,
+        tf32=config.tf32,
+        local_rank=int(local_rank) if local_rank is not None else None,
+        hosts=hosts,
+        pulse=heart,
+    )
+    if here.rank == 0:
+        files.write_json(out / "environment.json", environment(here.hosts, str(here.device), here.backend))
+    carry_out(recipe, Run(recipe.name, config, here, out, recipe.next_command, listener=listener))
+    del lock
+
+
+def carry_out(recipe: Recipe, run: Run) -> None:
+    """Run the recipe's function; an error that only says that there is no memory left ends with what holds it.
+
+    Raises:
+        oom.OutOfMemory: the page.
+    """
+    if TRIAL in os.environ:
+        shorten(run)
+    try:
+        recipe(run)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory.ran_out(error, run.device):
+            raise
+        raise out_of_memory.explain_out_of_memory(error, run) from None
+
+
+def shorten(run: Run) -> None:
+    """In a rank of a trial: evaluate one batch a rank, and take no more of a GPU than is allowed."""
+    config = run.config
+    run.eval_set = First(run.eval_set, config.eval_batch_size * run.world.world_size)
+    if run.device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(run.device)
+        room = int(config.memory_fraction * free)
+        torch.cuda.set_per_process_memory_fraction(room / total, run.device)
+        run.note("", trial_room_bytes=room)
+
+
+def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Store, list[str]]:
+    """The run's config and directory, the store where the ranks meet, and the host of each.
+
+    A launcher of ours has put both on disk. Where the ranks were started by hand there is nothing yet: rank 0 composes,
+    checks and makes the directory, and tells the others over the store.
+    """
+    if RUN_DIRECTORY in os.environ:
+        out = Path(os.environ[RUN_DIRECTORY])
+        try:
+            config = from_yaml((out / "config.yaml").read_text())
+        except FileNotFoundError:
+            raise unseen(out) from None
+        store, hosts, _ = meet(place, config.timeout_seconds)
+        return config, out, store, hosts
+    asked = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("timeout_seconds=")]
+    seconds = float(asked[-1]) if asked and asked[-1].isdecimal() else float(Config().timeout_seconds)
+    # First of all: where a rank is missing, nothing is created.
+    store, hosts, known = meet(place, seconds, recall())
+    if place.rank == 0:
+        try:
+            told = compose_by_hand(recipe, place.world_size, next(filter(None, known), ""))
+        except BaseException as error:
+            told = {"error": f"rank 0 failed: {error}"}
+            raise
+        finally:
+            store.set("run", json.dumps(told))
+    elif not wait_for(store, ["run"], COMPOSE_SECONDS):
+        raise UserError("rank 0 ended before it had sent a config; its own words say why")
+    told = json.loads(store.get("run"))
+    if "config" in told:
+        remember(told["out"])
+        return from_yaml(told["config"]), Path(told["out"]), store, hosts
+    farewell(store, place.rank, place.world_size)
+    if "error" not in told:
+        raise SystemExit(0)
+    # Rank 0 says it; the others too where an agent shows one rank's words and picks the rank itself.
+    says = place.rank == 0 or "TORCHELASTIC_ERROR_FILE" in os.environ
+    raise UserError(told["error"] if says else "rank 0 refused the config")
+
+
+def unseen(out: Path) -> UserError:
+    """What a rank says that does not find the run directory, which was made on another host."""
+    return UserError(
+        f"out={out}: not there on {socket.gethostname()}; set out to a folder on a file system that all hosts mount"
+    )
+
+
+def meet(place: Place, timeout_seconds: float, note: str = "") -> tuple[dist.Store, list[str], list[str]]:
+    """(this start's part of the store, every rank's host, every rank's note), when all ranks have come."""
+    store = open_store(place, timeout_seconds)
+    return check_in(store, place.rank, place.world_size, timeout_seconds, note, place.nodes)
+
+
+def agent_folder() -> Path | None:
+    """The folder that torchrun's agent on this host keeps as long as it lives: it holds a folder an attempt."""
+    error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    return Path(error_file).parents[2] if error_file else None
+
+
+def remember(out: str) -> None:
+    """Note the run directory where the ranks that this agent may start after these will look for it."""
+    folder = agent_folder()
+    if folder is not None:
+        with contextlib.suppress(OSError):
+            files.write_atomically(folder / "lockstep-run", out)
+
+
+def recall() -> str:
+    """The run directory of the ranks that this agent started before; empty for the first ones.
+
+    Ranks that torchrun restarts, perhaps on more or fewer hosts, must go on in it, whatever its name.
+    """
+    folder = agent_folder()
+    note = folder / "lockstep-run" if folder is not None else None
+    return note.read_text() if note is not None and note.is_file() else ""
+
+
+def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, str]:
+    """Compose, check and freeze, on rank 0 of ranks that were started by hand; return what the others need.
+
+    Args:
+        known: the run directory of an earlier attempt, or nothing.
+
+    Returns:
+        `config` and `out`, or `error`, or nothing where Hydra has only printed something (--help, --cfg).
+    """
+    told: dict[str, str] = {}
+
+    def keep(config: Config) -> None:
+        there = config.cluster
+        if there and there.tasks_per_node and there.nodes * there.tasks_per_node != world_size:
+            raise UserError(
+                f"cluster.nodes={there.nodes} cluster.tasks_per_node={there.tasks_per_node}: {world_size} ranks were "
+                "started; leave both out, or start as many"
+            )
+        config = replace(config, cluster=None)  # it has done its part, and the run can be continued anywhere
+        validate(config, recipe, world_size)
+        resolve_device(config.device, config.backend)
+        out = run_directory.freeze(config, recipe.name)
+        if out is None:
+            print(run_directory.ALREADY_FINISHED.format(out=config.out))
+            return
+        told.update(config=to_yaml(config), out=str(out))
+
+    try:
+        if known:
+            config = from_yaml((Path(known) / "config.yaml").read_text())
+            config.out = known
+            keep(config)
+            return told
+        if {"-m", "--multirun"} & set(sys.argv[1:]):
+            raise UserError("--multirun: a sweep starts its own ranks; run it with python, not inside torchrun")
+        from lockstep.config.compose import compose  # Hydra: only who composes imports it
+
+        compose(recipe, keep)
+    except UserError as error:
+        return {"error": str(error)}
+    except SystemExit:
+        return {}
+    return told
+
+
+def redirect_output(log: Path) -> None:
+    """Send all this process prints, C++ included, to its log: of many ranks only rank 0 speaks on the console."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+
+
+def tell(error: BaseException, place: Place, out: Path | None, console: int, told_to_stop: bool = False) -> None:
+    """Put an error into the rank's log, and before the user exactly once.
+
+    Args:
+        console: a descriptor of the stderr this process was started with.
+        told_to_stop: a signal has come, as from a launcher that has seen another rank die.
+    """
+    full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    mistake = isinstance(error, UserError) or full
+    text = f"error: {error}\n" if mistake else "".join(traceback.format_exception(error))
+    if full:
+        text = f"error: out={out}: {os.strerror(error.errno)}; make room, then start the same command again\n"  # type: ignore[attr-defined]
+    if out is not None:
+        with contextlib.suppress(OSError), (out / "ranks" / f"{place.rank}.log").open("a") as log:
+            log.write(text)
+    if told_to_stop and lost_a_peer(error):
+        return
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        # An agent started this rank and reads this file; our launcher, or torchrun's summary, shows the first failing
+        # rank's. The format is torch.distributed.elastic's (multiprocessing/errors/error_handler.py).
+        extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
+        message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+            return
+    if isinstance(error, Stuck) and not error.speaks and alone_under_srun():  # whose tasks share one console
+        return
+    if isinstance(error, Stuck) and not error.speaks:
+        text = f"rank {place.rank} stopped because another rank did: {str(error).splitlines()[0]}\n"
+    elif not mistake:
+        where = obituary(out, place.rank)[0] if out is not None else ""
+        text = f"rank {place.rank} failed{where}\n{text}"
+    os.write(console, text.encode())

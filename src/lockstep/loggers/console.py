@@ -1,0 +1,162 @@
+"""What a person sees of a run, and `ranks/<rank>.log`: rank 0 speaks on the console, every rank into its log."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, Group
+from rich.panel import Panel
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from lockstep.config.schema import Config
+from lockstep.distributed.process_group import World
+from lockstep.training.evaluate import Evaluation
+from lockstep.utils.text import count, interpreter, short
+
+PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of progress at most this often
+
+
+class _Console(Console):
+    """A console whose reader may leave (`| head`): the training goes on unseen."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+class ConsoleReport:
+    """The start-up summary, the progress display and the final summary of one run."""
+
+    def __init__(self, recipe: str, config: Config, world: World, out: Path, next_command: str, quiet: bool) -> None:
+        self.recipe, self.config, self.world, self.out = recipe, config, world, out
+        self.next_command = next_command
+        self.speaks = world.rank == 0 and not quiet
+        self.log = (out / "ranks" / f"{world.rank}.log").open("a", buffering=1)
+        # Written to a file or a pipe, a table is not squeezed into the 80 columns of a terminal that is not there.
+        self.console = _Console(quiet=not self.speaks, highlight=False, width=None if sys.stdout.isatty() else 140)
+        self.last_line = time.monotonic()
+        self.accuracy = ""
+        self.notes: list[str] = []
+        self.progress: Progress | None = None
+
+    def line(self, text: str) -> None:
+        """One line into this rank's log, and from rank 0 onto the console."""
+        with contextlib.suppress(OSError):  # a full disk: what matters is in metrics.jsonl, which does complain
+            self.log.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        if self.speaks:
+            self.console.print(text, soft_wrap=True, markup=False)
+
+    def start(
+        self,
+        *,
+        parameters: tuple[int, int],
+        images: tuple[int, int],
+        steps: tuple[int, int],
+        chosen: list[str],
+        first: int = 0,
+    ) -> None:
+        """Say what is about to be trained, with what and where, what was chosen by itself, and from which step on."""
+        self.first_step = first
+        config, world = self.config, self.world
+        hosts = len(set(world.hosts))
+        shards = world.world_size // config.stages
+        frozen = f", {parameters[0] - parameters[1]:,} of them frozen" if parameters[0] != parameters[1] else ""
+        self.line(
+            f"{self.recipe}: {count(world.world_size, 'rank')} on {count(hosts, 'host')} · {world.device.type} · "
+            f"{world.backend} · {config.precision} · {count(world.threads, 'thread')} a rank"
+        )
+        self.line(f"  model  {config.model.name}, {config.model.norm} norm, {parameters[0]:,} parameters{frozen}")
+        self.line(
+            f"  data   {config.data.name}, {config.model.image_size} × {config.model.image_size} pixels, "
+            f"{images[0]:,} images to train on, {images[1]:,} to evaluate"
+        )
+        self.line(
+            f"  batch  {config.batch_size} = {count(shards, 'share')} × {config.batch_size // shards}; "
+            f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
+        )
+        for number, choice in enumerate(chosen):
+            self.line(f"  {'' if number else 'chosen':6} {choice}")
+        if config.precision == "fp16" and world.device.type == "cpu":
+            self.line("  fp16   CPUs are slow at it, up to 80 × slower than at bf16: set precision=bf16, or use a GPU")
+        self.line(f"  run    {short(self.out)}")
+        self.total_steps, self.steps_per_epoch, self.eval_images = steps[1], steps[0], images[1]
+        if self.speaks and self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("epoch {task.fields[epoch]}"),
+                BarColumn(),
+                TextColumn("{task.completed:.0f}/{task.total:.0f} steps  {task.fields[numbers]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+                transient=True,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("", total=self.total_steps, epoch=1, numbers="")
+
+    def step(self, step: int, loss: float, images_per_second: float, usage: str) -> None:
+        """Show a logged step, and how busy rank 0's device is."""
+        numbers = f"loss {loss:.4f}  {self.accuracy}{images_per_second:,.0f} images/s  {usage}"
+        epoch = (step - 1) // self.steps_per_epoch + 1
+        if self.progress:
+            self.progress.update(self.task, completed=step, epoch=epoch, numbers=numbers)
+        elif time.monotonic() - self.last_line > PLAIN_LINE_SECONDS:
+            self.last_line = time.monotonic()
+            self.line(f"step {step}/{self.total_steps}  epoch {epoch}  {numbers}")
+
+    def evaluation(self, step: int, result: Evaluation) -> None:
+        """Show an evaluation: a line each, because these are what a person scrolls back to."""
+        self.accuracy = f"accuracy {result.accuracy:.2%}  "
+        self.last_line = time.monotonic()
+        self.line(
+            f"step {step}/{self.total_steps}  epoch {step / self.steps_per_epoch:.4g}  "
+            f"eval loss {result.loss:.4f}  accuracy {result.accuracy:.2%}  F1 {result.f1:.4f}"
+        )
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Show the run in numbers and what to try next."""
+        if self.progress:
+            self.progress.stop()
+        memory = by_rank(result["peak_memory_bytes_by_rank"])
+        state = f"{by_rank(result['state_bytes_by_rank'])} MiB of weights, gradients and optimizer, by rank"
+        if result["state_bytes_unsharded"] > 1.01 * max(result["state_bytes_by_rank"]):
+            state += f"; unsharded {by_rank([result['state_bytes_unsharded']])}"
+        speed = "no step taken"
+        if result["images_per_second"] is not None:
+            milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
+            speed = f"{result['images_per_second']:,.0f} images/s ({milliseconds[0]} ms a step, 95 % within "
+            speed += f"{milliseconds[1]} ms)"
+        rows = {
+            "accuracy": f"{result['eval_accuracy']:.2%} of {self.eval_images:,} evaluation images, "
+            f"macro-F1 {result['eval_f1']:.4f}",
+            "speed": speed,
+            "time": f"{result['wall_seconds']:.1f} s for {count(result['steps'] - self.first_step, 'step')}",
+            "memory": f"{memory} MiB at peak, by rank",
+            "state": state,
+            "written": f"{short(self.out)}/: model.pt, result.json, metrics.jsonl, config.yaml, ranks/",
+        }
+        for note in self.notes:
+            name, _, text = note.partition(": ")
+            rows[name] = text
+        if self.next_command:
+            rows["next"] = self.next_command.replace("python", interpreter(), 1)
+        self.log.write("".join(f"{name:9} {text}\n" for name, text in rows.items()))
+        if self.console.is_terminal:
+            table = Table.grid(padding=(0, 2))
+            for name, text in rows.items():
+                table.add_row(Text(name, "bold"), Text(text))  # a path may hold what looks like markup
+            self.console.print(Panel(Group(table), title=f"{self.recipe} finished", border_style="green", expand=False))
+        else:
+            self.console.print(f"{self.recipe} finished", markup=False)
+            for name, text in rows.items():
+                self.console.print(f"  {name:9} {text}", soft_wrap=True, markup=False)
+
+
+def by_rank(sizes: list[int]) -> str:
+    """Bytes as MiB, one number a rank."""
+    return ", ".join(f"{size / 2**20:,.1f}" for size in sizes)

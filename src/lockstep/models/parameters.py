@@ -1,0 +1,11 @@
+"""parameters."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """(all, trainable) parameters of a model."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(n for n, _ in sizes), sum(n for n, trainable in sizes if trainable)

@@ -1,0 +1,94 @@
+"""What a recipe is: a training function, how it wants to be started, and what `recipes.verify` holds it to."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lockstep.config.schema import Config
+from lockstep.run import NothingLeft, Run
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a recipe must compute the same as recipes.single, and under which settings that can be exact.
+
+    Attributes:
+        settings: {dotted key: value}, for this recipe and for `single` alike.
+        own: further settings for this recipe alone, those that bring its technique to bear.
+        differs: settings under which it is another computation; by how much is measured.
+        because: why, for the reader of the table.
+        precisions: those that it computes in. Without fp64 among them, all that is compared is fp32.
+        prepare: what the recipe does to the model before it wraps it, where that changes the training itself: called
+            with (run, model), it does the same to `single`'s.
+    """
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    own: dict[str, Any] = field(default_factory=dict)
+    differs: dict[str, Any] = field(default_factory=dict)
+    because: str = ""
+    precisions: tuple[str, ...] = ("fp64", "fp32", "bf16", "fp16")
+    prepare: Callable[[Run, nn.Module], None] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A training function and how it wants to be started.
+
+    Attributes:
+        train: the function, given a Run.
+        target: how to start it again: a module name, or the path of a script.
+        ranks: the only number of ranks it runs on; None: any.
+        next_command: what the final summary suggests.
+        global_batchnorm: BatchNorm sees all ranks' images, so a share of one image is enough.
+        check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
+        proof: what `recipes.verify` holds it to, one or several; None: nothing.
+        backbone: resume=PATH names what it takes a part of (Run.backbone), which its `check` looks at.
+        needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
+        stands_for: of a tool that looks at one recipe, called with the config: which one.
+        word: the key that a first word without `=` on the command line is the value of.
+        several: the key whose value is a list of whole numbers on this tool's command line; config has it as `<key>s`.
+        alone: called with the config before anything else; where it returns an exit code it has done all there is to
+            do, and no rank is started.
+    """
+
+    train: Callable[[Run], None]
+    target: str
+    ranks: int | None = None
+    next_command: str = ""
+    global_batchnorm: bool = False
+    check: Callable[[Config, int], None] | None = None
+    proof: Proof | tuple[Proof, ...] | None = None
+    backbone: bool = False
+    needs: str | None = None
+    stands_for: Callable[[Config], Recipe] | None = None
+    word: str | None = None
+    several: str | None = None
+    alone: Callable[[Config], int | None] | None = None
+
+    def subject(self, config: Config) -> Recipe:
+        """What is to be run in the end: this recipe, or the one that this tool looks at."""
+        return self.stands_for(config) if self.stands_for else self
+
+    @property
+    def name(self) -> str:
+        return Path(self.target).stem if self.target.endswith(".py") else self.target.rpartition(".")[2]
+
+    @property
+    def doc(self) -> str:
+        return sys.modules[self.train.__module__].__doc__ or ""
+
+    @property
+    def proofs(self) -> tuple[Proof, ...]:
+        return (self.proof,) if isinstance(self.proof, Proof) else self.proof or ()
+
+    def __call__(self, run: Run) -> None:
+        with contextlib.suppress(NothingLeft):  # it was cut off between its last step and its result
+            self.train(run)
+        run.finish()

@@ -1,0 +1,60 @@
+"""local_gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lockstep.distributed.dtensor import is_sharded, local_shard
+
+
+class LocalGradients:
+    """What one rank holds of the gradients and weights that its optimizer works on, and when they can be seen.
+
+    Args:
+        owns: whether what this rank holds counts, where others may hold the same.
+        differ: whether ranks hold different parts, so that their sums add up to the whole.
+
+    Attributes:
+        clips_norm: whether somebody else sees to gradients.clip_norm.
+    """
+
+    clips_norm = False
+
+    def __init__(self, module: nn.Module, optimizer: Optimizer, *, owns: bool = True, differ: bool = False) -> None:
+        self.parameters = dict(module.named_parameters())
+        self._optimizer, self._owns = optimizer, owns
+        self.differ = differ or any(is_sharded(parameter) for parameter in self.parameters.values())
+
+    def before_update(self, call: Callable[[], None]) -> None:
+        """Have something called in each step when its gradients are complete, before the weights change."""
+        self._optimizer.register_step_pre_hook(lambda *_: call())
+
+    def after_update(self, call: Callable[[], None]) -> None:
+        """Have something called in each step when the weights have changed."""
+        self._optimizer.register_step_post_hook(lambda *_: call())
+
+    def gradient(self, parameter: nn.Parameter) -> Tensor | None:
+        """This rank's part of a gradient; to write to it is to change it."""
+        return None if parameter.grad is None else local_shard(parameter.grad)
+
+    def weight(self, parameter: nn.Parameter) -> Tensor:
+        """This rank's part of a parameter."""
+        return local_shard(parameter.detach())
+
+    def clamp(self, parameter: nn.Parameter, limit: float) -> None:
+        """Bring each number of a gradient into −limit…limit."""
+        gradient = self.gradient(parameter)
+        if gradient is not None:
+            gradient.clamp_(-limit, limit)
+
+    def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
+        """Whether this rank's part of a parameter, or of its gradient, belongs into the sum over ranks."""
+        if not is_sharded(parameter):
+            return self._owns
+        sharded = cast(Any, parameter)  # in several copies: those in the first row of the mesh
+        places = zip(sharded.placements, sharded.device_mesh.get_coordinate(), strict=True)
+        return all(place == 0 for placement, place in places if placement.is_replicate())

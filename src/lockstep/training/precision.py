@@ -1,0 +1,111 @@
+"""Loss scaling for fp16, on which all ranks agree.
+
+fp16 has 5 bits for the exponent: gradients below 6e-8 become zero, and what is above 65504 infinite. So the loss is
+multiplied by a large number before backward, its gradients are divided by it in fp32 before the update, and where one
+of them is not finite the update is left out and the number halved; after many good steps it is doubled. bf16 has
+fp32's exponent and needs none of this.
+Source: https://arxiv.org/abs/1710.03740, https://docs.pytorch.org/docs/stable/amp.html
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lockstep.distributed.dtensor import local_shard
+from lockstep.errors import UserError
+
+GOOD_STEPS = 2000  # in a row, after which the scale is doubled
+
+
+class Scaler(torch.amp.GradScaler):
+    """A GradScaler with which all ranks leave a step out, or none does.
+
+    torch's decides for each process by the gradients it holds. Those of a pipeline's stage are that rank's alone: the
+    stages would go on with weights that do not belong together, and with different scales. So the ranks that have
+    found something not finite tell all others, in an all-reduce of one number a step.
+
+    A step that is left out is a step: its batch is used up and the learning rate goes on, so the order of the data
+    stays a function of the step alone. Weights and optimizer stay as they are, and hooks on the optimizer's step
+    (where gradients are clipped, on values that are unscaled already) are not called.
+
+    Args:
+        device: where the ranks talk.
+        first: the scale to begin with.
+        enabled: else `scale` gives back what it gets, `step` is the optimizer's and `update` does nothing.
+
+    Attributes:
+        skipped: steps that were left out.
+        left_out: whether the last one was.
+    """
+
+    def __init__(self, device: torch.device, first: float = 2.0**16, enabled: bool = True) -> None:
+        super().__init__(device.type, init_scale=first, growth_interval=GOOD_STEPS, enabled=enabled)
+        self.skipped = 0
+        self.left_out = self._overflow = False
+        if enabled:
+            self.scale(torch.zeros((), device=device))  # makes the scale, also where no loss comes by to be scaled
+
+    def update(self, new_scale: float | Tensor | None = None) -> None:
+        """Halve the scale after a step that was left out, double it after many that were not.
+
+        Raises:
+            UserError: not even a loss that is not scaled up has finite gradients. On all ranks.
+        """
+        super().update(new_scale)
+        self.left_out, self._overflow = self._overflow, False
+        self.skipped += self.left_out
+        if self.left_out and self.get_scale() < 1:
+            raise UserError(
+                f"precision=fp16: gradients are not finite, {self.skipped} steps left out, the loss scale is below 1; "
+                "the training has diverged: lower optim.lr, or set precision=bf16"
+            )
+
+    def leave_out(self) -> None:
+        """Halve the scale for a step that an engine of its own has left out, on all ranks."""
+        assert self._scale is not None
+        self._overflow = True
+        self._per_optimizer_states[0]["found_inf_per_device"] = {self._scale.device: torch.ones_like(self._scale)}
+        self.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | ({"skipped": self.skipped} if self.is_enabled() else {})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.skipped = state_dict.get("skipped", 0)
+
+    def _unscale_grads_(
+        self, optimizer: Optimizer, inv_scale: Tensor, found_inf: Tensor, allow_fp16: bool
+    ) -> dict[torch.device, Tensor]:
+        """Divide the gradients by the scale, in place; {device: 1 if any rank has found one that is not finite}.
+
+        Of gradients in shards each rank looks at its own part: torch would have every device mesh agree by itself, on
+        the device where the shards are, which with host offload is not one where the ranks of a mesh of GPUs can talk.
+        """
+        alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        with torch.no_grad():
+            for parameter in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+                gradient = local_shard(parameter.grad)
+                if gradient.dtype == torch.float16 and not allow_fp16:
+                    raise ValueError("gradients in fp16 cannot be unscaled: keep the weights in fp32")
+                if gradient.numel():
+                    alike.setdefault((gradient.device, gradient.dtype), []).append(gradient)
+            for (device, _), gradients in alike.items():
+                found = torch.zeros((), device=device)
+                torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, inv_scale.to(device))
+                found_inf = torch.maximum(found_inf, found.to(found_inf.device))
+            if dist.is_initialized() and dist.get_world_size() > 1:
+                dist.all_reduce(found_inf, dist.ReduceOp.MAX)
+        self._overflow = self._overflow or bool(found_inf.item())
+        return {found_inf.device: found_inf}
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
+
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,0 +1,139 @@
+"""How the trials of a search stand: read from what they have left, shown while they run, written down at the end."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import shlex
+import signal
+import threading
+import time
+from typing import Any
+
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from lockstep.config.schema import Config, typed
+from lockstep.launch import recipe_process
+from lockstep.run import Run
+from lockstep.tune.search_space import Space
+from lockstep.utils.files import write_json
+from lockstep.utils.text import count, interpreter
+
+
+def mode(config: Config) -> str:
+    """Whether the metric is the better the smaller, in Tune's words."""
+    return "min" if config.metric == "eval_loss" else "max"
+
+
+def results(run: Run) -> list[dict[str, Any]]:
+    """A row a trial, the best first: those that were trained to the end, then those that were not, then the rest."""
+    metric, rows = run.config.metric, []
+    for file in (run.out / "trials").glob("[0-9]*.json"):
+        row = json.loads(file.read_text())
+        lines = recipe_process.evaluations(recipe_process.metrics(file.with_suffix("")), metric)
+        latest = lines[-1] if lines else {}
+        row["steps"], row["evaluations"] = latest.get("step", 0), len(lines)
+        row |= {name: value for name, value in latest.items() if name.startswith("eval_")}
+        rows.append(row)
+
+    def order(row: dict[str, Any]) -> tuple[Any, ...]:
+        value = row.get(metric, math.nan)
+        there = not math.isnan(value) and row["state"] != "failed"
+        value = value if mode(run.config) == "min" else -value
+        return (not there, row["state"] != "finished", value if there else 0, row["number"])
+
+    return sorted(rows, key=order)
+
+
+def table(run: Run, rows: list[dict[str, Any]]) -> Table:
+    """A line a trial: what was drawn, how far it came, its figures with the metric first, its state."""
+    keys = list(Space(run.config.tune.space).texts)
+    metrics = sorted({name for row in rows for name in row if name.startswith("eval_")})
+    metrics = sorted(metrics, key=lambda name: name != run.config.metric)
+    title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {run.config.metric}"
+    found = Table(title=title, title_justify="left")
+    for column in ("trial", *keys, "steps", *metrics, "state"):
+        found.add_column(column)
+    styles = {"finished": "green", "failed": "red", "running": "cyan"}
+    for row in rows:
+        state = f"[{styles.get(row['state'], 'yellow')}]{row['state']}[/]"
+        problem = f" {escape(row['problem'])}" if row["problem"] else ""
+        figures = [f"{row[name]:.4f}" if name in row else "" for name in metrics]
+        values = [str(row["values"][key]) for key in keys]
+        found.add_row(str(row["number"]), *values, str(row["steps"]), *figures, state + problem)
+    return found
+
+
+class Watch(threading.Thread):
+    """Shows the trials while Tune has this process's attention, and tells Tune of a signal."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(daemon=True)
+        self.run_, self.over = run, threading.Event()
+        self.seen: dict[int, tuple[int, str]] = {}
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.over.set()
+        self.join()
+
+    def run(self) -> None:
+        console, told = self.run_.report.console, False
+        live = Live(console=console, transient=True) if console.is_terminal else None
+        with live or contextlib.nullcontext():
+            while not self.over.wait(1):
+                if self.run_.listener and self.run_.listener.received and not told:
+                    told = True
+                    self.run_.listener.announce(self.run_.listener.received)
+                    os.kill(os.getpid(), signal.SIGUSR1)  # what Tune ends by, with its state saved
+                rows = results(self.run_)
+                if live:
+                    live.update(table(self.run_, rows))
+                else:
+                    self.say(rows)
+        if not live:
+            self.say(results(self.run_))
+
+    def say(self, rows: list[dict[str, Any]]) -> None:
+        """A line for each evaluation, and for each end of a trial."""
+        metric = self.run_.config.metric
+        for row in sorted(rows, key=lambda row: int(row["number"])):
+            now, before = (row["evaluations"], row["state"]), self.seen.get(row["number"], (0, ""))
+            if now == before:
+                continue
+            self.seen[row["number"]] = now
+            values = " ".join(typed(*pair) for pair in row["values"].items())
+            figure = f", step {row['steps']}: {metric} {row[metric]:.4f}" if metric in row else ""
+            problem = f": {row['problem']}" if row["problem"] else ""
+            self.run_.report.line(f"trial {row['number']} {row['state']}{problem}{figure}  {values}")
+
+
+def again(run: Run, row: dict[str, Any]) -> str:
+    """The command that trains a trial's model again, to the last bit."""
+    stop = [f"max_steps={row['steps']}"] if row["state"] != "finished" else []
+    kept = [word for word in row["words"] if not (stop and word.startswith("max_steps="))]
+    return f"{interpreter()} -m recipes.{run.config.tune.recipe} {shlex.join([*kept, *stop])}"
+
+
+def write_results(run: Run, rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
+    """result.json and trials.csv; returns what is in the former."""
+    metric = run.config.metric
+    good = [row for row in rows if metric in row and row["state"] != "failed"]
+    result: dict[str, Any] = {"recipe": "tune", "status": status, "tuned": run.config.tune.recipe, "metric": metric}
+    result |= {"best": good[0] if good else None, "command": again(run, good[0]) if good else None, "trials": rows}
+    write_json(run.out / "result.json", result | {"wall_seconds": time.perf_counter() - run.started})
+    flat = [
+        {name: value for name, value in row.items() if name not in ("words", "values")} | row["values"] for row in rows
+    ]
+    with (run.out / "trials.csv").open("w", newline="") as stream:
+        writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in flat for name in row)))
+        writer.writeheader()
+        writer.writerows(flat)
+    return result

@@ -1,0 +1,60 @@
+"""environment."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+PACKAGES = "lockstep torch torchvision numpy hydra-core omegaconf torchmetrics lightning deepspeed ray".split()
+
+
+def environment(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
+    """What a run ran on. Variables are picked by name, because a dump of all of them would publish tokens."""
+    import torch
+
+    keep = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_NTASKS")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": versions(),
+        "cuda": torch.version.cuda,
+        "git_commit": git_commit(),
+        "hosts": hosts,
+        "cores": len(os.sched_getaffinity(0)),
+        "cpu": cpu_name(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "device": device,
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        "backend": backend,
+        "environment": {name: os.environ[name] for name in keep if name in os.environ},
+    }
+
+
+def cpu_name() -> str:
+    """The processor's model, as the kernel knows it."""
+    names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    return names[0] if names else platform.machine()
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that a run may use, those that are installed."""
+    found = {}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[package] = metadata.version(package)
+    return found
+
+
+def git_commit() -> str | None:
+    """The working directory's commit, with `-dirty` where files differ from it; None outside a repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

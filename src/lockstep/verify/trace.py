@@ -1,0 +1,100 @@
+"""Runs inside a run: train a recipe for a few steps among the ranks that are there, and keep what a proof compares."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lockstep.config.schema import Config
+from lockstep.distributed.collectives import gather_objects
+from lockstep.run import Run
+
+if TYPE_CHECKING:
+    from lockstep.recipe import Recipe
+
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a training computed, whole, on rank 0; weights and buffers after the last step, gradients of the first."""
+
+    losses: list[float]
+    gradients: Tensors
+    weights: Tensors
+    buffers: Tensors
+    result: dict[str, Any]
+
+
+def trace(
+    run: Run, recipe: Recipe, config: Config, name: str, prepare: Callable[[Run, nn.Module], None] | None = None
+) -> Trace | None:
+    """Train a recipe on the ranks of `run`, in a run directory `name` inside its own; the Trace on rank 0, else None.
+
+    A recipe for one rank is trained by every rank, each on the whole batch: redundant, and equally fast.
+
+    Args:
+        prepare: called with the model when it has been placed.
+    """
+    out = run.out / name
+    if run.world.rank == 0:
+        (out / "ranks").mkdir(parents=True, exist_ok=True)  # left by a start that was preempted
+    dist.barrier()
+    inner = Run(recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True, listener=run.listener)
+    inner.keep_gradients = True
+    if prepare:
+        inner.prepare = partial(prepare, inner)
+    recipe(inner)
+    parts = gather_objects({name: tensor.cpu() for name, tensor in inner.first_gradients.items()}, None)
+    dist.barrier()
+    if run.world.rank:
+        return None
+    gradients = {name: tensor for part in reversed(parts) for name, tensor in part.items()}
+    state = torch.load(out / "model.pt", weights_only=True)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return Trace(
+        losses=[line["loss"] for line in lines if "loss" in line],
+        gradients=gradients,
+        weights={name: tensor for name, tensor in state.items() if name in gradients},
+        buffers={name: tensor for name, tensor in state.items() if name not in gradients},
+        result=json.loads((out / "result.json").read_text()),
+    )
+
+
+def difference(mine: Tensors, theirs: Tensors) -> float:
+    """The largest relative difference of a tensor: ‖a − b‖ / ‖b‖, b no smaller than a millionth of all of them.
+
+    Infinite where a name is missing on one side, or a value is not a number.
+    """
+    if mine.keys() != theirs.keys():
+        return float("inf")
+    if not theirs:
+        return 0.0
+    whole = sum(tensor.double().norm().item() ** 2 for tensor in theirs.values()) ** 0.5
+    found = [
+        (
+            (mine[name].double() - tensor.double()).norm() / max(tensor.double().norm().item(), 1e-6 * whole, 1e-30)
+        ).item()
+        for name, tensor in theirs.items()
+    ]
+    return max(value if value == value else float("inf") for value in found)
+
+
+def angle(mine: Tensors, theirs: Tensors) -> float:
+    """1 − cosine between two sets of tensors, each as one vector, or the relative difference of their lengths, if that
+    is larger: a ReLU that flips in fp32 leaves both small."""
+    if mine.keys() != theirs.keys():
+        return float("inf")
+    if not theirs:
+        return 0.0
+    a = torch.cat([mine[name].double().flatten() for name in theirs])
+    b = torch.cat([tensor.double().flatten() for tensor in theirs.values()])
+    return max(abs(1 - (a @ b / (a.norm() * b.norm())).item()), abs(1 - (a.norm() / b.norm()).item()))
