@@ -32,7 +32,7 @@ format: .venv/installed  ## put the code into the house's format
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-board: .venv/installed  ## TensorBoard on all runs in outputs/ that were started with monitor=tensorboard
+board: .venv/installed  ## TensorBoard on all runs in outputs/ that were started with logger=tensorboard
 	@$(BIN)/tensorboard --logdir outputs
 
 bench: .venv/installed  ## the benchmarks, as one table of paired ratios

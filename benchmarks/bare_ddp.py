@@ -24,7 +24,7 @@ def main() -> None:
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     model = DistributedDataParallel(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9, weight_decay=5e-4)
-    for batch, target in DataLoader(train, batch_size=48, sampler=DistributedSampler(train)):
+    for batch, target in DataLoader(train, global_batch_size=48, sampler=DistributedSampler(train)):
         loss = cross_entropy(model(batch), target)
         loss.backward()
         optimizer.step()
@@ -32,7 +32,7 @@ def main() -> None:
         break
     model.eval()
     with torch.no_grad():
-        correct = sum(int((model.module(x).argmax(1) == y).sum()) for x, y in DataLoader(test, batch_size=128))
+        correct = sum(int((model.module(x).argmax(1) == y).sum()) for x, y in DataLoader(test, global_batch_size=128))
     if dist.get_rank() == 0:
         torch.save(model.module.state_dict(), sys.argv[1])
         print(f"loss {loss.item():.4f} accuracy {correct / len(test):.3f}")

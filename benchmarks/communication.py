@@ -32,7 +32,7 @@ OURS = {
 def rows(arguments: argparse.Namespace) -> list[common.Row]:
     size, share = SIZES[arguments.model]
     fixed = ["data=synthetic", f"data.image_size={size}", "data.size=256", "data.augment=false", "threads=1"]
-    fixed += [f"model={arguments.model}", f"batch_size={RANKS * share}", f"nproc={RANKS}", "device=cpu"]
+    fixed += [f"model={arguments.model}", f"global_batch_size={RANKS * share}", f"nproc={RANKS}", "device=cpu"]
     fixed += ["precision=bf16", "channels_last=true", f"max_steps={STEPS}", "eval_every=0"]
 
     def bare(number: int) -> dict[str, float]:

@@ -242,7 +242,13 @@ def through_recipe(device: torch.device, options: dict[str, Any]) -> dict[str, A
     batch, steps, profile = options["batch"], options["steps"], options.get("profile", 0)
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        words = [f"model={options['model']}", f"device={device.type}", f"out={out}", f"batch_size={batch}", "nproc=1"]
+        words = [
+            f"model={options['model']}",
+            f"device={device.type}",
+            f"out={out}",
+            f"global_batch_size={batch}",
+            "nproc=1",
+        ]
         words += ["data=synthetic", f"data.image_size={options['image_size']}", f"data.size={4 * batch}"]
         words += ["data.augment=false", "data.num_classes=1000", f"precision={options['precision']}"]
         words += [f"{name}={str(options[name]).lower()}" for name in ("compile", "channels_last")]

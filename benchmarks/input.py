@@ -142,7 +142,14 @@ def speed(folder: Path, out: Path, workers: int, steps: int) -> float:
     """images/s of recipes.ddp from the folder."""
     where = out / f"{workers}-{time.time_ns()}"
     words = [
-        *("-m", "recipes.ddp", "data=imagefolder", f"data.root={folder}", f"data.workers={workers}", "batch_size=16"),
+        *(
+            "-m",
+            "recipes.ddp",
+            "data=imagefolder",
+            f"data.root={folder}",
+            f"data.workers={workers}",
+            "global_batch_size=16",
+        ),
         *(f"max_steps={steps}", "nproc=2", f"model.image_size={SIZE}", "eval_every=0", "epochs=1000", f"out={where}"),
     ]
     common.run(words)

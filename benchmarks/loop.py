@@ -23,7 +23,7 @@ HERE = "benchmarks.contestants"
 WARM, RANKS, SHARE = 200, 2, 32
 ENDLESS = 10_000_000  # steps: they are stopped before
 OURS = "recipes.ddp"
-SETTINGS = ["data.augment=false", f"batch_size={RANKS * SHARE}", "eval_every=0", "epochs=1000000", "threads=1"]
+SETTINGS = ["data.augment=false", f"global_batch_size={RANKS * SHARE}", "eval_every=0", "epochs=1000000", "threads=1"]
 SETTINGS += ["log_every=50"]
 PEERS = {
     "bare": f"{HERE}.bare",

@@ -56,7 +56,7 @@ def contestants(model: str, arguments: argparse.Namespace) -> tuple[dict[str, Co
     def ours(number: int, settings: Sequence[str] = ()) -> common.Ran:
         images = work.NOISE[size > work.SMALL]
         words = [f"model={model}", "data=synthetic", f"data.image_size={size}", f"data.size={images}", "threads=1"]
-        words += ["data.augment=false", f"batch_size={RANKS * share}", f"max_steps={steps}", "epochs=1000000"]
+        words += ["data.augment=false", f"global_batch_size={RANKS * share}", f"max_steps={steps}", "epochs=1000000"]
         words += ["eval_every=0", "eval_batch_size=16", "device=cpu", f"nproc={RANKS}", *settings]
         with tempfile.TemporaryDirectory() as folder:
             return common.run(["-m", "recipes.ddp", *words, f"out={folder}/run"], clock=clock)

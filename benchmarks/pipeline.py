@@ -33,7 +33,7 @@ RUNS = {
 
 
 def rows(arguments: argparse.Namespace) -> list[common.Row]:
-    more = [f"precision={arguments.precision}", f"batch_size={BATCH[arguments.precision]}"]
+    more = [f"precision={arguments.precision}", f"global_batch_size={BATCH[arguments.precision]}"]
 
     def result(number: int, name: str) -> dict[str, Any]:
         """The run's result.json."""

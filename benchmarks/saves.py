@@ -29,7 +29,7 @@ from lockstep.checkpoint import dcp
 from lockstep.checkpoint.directory import CheckpointDirectory
 from lockstep.checkpoint.state import TrainingState
 
-TRAINING = ("-m", "recipes.ddp", "model=resnet18", "nproc=2", "batch_size=96", "epochs=1000", "eval_every=0")
+TRAINING = ("-m", "recipes.ddp", "model=resnet18", "nproc=2", "global_batch_size=96", "epochs=1000", "eval_every=0")
 
 
 def train(folder: Path, steps: int, saves: int) -> dict[str, float]:

@@ -72,7 +72,7 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
     if threads is None and device == "cpu" and len(numbers) > 1:
         threads = max(1, cores // numbers[-1])
     counted = image_files.check_data(config.data)
-    steps = min(config.epochs * (counted[1] // config.batch_size), config.max_steps or math.inf)
+    steps = min(config.epochs * (counted[1] // config.global_batch_size), config.max_steps or math.inf)
     profile = min(config.profile, max(0, int(steps) - warm_up(int(steps)) - 1))  # as many as a short run has
     common = words(config) + ([f"threads={threads}"] if threads else [])
     cases, left_out = [], []
@@ -205,7 +205,7 @@ def about(config: Config, device: str) -> dict[str, str]:
     size = f"{config.model.image_size} × {config.model.image_size} pixels"
     length = count(config.max_steps, "step") if config.max_steps else count(config.epochs, "epoch")
     return {"": f"{config.model.name} on {config.data.name}", "of": size} | {
-        "global batch": str(config.batch_size),
+        "global batch": str(config.global_batch_size),
         "optimizer": config.optim.name,
         "precision": config.precision,
         "at most": length,

@@ -1,6 +1,6 @@
 """DistributedDataParallel: a process per device, each with the whole model and its share of every batch.
 
-Rank r computes the gradients of its batch_size / world_size images. While the backward pass is still running, DDP
+Rank r computes the gradients of its global_batch_size / world_size images. While the backward pass is still running, DDP
 all-reduces the gradients that are ready, bucket by bucket: every rank sends its bucket around, and all of them end
 with the mean over ranks. The shares are equal, so that mean is the gradient of the mean loss over the global batch,
 and since all ranks start with the same weights and apply the same update, they stay equal without ever sending a

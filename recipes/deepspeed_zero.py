@@ -54,7 +54,7 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
 
     Learning rate, momentum and weight decay are the optimizer's, which is handed in beside it.
     """
-    config, share = run.config, run.config.batch_size // run.shards  # images of a global batch for this rank
+    config, share = run.config, run.config.global_batch_size // run.shards  # images of a global batch for this rank
     largest = -(-share // config.accumulate)  # images in a micro-batch; the last one may be smaller
     found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": largest,

@@ -19,13 +19,13 @@ which DDP exchanges gradients, scratch space of cuDNN or oneDNN, and on a CPU th
 table says what DDP, ZeRO's stages and FSDP make of parameters, gradients and optimizer on these ranks. And any recipe
 counts its own first step with `memory=report`, and trains on.
 
-`recipes=[fsdp]` asks either about another recipe than ddp; with `batch_size=auto` the largest batch is found first.
+`recipes=[fsdp]` asks either about another recipe than ddp; with `global_batch_size=auto` the largest batch is found first.
 `run=FOLDER` starts nothing: it reads what a run has left behind, however it ended.
 
     python -m recipes.doctor                                        would a run work here? two ranks, or one per GPU
     python -m recipes.doctor +cluster=slurm cluster.nodes=2         and there?
     python -m recipes.doctor memory                                 ResNet-18 on the digits, two ranks
-    python -m recipes.doctor memory model=resnet50 data=synthetic data.image_size=64 batch_size=16 precision=bf16
+    python -m recipes.doctor memory model=resnet50 data=synthetic data.image_size=64 global_batch_size=16 precision=bf16
     python -m recipes.doctor run=outputs/ddp/2026-11-21_11-20-16    what became of it?
 
 Expect: the tables in less than half a minute on two CPU cores, and preflight.json or memory.json beside them; exit code
@@ -88,7 +88,7 @@ def as_patient(config: Config) -> Config:
 
 def images_at_once(config: Config, shards: int) -> int:
     """Images that go through the model at a time: a rank's share, or the largest micro-batch of it."""
-    return -(-config.batch_size // shards // max(config.accumulate, config.micro_batches))
+    return -(-config.global_batch_size // shards // max(config.accumulate, config.micro_batches))
 
 
 class Steps(Run):
@@ -255,7 +255,7 @@ def check(config: Config, share: int) -> None:
     if config.run is not None:
         raise UserError(f"run={config.run}: is read by one process; start it with python, without torchrun or srun")
     each = patient(config)
-    validate(as_patient(config), each, config.batch_size // share * config.stages)
+    validate(as_patient(config), each, config.global_batch_size // share * config.stages)
 
 
 @recipe(check=check, stands_for=patient, word="check", alone=read)

@@ -105,7 +105,7 @@ def deal(model: nn.Module, whole: nn.Module | None, run: Run) -> None:
 
 def check(config: Config, share: int) -> None:
     """What sharding asks for, before anything starts."""
-    ranks, fsdp = config.batch_size // share, config.fsdp
+    ranks, fsdp = config.global_batch_size // share, config.fsdp
     if ranks % fsdp.replicas:
         allowed = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0)
         raise UserError(f"fsdp.replicas={fsdp.replicas}: {ranks} ranks do not divide by it; allowed are {allowed}")

@@ -81,7 +81,7 @@ def check(config: Config, share: int) -> None:
 def train(run: Run) -> None:
     devices = pick_devices(run)
     model = run.place(build_model(run.config.model))
-    images = torch.zeros(run.config.batch_size // run.config.micro_batches, 3, run.image_size, run.image_size)
+    images = torch.zeros(run.config.global_batch_size // run.config.micro_batches, 3, run.image_size, run.image_size)
     firsts = choose_cuts(model, run.config.cut, len(devices), run.to_model(images))
     model = ModelParallel(model, firsts, devices, run.config.micro_batches)
     optim = run.config.optim

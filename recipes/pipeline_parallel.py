@@ -102,7 +102,7 @@ def build_stages(
     """(this rank's stages, the names of every stage's blocks)."""
     config, rank, size = run.config, dist.get_rank(stage_group), dist.get_world_size(stage_group)
     count = size * STAGES_A_RANK[config.schedule]
-    piece = config.batch_size // run.shards // config.micro_batches
+    piece = config.global_batch_size // run.shards // config.micro_batches
     images = run.to_model(torch.zeros(piece, 3, run.image_size, run.image_size))
     cut = wanted_cut(config)
     chosen: list[Any] = [choose_cuts(model, cut, count, images) if run.world.rank == 0 or cut != "balanced" else None]

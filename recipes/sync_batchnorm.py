@@ -72,7 +72,7 @@ def demonstrate(run: Run) -> None:
     """2 images a rank, for 60 steps: one process on the whole batch, and the ranks with and without synchronising."""
     from recipes import ddp, single
 
-    values = {"batch_size": 2 * run.world.world_size, "max_steps": 60, "log_every": 1, "eval_every": 0}
+    values = {"global_batch_size": 2 * run.world.world_size, "max_steps": 60, "log_every": 1, "eval_every": 0}
     calm = {
         "model.image_size": 16,
         "optim.lr": 0.01,
@@ -86,7 +86,9 @@ def demonstrate(run: Run) -> None:
     reference = traces["one process"]
     if reference is None:
         return  # not rank 0
-    table = Table(title=f"{config.batch_size} images a step, 2 a rank, {config.max_steps} steps", title_justify="left")
+    table = Table(
+        title=f"{config.global_batch_size} images a step, 2 a rank, {config.max_steps} steps", title_justify="left"
+    )
     for column in ("BatchNorm", "loss after 1, 20, 60 steps", "running statistics off by", "accuracy", "ms a step"):
         table.add_column(column)
     for name, found in traces.items():

@@ -1,6 +1,6 @@
 """Tune: a search for good settings of any recipe with Ray Tune, in which trials that are behind are stopped early.
 
-A trial is the command that a person would type, `python -m recipes.ddp optim.lr=0.0123 batch_size=48 …`, with launcher,
+A trial is the command that a person would type, `python -m recipes.ddp optim.lr=0.0123 global_batch_size=48 …`, with launcher,
 ranks and run directory of its own. An actor of Ray's starts it where there is room, follows its metrics.jsonl, and
 reports each evaluation to this process, which holds the search: a searcher that draws settings (at random, or Optuna's
 TPE from what earlier ones came to) and a scheduler, ASHA: of the trials that get to a rung, grace × reductionᵏ
@@ -68,9 +68,9 @@ WAIT_SECONDS = 60  # for runs of trials that a killed start has left behind, and
 
 def find(config: Config) -> Recipe:
     """The recipe that is tuned; UserError where there is none of that name, or no one batch for all trials' ranks."""
-    if config.batch_size == AUTO:
+    if config.global_batch_size == AUTO:
         raise UserError(
-            "batch_size=auto: is found for one training; set a number, or draw it with tune.space.batch_size"
+            "global_batch_size=auto: is found for one training; set a number, or draw it with tune.space.global_batch_size"
         )
     name, every = config.tune.recipe, choose(None)
     if name not in every:

@@ -102,7 +102,7 @@ def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
     """What both sides train: few steps, small batches, every step logged, one evaluation at the end."""
     common: dict[str, Any] = {
         "precision": precision,
-        "batch_size": IMAGES_A_RANK * run.world.world_size,
+        "global_batch_size": IMAGES_A_RANK * run.world.world_size,
         "max_steps": run.config.max_steps or STEPS[precision],
         "log_every": 1,
         "eval_every": 0,
@@ -170,7 +170,7 @@ def train(run: Run) -> None:
             check_package(each)
             check_batch(mine, ranks)
             if each.check:
-                each.check(mine, mine.batch_size // (ranks // mine.stages))
+                each.check(mine, mine.global_batch_size // (ranks // mine.stages))
         except UserError as error:
             row.verdict = f"not run: {error}"
             continue

@@ -71,7 +71,7 @@ OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2",
 OWN |= {"transfer_learning": ("weights=random", "unfreeze_epoch=2")}  # half of the steps before it, half after
 # Four steps an epoch and an evaluation after each; a rank's share divides by 3 micro-batches on 1, 2 and 3 ranks.
 IMAGES = 144, 36  # of the digits
-SIZE = ("batch_size=36", "epochs=4", "log_every=1", "optim.warmup_steps=3", "threads=1", "timeout_seconds=120")
+SIZE = ("global_batch_size=36", "epochs=4", "log_every=1", "optim.warmup_steps=3", "threads=1", "timeout_seconds=120")
 STEPS = 16
 LOGGED = ("step", "loss", "lr", "loss_scale", "skipped_steps", "eval_loss", "eval_accuracy", "eval_f1")
 
@@ -698,7 +698,14 @@ def judge_files(before: dict[Path, tuple[int, int, int]], after: dict[Path, tupl
 # The real launcher ------------------------------------------------------------------------------------------------
 
 LAUNCHED = [sys.executable, "-m", "recipes.ddp"]
-LAUNCHED += ["batch_size=32", "max_steps=16", "log_every=1", "optim.warmup_steps=3", "checkpoint.every=4", "threads=1"]
+LAUNCHED += [
+    "global_batch_size=32",
+    "max_steps=16",
+    "log_every=1",
+    "optim.warmup_steps=3",
+    "checkpoint.every=4",
+    "threads=1",
+]
 
 
 @dataclass(frozen=True)

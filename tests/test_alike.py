@@ -21,7 +21,7 @@ from recipes import ddp
 from tests.harness import compose_config, run_ranks
 
 OPTIONS = ["data=imagefolder", "data.root=images", "data.workers=0", "model.image_size=8", "model.norm=group"]
-STEPS = ["batch_size=2", "max_steps=1", "checkpoint.every=100"]
+STEPS = ["global_batch_size=2", "max_steps=1", "checkpoint.every=100"]
 HERE = socket.gethostname()
 
 

@@ -40,14 +40,18 @@ DDP = {
     "lr=0.1": ["unknown key lr", "optim.lr"],
     "+foo=1": ["unknown key foo", "--help"],
     "+optim.lrr=1": ["unknown key optim.lrr", "optim.lr"],
-    "batch_size=abc": ["batch_size=abc", "whole numbers from 1 up, or auto"],
-    "batch_size=null": ["batch_size=None", "whole numbers from 1 up, or auto"],
-    "batch_size=1.5": ["batch_size=1.5", "whole numbers from 1 up, or auto"],
-    "batch_size=true": ["batch_size=True", "whole numbers from 1 up, or auto"],
-    "batch_size=auto accumulate=2000": ["accumulate=2000", "718 images"],
-    "batch_size=auto memory_fraction=0": ["memory_fraction=0.0", "above 0, up to 1"],
-    "batch_size=auto epochs=0": ["epochs=0", "from 1 up"],
-    "batch_size=auto +cluster=slurm cluster.nodes=2": ["batch_size=auto", "srun", "python -m recipes.doctor memory"],
+    "global_batch_size=abc": ["global_batch_size=abc", "whole numbers from 1 up, or auto"],
+    "global_batch_size=null": ["batch_size=None", "whole numbers from 1 up, or auto"],
+    "global_batch_size=1.5": ["global_batch_size=1.5", "whole numbers from 1 up, or auto"],
+    "global_batch_size=true": ["global_batch_size=True", "whole numbers from 1 up, or auto"],
+    "global_batch_size=auto accumulate=2000": ["accumulate=2000", "718 images"],
+    "global_batch_size=auto memory_fraction=0": ["memory_fraction=0.0", "above 0, up to 1"],
+    "global_batch_size=auto epochs=0": ["epochs=0", "from 1 up"],
+    "global_batch_size=auto +cluster=slurm cluster.nodes=2": [
+        "global_batch_size=auto",
+        "srun",
+        "python -m recipes.doctor memory",
+    ],
     "memory=all": ["memory=all", "allowed are report"],
     "profile=-1": ["profile=-1", "from 0 up"],
     "profile=101": ["profile=101", "0…100"],
@@ -61,7 +65,7 @@ DDP = {
     "epochs=0": ["epochs=0", "from 1 up"],
     "max_steps=0": ["max_steps=0", "from 1 up"],
     "timeout_seconds=0": ["timeout_seconds=0", "from 1 up"],
-    "batch_size=0": ["batch_size=0", "from 1 up"],
+    "global_batch_size=0": ["global_batch_size=0", "from 1 up"],
     "seed=-1": ["seed=-1", "from 0 up"],
     "seed=4294967296": ["seed=4294967296", "2**32"],
     "optim.lr=nan": ["optim.lr=nan", "finite"],
@@ -69,7 +73,7 @@ DDP = {
     "data.std=[0,0,0]": ["data.std=", "above 0"],
     "data.num_classes=5": ["data.num_classes=5", "digits has 10"],
     "data.image_size=16": ["data.image_size=16", "8 × 8", "model.image_size"],
-    "batch_size=2": ["batch_size=2", "BatchNorm", "model.norm=group"],
+    "global_batch_size=2": ["global_batch_size=2", "BatchNorm", "model.norm=group"],
     "accumulate=49": ["accumulate=49", "48 images", "1…48"],
     "cut=layer2": ["cut=layer2", "recipes.ddp does not use it", "model_parallel and pipeline_parallel"],
     "stages=2": ["stages=2", "recipes.ddp does not use it", "pipeline_parallel"],
@@ -79,7 +83,7 @@ DDP = {
     "tune=asha": ["tune", "only recipes.tune"],
     "tune.trials=3": ["tune.trials=3", "recipes.ddp does not use it"],
     "optim=adam": ["optim=adam", "sgd", "adamw"],
-    "monitor=tb": ["monitor=tb", "csv", "tensorboard"],
+    "logger=tb": ["logger=tb", "csv", "tensorboard"],
     "+debug=all": ["debug=all", "smoke"],
     "+cluster=nowhere": ["cluster=nowhere", "slurm"],
     "cluster=slurm": ["cluster=slurm", "+cluster=slurm"],
@@ -94,11 +98,11 @@ DDP = {
     "model.num_classes=9": ["model.num_classes=9", "digits has 10 classes", "from 10 up"],
     "model.image_size=4": ["model.image_size=4", "from 8 up"],
     "optim.schedule=step": ["optim.schedule=step", "constant, cosine"],
-    "batch_size=33": ["batch_size=33", "2 ranks", "32, 34"],
-    "nproc=5": ["batch_size=96", "5 ranks", "95, 100"],
+    "global_batch_size=33": ["global_batch_size=33", "2 ranks", "32, 34"],
+    "nproc=5": ["global_batch_size=96", "5 ranks", "95, 100"],
     "verify=true": ["verify=True", "recipes.ddp does not use it; compare do"],
     "nprocs=[1,2]": ["nprocs=[1, 2]", "recipes.ddp does not use it; compare do"],
-    "batch_size=2000": ["batch_size=2000", "1437"],
+    "global_batch_size=2000": ["global_batch_size=2000", "1437"],
     "backend=nccl device=cpu": ["backend=nccl", "gloo"],
     "backend=mpi": ["backend=mpi", "gloo, nccl"],
     "device=tpu": ["device=tpu", "auto, cpu, cuda"],
@@ -109,8 +113,8 @@ DDP = {
     "data=imagefolder data.root=.": ["train", "no such folder", "data.root"],
     "out=/proc/nowhere/run": ["out=/proc/nowhere/run", "cannot be made"],
     "launcher=launchers.magic": ["launcher=launchers.magic", "launchers.torchrun"],
-    "batch_size=8,16": ["batch_size=8,16", "--multirun"],
-    "batch_size": ["batch_size", "missing EQUAL"],
+    "global_batch_size=8,16": ["global_batch_size=8,16", "--multirun"],
+    "global_batch_size": ["global_batch_size", "missing EQUAL"],
     "--config-dir=nowhere": ["nowhere", "not found"],
     "resume=somewhere": ["resume=somewhere", "no such file or folder"],
     "resume=.": ["resume=.", "holds no checkpoint"],
@@ -124,9 +128,9 @@ DDP = {
     "max_restarts=-1": ["max_restarts=-1", "from 0 up"],
     "start=magic": ["start=magic", "auto, spawn, fork"],
     "start=fork +cluster=slurm": ["start=fork", "srun starts"],
-    "monitor=[csv,tb]": ["monitor=tb", "csv, wandb, tensorboard"],
-    "monitor.images=65": ["monitor.images=65", "0…64"],
-    "monitor.histograms=-1": ["monitor.histograms=-1", "from 0 up"],
+    "logger=[csv,tb]": ["logger=tb", "csv, wandb, tensorboard"],
+    "logger.images=65": ["logger.images=65", "0…64"],
+    "logger.histograms=-1": ["logger.histograms=-1", "from 0 up"],
     "gradients.clip_norm=0": ["gradients.clip_norm=0", "above 0"],
     "gradients.clip_norm=-1": ["gradients.clip_norm=-1", "above 0"],
     "gradients.clip_norm=nan": ["gradients.clip_norm=nan", "finite"],
@@ -139,10 +143,10 @@ DDP = {
     "+cluster=slurm cluster.partitoin=gpu": ["unknown key cluster.partitoin", "did you mean cluster.partition?"],
     "+cluster=slurm cluster.nodes=0": ["cluster.nodes=0", "from 1 up"],
     "+cluster=slurm nproc=2": ["nproc=2", "cluster.tasks_per_node"],
-    "+cluster=slurm cluster.nodes=5": ["batch_size=96", "5 ranks", "95, 100"],
+    "+cluster=slurm cluster.nodes=5": ["global_batch_size=96", "5 ranks", "95, 100"],
     "+cluster=slurm cluster.gpus_per_node=2 cluster.tasks_per_node=4": ["cluster.tasks_per_node=4", "1…2"],
     "+cluster=slurm device=cpu backend=nccl": ["backend=nccl", "gloo"],
-    "accumulate=5 batch_size=8 nproc=2": ["accumulate=5", "only 4 images", "1…4"],
+    "accumulate=5 global_batch_size=8 nproc=2": ["accumulate=5", "only 4 images", "1…4"],
     "schedule=gpipe": ["schedule=gpipe", "recipes.ddp does not use it", "pipeline_parallel"],
     "accumulate_by=unbind": ["accumulate_by=unbind", "grad_accumulation"],
     "recipes=[single]": ["recipes=", "recipes.ddp does not use it", "verify"],
@@ -154,21 +158,21 @@ DDP = {
     "+cluster=lightning start=magic": ["start=magic", "spawn, fork"],
     "+cluster=lightning cluster.nodes=2": ["NODE_RANK, MASTER_ADDR, MASTER_PORT not set", "lightning_slurm"],
     "+cluster=lightning nproc=2 cluster.tasks_per_node=4": ["nproc=2", "leave it out"],
-    "+cluster=lightning nproc=5": ["batch_size=96", "5 ranks"],
+    "+cluster=lightning nproc=5": ["global_batch_size=96", "5 ranks"],
     "+cluster=lightning bacth_size=3": ["unknown key bacth_size"],
 }
 if NO_GPU:
     DDP["device=cuda"] = ["device=cuda", "no CUDA device", "device=cpu"]
 DOCTOR = {
     "memroy": ["check=memroy", "allowed are preflight, memory"],
-    "batch_size=33": ["batch_size=33", "32, 34"],
+    "global_batch_size=33": ["global_batch_size=33", "32, 34"],
     "preflight recipes=[none]": ["recipes=[none]", "no such recipe"],
-    "nproc=5": ["batch_size=96", "5 ranks", "95, 100"],
+    "nproc=5": ["global_batch_size=96", "5 ranks", "95, 100"],
     "memory recipes=[fsdp,ddp]": ["recipes=[fsdp,ddp]", "one recipe at a time"],
     "memory recipes=[none]": ["recipes=[none]", "no such recipe"],
     "memory recipes=[fsdp] fsdp.replicas=3": ["fsdp.replicas=3", "allowed are 1, 2"],
     "memory zero.stage=3": ["zero.stage=3", "deepspeed_zero"],
-    "memory batch_size=33": ["batch_size=33", "32, 34"],
+    "memory global_batch_size=33": ["global_batch_size=33", "32, 34"],
 }
 TUNE = {
     "tune.recipe=ddpp": ["tune.recipe=ddpp", "allowed are", "grad_accumulation"],
@@ -180,13 +184,13 @@ TUNE = {
     "tune.space.optim.lr=normal(0,1)": ["tune.space.optim.lr=normal(0,1)", "loguniform", "choice"],
     "tune.space.optim.lr=uniform(-1,1)": ["optim.lr=-1.0", "from 0 up"],
     "tune.space.model.norm=choice(batch,layer)": ["model.norm=layer", "batch, group"],
-    "tune.space.batch_size=choice(48,49)": ["tune.space can draw", "batch_size=49", "2 ranks", "48, 50"],
-    "tune.space.eval_batch_size=choice(big)": ["batch_size=big", "Integer"],
+    "tune.space.global_batch_size=choice(48,49)": ["tune.space can draw", "global_batch_size=49", "2 ranks", "48, 50"],
+    "tune.space.eval_batch_size=choice(big)": ["global_batch_size=big", "Integer"],
     "tune.space.epochs=choice(1,2)": ["tune.space.epochs", "same for all trials"],
     "tune.space.out=choice(a,b)": ["tune.space.out", "same for all trials"],
     "tune.space.stages=choice(2)": ["stages=2", "recipes.ddp does not use it"],
-    "~tune.space.optim ~tune.space.batch_size": ["tune.space", "is empty", "tune=asha"],
-    "batch_size=auto": ["batch_size=auto", "set a number, or draw it with tune.space.batch_size"],
+    "~tune.space.optim ~tune.space.global_batch_size": ["tune.space", "is empty", "tune=asha"],
+    "global_batch_size=auto": ["global_batch_size=auto", "set a number, or draw it with tune.space.global_batch_size"],
     "zero.stage=3": ["zero.stage=3", "recipes.tune does not use it"],
     "tune.nproc=5": ["tune.space can draw", "5 ranks"],
     "tune.recipe=single tune.nproc=2": ["recipes.single runs on 1 rank, not 2"],
@@ -198,10 +202,10 @@ PIPELINE = {
     "cut=[layer2,layer3]": ["cut=[layer2,layer3]", "makes 3 parts, not 2"],
     "stages=3 nproc=2": ["stages=3", "2 ranks", "nproc"],
     "cut=balanced stages=11 nproc=11 micro_batches=12": ["cut=balanced", "10 blocks", "11 parts"],
-    "batch_size=96 micro_batches=5": ["batch_size=96", "micro_batches=5", "95, 100"],
+    "global_batch_size=96 micro_batches=5": ["global_batch_size=96", "micro_batches=5", "95, 100"],
     "schedule=unknown": ["schedule=unknown", "gpipe, 1f1b, interleaved, zero_bubble"],
     "schedule=1f1b micro_batches=1": ["micro_batches=1", "schedule=1f1b", "from 2 up", "gpipe"],
-    "schedule=interleaved micro_batches=5 batch_size=95": ["micro_batches=5", "interleaved", "multiples of 2"],
+    "schedule=interleaved micro_batches=5 global_batch_size=95": ["micro_batches=5", "interleaved", "multiples of 2"],
     "accumulate=2": ["accumulate=2", "micro_batches"],
     "replicas=2": ["replicas=2", "pipeline_parallel does not use it", "data_parallel"],
 }
@@ -223,7 +227,7 @@ ZERO = {
     "channels_last=true": ["channels_last=true: "],
     "zero.stage=0 zero.offload=true": ["zero.offload=true: stage 0 leaves the optimizer whole"],
     "accumulate=49": ["accumulate=49: a rank's share is only 48 images"],
-    "batch_size=33": ["batch_size=33: the global batch must divide by 2 ranks"],
+    "global_batch_size=33": ["global_batch_size=33: the global batch must divide by 2 ranks"],
 }
 FSDP = {
     "fsdp.replicas=3 nproc=4": ["fsdp.replicas=3: 4 ranks do not divide by it; allowed are 1, 2, 4"],
@@ -240,7 +244,7 @@ TRANSFER = {
     "resume=nowhere": ["resume=nowhere", "no such file or folder"],
     "resume=.": ["resume=.", "holds no checkpoint"],
 }
-AUTO = {"batch_size=auto": ["is no single training; set a number"]}
+AUTO = {"global_batch_size=auto": ["is no single training; set a number"]}
 COMPARE = {
     "recipes=[ddp,nope]": ["recipes=[nope]", "no such recipe", "pipeline_parallel"],
     "nproc=0": ["nproc=0", "from 1 up"],
@@ -249,7 +253,7 @@ COMPARE = {
     "nproc=": ["nproc=", "nproc=1,2,4"],
     "rounds=0": ["rounds=0", "from 1 up"],
     "epochs=0": ["epochs=0", "from 1 up"],
-    "recipes=[ddp] batch_size=33": ["nothing is left to compare", "batch_size=33", "2 ranks", "32, 34"],
+    "recipes=[ddp] global_batch_size=33": ["nothing is left to compare", "global_batch_size=33", "2 ranks", "32, 34"],
     "recipes=[transfer_learning]": ["nothing is left to compare", "is not the same work"],
     "schedule=gpipe": ["schedule=gpipe", "recipes.compare does not use it"],
 }
@@ -342,10 +346,10 @@ def test_the_exit_code_is_the_process_s(tmp_path: Path) -> None:
 
 
 def test_ranks_started_by_hand_refuse_it_too(tmp_path: Path) -> None:
-    words = ["--nproc-per-node=2", "--master-port=0", "-m", "recipes.ddp", "batch_size=33", "out=run"]
+    words = ["--nproc-per-node=2", "--master-port=0", "-m", "recipes.ddp", "global_batch_size=33", "out=run"]
     done = command("-m", "torch.distributed.run", "--standalone", *words, cwd=tmp_path)
     assert done.returncode != 0
-    assert "error: batch_size=33: the global batch must divide by 2 ranks" in done.stderr
+    assert "error: global_batch_size=33: the global batch must divide by 2 ranks" in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 
@@ -362,7 +366,14 @@ def test_a_corrupt_image_found_while_training_is_named_in_one_line(tmp_path: Pat
                 )
     bad = tmp_path / "images" / "train" / "dog" / "2.jpg"
     bad.write_bytes(b"\xff\xd8" + b"no image" * 20 + b"\xff\xd9")
-    words = ["data=imagefolder", "data.root=images", "model.image_size=16", "batch_size=8", "epochs=1", "out=run"]
+    words = [
+        "data=imagefolder",
+        "data.root=images",
+        "model.image_size=16",
+        "global_batch_size=8",
+        "epochs=1",
+        "out=run",
+    ]
     done = command("-m", "recipes.ddp", *words, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr

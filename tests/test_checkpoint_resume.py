@@ -12,7 +12,7 @@ from tests.harness import execute
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-SHORT = ("data=synthetic", "data.size=36", "data.image_size=8", "batch_size=12", "max_steps=8")
+SHORT = ("data=synthetic", "data.size=36", "data.image_size=8", "global_batch_size=12", "max_steps=8")
 
 
 @pytest.mark.parametrize(

@@ -305,7 +305,7 @@ def test_a_signal_ends_the_run_that_is_under_way(tmp_path: Path, monkeypatch: py
 
 
 def test_compare_reports_what_each_run_reported(tmp_path: Path) -> None:
-    words = ["recipes=[data_parallel,model_parallel]", "max_steps=3", "batch_size=24", "rounds=1", "out=run"]
+    words = ["recipes=[data_parallel,model_parallel]", "max_steps=3", "global_batch_size=24", "rounds=1", "out=run"]
     done = command("-m", "recipes.compare", *words, cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "run" / "compare.json").read_text())["rows"]

@@ -47,14 +47,14 @@ def test_every_recipe_composes_with_every_option(name: str, options: list[str]) 
         elif group == "tune":
             assert config.tune.space
         elif group == "monitor":  # which may be several
-            chosen = [kind for kind in ("csv", "tensorboard", "wandb") if getattr(config.monitor, kind)]
+            chosen = [kind for kind in ("csv", "tensorboard", "wandb") if getattr(config.logger, kind)]
             assert chosen == [choice]
         elif group != "debug":
             assert getattr(config, group).name == choice
     assert from_yaml(to_yaml(config)) == config, "a rank reads back what was frozen"
 
 
-@pytest.mark.parametrize("words", ["monitor=[csv,wandb]", "monitor=[wandb,csv]"])
+@pytest.mark.parametrize("words", ["logger=[csv,wandb]", "logger=[wandb,csv]"])
 def test_monitors_are_any_mix(words: str) -> None:
     chosen = compose_config(ddp.train, words).monitor
     assert (chosen.csv, chosen.tensorboard, chosen.wandb) == (True, False, True)

@@ -923,7 +923,7 @@ class Numbered:
 
 def test_training_crops_are_the_same_with_and_without_workers_and_on_any_rank(folder: Path) -> None:
     images = Numbered(data.ImageFolder(folder / "train", 16))
-    reference = by_sample(images, world_size=1, batch_size=2, workers=0)
+    reference = by_sample(images, world_size=1, global_batch_size=2, workers=0)
     assert len(reference) == 20
     assert any(not torch.equal(reference[0, sample], reference[1, sample]) for sample in range(10))
     for world_size, batch_size, workers in ((1, 5, 2), (2, 10, 2), (5, 5, 0)):

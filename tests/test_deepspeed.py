@@ -22,7 +22,7 @@ from tests.harness import command, lines, preload, result, train
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "epochs=2")  # 4 steps an epoch
+DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=2")  # 4 steps an epoch
 WORDS = (*DATA, "log_every=1", "optim.warmup_steps=2", "checkpoint.every=4")
 STAGES = {0: "adamw", 1: "sgd", 2: "adamw", 3: "sgd"}
 
@@ -71,7 +71,7 @@ def test_every_stage_trains_what_ddp_does_to_the_last_bit(stage: int, fit: Fit) 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_ragged_micro_batches_count_for_what_they_are(stage: int, fit: Fit, tmp_path: Path) -> None:
     """7 images in micro-batches of 2, 2, 2 and 1, which 1 / 4 each would get wrong."""
-    words = ("model.norm=group", "batch_size=14", "accumulate=4", "max_steps=3")
+    words = ("model.norm=group", "global_batch_size=14", "accumulate=4", "max_steps=3")
     found = train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, f"zero.stage={stage}", *words)
     expected, theirs = fit(ddp.train, *words)
     assert losses(tmp_path / "run") == pytest.approx(losses(theirs), rel=1e-4)
@@ -239,7 +239,7 @@ def test_another_recipe_s_checkpoint_is_refused(fit: Fit, tmp_path: Path) -> Non
 
 def test_it_keeps_the_console_to_lockstep(tmp_path: Path) -> None:
     """DeepSpeed warns that it has not tested SGD; that is in the rank's log."""
-    words = ("batch_size=4", "max_steps=2", "data=synthetic", "data.size=8", "checkpoint.every=1", "out=run")
+    words = ("global_batch_size=4", "max_steps=2", "data=synthetic", "data.size=8", "checkpoint.every=1", "out=run")
     done = command("-m", "recipes.deepspeed_zero", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -24,7 +24,14 @@ from tests.narrow import narrow_resnet18
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-TINY = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "max_steps=4", "optim.warmup_steps=0")
+TINY = (
+    "data=synthetic",
+    "data.size=48",
+    "data.image_size=8",
+    "global_batch_size=12",
+    "max_steps=4",
+    "optim.warmup_steps=0",
+)
 
 
 @pytest.mark.parametrize("words", [("accumulate=3",), ("precision=bf16",)], ids=str)

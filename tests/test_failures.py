@@ -62,7 +62,7 @@ def train(run: Run) -> None:
 if __name__ == "__main__":
     train.main()
 '''
-WORDS = ["batch_size=24", "max_steps=50", "log_every=1", "out=run"]
+WORDS = ["global_batch_size=24", "max_steps=50", "log_every=1", "out=run"]
 
 
 SLOW = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""`batch_size=auto` finds a batch that trains where a clearly larger one does not; out of memory ends with one page."""
+"""`global_batch_size=auto` finds a batch that trains where a clearly larger one does not; out of memory ends with one page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from lockstep.config.schema import Config, from_yaml, with_values
+from lockstep.diagnose import out_of_memory
 from lockstep.distributed.process_group import World
 from lockstep.errors import CheckFailed
-from lockstep.diagnose import out_of_memory
 from lockstep.launch import batch_size
 from lockstep.memory.usage import process_bytes
 from recipes import ddp
@@ -84,11 +84,17 @@ def test_the_batch_that_is_found_trains_and_a_larger_one_does_not(tmp_path: Path
     monkeypatch.setattr(batch_size, "host_bytes", lambda: 2 * room)
     monkeypatch.setattr(batch_size, "group_bytes", list)
     monkeypatch.setattr(batch_size, "SLACK", 2**27)
-    words = ["batch_size=auto", "memory_fraction=1.0", "model.image_size=48", "eval_batch_size=32", "model.norm=group"]
+    words = [
+        "global_batch_size=auto",
+        "memory_fraction=1.0",
+        "model.image_size=48",
+        "eval_batch_size=32",
+        "model.norm=group",
+    ]
     config = compose_config(ddp.train, *words)
     size = batch_size.find_batch_size(config, ddp.train, 2, forked)
     said = capfd.readouterr()
-    assert f"batch_size=auto: {size}, {size // 2} images on each of 2: " in said.out
+    assert f"global_batch_size=auto: {size}, {size // 2} images on each of 2: " in said.out
     assert said.err.count("tried") >= 2
     assert 8 <= size < 1437
     short, *_ = batch_size.first_allowed(config, ddp.train, 2, 2)
@@ -98,35 +104,35 @@ def test_the_batch_that_is_found_trains_and_a_larger_one_does_not(tmp_path: Path
 
 
 def test_a_trial_that_fails_of_something_else_is_no_answer(tmp_path: Path) -> None:
-    config = compose_config(ddp.train, "batch_size=auto")
+    config = compose_config(ddp.train, "global_batch_size=auto")
 
     def broken(out: Path, variables: dict[str, str]) -> int:
         os.write(2, b"error: the cause\n")
         return 3
 
-    with pytest.raises(CheckFailed, match="a trial with batch_size=32 failed: error: the cause"):
+    with pytest.raises(CheckFailed, match="a trial with global_batch_size=32 failed: error: the cause"):
         batch_size.find_batch_size(config, ddp.train, 2, broken)
 
 
 def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
-    config = compose_config(ddp.train, "batch_size=auto", f"out={tmp_path}")
+    config = compose_config(ddp.train, "global_batch_size=auto", f"out={tmp_path}")
     (tmp_path / "config.yaml").write_text("# recipe: ddp\nbatch_size: 44\n")
     assert batch_size.find_batch_size(config, ddp.train, 2, lambda *_: 1) == 44
 
 
 @pytest.mark.slow
 def test_as_a_user_types_it(tmp_path: Path) -> None:
-    words = ["batch_size=auto", "model.image_size=16", "max_steps=1", "out=run"]
+    words = ["global_batch_size=auto", "model.image_size=16", "max_steps=1", "out=run"]
     done = command("-m", "recipes.ddp", *words, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
-    size = from_yaml((tmp_path / "run" / "config.yaml").read_text()).batch_size
-    assert f"batch_size=auto: {size}, {size // 2} images on each of 2" in done.stdout
+    size = from_yaml((tmp_path / "run" / "config.yaml").read_text()).global_batch_size
+    assert f"global_batch_size=auto: {size}, {size // 2} images on each of 2" in done.stdout
 
 
 @pytest.mark.slow
 def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path: Path) -> None:
     environment = clean_environment() | {"TMPDIR": str(tmp_path)}
-    words = [sys.executable, "-m", "recipes.ddp", "batch_size=auto", f"out={tmp_path}/run"]
+    words = [sys.executable, "-m", "recipes.ddp", "global_batch_size=auto", f"out={tmp_path}/run"]
     with subprocess.Popen(words, cwd=tmp_path, env=environment) as process:
         wait_until(lambda: list(tmp_path.glob("lockstep-*/*/ranks/1.log")), 120)
         process.terminate()
@@ -137,10 +143,19 @@ def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_ranks_that_are_started_already_refuse_in_one_line(tmp_path: Path) -> None:
-    words = ["--nproc-per-node=1", f"--master-port={free_port()}", "-m", "recipes.ddp", "batch_size=auto", "out=run"]
+    words = [
+        "--nproc-per-node=1",
+        f"--master-port={free_port()}",
+        "-m",
+        "recipes.ddp",
+        "global_batch_size=auto",
+        "out=run",
+    ]
     done = command(*TORCHRUN[1:], *words, cwd=tmp_path)
     assert done.returncode != 0
-    assert "error: batch_size=auto: is found by a command that starts its ranks on its own machine" in done.stderr
+    assert (
+        "error: global_batch_size=auto: is found by a command that starts its ranks on its own machine" in done.stderr
+    )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -171,7 +186,7 @@ if __name__ == "__main__":
 
 def test_out_of_memory_ends_with_one_page(tmp_path: Path) -> None:
     (tmp_path / "no_room.py").write_text(NO_ROOM)
-    words = ["model.image_size=32", "batch_size=128", "optim=adamw", "out=run"]
+    words = ["model.image_size=32", "global_batch_size=128", "optim=adamw", "out=run"]
     began = time.monotonic()
     done = command("no_room.py", *words, cwd=tmp_path, timeout=150)
     assert done.returncode == 1
@@ -197,10 +212,10 @@ def knobs_of(world: World, config: Config, *more: Any) -> list[tuple[str, int]]:
 
 def test_the_knobs_fit_the_config_and_the_largest_comes_first() -> None:
     """Few images of a wide model: the state is what counts; and what a config has already is not offered again."""
-    config = Config(batch_size=4)
+    config = Config(global_batch_size=4)
     config.model.num_classes, config.model.image_size, config.optim.name = 10, 64, "adamw"
-    bf16 = with_values(config, {"precision": "bf16", "batch_size": 64, "optim.name": "sgd"})
-    many = with_values(config, {"batch_size": 256, "accumulate": 4})
+    bf16 = with_values(config, {"precision": "bf16", "global_batch_size": 64, "optim.name": "sgd"})
+    many = with_values(config, {"global_batch_size": 256, "accumulate": 4})
     cases = [(config, "ddp", 2, 2, "forward", "cpu"), (bf16, "fsdp", 2, 2, "forward", "cpu")]
     cases += [(many, "ddp", 4, 4, "backward", "cpu"), (config, "ddp", 2, 2, "evaluation", "cpu")]
     few, sharded, again, evaluation = (run_ranks(knobs_of, 1, *case)[0] for case in cases)

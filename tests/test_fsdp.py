@@ -27,7 +27,14 @@ from tests.test_resume import PROOF, newest
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "log_every=1", "optim.warmup_steps=0")
+DATA = (
+    "data=synthetic",
+    "data.size=48",
+    "data.image_size=8",
+    "global_batch_size=12",
+    "log_every=1",
+    "optim.warmup_steps=0",
+)
 SHORT = (*DATA, "max_steps=3", "eval_every=0")
 SAVING = (*SHORT, "epochs=3", "max_steps=12", "checkpoint.every=4")
 
@@ -147,7 +154,7 @@ def test_what_crosses_the_network_and_how_often(tmp_path: Path, monkeypatch: Any
         name = new if hasattr(dist, new) else old
         calls[what] = context.Value("i", 0)
         monkeypatch.setattr(dist, name, counted(getattr(dist, name), calls[what]))
-    words = (*SHORT, "precision=fp64", "model.norm=group", "batch_size=10", "max_steps=2")
+    words = (*SHORT, "precision=fp64", "model.norm=group", "global_batch_size=10", "max_steps=2")
     expected = train(ddp.train, tmp_path / "ddp", 2, *words)
     found = []
     ways = ["accumulate=1", "fsdp.reshard_after_forward=false", "accumulate=3", "accumulate=3 fsdp.sync=every"]

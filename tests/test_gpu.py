@@ -41,7 +41,7 @@ def test_two_ranks_share_one_gpu_over_gloo_and_compute_what_one_does(tmp_path: P
 
 def test_more_nccl_ranks_than_gpus_are_refused(tmp_path: Path) -> None:
     count = torch.cuda.device_count()
-    done = command("-m", "recipes.ddp", f"nproc={count + 1}", f"batch_size={(count + 1) * 8}", cwd=tmp_path)
+    done = command("-m", "recipes.ddp", f"nproc={count + 1}", f"global_batch_size={(count + 1) * 8}", cwd=tmp_path)
     assert done.returncode == 2
     assert f"nproc={count + 1}: this machine has {count} CUDA devices" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -72,14 +72,21 @@ def test_a_checkpoint_of_one_device_goes_on_on_the_other(first: str, second: str
 
 
 def test_memory_is_foretold_and_the_largest_batch_found(tmp_path: Path) -> None:
-    words = ["nproc=1", "batch_size=64", "model.image_size=64", "optim=adamw", "out=doctor"]
+    words = ["nproc=1", "global_batch_size=64", "model.image_size=64", "optim=adamw", "out=doctor"]
     done = command("-m", "recipes.doctor", "memory", *words, cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "doctor" / "memory.json").read_text())
     (measured,), expected = found["measured_peak_bytes_by_rank"], sum(found["expected_peak"].values())
     assert 0.8 * expected < measured < 3 * expected, "more by DDP's buckets and cuDNN's scratch space"
-    words = ["nproc=1", "batch_size=auto", "memory_fraction=0.02", "model.image_size=64", "max_steps=2", "out=auto"]
+    words = [
+        "nproc=1",
+        "global_batch_size=auto",
+        "memory_fraction=0.02",
+        "model.image_size=64",
+        "max_steps=2",
+        "out=auto",
+    ]
     done = command("-m", "recipes.ddp", *words, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
-    size = int(done.stdout.partition("batch_size=auto: ")[2].partition(",")[0])
+    size = int(done.stdout.partition("global_batch_size=auto: ")[2].partition(",")[0])
     assert size > 1400 or ": out of memory" in done.stderr, "the next larger one was tried, and did not fit"

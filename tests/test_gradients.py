@@ -27,7 +27,7 @@ from tests.harness import assert_equal, compose_config, execute, lines, result, 
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=24")
+DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=24")
 SHORT = (*DATA, "max_steps=3", "log_every=1", "optim.warmup_steps=0", "eval_every=0")
 PROOF = (*SHORT, "precision=fp64", "model.norm=group")
 CLIP = ("gradients.clip_norm=0.5", "gradients.clip_value={fc.*:0.01,layer1.*.weight:0.002}", "gradients.log=true")
@@ -238,12 +238,12 @@ def count_hooks(world: World, config: Any, out: str) -> int:
     ("words", "count"),
     [
         ((), 0),
-        (("monitor=[csv,tensorboard]", "gradients.clip_norm=null", "monitor.histograms=0"), 0),
+        (("logger=[csv,tensorboard]", "gradients.clip_norm=null", "logger.histograms=0"), 0),
         (("gradients.clip_norm=1",), 1),
         (("gradients.warn_above=1",), 1),
         (("gradients.clip_value={1.*:1}",), 1),
         (("gradients.log=true",), 2),
-        (("monitor.histograms=1",), 2),
+        (("logger.histograms=1",), 2),
         (("gradients.stop_on_nan=true",), 1 + 2 + 2),  # the optimizer, two layers, two parameters
     ],
 )
@@ -264,7 +264,7 @@ def test_a_loud_layer_is_named_once_in_a_while(tmp_path: Path, monkeypatch: pyte
 
 
 def test_what_a_clipped_run_logs_goes_on_to_the_last_bit(tmp_path: Path) -> None:
-    words = (*DATA, "epochs=3", "log_every=1", "checkpoint.every=2", "monitor.histograms=2", *CLIP)
+    words = (*DATA, "epochs=3", "log_every=1", "checkpoint.every=2", "logger.histograms=2", *CLIP)
     execute(ddp.train, tmp_path / "whole", 2, *words)
     for stop in (3, 6):  # cut off after a step that is taken again
         execute(ddp.train, tmp_path / "parts", 2, *words, f"max_steps={stop}")
@@ -284,7 +284,7 @@ def test_histograms_are_those_of_the_whole_tensors(name: str, tmp_path: Path) ->
     """Of shards, of stages, of sections: counted on the ranks that have them, and each number once."""
     recipe, ranks, words = HELD.get(name, ("deepspeed_zero", 2, ("zero.stage=3",)))
     exact = (*SHORT, "max_steps=1") if name == "deepspeed" else (*PROOF, "max_steps=2")  # in fp32, ReLUs soon flip
-    common = (*exact, "model.norm=group", "log_every=5", "monitor.histograms=1")
+    common = (*exact, "model.norm=group", "log_every=5", "logger.histograms=1")
     train(single.train, tmp_path / "single", 1, *common)
     train(importlib.import_module(f"recipes.{recipe}").train, tmp_path / "run", ranks, *common, *words)
     mine, theirs = [json.loads((tmp_path / run / "histograms.jsonl").read_text()) for run in ("run", "single")]

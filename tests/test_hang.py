@@ -30,7 +30,7 @@ from tests.test_start_paths import free_port
 
 HERE = socket.gethostname()
 LIMIT = 6
-WORDS = ("batch_size=24", "max_steps=6", "log_every=1", "model.image_size=8", "eval_batch_size=360")
+WORDS = ("global_batch_size=24", "max_steps=6", "log_every=1", "model.image_size=8", "eval_batch_size=360")
 
 
 @dataclass

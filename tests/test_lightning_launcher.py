@@ -20,7 +20,7 @@ from tests.test_bad_input import run_main
 from tests.test_failures import CRASHING, WORDS
 from tests.test_start_paths import free_port, start_all
 
-TINY = ["data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "log_every=1", "eval_every=0"]
+TINY = ["data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "log_every=1", "eval_every=0"]
 LIGHTNING = ["-m", "recipes.ddp", "+cluster=lightning"]
 FORK = [*LIGHTNING, "start=fork"]
 SMOKE = [*TINY, "max_steps=2"]

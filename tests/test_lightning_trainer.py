@@ -60,7 +60,7 @@ def test_the_bits_are_those_of_the_same_technique(
 
 def test_ragged_micro_batches_weigh_what_they_hold(tmp_path: Path) -> None:
     """A share of 7 in 3, 3 and 1."""
-    words = ("data=synthetic", "data.size=28", "data.image_size=8", "batch_size=14", "epochs=2", "log_every=1")
+    words = ("data=synthetic", "data.size=28", "data.image_size=8", "global_batch_size=14", "epochs=2", "log_every=1")
     words = (*words, "accumulate=3", "precision=fp64", "model.norm=group")
     execute(single.train, tmp_path / "one", 1, *words, "accumulate=1")
     execute(TRAINER, tmp_path / "run", 2, *words)
@@ -84,7 +84,7 @@ def test_four_two_one_ranks_train_as_one(tmp_path: Path) -> None:
 
 def test_another_run_s_checkpoint_is_gone_on_from_with_these_settings(tmp_path: Path) -> None:
     """Another batch size, other micro-batches, another number of ranks and another learning rate, within an epoch."""
-    words = ("batch_size=24", "accumulate=5", "optim.lr=0.005", "epochs=5", "model.norm=group", "precision=fp64")
+    words = ("global_batch_size=24", "accumulate=5", "optim.lr=0.005", "epochs=5", "model.norm=group", "precision=fp64")
     for recipe in (ddp.train, TRAINER):
         source, out = tmp_path / f"{recipe.name}-source", tmp_path / recipe.name
         execute(recipe, source, 1, *SHORT, *words[-2:], "accumulate=5", "max_steps=6")
@@ -206,7 +206,14 @@ def test_a_checkpoint_is_lightning_s_and_another_recipe_says_so(tmp_path: Path) 
 
 
 def test_the_console_and_the_folders_are_those_of_any_recipe(tmp_path: Path) -> None:
-    words = ("data=synthetic", "data.size=8", "data.image_size=8", "batch_size=4", "epochs=1", "checkpoint.every=1")
+    words = (
+        "data=synthetic",
+        "data.size=8",
+        "data.image_size=8",
+        "global_batch_size=4",
+        "epochs=1",
+        "checkpoint.every=1",
+    )
     done = command("-m", "recipes.lightning_trainer", *words, "out=run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0].startswith("lightning_trainer: 2 ranks on 1 host · cpu · gloo · fp32")

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 MORE = {"pipeline_parallel": ["micro_batches=4"], "fsdp": ["precision=bf16"], "lightning_trainer": ["accumulate=2"]}
 MORE["transfer_learning"] = ["weights=random"]
-SHORT = ["max_steps=8", "batch_size=16", "log_every=1", "eval_every=0", "eval_batch_size=360"]
+SHORT = ["max_steps=8", "global_batch_size=16", "log_every=1", "eval_every=0", "eval_batch_size=360"]
 
 
 def config_of(**values: Any) -> Config:
@@ -165,7 +165,9 @@ def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], 
 
 @pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_the_doctor_sets_the_measured_beside_the_sum(name: str, tmp_path: Path) -> None:
-    execute(doctor.train, tmp_path / "run", 2, "check=memory", f"recipes=[{name}]", "batch_size=24", "accumulate=2")
+    execute(
+        doctor.train, tmp_path / "run", 2, "check=memory", f"recipes=[{name}]", "global_batch_size=24", "accumulate=2"
+    )
     found = json.loads((tmp_path / "run" / "memory.json").read_text())
     assert found["images"] == 6
     held = found["ranks"][0]["total"]
@@ -208,7 +210,7 @@ def keeping(world: World, out: str, config: Config, kept: str) -> list[int]:
 
 @pytest.mark.parametrize(("kept", "steps"), [("list", 3), ("sum", 3), ("output", 3), ("detached", 0), ("last", 0)])
 def test_a_loss_that_is_kept_with_its_graph_is_named_once(kept: str, steps: int, tmp_path: Path) -> None:
-    config = config_of(max_steps=12, batch_size=8, eval_every=0)
+    config = config_of(max_steps=12, global_batch_size=8, eval_every=0)
     config.model.image_size, config.data.num_classes = 8, 10
     (tmp_path / "ranks").mkdir()
     (found,) = run_ranks(keeping, 1, str(tmp_path), config, kept)

@@ -65,7 +65,7 @@ def test_they_are_scikit_learn_s_and_torchmetrics_on_any_number_of_ranks() -> No
 def test_an_evaluation_is_logged_shown_and_in_the_result(tmp_path: Path) -> None:
     from recipes import single
 
-    execute(single.train, tmp_path / "run", 1, "data=synthetic", "data.size=8", "batch_size=4", "max_steps=2")
+    execute(single.train, tmp_path / "run", 1, "data=synthetic", "data.size=8", "global_batch_size=4", "max_steps=2")
     score = result(tmp_path / "run")["eval_f1"]
     assert 0 <= score <= 1
     assert lines(tmp_path / "run")[-1]["eval_f1"] == score
@@ -80,7 +80,14 @@ def test_an_evaluation_is_logged_shown_and_in_the_result(tmp_path: Path) -> None
 
 # Seed 2 has them come apart: (evaluations without a better one to wait for, step of the best one, last step).
 ENDS = {"eval_accuracy": (2, 4, 12), "eval_f1": (2, 8, 16), "eval_loss": (1, 4, 8)}
-TINY = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "epochs=8", "optim.warmup_steps=2")
+TINY = (
+    "data=synthetic",
+    "data.size=48",
+    "data.image_size=8",
+    "global_batch_size=12",
+    "epochs=8",
+    "optim.warmup_steps=2",
+)
 OWN = {"pipeline_parallel": ("stages=2", "micro_batches=2"), "grad_accumulation": ("accumulate=2",)}
 ALONE = ("single", "data_parallel", "model_parallel")
 OTHERS = ("transfer_learning", "tune", "verify", "compare", "doctor", "checkpoint_resume")  # other models, or none

@@ -1,4 +1,4 @@
-"""`monitor=`: any mix, one writer a run, each step once however often the run was cut off; and what it got wrong."""
+"""`logger=`: any mix, one writer a run, each step once however often the run was cut off; and what it got wrong."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ from tests.processes import as_a_shell, wait_until
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "epochs=3")  # 4 steps an epoch
-WORDS = (*DATA, "log_every=1", "checkpoint.every=4", "monitor=[csv,tensorboard,wandb]", "monitor.histograms=2")
+DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=3")  # 4 steps an epoch
+WORDS = (*DATA, "log_every=1", "checkpoint.every=4", "logger=[csv,tensorboard,wandb]", "logger.histograms=2")
 STEPS = 12
 
 
@@ -162,10 +162,10 @@ def read(path: Path) -> bytes:
 @pytest.mark.parametrize(
     ("words", "written"),
     [
-        ("monitor=csv", {"metrics.csv"}),
-        ("monitor=wandb", {"wandb"}),
-        ("monitor=[tensorboard,csv]", {"metrics.csv", "tensorboard"}),
-        ("monitor=[]", set()),
+        ("logger=csv", {"metrics.csv"}),
+        ("logger=wandb", {"wandb"}),
+        ("logger=[tensorboard,csv]", {"metrics.csv", "tensorboard"}),
+        ("logger=[]", set()),
         ("seed=0", {"metrics.csv"}),
     ],
 )
@@ -183,7 +183,7 @@ def test_wandb_with_a_key_and_no_server_goes_on_offline_and_keeps_the_key_to_its
     monkeypatch.setenv("WANDB_API_KEY", key)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # nobody listens there
     out = tmp_path / "run"
-    execute(single.train, out, 1, *DATA, "max_steps=1", "log_every=1", "monitor=wandb", "timeout_seconds=4")
+    execute(single.train, out, 1, *DATA, "max_steps=1", "log_every=1", "logger=wandb", "timeout_seconds=4")
     log = (out / "ranks" / "0.log").read_text()
     assert re.search(r"wandb: .*; going on offline, to be sent later with wandb sync", log)
     assert [row["_step"] for row in wandb_history(out) if "loss" in row] == [1]
@@ -193,16 +193,23 @@ def test_wandb_with_a_key_and_no_server_goes_on_offline_and_keeps_the_key_to_its
 def test_without_the_package_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
-    with pytest.raises(UserError, match=r"^monitor=wandb needs the package wandb, .* pip install 'lockstep\[wandb\]'$"):
-        validate(compose_config(single.train, "monitor=[csv,wandb]"), single.train, 1)
+    with pytest.raises(UserError, match=r"^logger=wandb needs the package wandb, .* pip install 'lockstep\[wandb\]'$"):
+        validate(compose_config(single.train, "logger=[csv,wandb]"), single.train, 1)
 
 
 def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> None:
     """The first of the evaluation set, with what they are and what the exported weights take them for."""
-    words = ("batch_size=24", "max_steps=1", "optim.lr=0", "eval_batch_size=7", "model.norm=group", "monitor.images=5")
+    words = (
+        "global_batch_size=24",
+        "max_steps=1",
+        "optim.lr=0",
+        "eval_batch_size=7",
+        "model.norm=group",
+        "logger.images=5",
+    )
     found = []
     for ranks in (1, 3):
-        execute(ddp.train, tmp_path / str(ranks), ranks, *words, "monitor=[csv,tensorboard]")
+        execute(ddp.train, tmp_path / str(ranks), ranks, *words, "logger=[csv,tensorboard]")
         found.append(result(tmp_path / str(ranks))["misclassified"])
     assert found[0] == found[1]
     config = from_yaml((tmp_path / "1" / "config.yaml").read_text())
@@ -225,7 +232,7 @@ def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> N
 
 def test_the_config_and_the_memory_are_there(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    execute(ddp.train, out, 2, *DATA, "max_steps=2", "log_every=1", "monitor=[tensorboard,wandb]")
+    execute(ddp.train, out, 2, *DATA, "max_steps=2", "log_every=1", "logger=[tensorboard,wandb]")
     (text,) = events(out).Tensors("config/text_summary")
     assert "batch_size: 12" in text.tensor_proto.string_val[0].decode()
     peaks = [json.loads(line)["peak_memory_bytes"] for line in (out / "metrics.jsonl").read_text().splitlines()[:2]]
@@ -234,7 +241,7 @@ def test_the_config_and_the_memory_are_there(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_make_board_serves_the_curves(tmp_path: Path) -> None:
-    execute(single.train, tmp_path / "outputs" / "run", 1, *DATA, "max_steps=1", "monitor=tensorboard")
+    execute(single.train, tmp_path / "outputs" / "run", 1, *DATA, "max_steps=1", "logger=tensorboard")
     words = [
         "make",
         "-f",

@@ -29,7 +29,7 @@ from tests.processes import wait_until
 from tests.test_bad_input import run_main
 from tests.test_failures import CRASHING
 
-SHORT = ["batch_size=24", "max_steps=4", "log_every=1", "eval_every=0", "eval_batch_size=360"]
+SHORT = ["global_batch_size=24", "max_steps=4", "log_every=1", "eval_every=0", "eval_batch_size=360"]
 
 
 def read(out: Path) -> dict[str, Finding]:
@@ -81,7 +81,7 @@ def test_a_finished_run_and_one_that_is_under_way(tmp_path: Path, monkeypatch: p
 )
 def test_a_run_that_died_is_read(how: str, words: str, remedy: str, tmp_path: Path) -> None:
     (tmp_path / "crash.py").write_text(CRASHING)
-    options = ["batch_size=24", "log_every=1", "checkpoint.every=1", "checkpoint.asynchronous=false", "out=run"]
+    options = ["global_batch_size=24", "log_every=1", "checkpoint.every=1", "checkpoint.asynchronous=false", "out=run"]
     done = command("crash.py", *options, cwd=tmp_path, HOW=how)
     assert done.returncode
     found = read(tmp_path / "run")
@@ -346,7 +346,7 @@ def test_a_tool_ends_with_its_report(out: Path) -> None:
 
 
 def test_an_error_is_found_in_a_log() -> None:
-    assert error_in(["x", "error: batch_size=3: …"]) == ("batch_size=3: …", "")
+    assert error_in(["x", "error: global_batch_size=3: …"]) == ("global_batch_size=3: …", "")
     assert error_in([*TRACE, '  File "/b/mine.py", line 9', "    h()", "    ^^^", "E: what", "more"]) == (
         "E: what",
         "mine.py:9",

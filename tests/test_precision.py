@@ -39,7 +39,7 @@ from tests.test_run import in_run
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-FEW = ("data=synthetic", "data.size=16", "data.image_size=8", "batch_size=4", "epochs=2", "log_every=1")
+FEW = ("data=synthetic", "data.size=16", "data.image_size=8", "global_batch_size=4", "epochs=2", "log_every=1")
 PIPELINE = ("stages=2", "micro_batches=2")
 
 
@@ -186,7 +186,7 @@ class Alone(Poisoned):
     [
         (pipeline_parallel.train, 2, PIPELINE),
         (fsdp.train, 2, ()),
-        pytest.param(pipeline_parallel.train, 4, (*PIPELINE, "batch_size=8"), marks=pytest.mark.slow),
+        pytest.param(pipeline_parallel.train, 4, (*PIPELINE, "global_batch_size=8"), marks=pytest.mark.slow),
         pytest.param(fsdp.train, 2, ("fsdp.offload=true",), marks=pytest.mark.slow),
         pytest.param(ddp.train, 2, (), marks=pytest.mark.slow),
     ],
@@ -303,7 +303,7 @@ def test_scale_and_count_go_on_bit_by_bit(recipe: Any, words: tuple[str, ...], t
 
 @pytest.mark.usefixtures("quick")
 def test_what_is_missing_without_the_scaler_s_state(tmp_path: Path) -> None:
-    words = ("data=synthetic", "data.size=8", "data.image_size=8", "batch_size=4", "max_steps=4")
+    words = ("data=synthetic", "data.size=8", "data.image_size=8", "global_batch_size=4", "max_steps=4")
     for forget, differs in (("null", False), ("scaler", True)):
         execute(checkpoint_resume.train, tmp_path / forget, 2, *words, *overflow.WORDS, f"forget={forget}")
         differing = json.loads((tmp_path / forget / "result.json").read_text())["differing"]

@@ -21,7 +21,14 @@ from tests.harness import clean_environment, command, lines, result, train
 from tests.processes import as_a_shell, children, processes_in, read, wait_until
 from tests.test_start_paths import TORCHRUN, free_port
 
-RUN = ["data=synthetic", "data.size=96", "data.image_size=8", "batch_size=12", "log_every=1", "checkpoint.every=5"]
+RUN = [
+    "data=synthetic",
+    "data.size=96",
+    "data.image_size=8",
+    "global_batch_size=12",
+    "log_every=1",
+    "checkpoint.every=5",
+]
 WORDS = [*RUN, "epochs=4"]  # 32 steps: long enough to be hit
 DDP = [sys.executable, "-m", "recipes.ddp", *WORDS]
 # A recipe of ours whose rank 1 takes its 9th step only when it has been asked to leave: else a short run might be over

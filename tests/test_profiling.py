@@ -22,7 +22,14 @@ from tests.harness import execute, result, run_ranks
 from tests.processes import wait_until
 from tests.test_run import in_run
 
-TINY = ("data=synthetic", "data.size=48", "data.image_size=16", "batch_size=8", "eval_every=0", "checkpoint.minutes=0")
+TINY = (
+    "data=synthetic",
+    "data.size=48",
+    "data.image_size=16",
+    "global_batch_size=8",
+    "eval_every=0",
+    "checkpoint.minutes=0",
+)
 
 
 # Intervals --------------------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ from tests.harness import compose_config, execute, lines, result, run_ranks, ten
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "epochs=3")  # 4 steps an epoch
+DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=3")  # 4 steps an epoch
 RESNET18 = resnet.resnet18
 SHORT = (*DATA, "log_every=1", "optim.warmup_steps=2", "checkpoint.every=4")
 STEPS = 12
@@ -326,7 +326,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_export_of_the_real_resnet_loads_into_plain_torchvision(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(resnet, "resnet18", RESNET18)
-    words = ("data=synthetic", "data.size=4", "batch_size=2", "data.image_size=72", "max_steps=1", "eval_every=0")
+    words = (
+        "data=synthetic",
+        "data.size=4",
+        "global_batch_size=2",
+        "data.image_size=72",
+        "max_steps=1",
+        "eval_every=0",
+    )
     execute(single.train, tmp_path / "run", 1, *words)
     RESNET18(num_classes=10).load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
 
@@ -429,5 +436,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_batch_size_that_does_not_divide_the_samples_seen_is_refused(trained: Path, tmp_path: Path) -> None:
-    with pytest.raises(AssertionError, match=r"samples, which is no whole number of such batches; set batch_size=12"):
-        execute(single.train, tmp_path / "run", 1, *SHORT, "batch_size=10", f"resume={trained}")
+    with pytest.raises(
+        AssertionError, match=r"samples, which is no whole number of such batches; set global_batch_size=12"
+    ):
+        execute(single.train, tmp_path / "run", 1, *SHORT, "global_batch_size=10", f"resume={trained}")

@@ -25,7 +25,7 @@ from lockstep.run import Run
 from lockstep.training.optim import lr_factor
 from lockstep.training.timing import SAMPLE, StepTime, Stopwatch, percentile
 from recipes import ddp, single
-from tests.harness import validate, compose_config, run_ranks, train
+from tests.harness import compose_config, run_ranks, train, validate
 
 RESULT_KEYS = """
     recipe status world_size backend device precision steps epochs samples_seen train_loss eval_loss eval_accuracy
@@ -39,7 +39,7 @@ RESULT_KEYS = """
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two ranks over one epoch and a little more."""
     folder = tmp_path_factory.mktemp("run") / "out"
-    train(ddp.train, folder, 2, "batch_size=96", "max_steps=16", "log_every=5", "monitor=tensorboard")
+    train(ddp.train, folder, 2, "global_batch_size=96", "max_steps=16", "log_every=5", "logger=tensorboard")
     return folder
 
 
@@ -80,7 +80,7 @@ def test_tensorboard_gets_the_same_curve(out: Path) -> None:
 
 
 def test_metrics_csv_has_a_row_a_line(tmp_path: Path) -> None:
-    train(single.train, tmp_path / "run", 1, "batch_size=96", "max_steps=2", "log_every=1")
+    train(single.train, tmp_path / "run", 1, "global_batch_size=96", "max_steps=2", "log_every=1")
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + len(lines(tmp_path / "run"))
     assert rows[0].startswith("step,epoch")
@@ -121,7 +121,7 @@ def drive(world: World, config: Any, out: str, body: Any) -> Any:
 
 def in_run(body: Any, tmp_path: Path, *overrides: str) -> Any:
     """Call body(run) on one rank and return what it returns."""
-    config = compose_config(single.train, "batch_size=96", *overrides)
+    config = compose_config(single.train, "global_batch_size=96", *overrides)
     validate(config, single.train, 1)
     (tmp_path / "ranks").mkdir(parents=True)
     return run_ranks(drive, 1, config, str(tmp_path), body)[0]
@@ -173,7 +173,7 @@ def test_images_from_files_come_in_the_memory_format_asked_for(
         for name, level in (("dark", 51), ("light", 204)):
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (20, 16), (level, 0, 255)).save(tmp_path / part / name / "image.png")
-    words = ("data=imagefolder", f"data.root={tmp_path}", "batch_size=2", "data.workers=0", "model.image_size=8")
+    words = ("data=imagefolder", f"data.root={tmp_path}", "global_batch_size=2", "data.workers=0", "model.image_size=8")
     images, labels = in_run(first_batch, tmp_path / "run", *words, f"channels_last={wanted}", "precision=fp32")
     assert images.is_contiguous(memory_format=layout)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -222,7 +222,7 @@ def test_every_switch_of_the_arithmetic_trains(tmp_path: Path) -> None:
     """Each switch does its work in the real recipe; that it still learns is the loss."""
     for number, switch in enumerate(("precision=bf16", "channels_last=true", "optim=adamw", "model.init=xavier")):
         out = tmp_path / str(number)
-        train(single.train, out, 1, "batch_size=96", "max_steps=4", switch)
+        train(single.train, out, 1, "global_batch_size=96", "max_steps=4", switch)
         assert math.isfinite(json.loads((out / "result.json").read_text())["train_loss"])
 
 

@@ -12,7 +12,14 @@ from tests.harness import train
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-PROOF = ("precision=fp64", "model.norm=group", "batch_size=24", "max_steps=20", "log_every=1", "optim.warmup_steps=0")
+PROOF = (
+    "precision=fp64",
+    "model.norm=group",
+    "global_batch_size=24",
+    "max_steps=20",
+    "log_every=1",
+    "optim.warmup_steps=0",
+)
 
 
 def losses(out: Path) -> list[float]:
@@ -44,7 +51,7 @@ def test_evaluation_is_the_same_to_the_last_bit_on_any_number_of_ranks(tmp_path:
             ddp.train,
             out,
             world_size,
-            "batch_size=48",
+            "global_batch_size=48",
             "max_steps=1",
             "optim.lr=0",
             "eval_batch_size=7",

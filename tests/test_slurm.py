@@ -27,8 +27,8 @@ from tests.cluster import Box, Command
 from tests.harness import ROOT, assert_equal, command, train
 from tests.processes import wait_until
 
-DIGITS = ["batch_size=24", "max_steps=2", "log_every=1", "threads=1"]
-TINY = ["batch_size=12", "data=synthetic", "data.size=48", "data.image_size=8", "epochs=100", "eval_every=0"]
+DIGITS = ["global_batch_size=24", "max_steps=2", "log_every=1", "threads=1"]
+TINY = ["global_batch_size=12", "data=synthetic", "data.size=48", "data.image_size=8", "epochs=100", "eval_every=0"]
 TINY += ["log_every=1", "threads=1"]
 SHORT = [*TINY, "max_steps=2"]
 LONG = [*TINY, "max_steps=14"]  # with HOW=slow its first life is never over by itself
@@ -230,7 +230,7 @@ def test_in_lightning_s_job_signals_have_one_owner(
 
 REFUSED = {
     "bacth_size=3": ["unknown key bacth_size", "did you mean batch_size?"],
-    "batch_size=8,33 -m": ["batch_size=33", "2 ranks"],
+    "global_batch_size=8,33 -m": ["global_batch_size=33", "2 ranks"],
     "cluster.partition=nowhere": ["cluster.partition=nowhere", "there is high, low"],
     "cluster.gpus_per_node=3 cluster.tasks_per_node=1 device=cpu": ["cluster.gpus_per_node=3", "gpu:2"],
     "+cluster.sbatch.nonsense=1": ["sbatch refuses the job", "--nonsense"],
@@ -270,8 +270,8 @@ def test_without_slurm_it_says_where_to_find_one(tmp_path: Path) -> None:
 
 
 def test_ctrl_c_leaves_the_job_and_scancel_ends_the_following(box: Box, tmp_path: Path) -> None:
-    one = start(box, tmp_path, "-m", "recipes.ddp", *TINY, "batch_size=8", "out=one", LATER)
-    two = start(box, tmp_path, "-m", "recipes.ddp", *TINY, "batch_size=8", "out=two", LATER)
+    one = start(box, tmp_path, "-m", "recipes.ddp", *TINY, "global_batch_size=8", "out=one", LATER)
+    two = start(box, tmp_path, "-m", "recipes.ddp", *TINY, "global_batch_size=8", "out=two", LATER)
     job = until(one, "queued (BeginTime)").split()[1]
     one.send_signal(signal.SIGINT)
     code, said = end(one)
@@ -443,7 +443,7 @@ def test_a_restart_of_slurmctld_goes_unnoticed(box: Box, folder: Path, uninterru
 
 @pytest.mark.slow
 def test_four_nodes_of_two_ranks(tmp_path: Path) -> None:
-    words = [*SHORT, "batch_size=16"]
+    words = [*SHORT, "global_batch_size=16"]
     with Box(nodes=4) as box:
         shape = ["cluster.nodes=4", "cluster.tasks_per_node=2"]
         code, said = end(start(box, tmp_path, "-m", "recipes.ddp", *words, "out=run", *shape))

@@ -19,7 +19,7 @@ from recipes import ddp
 from tests.harness import ROOT, clean_environment, command, train
 
 in_an_interpreter = partial(command, fresh=True)  # its start is what is tested
-SMOKE = ["batch_size=24", "max_steps=3", "log_every=1"]
+SMOKE = ["global_batch_size=24", "max_steps=3", "log_every=1"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 

@@ -57,7 +57,7 @@ SHORT = (
     "eval_every=0",
     "log_every=1",
     "optim.warmup_steps=0",
-    "batch_size=12",
+    "global_batch_size=12",
 )
 PROOF = ("precision=fp64", "model.norm=group")
 
@@ -264,7 +264,7 @@ def test_a_plain_one_over_the_pieces_is_wrong_where_the_last_is_ragged() -> None
 @pytest.mark.parametrize("recipe", [grad_accumulation.train, ddp.train], ids=["grad_accumulation", "ddp"])
 def test_accumulating_trains_what_the_whole_batch_does(recipe: Any, count: int, fit: Fit) -> None:
     """2 ranks with 5 images each: 3 + 2, then 2 + 2 + 1."""
-    share = "batch_size=10"
+    share = "global_batch_size=10"
     found, result = fit(recipe, 2, *PROOF, share, f"accumulate={count}")
     expected, reference = fit(ddp.train, 2, *PROOF, share)
     assert difference(found, expected) <= TOLERANCE
@@ -465,10 +465,10 @@ def test_the_replicas_are_no_part_of_the_module() -> None:
     assert [id(b) for b in model.buffers()] == [id(b) for b in inner.buffers()]
 
 
-@pytest.mark.parametrize("words", [("replicas=3",), ("batch_size=10", "replicas=2", "accumulate=2")])
+@pytest.mark.parametrize("words", [("replicas=3",), ("global_batch_size=10", "replicas=2", "accumulate=2")])
 def test_data_parallel_trains_what_one_process_does(words: tuple[str, ...], fit: Fit) -> None:
     found, result = fit(data_parallel.train, 1, *PROOF, *words)
-    expected, _ = fit(single.train, 1, *PROOF, *(word for word in words if word.startswith("batch_size")))
+    expected, _ = fit(single.train, 1, *PROOF, *(word for word in words if word.startswith("global_batch_size")))
     assert difference(found, expected) <= TOLERANCE
     assert result["thread_seconds"] > 0
     assert result["forward_seconds"] > 0

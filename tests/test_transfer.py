@@ -33,7 +33,7 @@ from tests.test_bad_input import assert_one_line, run_main
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("batch_size=48", "epochs=2", "log_every=1", "max_steps=16")  # 14 steps an epoch of five digits
+DATA = ("global_batch_size=48", "epochs=2", "log_every=1", "max_steps=16")  # 14 steps an epoch of five digits
 LOW, HIGH = "data.classes=[0,1,2,3,4]", "data.classes=[5,6,7,8,9]"
 COMMANDS = (  # of the README; the last two differ in the backbone alone
     "python -m recipes.ddp data.classes=[0,1,2,3,4] model.norm=group optim=adamw epochs=8 out=base",
@@ -208,7 +208,7 @@ def test_a_damaged_checkpoint_is_named(base: Path, tmp_path: Path) -> None:
 
 # torchvision's weights ----------------------------------------------------------------------------------------------
 
-IMAGENET = ("weights=imagenet", "model.image_size=72", "batch_size=4", "max_steps=2", "eval_every=0", HIGH)
+IMAGENET = ("weights=imagenet", "model.image_size=72", "global_batch_size=4", "max_steps=2", "eval_every=0", HIGH)
 
 
 @pytest.fixture

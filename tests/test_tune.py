@@ -24,10 +24,10 @@ from lockstep.config.schema import Config, walk
 from lockstep.launch import recipe_process
 from lockstep.tune.search_space import Space
 from recipes import ddp, tune
-from tests.harness import clean_environment, command, validate, compose_config, result
+from tests.harness import clean_environment, command, compose_config, result, validate
 from tests.processes import as_a_shell, wait_until
 
-SPACE = ["tune.space.batch_size=choice(12, 24)", "tune.space.optim.warmup_steps=sample_from(48 // batch_size)"]
+SPACE = ["tune.space.global_batch_size=choice(12, 24)", "tune.space.optim.warmup_steps=sample_from(48 // batch_size)"]
 
 # The space --------------------------------------------------------------------------------------------------------
 
@@ -40,7 +40,7 @@ def test_every_word_of_a_space_draws_what_it_says() -> None:
             "eval_batch_size": "lograndint(16, 1025)",
             "model.norm": "choice(batch, group)",
             "patience": "choice(null, 3)",
-            "batch_size": "sample_from(2 ** randint(4, 7) * accumulate)",
+            "global_batch_size": "sample_from(2 ** randint(4, 7) * accumulate)",
             "seed": "sample_from(batch_size // 2 + max(1, -3))",
         }
     )
@@ -53,13 +53,13 @@ def test_every_word_of_a_space_draws_what_it_says() -> None:
     assert all(16 <= each["eval_batch_size"] <= 1024 for each in found)
     assert {each["model.norm"] for each in found} == {"batch", "group"}
     assert {each["patience"] for each in found} == {None, 3}
-    assert {each["batch_size"] for each in found} == {48, 96, 192}
-    assert all(each["seed"] == each["batch_size"] // 2 + 1 for each in found)
+    assert {each["global_batch_size"] for each in found} == {48, 96, 192}
+    assert all(each["seed"] == each["global_batch_size"] // 2 + 1 for each in found)
     assert all(float(f"{each['optim.lr']:.4g}") == each["optim.lr"] for each in found), "short enough to be typed"
 
 
 def test_a_trial_s_settings_depend_on_the_seed_and_its_number() -> None:
-    space = Space({"optim.lr": "loguniform(1e-4, 1e-1)", "batch_size": "choice(48, 96)"})
+    space = Space({"optim.lr": "loguniform(1e-4, 1e-1)", "global_batch_size": "choice(48, 96)"})
     assert space.sample(3, 1) == space.sample(3, 1)
     assert len({str(space.sample(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
@@ -67,14 +67,14 @@ def test_a_trial_s_settings_depend_on_the_seed_and_its_number() -> None:
 @pytest.mark.parametrize(
     ("key", "text", "said"),
     [
-        ("batch_size", "__import__('os').system('true')", "allowed are uniform"),
-        ("batch_size", "sample_from(open('x'))", "open is none of its functions"),
-        ("batch_size", "sample_from(().__class__)", "is no config key"),
-        ("batch_size", "sample_from([1][0])", "neither a number"),
-        ("batch_size", "sample_from(size * 2)", "size is no config key"),
-        ("batch_size", "choice()", "nothing to choose"),
-        ("batch_size", "choice(1, 2", "cannot be read"),
-        ("batch_size", "randint(0.5, 2)", "whole numbers"),
+        ("global_batch_size", "__import__('os').system('true')", "allowed are uniform"),
+        ("global_batch_size", "sample_from(open('x'))", "open is none of its functions"),
+        ("global_batch_size", "sample_from(().__class__)", "is no config key"),
+        ("global_batch_size", "sample_from([1][0])", "neither a number"),
+        ("global_batch_size", "sample_from(size * 2)", "size is no config key"),
+        ("global_batch_size", "choice()", "nothing to choose"),
+        ("global_batch_size", "choice(1, 2", "cannot be read"),
+        ("global_batch_size", "randint(0.5, 2)", "whole numbers"),
         ("optim.lr", "loguniform(0, 1)", "above 0"),
         ("optim.lr", "uniform(1, 1)", "lower one first"),
         ("optim.lr", 0.1, "a fixed value is set as optim.lr=0.1"),
@@ -87,7 +87,7 @@ def test_what_is_not_a_space_is_refused_by_name(key: str, text: Any, said: str) 
 
 
 def test_expressions_that_need_each_other_or_have_no_value_are_named() -> None:
-    around = Space({"batch_size": "sample_from(2 * accumulate)", "accumulate": "sample_from(batch_size // 2)"})
+    around = Space({"global_batch_size": "sample_from(2 * accumulate)", "accumulate": "sample_from(batch_size // 2)"})
     with pytest.raises(UserError, match="batch_size needs accumulate needs batch_size"):
         around.values({}, Config())
     with pytest.raises(UserError, match="too large"):
@@ -100,7 +100,7 @@ def test_the_shell_s_words_become_hydra_s() -> None:
     assert tune.quoted("tune.space.optim.lr=uniform(0, 1)") == '++tune.space.optim.lr="uniform(0, 1)"'
     assert tune.quoted(tune.quoted("tune.space.optim.lr=uniform(0, 1)")) == '++tune.space.optim.lr="uniform(0, 1)"'
     assert tune.quoted("optim.lr=0.1") == "optim.lr=0.1"
-    assert tune.quoted("~tune.space.batch_size") == "~tune.space.batch_size"
+    assert tune.quoted("~tune.space.global_batch_size") == "~tune.space.global_batch_size"
 
 
 def test_the_tuned_recipe_s_own_keys_can_be_set_and_drawn() -> None:
@@ -112,7 +112,14 @@ def test_the_tuned_recipe_s_own_keys_can_be_set_and_drawn() -> None:
 
 
 def test_a_trial_s_command_composes_what_was_typed() -> None:
-    wanted = ["data=synthetic", "data.size=48", "optim=adamw", "optim.weight_decay=0.1", "batch_size=24", "patience=3"]
+    wanted = [
+        "data=synthetic",
+        "data.size=48",
+        "optim=adamw",
+        "optim.weight_decay=0.1",
+        "global_batch_size=24",
+        "patience=3",
+    ]
     config = compose_config(
         tune.train,
         *wanted,
@@ -125,7 +132,7 @@ def test_a_trial_s_command_composes_what_was_typed() -> None:
     validate(config, tune.train, 1)
     common = tune.words(config, tune.plan(config, ddp.train, "cpu"))
     assert common[:3] == ["data=synthetic", "optim=adamw", "model.norm=group"]
-    there = compose_config(ddp.train, *common, "batch_size=24")
+    there = compose_config(ddp.train, *common, "global_batch_size=24")
     validate(there, ddp.train, 1)
     drawn = set(Space(config.tune.space).texts)
     mine, theirs = (
@@ -275,7 +282,7 @@ def test_asha_knows_after_a_restart_what_the_trials_had_logged(tmp_path: Path) -
 
 # The search, on a real Ray -----------------------------------------------------------------------------------------
 
-SMALL = "data=synthetic data.size=48 data.image_size=8 batch_size=24 max_steps=6 epochs=6".split()
+SMALL = "data=synthetic data.size=48 data.image_size=8 global_batch_size=24 max_steps=6 epochs=6".split()
 SINGLE = ["-m", "recipes.tune", "tune.recipe=single", "tune.trials=4", "tune.concurrent=2", "out=run", *SMALL, *SPACE]
 
 
@@ -331,11 +338,11 @@ def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bi
     found = rows(tmp_path)
     assert [row["number"] for row in found] == [0, 1, 2, 3]
     assert {row["state"] for row in found} <= {"finished", "stopped"}
-    space = Space({"optim": {"lr": "loguniform(1e-4, 1e-1)"}, "batch_size": "choice(12, 24)"})
+    space = Space({"optim": {"lr": "loguniform(1e-4, 1e-1)"}, "global_batch_size": "choice(12, 24)"})
     for row in found:
         drawn = space.values(space.sample(0, row["number"]), Config())
         assert {name: row["values"][name] for name in drawn} == drawn
-        assert row["values"]["optim.warmup_steps"] == 48 // row["values"]["batch_size"]
+        assert row["values"]["optim.warmup_steps"] == 48 // row["values"]["global_batch_size"]
         if row["state"] == "finished":
             there = result(tmp_path / "run" / "trials" / str(row["number"]))
             assert (row["steps"], row["eval_loss"]) == (there["steps"], there["eval_loss"]) == (6, row["eval_loss"])
@@ -355,8 +362,15 @@ def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bi
 def test_a_search_with_several_ranks_a_trial_that_is_asked_to_leave_saves_and_goes_on(tmp_path: Path) -> None:
     """Steps enough that all trials are in the middle of it."""
     words = ["-m", "recipes.tune", "tune.recipe=ddp", "tune.nproc=2", "tune.trials=2", "tune.concurrent=1", "out=run"]
-    words += ["tune=optuna", "data=synthetic", "data.size=48", "data.image_size=8", "batch_size=24", "max_steps=60"]
-    words += ["epochs=30", "eval_every=10", "tune.space.batch_size=choice(12, 24)"]
+    words += [
+        "tune=optuna",
+        "data=synthetic",
+        "data.size=48",
+        "data.image_size=8",
+        "global_batch_size=24",
+        "max_steps=60",
+    ]
+    words += ["epochs=30", "eval_every=10", "tune.space.global_batch_size=choice(12, 24)"]
     process = as_a_shell([sys.executable, *words], tmp_path)
     wait_until((tmp_path / "run" / "trials" / "0" / "metrics.jsonl").exists, 240)
     os.kill(process.pid, signal.SIGTERM)

@@ -78,7 +78,7 @@ def test_a_run_says_what_it_chose_and_keeps_its_precision(
 ) -> None:
     """It goes on in what it began with, on whatever hardware; what was typed is frozen, not what it came to."""
     out = tmp_path / "run"
-    words = ("precision=auto", "max_steps=2", "batch_size=24", "checkpoint.every=1")
+    words = ("precision=auto", "max_steps=2", "global_batch_size=24", "checkpoint.every=1")
     monkeypatch.setattr(tuning, "arithmetic", lambda device: (fast, "this test"))
     execute(ddp.train, out, 2, *words)
     ended = result(out)
@@ -102,14 +102,14 @@ def test_ranks_agree_on_the_slowest(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return ("fp32" if torch.distributed.get_rank() else "bf16"), "this test"
 
     monkeypatch.setattr(tuning, "arithmetic", arithmetic)
-    execute(ddp.train, tmp_path / "run", 2, "precision=auto", "max_steps=1", "batch_size=24")
+    execute(ddp.train, tmp_path / "run", 2, "precision=auto", "max_steps=1", "global_batch_size=24")
     assert result(tmp_path / "run")["precision"] == "fp32"
     assert "another rank's device" in (tmp_path / "run/ranks/0.log").read_text()
 
 
 def test_what_deepspeed_cannot_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "arithmetic", lambda device: ("bf16", "this test"))
-    execute(deepspeed_zero.train, tmp_path / "run", 2, "precision=auto", "max_steps=1", "batch_size=24")
+    execute(deepspeed_zero.train, tmp_path / "run", 2, "precision=auto", "max_steps=1", "global_batch_size=24")
     ended = result(tmp_path / "run")
     assert (ended["precision"], ended["channels_last"]) == ("bf16", False)
 

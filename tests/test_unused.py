@@ -20,7 +20,7 @@ from lockstep.run import Run
 from recipes import ddp
 from tests.harness import compose_config, result, run_ranks
 
-SHORT = ("data=synthetic", "data.size=48", "data.image_size=8", "batch_size=12", "max_steps=3", "log_every=1")
+SHORT = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "max_steps=3", "log_every=1")
 
 
 class Spare(nn.Module):

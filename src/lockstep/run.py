@@ -96,14 +96,14 @@ class Run:
         self.image_size = config.model.image_size
         self.train_set, self.eval_set = data.load_data(config.data, self.image_size, config.seed)
         self._normalise = data.Normalise(config.data.mean, config.data.std)
-        self.steps_per_epoch = len(self.train_set) // config.batch_size
+        self.steps_per_epoch = len(self.train_set) // config.global_batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
             self.total_steps = min(self.total_steps, config.max_steps)
         self.step = 0  # optimizer updates done
         self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.quiet, self.listener = quiet, listener
-        self.monitors: list[Logger] = []
+        self.loggers: list[Logger] = []
         self.report = ConsoleReport(self.recipe, config, world, out, next_command, quiet)
         self.keep_gradients = False
         self.first_gradients: dict[str, Tensor] = {}
@@ -220,7 +220,7 @@ class Run:
             engine: what saves and restores model and optimizer by its own means.
 
         Yields:
-            Batch: images [batch_size / shards, 3, H, W], normalised, in the model's dtype; labels int64.
+            Batch: images [global_batch_size / shards, 3, H, W], normalised, in the model's dtype; labels int64.
 
         Raises:
             Preempted: a signal has come to any of the ranks, and the state is saved.
@@ -254,7 +254,7 @@ class Run:
         """This rank's shares of the global batches of steps start…stop − 1, as `steps` yields them."""
         config = self.config
         sampler = order.StepSampler(
-            len(self.train_set), config.batch_size, config.seed, self.shard, self.shards, start, stop
+            len(self.train_set), config.global_batch_size, config.seed, self.shard, self.shards, start, stop
         )
         samples = data.Samples(self.train_set, config.seed, config.data.augment)
         loader = data.loader(samples, sampler, self._workers(), self.device.type == "cuda")
@@ -299,8 +299,8 @@ class Run:
         self._notes = {"state_bytes_by_rank": [int(m) for m in state], "state_bytes_unsharded": total} | self._notes
         self._instruments.finish(self._workers())
         self._show_mistakes()
-        for monitor in self.monitors:
-            monitor.close()
+        for logger in self.loggers:
+            logger.close()
         if self.world.rank == 0:
             export(weights, self.out / "model.pt")
             self._keeper.export_best(self._state, weights)
@@ -309,16 +309,16 @@ class Run:
             self.report.finish(result)
 
     def _show_mistakes(self) -> None:
-        """Give the monitors a few images that the trained model gets wrong; result.json says which they are."""
-        wrong = self._evaluation.wrong[: self.config.monitor.images] if self._evaluation else ()
+        """Give the loggers a few images that the trained model gets wrong; result.json says which they are."""
+        wrong = self._evaluation.wrong[: self.config.logger.images] if self._evaluation else ()
         self._notes["misclassified"] = [
             dict(zip(("sample", "label", "predicted"), each, strict=True)) for each in wrong
         ]
-        if wrong and self.monitors and not self.quiet:
+        if wrong and self.loggers and not self.quiet:
             images = self.eval_set.fetch(torch.tensor([sample for sample, _, _ in wrong]), None).images
             mistakes = [Mistake(*each, image) for each, image in zip(wrong, images, strict=True)]
-            for monitor in self.monitors:
-                monitor.mistakes(self.step, mistakes)
+            for logger in self.loggers:
+                logger.mistakes(self.step, mistakes)
 
     def held_bytes(self) -> dict[str, int]:
         """What this rank's memory is held by right now, in bytes by name."""
@@ -396,7 +396,7 @@ class Run:
         names = [name for name, _ in complete.named_parameters()]
         self._instruments.begin(self._module, model, optimizer, names, self._parts(optimizer))
         if self.world.rank == 0:
-            self.monitors = build_loggers(
+            self.loggers = build_loggers(
                 self.out,
                 self.config,
                 name=f"{self.recipe}/{self.out.name}",
@@ -485,7 +485,7 @@ class Run:
     def _log_step(self, left_out: bool) -> None:
         """Begin to log a step. What has to be summed over the ranks is on its way while the next step is taken."""
         now = time.perf_counter()
-        speed = (self.step - self._logged_step) * self.config.batch_size / (now - self._logged_at)
+        speed = (self.step - self._logged_step) * self.config.global_batch_size / (now - self._logged_at)
         self._logged_at, self._logged_step = now, self.step
         more, histograms, usage = self._instruments.read(updated=not left_out)
         scalars = {"loss": 0.0, "lr": self._lr, "images_per_second": round(speed, 1), "peak_memory_bytes": 0}
@@ -496,8 +496,8 @@ class Run:
             self._train_loss, scalars["peak_memory_bytes"] = summed()
             scalars["loss"] = self._train_loss
             self._log(step, scalars)
-            for monitor in self.monitors if histograms else ():
-                monitor.histograms(step, histograms)
+            for logger in self.loggers if histograms else ():
+                logger.histograms(step, histograms)
             self.report.step(step, self._train_loss, speed, usage)
 
         self._unlogged = partial(finish, self.step)
@@ -515,8 +515,8 @@ class Run:
         """Bring to an end what is under way, before all ranks leave."""
         self._settle_log()
         self._keeper.wait()
-        for monitor in self.monitors:
-            monitor.close()
+        for logger in self.loggers:
+            logger.close()
 
     def _evaluated(self, result: Evaluation) -> None:
         """Log an evaluation, and judge by it."""
@@ -564,7 +564,7 @@ class Run:
 
     def _settle_buckets(self, model: nn.Module) -> None:
         if self.shards > 2:
-            share = math.ceil(self.config.batch_size / self.shards / self.config.accumulate)
+            share = math.ceil(self.config.global_batch_size / self.shards / self.config.accumulate)
             with self.autocast():
                 settle_buckets(model, self.to_model(torch.zeros(share, 3, self.image_size, self.image_size)))
 
@@ -575,8 +575,8 @@ class Run:
             return
         self.pulse.enter("saving", self.step)
         paused = time.perf_counter()
-        for monitor in self.monitors:
-            monitor.flush()
+        for logger in self.loggers:
+            logger.flush()
         evaluation = asdict(self._evaluation) if self._evaluation else None
         self._keeper.save(
             state, self.step, epoch=self.epoch, lr=self._next_lr(), train_loss=self._train_loss, metrics=evaluation
@@ -671,9 +671,13 @@ class Run:
             return evaluate(module, self.eval_batches(sampler), sampler, self.device)
 
     def _log(self, step: int, scalars: dict[str, float]) -> None:
-        where = {"step": step, "epoch": step // self.steps_per_epoch, "samples_seen": step * self.config.batch_size}
-        for monitor in self.monitors:
-            monitor.log(where | scalars)
+        where = {
+            "step": step,
+            "epoch": step // self.steps_per_epoch,
+            "samples_seen": step * self.config.global_batch_size,
+        }
+        for logger in self.loggers:
+            logger.log(where | scalars)
 
     def _result(self, status: str, memory: list[float]) -> dict[str, Any]:
         """The run in numbers; speeds are those of this start, null where it took no step."""
@@ -692,12 +696,12 @@ class Run:
                 "allocator": self.config.allocator,
                 "steps": self.step,
                 "epochs": self.epoch,
-                "samples_seen": self.step * self.config.batch_size,
+                "samples_seen": self.step * self.config.global_batch_size,
                 "train_loss": self._train_loss,
                 "eval_loss": self._evaluation.loss if self._evaluation else None,
                 "eval_accuracy": self._evaluation.accuracy if self._evaluation else None,
                 "eval_f1": self._evaluation.f1 if self._evaluation else None,
-                "images_per_second": self.config.batch_size / median if median else None,
+                "images_per_second": self.config.global_batch_size / median if median else None,
                 "step_seconds_p50": median,
                 "step_seconds_p95": timing.percentile(seconds, 95) if seconds else None,
                 "peak_memory_bytes": int(max(memory)),

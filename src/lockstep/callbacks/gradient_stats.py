@@ -49,7 +49,7 @@ def wanted(config: Config) -> bool:
         or asked.clip_norm
         or asked.clip_value
         or asked.stop_on_nan
-        or config.monitor.histograms
+        or config.logger.histograms
     )
 
 
@@ -59,7 +59,7 @@ def layer_of(parameter: str) -> str:
 
 
 class GradientStats:
-    """What `gradients.*` and `monitor.histograms` ask for, on one rank. All ranks make one, or none does.
+    """What `gradients.*` and `logger.histograms` ask for, on one rank. All ranks make one, or none does.
 
     Args:
         names: every parameter of the whole model, in the same order on all ranks.
@@ -91,7 +91,7 @@ class GradientStats:
             )
         self.prepare(0, logs=False, histograms=False)
         parts.before_update(self._before_update)
-        if self._asked.log or config.monitor.histograms:
+        if self._asked.log or config.logger.histograms:
             parts.after_update(self._after_update)
 
     @property

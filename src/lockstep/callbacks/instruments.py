@@ -123,7 +123,7 @@ class Instruments:
             self._account.start()
         if self._gradients:
             config = self._run.config
-            every = config.monitor.histograms
+            every = config.logger.histograms
             drawn = logged and every > 0 and -(-step // config.log_every) % every == 0
             self._gradients.prepare(step, logs=logged, histograms=drawn)
 

@@ -110,12 +110,12 @@ class CheckpointManager:
     def _restore(
         self, path: Path, facts: dict[str, Any], state: TrainingState, last: int, before: Callable[[], None]
     ) -> None:
-        batch_size = self._config.batch_size
+        batch_size = self._config.global_batch_size
         step, rest = divmod(facts["samples_seen"], batch_size)
         if rest:
             raise UserError(
-                f"batch_size={batch_size}: {path.name} was saved after {facts['samples_seen']} samples, which is no "
-                f"whole number of such batches; set batch_size={facts['batch_size']}"
+                f"global_batch_size={batch_size}: {path.name} was saved after {facts['samples_seen']} samples, which is no "
+                f"whole number of such batches; set global_batch_size={facts['global_batch_size']}"
             )
         if facts["step"]:
             before()
@@ -168,8 +168,8 @@ class CheckpointManager:
         facts |= {
             "recipe": self._recipe,
             "step": step,
-            "samples_seen": step * self._config.batch_size,
-            "batch_size": self._config.batch_size,
+            "samples_seen": step * self._config.global_batch_size,
+            "global_batch_size": self._config.global_batch_size,
             "world_size": self._world.world_size,
             "best": self.best,
             "best_step": self._best_step,

@@ -305,7 +305,7 @@ def explain_config_error(error: Exception) -> UserError:
 def unknown_key(name: str, where: str) -> UserError:
     """Name the nearest keys that do exist."""
     keys = [key for key, _, _ in walk(Config())] + [f"cluster.{key}" for key, _, _ in walk(ClusterConfig())]
-    groups = ["model", "data", "optim", "monitor"]
+    groups = ["model", "data", "optim", "logger"]
     near = difflib.get_close_matches(name, keys + groups, n=1, cutoff=0.5) or [
         key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
     ]

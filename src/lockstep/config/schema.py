@@ -42,7 +42,7 @@ def key(
     return field(default=default, metadata=metadata)
 
 
-AUTO = "auto"  # batch_size, before it is found, and what is chosen for the hardware (tuning.py)
+AUTO = "auto"  # global_batch_size, before it is found, and what is chosen for the hardware (tuning.py)
 FLAT_WEIGHTS = ("deepspeed_zero",)  # recipes whose weights have no memory format of their own
 NO_AUTO = ("checkpoint_resume", "compare", "tune", "verify")  # several trainings, so there is no one batch to find
 SPLIT = ("model_parallel", "pipeline_parallel")
@@ -122,10 +122,10 @@ class FsdpConfig:
 
 
 @dataclass
-class MonitorConfig:
-    csv: bool = key(False, "metrics.csv, for spreadsheets (monitor=csv)", free=True)
-    tensorboard: bool = key(False, "event files for TensorBoard (monitor=tensorboard)", free=True)
-    wandb: bool = key(False, "Weights & Biases, offline unless you are logged in (monitor=wandb)", free=True)
+class LoggerConfig:
+    csv: bool = key(False, "metrics.csv, for spreadsheets (logger=csv)", free=True)
+    tensorboard: bool = key(False, "event files for TensorBoard (logger=tensorboard)", free=True)
+    wandb: bool = key(False, "Weights & Biases, offline unless you are logged in (logger=wandb)", free=True)
     project: str = key("lockstep", "wandb: the project that the run belongs to", free=True)
     histograms: int = key(
         0, "histograms of weights and gradients, at every so many logged steps (0: none)", minimum=0, free=True
@@ -215,20 +215,20 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    monitor: MonitorConfig = field(default_factory=MonitorConfig)
+    logger: LoggerConfig = field(default_factory=LoggerConfig)
     gradients: GradientsConfig = field(default_factory=GradientsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     fsdp: FsdpConfig = field(default_factory=FsdpConfig)
     zero: ZeroConfig = field(default_factory=ZeroConfig)
     tune: TuneConfig = field(default_factory=TuneConfig)
     cluster: ClusterConfig | None = None
-    batch_size: Any = key(
+    global_batch_size: Any = key(
         96,
         "global batch: images the optimizer sees in one step, over all ranks; auto: the largest that fits",
         minimum=1,
     )
     memory_fraction: float = key(
-        0.9, "batch_size=auto: share of the free memory that the ranks may take", minimum=0, free=True
+        0.9, "global_batch_size=auto: share of the free memory that the ranks may take", minimum=0, free=True
     )
     epochs: int = key(15, "passes over the training set", minimum=1)
     max_steps: int | None = key(None, "end after this many steps, if epochs does not end first", minimum=1, free=True)
@@ -381,12 +381,12 @@ def word(value: Any) -> str:
 
 def check_values(config: Config) -> None:
     """Hold every key to its own choices and minimum; raise UserError naming the key, its value and what is allowed."""
-    if config.batch_size != AUTO and type(config.batch_size) is not int:
-        raise UserError(f"batch_size={config.batch_size}: allowed are whole numbers from 1 up, or {AUTO}")
+    if config.global_batch_size != AUTO and type(config.global_batch_size) is not int:
+        raise UserError(f"global_batch_size={config.global_batch_size}: allowed are whole numbers from 1 up, or {AUTO}")
     if not 0 < config.memory_fraction <= 1:
         raise UserError(f"memory_fraction={config.memory_fraction}: allowed are numbers above 0, up to 1")
     for name, value, rule in walk(config):
-        if name == "batch_size" and value == AUTO:
+        if name == "global_batch_size" and value == AUTO:
             continue
         if rule["choices"] and value is not None and value not in rule["choices"]:
             allowed = (str(each).lower() if isinstance(each, bool) else str(each) for each in rule["choices"])
@@ -401,8 +401,8 @@ def check_values(config: Config) -> None:
     check_limits(config.gradients)
     if config.profile > 100:
         raise UserError(f"profile={config.profile}: allowed are 0…100, for all that they do is kept in memory")
-    if config.monitor.images > 64:
-        raise UserError(f"monitor.images={config.monitor.images}: allowed are 0…64")
+    if config.logger.images > 64:
+        raise UserError(f"logger.images={config.logger.images}: allowed are 0…64")
     if min(config.data.std, default=1) <= 0:
         raise UserError(f"data.std={config.data.std}: allowed are numbers above 0")
 

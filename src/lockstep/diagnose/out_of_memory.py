@@ -163,7 +163,7 @@ def place(frames: TracebackType | None, model: nn.Module | None) -> dict[str, An
 def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, device: str) -> list[Knob]:
     """The three settings that would save most on a rank, computed for this very config; none that it has already."""
     pieces = max(config.accumulate, config.micro_batches)
-    share = config.batch_size // shards
+    share = config.global_batch_size // shards
     at_once = -(-share // pieces)
 
     def kept(images: int, **values: Any) -> int:
@@ -174,10 +174,10 @@ def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, devi
     if at_once > 1:
         saves = now * (at_once // 2) // at_once  # activations grow with the images, and nothing else does
         key = "micro_batches" if config.micro_batches > 1 else "accumulate"
-        fewer = config.batch_size // (2 * shards * config.micro_batches) * shards * config.micro_batches
+        fewer = config.global_batch_size // (2 * shards * config.micro_batches) * shards * config.micro_batches
         price = f"activations of {-(-at_once // 2)} images at a time, not of {at_once}; the same training"
         price += ", but that BatchNorm sees less" if config.model.norm == "batch" else ""
-        price += f" (batch_size={fewer} saves as much, and is another)" if fewer else ""
+        price += f" (global_batch_size={fewer} saves as much, and is another)" if fewer else ""
         found.append(Knob(f"{key}={2 * pieces}", saves, price))
     if config.precision in ("fp32", "fp64"):
         other = "bf16" if config.precision == "fp32" else "fp32"

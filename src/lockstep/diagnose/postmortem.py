@@ -33,7 +33,7 @@ EARLIER = 3  # attempts whose end is told
 GROWN = 1.3  # times its earlier peak, from which memory is said to grow
 REMEDIES = {  # what an error's words call for
     r"out of memory|bad_alloc|can't allocate memory": "see where memory goes: python -m recipes.doctor memory; or "
-    "batch_size=auto, accumulate=2, precision=bf16, recipes.fsdp",
+    "global_batch_size=auto, accumulate=2, precision=bf16, recipes.fsdp",
     r"No space left|Disk quota": "make room there, or name another out; what was saved before is intact",
     r"not finite|\bnan\b": "lower optim.lr, or set gradients.clip_norm; gradients.stop_on_nan=true names the layer",
     r"did not join|could not reach": "look at the host that is named; python -m recipes.doctor, started the same way",
@@ -124,7 +124,9 @@ def causes(facts: Facts) -> Iterator[Finding]:
         beat, them = silent[0]["heartbeat"], "it" if len(silent) == 1 else "them"
         where = f" in step {beat['step']} ({beat.get('phase', 'unknown')})" if "step" in beat else ""
         figure = f"{who(silent)} left no word{where}, and {who(lost)} waited in vain for {them}"
-        remedy = "it was killed: most often by the kernel, out of memory (dmesg | grep -i oom); then batch_size=auto"
+        remedy = (
+            "it was killed: most often by the kernel, out of memory (dmesg | grep -i oom); then global_batch_size=auto"
+        )
         yield Finding("error", "fails", figure, remedy)
     elif lost:
         words = shortened(lost[0]["error"]) or "waited in vain for the others"

@@ -76,7 +76,7 @@ class TrainBatches:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._batches: Iterator[Batch] | None = None
-        self.pieces = len(torch.empty(run.config.batch_size // run.shards).chunk(run.config.accumulate))
+        self.pieces = len(torch.empty(run.config.global_batch_size // run.shards).chunk(run.config.accumulate))
         epochs = run.config.eval_every or run.config.epochs + 1  # 0: not before the end, which RunHooks sees to
         self.between_evaluations = epochs * len(self)
 

@@ -1,4 +1,4 @@
-"""`batch_size=auto`: the largest global batch with which all ranks can take training steps, found by taking them.
+"""`global_batch_size=auto`: the largest global batch with which all ranks can take training steps, found by taking them.
 
 A trial is the run itself, cut short: the recipe on all its ranks, two steps, one round of evaluation, in a folder that
 is thrown away. So all that it does with memory is in it, its sharding, its stages, its buffers. The fullest rank
@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import run_directory
-from lockstep.config.schema import NO_AUTO, Config, MonitorConfig, check_values, from_yaml, with_values
+from lockstep.config.schema import NO_AUTO, Config, LoggerConfig, check_values, from_yaml, with_values
 from lockstep.data import image_files
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed import environment
@@ -57,7 +57,7 @@ SHORT: dict[str, Any] = {  # what makes a trial of a config
     "memory": None,
     "recipes": None,
     "check": Config().check,
-    "monitor": MonitorConfig(),
+    "logger": LoggerConfig(),
 }
 
 Start = Callable[[Path, dict[str, str]], int]  # (run directory, variables) → exit code, as a launcher's `launch`
@@ -86,7 +86,7 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
     if there := known(config, recipe):
         return there
     if recipe.name in NO_AUTO:
-        raise UserError(f"batch_size=auto: recipes.{recipe.name} is no single training; set a number")
+        raise UserError(f"global_batch_size=auto: recipes.{recipe.name} is no single training; set a number")
     check_values(config)
     each, shards = recipe.subject(config), max(1, ranks // config.stages)
     unit = shards * config.micro_batches  # a batch is a whole number of these
@@ -103,14 +103,14 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
             trial = attempt(short, each, units * unit, room if device == "cpu" else None, start, Path(folder))
             trials[units] = trial
             how = f"peak {mebibytes(trial.peak)} MiB" if trial.peak else "out of memory"
-            print(f"batch_size=auto: {units * unit:,} tried: {how}", file=sys.stderr, flush=True)
+            print(f"global_batch_size=auto: {units * unit:,} tried: {how}", file=sys.stderr, flush=True)
             return trial.fits
 
         found = search(fits, trials, smallest, max(smallest, most), -(-FIRST_SHARE // config.micro_batches))
     signal.signal(signal.SIGTERM, before)
     if found is None:
         raise CheckFailed(
-            f"batch_size=auto: not even batch_size={smallest * unit} fits {allowance(trials[smallest], config)}; "
+            f"global_batch_size=auto: not even global_batch_size={smallest * unit} fits {allowance(trials[smallest], config)}; "
             "python -m recipes.doctor memory counts by layer"
         )
     if found == most:
@@ -118,7 +118,7 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
     else:
         above = min((units for units, trial in trials.items() if not trial.fits), default=found)
         why = f"{above * unit:,} is too much for {allowance(trials[found], config)}"
-    print(f"batch_size=auto: {found * unit}, {found * config.micro_batches} images on each of {shards}: {why}")
+    print(f"global_batch_size=auto: {found * unit}, {found * config.micro_batches} images on each of {shards}: {why}")
     return found * unit
 
 
@@ -133,7 +133,7 @@ def known(config: Config, recipe: Recipe) -> int | None:
         return None
     try:
         text = (Path(config.out).expanduser() / "config.yaml").read_text()
-        return int(from_yaml(text).batch_size) if text.startswith(f"# recipe: {recipe.name}\n") else None
+        return int(from_yaml(text).global_batch_size) if text.startswith(f"# recipe: {recipe.name}\n") else None
     except OSError:
         return None
 
@@ -146,13 +146,13 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
     """
     _, images = image_files.check_data(config.data)
     for units in range(1, max(1, images // unit) + 1):
-        whole = with_values(config, {"batch_size": units * unit})
+        whole = with_values(config, {"global_batch_size": units * unit})
         try:
             check_share(with_values(whole, {}), recipe.subject(config), ranks)
             break
         except UserError as error:
             wrong = error
-            if not str(error).startswith(("batch_size=", "accumulate=")):
+            if not str(error).startswith(("global_batch_size=", "accumulate=")):
                 raise
     else:
         raise wrong
@@ -169,7 +169,7 @@ def cut_short(config: Config, recipe: Recipe) -> Config:
 def check_share(config: Config, recipe: Recipe, ranks: int) -> None:
     """What `complete` holds a batch to, without looking at the data."""
     check_batch(config, ranks)
-    share = config.batch_size // (ranks // config.stages)
+    share = config.global_batch_size // (ranks // config.stages)
     config.model.image_size = config.model.image_size or config.data.image_size
     config.model.num_classes = config.model.num_classes or config.data.num_classes or 1
     if not (recipe.global_batchnorm or config.sync_batchnorm):
@@ -229,7 +229,9 @@ def attempt(config: Config, recipe: Recipe, size: int, room: int | None, start: 
     Raises:
         CheckFailed: it failed, and not for want of memory.
     """
-    out = run_directory.freeze(with_values(config, {"batch_size": size, "out": str(folder / str(size))}), recipe.name)
+    out = run_directory.freeze(
+        with_values(config, {"global_batch_size": size, "out": str(folder / str(size))}), recipe.name
+    )
     assert out is not None
     log = folder / f"{size}.log"
     code = in_a_child(lambda: start(out, {environment.TRIAL: "1"}), log, room)
@@ -238,7 +240,9 @@ def attempt(config: Config, recipe: Recipe, size: int, room: int | None, start: 
     shutil.rmtree(out, ignore_errors=True)
     if code and not short_of_memory:
         words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-        raise CheckFailed(f"batch_size=auto: a trial with batch_size={size} failed: {words[-1] if words else code}")
+        raise CheckFailed(
+            f"global_batch_size=auto: a trial with global_batch_size={size} failed: {words[-1] if words else code}"
+        )
     if code:
         return Trial(False, None, room or 0)
     peak = max(result["peak_memory_bytes_by_rank"])
@@ -284,7 +288,7 @@ def in_a_child(work: Callable[[], int], log: Path, room: int | None) -> int:
         end(child)
         raise
     end(child)
-    raise CheckFailed(f"batch_size=auto: a trial was still running after {TRIAL_SECONDS:g} s; set a number")
+    raise CheckFailed(f"global_batch_size=auto: a trial was still running after {TRIAL_SECONDS:g} s; set a number")
 
 
 def end(child: int) -> None:

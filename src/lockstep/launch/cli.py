@@ -123,10 +123,10 @@ def submit(recipe: Recipe) -> int:
             restarts = 0 if environment.TRIAL in variables else config.max_restarts
             return int(launcher.launch(target, variables, nproc=nproc, max_restarts=restarts, **more, **how))
 
-        if config.batch_size == AUTO:
+        if config.global_batch_size == AUTO:
             warm()
             target = recipe.subject(config).target
-            config.batch_size = batch_size.find_batch_size(config, recipe, nproc, partial(start, target=target))
+            config.global_batch_size = batch_size.find_batch_size(config, recipe, nproc, partial(start, target=target))
         validate(config, recipe, nproc)
         if note := cluster.idle_nodes(os.environ):
             print(note, file=sys.stderr)

@@ -36,8 +36,8 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     check_package(recipe)
     check_values(config)
     refuse_auto(config)
-    if config.monitor.wandb:
-        require("wandb", "monitor=wandb")
+    if config.logger.wandb:
+        require("wandb", "logger=wandb")
     names = {recipe.name, recipe.subject(config).name}
     for name, value, rule in walk(config):
         if rule["only"] and not names & set(rule["only"]) and value != rule["default"]:
@@ -62,12 +62,12 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
     classes, images = counted or image_files.check_data(config.data)
-    if config.batch_size > images:
+    if config.global_batch_size > images:
         raise UserError(
-            f"batch_size={config.batch_size}: the training set has only {images} images; allowed are 1…{images}"
+            f"global_batch_size={config.global_batch_size}: the training set has only {images} images; allowed are 1…{images}"
         )
     if config.profile and not recipe.several:  # recipes.compare profiles as many as there are
-        steps = min(config.epochs * (images // config.batch_size), config.max_steps or math.inf)
+        steps = min(config.epochs * (images // config.global_batch_size), config.max_steps or math.inf)
         most = int(steps) - warm_up(int(steps)) - 1
         if config.profile > most:
             raise UserError(
@@ -90,7 +90,7 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     if config.gradients.clip_value:
         with torch.device("meta"):  # names need no memory
             limits(config.gradients, [name for name, _ in build_model(config.model).named_parameters()])
-    share = config.batch_size // (world_size // config.stages)
+    share = config.global_batch_size // (world_size // config.stages)
     if config.sync_batchnorm and config.model.norm != "batch":
         raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
     if not (recipe.global_batchnorm or config.sync_batchnorm):
@@ -147,16 +147,16 @@ def check_batch(config: Config, world_size: int) -> None:
         )
     shards = world_size // config.stages
     pieces = shards * config.micro_batches
-    if config.batch_size % pieces:
-        below = config.batch_size // pieces * pieces
+    if config.global_batch_size % pieces:
+        below = config.global_batch_size // pieces * pieces
         nearest = ", ".join(str(size) for size in (below, below + pieces) if size)
         what = f"{shards} ranks" if config.stages == 1 else f"{shards} pipelines"
         if config.micro_batches > 1:
             what += f" × micro_batches={config.micro_batches}"
         raise UserError(
-            f"batch_size={config.batch_size}: the global batch must divide by {what}; nearest that do: {nearest}"
+            f"global_batch_size={config.global_batch_size}: the global batch must divide by {what}; nearest that do: {nearest}"
         )
-    share = config.batch_size // shards
+    share = config.global_batch_size // shards
     if config.accumulate > share:
         raise UserError(f"accumulate={config.accumulate}: a rank's share is only {share} images; allowed are 1…{share}")
 
@@ -169,16 +169,16 @@ def check_batchnorm(config: Config, share: int) -> None:
     smallest = share % largest or largest  # chunk's last piece is the ragged one
     if config.model.norm == "batch" and pixels == 1 and smallest == 1:
         raise UserError(
-            f"batch_size={config.batch_size}: leaves a forward with a single image, whose last layers are one pixel: "
+            f"global_batch_size={config.global_batch_size}: leaves a forward with a single image, whose last layers are one pixel: "
             "BatchNorm has nothing to average; set a larger batch_size, fewer micro-batches, or model.norm=group"
         )
 
 
 def refuse_auto(config: Config) -> None:
     """Where the ranks will be somewhere else, or were started already, no batch can be tried; raises UserError."""
-    if config.batch_size == AUTO:
+    if config.global_batch_size == AUTO:
         raise UserError(
-            "batch_size=auto: is found by a command that starts its ranks on its own machine; find it there first with "
-            "python -m recipes.doctor memory recipes=[NAME] batch_size=auto nproc=RANKS (on a cluster after srun "
+            "global_batch_size=auto: is found by a command that starts its ranks on its own machine; find it there first with "
+            "python -m recipes.doctor memory recipes=[NAME] global_batch_size=auto nproc=RANKS (on a cluster after srun "
             "--nodes=1 --ntasks=1), and set batch_size to that number times the machines"
         )

@@ -1,4 +1,4 @@
-"""Where a run's curves go: one writer a run, on rank 0, and as many kinds of files as `monitor=` names.
+"""Where a run's curves go: one writer a run, on rank 0, and as many kinds of files as `logger=` names.
 
 `metrics.jsonl`, and `histograms.jsonl` where there are histograms, are always written, a line at a time, and are what a
 resumed run goes by: what was logged after the checkpoint it starts from is dropped, for those steps are taken again.

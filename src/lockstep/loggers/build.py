@@ -22,7 +22,7 @@ def build_loggers(
     columns: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[Logger]:
-    """The writers of a run: metrics.jsonl always, and those that `monitor=` names.
+    """The writers of a run: metrics.jsonl always, and those that `logger=` names.
 
     Args:
         name: of the run, for a board that shows several.
@@ -30,7 +30,7 @@ def build_loggers(
         columns: scalars that only some runs have.
         say: what prints a line.
     """
-    asked = config.monitor
+    asked = config.logger
     opened: list[Logger] = [JsonLinesLogger(out, step)]
     if asked.csv:
         opened.append(CsvLogger(out, step, columns))

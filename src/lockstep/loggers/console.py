@@ -78,7 +78,7 @@ class ConsoleReport:
             f"{images[0]:,} images to train on, {images[1]:,} to evaluate"
         )
         self.line(
-            f"  batch  {config.batch_size} = {count(shards, 'share')} × {config.batch_size // shards}; "
+            f"  batch  {config.global_batch_size} = {count(shards, 'share')} × {config.global_batch_size // shards}; "
             f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
         )
         for number, choice in enumerate(chosen):

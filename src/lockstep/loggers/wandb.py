@@ -59,7 +59,7 @@ class WandbLogger:
         }
         quiet |= {"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True}
         settings = wandb.Settings(**quiet, x_save_requirements=False)
-        options: Any = {"project": config.monitor.project, "id": note.read_text(), "name": name, "resume": "allow"}
+        options: Any = {"project": config.logger.project, "id": note.read_text(), "name": name, "resume": "allow"}
         options |= {"dir": str(out), "config": asdict(config), "settings": settings}
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_credentials(wandb) else "offline")
         try:

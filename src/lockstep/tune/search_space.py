@@ -6,7 +6,7 @@
     lograndint(16, 1025)           the same, small ones as likely as large ones
     choice(48, 96, 192)            one of these: numbers, words, true, false, null
     sample_from(2 ** randint(5, 8))                    arithmetic on any of them,
-    sample_from(round(0.1 * epochs * 1437 / batch_size))      and on other keys, drawn or fixed
+    sample_from(round(0.1 * epochs * 1437 / global_batch_size)) and on other keys, drawn or fixed
 
 Arithmetic is + - * / // % **, min, max, round and int. A function of Python's own choosing, as Ray's sample_from takes
 it, would make a config file a program.
