@@ -36,8 +36,10 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from benchmarks import common
-from lockstep.data import images as data
+from lockstep.data.datasets import ImageDataset, ImageFiles, InMemoryImages
+from lockstep.data.loader import Samples, build_loader
 from lockstep.data.sampler import EvalSampler, StepSampler
+from lockstep.data.transforms import Normalise
 
 BATCH, SIZE = 32, 224
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -76,12 +78,12 @@ def write_images(folder: Path, count: int) -> None:
             Image.fromarray(pixels).save(file, quality=90)
 
 
-def ours(images: data.Images, train: bool, workers: int = 0) -> Iterator[Tensor]:
+def ours(images: ImageDataset, train: bool, workers: int = 0) -> Iterator[Tensor]:
     """As Run.steps does it."""
     count = len(images)
     sampler = StepSampler(count, BATCH, 0, 0, 1, 0, count // BATCH) if train else EvalSampler(count, BATCH, 0, 1)
-    normalise = data.Normalise(MEAN, STD)
-    for batch in data.loader(data.Samples(images, 0, augment=train), sampler, workers, pin_memory=False):
+    normalise = Normalise(MEAN, STD)
+    for batch in build_loader(Samples(images, 0, augment=train), sampler, workers, pin_memory=False):
         yield normalise(batch.images, torch.float32)
 
 
@@ -178,11 +180,11 @@ def rows(arguments: argparse.Namespace) -> list[common.Row]:
 
 def reading(folder: Path, rounds: int) -> list[common.Row]:
     """All that is measured in this process."""
-    memory = data.InMemoryImages(
+    memory = InMemoryImages(
         torch.randint(0, 256, (8192, 3, 32, 32), dtype=torch.uint8), torch.zeros(8192, dtype=torch.int64), 10, 4, True
     )
     kinds = {"train": True, "val": False}
-    sets = {part: data.ImageFolder(folder / part, SIZE) for part in kinds}
+    sets = {part: ImageFiles(folder / part, SIZE) for part in kinds}
     contestants: dict[str, Callable[[int], Spent]] = {}
 
     def enter(name: str, batches: Callable[[], Iterable[Tensor]]) -> None:

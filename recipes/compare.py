@@ -40,7 +40,7 @@ from lockstep.compare import html_report, plots
 from lockstep.compare.figures import Case, Result, comparison_rows, tables, verdicts
 from lockstep.config import run_directory
 from lockstep.config.schema import Config, to_yaml, typed, with_values
-from lockstep.data import image_files
+from lockstep.data.image_files import check_data
 from lockstep.distributed.environment import check_nproc, default_nproc, resolve_device
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
@@ -71,7 +71,7 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
     threads = config.threads
     if threads is None and device == "cpu" and len(numbers) > 1:
         threads = max(1, cores // numbers[-1])
-    counted = image_files.check_data(config.data)
+    counted = check_data(config.data)
     steps = min(config.epochs * (counted[1] // config.global_batch_size), config.max_steps or math.inf)
     profile = min(config.profile, max(0, int(steps) - warm_up(int(steps)) - 1))  # as many as a short run has
     common = words(config) + ([f"threads={threads}"] if threads else [])

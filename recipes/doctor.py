@@ -50,7 +50,7 @@ from rich.table import Table
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.callbacks.memory_report import cell, in_a_line, table
 from lockstep.config.schema import Config, check_values, with_values
-from lockstep.data.images import First
+from lockstep.data.datasets import FirstSamples
 from lockstep.diagnose import bandwidth, findings, postmortem
 from lockstep.diagnose.findings import Finding
 from lockstep.diagnose.preflight import Asked, judge
@@ -110,7 +110,7 @@ def measure(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
         (out / "ranks").mkdir(parents=True, exist_ok=True)
     dist.barrier()
     inner = Steps(each.name, config, run.world, out, shards=each.ranks, quiet=True, listener=run.listener)
-    inner.eval_set = First(inner.eval_set, config.eval_batch_size * run.world.world_size)
+    inner.eval_set = FirstSamples(inner.eval_set, config.eval_batch_size * run.world.world_size)
     inner.risen = peak_from_now(run.device)
     each(inner)
     peaks = [int(size) for size in gather_numbers(inner.rise, run.device)]

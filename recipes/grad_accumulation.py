@@ -23,7 +23,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.schema import Config
-from lockstep.data.images import Batch
+from lockstep.data.datasets import Batch
 from lockstep.memory.tracker import saved_bytes
 from lockstep.models.resnet import build_model
 

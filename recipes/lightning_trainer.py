@@ -30,7 +30,7 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep import Proof, Run, recipe
-from lockstep.data.images import Batch
+from lockstep.data.datasets import Batch
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import MicroBatch
 from lockstep.training.evaluate import Tally

@@ -45,7 +45,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config import run_directory
 from lockstep.config.schema import AUTO, Config, typed
-from lockstep.data import image_files
+from lockstep.data.image_files import check_data
 from lockstep.distributed.environment import check_nproc, default_nproc, resolve_device
 from lockstep.distributed.rendezvous import answers
 from lockstep.distributed.signals import Preempted
@@ -139,7 +139,7 @@ def check(config: Config, share: int) -> None:
         check_nproc(how.ranks, device, backend)
     common = words(config, how)
     base = compose_another(each, common)
-    counted = None if any(key.startswith("data.") for key in space.texts) else image_files.check_data(base.data)
+    counted = None if any(key.startswith("data.") for key in space.texts) else check_data(base.data)
     tree = OmegaConf.structured(base)
     for drawn in space.examples():
         values = space.values(drawn, base)

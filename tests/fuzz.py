@@ -44,7 +44,7 @@ from torchvision.models import resnet
 from lockstep.checkpoint.layout import UNFINISHED, digest, names
 from lockstep.config import run_directory
 from lockstep.config.run_directory import freeze
-from lockstep.data import images
+from lockstep.data import datasets
 from lockstep.distributed import environment, signals
 from lockstep.distributed.environment import Place
 from lockstep.distributed.signals import PREEMPTED, SIGNALS, Listener
@@ -222,15 +222,15 @@ class Ended:
 @contextmanager
 def warm() -> Iterator[None]:
     """Make the model small and the digits few, and load here what forked ranks would otherwise each load."""
-    before = images.digits, resnet.resnet18, torch.get_num_threads()
-    few = [images.InMemoryImages(part.images[:size], part.labels[:size], 10, 1, False) for part, size in digits()]
+    before = datasets.digits, resnet.resnet18, torch.get_num_threads()
+    few = [datasets.InMemoryImages(part.images[:size], part.labels[:size], 10, 1, False) for part, size in digits()]
     torch.set_num_threads(1)  # a fork must not inherit a running pool
-    images.digits, resnet.resnet18 = lambda: (few[0], few[1]), shallow_resnet
+    datasets.digits, resnet.resnet18 = lambda: (few[0], few[1]), shallow_resnet
     try:
         with overflow.overflowing():
             yield
     finally:
-        images.digits, resnet.resnet18 = before[:2]
+        datasets.digits, resnet.resnet18 = before[:2]
         torch.set_num_threads(before[2])
 
 
@@ -241,11 +241,11 @@ def shallow_resnet(num_classes: int, norm_layer: Any) -> nn.Module:
     return model
 
 
-def digits() -> list[tuple[images.InMemoryImages, int]]:
+def digits() -> list[tuple[datasets.InMemoryImages, int]]:
     return [
         (part, size)
-        for part, size in zip(images.digits(), IMAGES, strict=True)
-        if isinstance(part, images.InMemoryImages)
+        for part, size in zip(datasets.digits(), IMAGES, strict=True)
+        if isinstance(part, datasets.InMemoryImages)
     ]
 
 

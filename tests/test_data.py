@@ -26,12 +26,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torchvision.datasets import CIFAR10
-from torchvision.transforms.v2 import functional as transforms
+from torchvision.transforms.v2 import functional
 
 from lockstep.config.schema import DataConfig
-from lockstep.data import image_files
-from lockstep.data import images as data
-from lockstep.data.images import DRAWS, InMemoryImages, Samples
+from lockstep.data import datasets, image_files, transforms
+from lockstep.data.datasets import DRAWS, Batch, ImageDataset, ImageFiles, InMemoryImages, load_data
+from lockstep.data.loader import Samples, build_loader
 from lockstep.data.sampler import EvalSampler, StepSampler, epoch_order, rank_slice, sample_uniform
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
@@ -293,14 +293,14 @@ def test_every_shift_up_to_the_limit_comes_equally_often_and_mirrors_only_where_
 
 
 def by_sample(
-    images: data.Images, world_size: int, batch_size: int, workers: int, augment: bool = True
+    images: ImageDataset, world_size: int, batch_size: int, workers: int, augment: bool = True
 ) -> dict[tuple[int, int], Tensor]:
     """{(epoch, sample): image} as all ranks' loaders bring them in two epochs; labels must be sample numbers."""
     steps = 2 * (len(images) // batch_size)
     found: dict[tuple[int, int], Tensor] = {}
     for rank in range(world_size):
         sampler = StepSampler(len(images), batch_size, 0, rank, world_size, 0, steps)
-        loader = data.loader(Samples(images, 0, augment), sampler, workers, pin_memory=False)
+        loader = build_loader(Samples(images, 0, augment), sampler, workers, pin_memory=False)
         for (epoch, samples), batch in zip(sampler, loader, strict=True):
             assert batch.labels.tolist() == samples.tolist(), "workers brought batches out of order"
             found |= {(epoch, sample): batch.images[i] for i, sample in enumerate(samples.tolist())}
@@ -345,7 +345,7 @@ def test_bytes_become_what_the_formula_says_and_the_same_bits_in_any_batch(
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     images = torch.arange(256, dtype=torch.uint8).repeat(21)[: 7 * 3 * 15 * 17].view(7, 3, 15, 17)
     images = images.contiguous(memory_format=layout)
-    normalise = data.Normalise(mean, std)
+    normalise = transforms.Normalise(mean, std)
     found = normalise(images, dtype)
     assert found.is_contiguous(memory_format=layout)
     expected = (images.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
@@ -356,17 +356,17 @@ def test_bytes_become_what_the_formula_says_and_the_same_bits_in_any_batch(
     torch.testing.assert_close(other, found[:, :, :9, :9], rtol=0, atol=0)
 
 
-def everything(images: data.Images) -> data.Batch:
+def everything(images: ImageDataset) -> Batch:
     """All of a set, as evaluation reads it."""
     return images.fetch(torch.arange(len(images)), None)
 
 
-def scans(batch: data.Batch) -> Counter[tuple[bytes, int]]:
+def scans(batch: Batch) -> Counter[tuple[bytes, int]]:
     return Counter((image.numpy().tobytes(), label.item()) for image, label in zip(*batch, strict=True))
 
 
 def test_digits_are_split_into_1437_and_360_without_overlap() -> None:
-    sets = data.load_data(DataConfig(), 8, 0)
+    sets = load_data(DataConfig(), 8, 0)
     train, test = (everything(images) for images in sets)
     assert [len(images) for images in sets] == [1437, 360]
     assert [images.classes for images in sets] == [10, 10]
@@ -378,7 +378,7 @@ def test_digits_are_split_into_1437_and_360_without_overlap() -> None:
 
 
 def test_digits_are_three_equal_channels_of_bytes_with_all_labels() -> None:
-    for images in data.load_data(DataConfig(), 8, 0):
+    for images in load_data(DataConfig(), 8, 0):
         batch = everything(images)
         assert batch.images.dtype == torch.uint8
         assert batch.images.shape == (len(images), 3, 8, 8)
@@ -391,9 +391,9 @@ def test_digits_are_three_equal_channels_of_bytes_with_all_labels() -> None:
 
 def test_digits_have_the_same_split_for_every_seed() -> None:
     torch.manual_seed(1)
-    first = data.load_data(DataConfig(), 8, 0)
+    first = load_data(DataConfig(), 8, 0)
     torch.manual_seed(2)
-    second = data.load_data(DataConfig(), 8, 12345)
+    second = load_data(DataConfig(), 8, 12345)
     for a, b in zip(map(everything, first), map(everything, second), strict=True):
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.labels, b.labels)
@@ -401,7 +401,7 @@ def test_digits_have_the_same_split_for_every_seed() -> None:
 
 def test_synthetic_images_are_the_same_for_a_seed_and_as_many_and_large_as_asked() -> None:
     config = DataConfig(name="synthetic", size=21, image_size=5, num_classes=3)
-    sets = [[everything(images) for images in data.load_data(config, 5, seed)] for seed in (0, 0, 1)]
+    sets = [[everything(images) for images in load_data(config, 5, seed)] for seed in (0, 0, 1)]
     for train, test in sets:
         assert (train.images.shape, test.images.shape) == ((21, 3, 5, 5), (5, 3, 5, 5))
         assert set(train.labels.tolist()) == {0, 1, 2}
@@ -496,7 +496,7 @@ def complaint(config: DataConfig, load: bool = True) -> str:
     assert "\n" not in told
     if load:
         with pytest.raises(UserError) as caught:
-            data.load_data(config, 32, 0)
+            load_data(config, 32, 0)
         assert str(caught.value) == told
     return told
 
@@ -509,7 +509,7 @@ def test_cifar10_reads_the_same_images_from_each_of_its_published_forms(form: st
         cifar_pickles(tmp_path, python2_pickle if form == "python 2" else python3_pickle)
     assert image_files.check_data(cifar(tmp_path)) == (10, cifar_size())
     records = cifar_records()
-    for images, names in zip(data.load_data(cifar(tmp_path), 32, 0), (CIFAR_NAMES[:5], CIFAR_NAMES[5:]), strict=True):
+    for images, names in zip(load_data(cifar(tmp_path), 32, 0), (CIFAR_NAMES[:5], CIFAR_NAMES[5:]), strict=True):
         batch = everything(images)
         planes = np.concatenate([records[name][0] for name in names])
         assert images.classes == 10
@@ -666,7 +666,7 @@ def test_a_missing_root_is_named(name: str, tmp_path: Path) -> None:
 def test_some_classes_keep_their_images_and_are_relabelled_in_the_order_asked_for() -> None:
     chosen = [7, 0, 3]
     config = DataConfig(classes=[str(label) for label in chosen])
-    for part, whole in zip(data.load_data(config, 8, 0), data.digits(), strict=True):
+    for part, whole in zip(load_data(config, 8, 0), datasets.digits(), strict=True):
         all_of_it = everything(whole)
         keep = [i for i, label in enumerate(all_of_it.labels.tolist()) if label in chosen]
         mine = everything(part)
@@ -674,7 +674,7 @@ def test_some_classes_keep_their_images_and_are_relabelled_in_the_order_asked_fo
         assert mine.labels.tolist() == [chosen.index(all_of_it.labels[i].item()) for i in keep]
         assert torch.equal(part.labels, mine.labels)
         assert (part.classes, len(part)) == (3, len(keep))
-    assert image_files.check_data(config) == (3, len(data.load_data(config, 8, 0)[0]))
+    assert image_files.check_data(config) == (3, len(load_data(config, 8, 0)[0]))
 
 
 def test_some_classes_of_cifar10_and_of_an_image_folder(tmp_path: Path, folder: Path) -> None:
@@ -682,11 +682,11 @@ def test_some_classes_of_cifar10_and_of_an_image_folder(tmp_path: Path, folder: 
     of_cifar = DataConfig(name="cifar10", root=str(tmp_path / "root"), image_size=32, classes=["1", "9"])
     labels = [label for name in CIFAR_NAMES[:5] for label in cifar_records()[name][1] if label in (1, 9)]
     assert image_files.check_data(of_cifar) == (2, len(labels))
-    train, _ = data.load_data(of_cifar, 32, 0)
+    train, _ = load_data(of_cifar, 32, 0)
     assert everything(train).labels.tolist() == [(1, 9).index(label) for label in labels]
     folders = DataConfig(name="imagefolder", root=str(folder), classes=["dog", "cat"])
     assert image_files.check_data(folders) == (2, 10)
-    train, _ = data.load_data(folders, 32, 0)
+    train, _ = load_data(folders, 32, 0)
     assert everything(train).labels.tolist() == [1] * 5 + [0] * 5
 
 
@@ -729,7 +729,7 @@ def test_cifar10_is_downloaded_where_asked_and_only_once(site: Site, tmp_path: P
     assert site.asked
     site.asked.clear()
     assert image_files.check_data(cifar(root, download=True)) == (10, cifar_size())
-    train, test = data.load_data(cifar(root, download=True), 32, 0)
+    train, test = load_data(cifar(root, download=True), 32, 0)
     assert not site.asked
     records = cifar_records()
     assert everything(train).labels.tolist() == flat(records[name][1] for name in CIFAR_NAMES[:5])
@@ -810,20 +810,20 @@ def imagefolder(root: Path, check_files: int = 10_000) -> DataConfig:
 
 def test_an_image_folder_has_its_images_labelled_by_sorted_class(folder: Path) -> None:
     assert image_files.check_data(imagefolder(folder)) == (2, 10)
-    train, test = data.load_data(imagefolder(folder), 32, 0)
+    train, test = load_data(imagefolder(folder), 32, 0)
     assert (len(train), len(test)) == (10, 6)
     assert (train.classes, test.classes) == (2, 2)
     assert everything(train).labels.tolist() == [0] * 5 + [1] * 5
     assert everything(test).labels.tolist() == [0] * 3 + [1] * 3
-    assert isinstance(test, data.ImageFolder)
-    assert [path.relative_to(folder / "val").as_posix() for path in test.paths] == [
+    assert isinstance(test, ImageFiles)
+    assert [os.path.relpath(path, folder / "val") for path in test.paths] == [
         f"{name}/{file}" for name in ("cat", "dog") for file in ("0.jpg", "1.JPEG", "2.png")
     ]
 
 
 @pytest.mark.parametrize("size", [8, 32, 50])
 def test_images_of_any_size_and_kind_become_equal_squares_of_bytes(size: int, folder: Path) -> None:
-    train, test = data.load_data(imagefolder(folder), size, 0)
+    train, test = load_data(imagefolder(folder), size, 0)
     augmented = Samples(train, 0, augment=True)[0, torch.arange(10)]
     for batch, count in ((augmented, 10), (everything(test), 6)):
         assert batch.images.dtype == torch.uint8
@@ -835,7 +835,7 @@ def test_images_of_any_size_and_kind_become_equal_squares_of_bytes(size: int, fo
 
 
 def test_evaluation_reads_the_same_pixels_every_time(folder: Path) -> None:
-    first, second = (data.load_data(imagefolder(folder), 32, seed)[1] for seed in (0, 1))
+    first, second = (load_data(imagefolder(folder), 32, seed)[1] for seed in (0, 1))
     torch.manual_seed(1)
     once = everything(first).images
     torch.manual_seed(2)
@@ -855,31 +855,37 @@ def test_evaluation_looks_at_the_centre_224_of_256(tmp_path: Path) -> None:
             path = tmp_path / f"{width}x{height}" / name / "image.png"
             path.parent.mkdir(parents=True)
             Image.fromarray(pixels).save(path)
-        images = everything(data.ImageFolder(tmp_path / f"{width}x{height}", 32)).images
+        images = everything(ImageFiles(tmp_path / f"{width}x{height}", 32)).images
         assert images[0].eq(255).all()
         assert images[1].eq(0).all()
 
 
 def test_images_are_what_torchvision_makes_of_them_pixel_by_pixel(folder: Path) -> None:
-    train, test = data.load_data(imagefolder(folder), 32, 0)
+    train, test = load_data(imagefolder(folder), 32, 0)
     draws = sample_uniform(0, 0, torch.arange(10), DRAWS)
     draws[:5, 0] = 1  # as large as can be: crops that are cut off by the border, or are the whole image
     for images, drawn in ((train, draws), (test, None)):
-        assert isinstance(images, data.ImageFolder)
+        assert isinstance(images, ImageFiles)
         batch = images.fetch(torch.arange(len(images)), drawn).images
         assert batch.is_contiguous(memory_format=torch.channels_last)
         for i, path in enumerate(images.paths):
-            image = data.decode(path)
+            image = transforms.decode(path)
             _, height, width = image.shape
-            box = data.centre(height, width) if drawn is None else data.random_crop(height, width, drawn[i].tolist())
-            expected = transforms.resized_crop(image.contiguous(), *box, [32, 32], antialias=True)
+            box = (
+                transforms.center_crop(height, width)
+                if drawn is None
+                else transforms.random_crop(height, width, drawn[i].tolist())
+            )
+            expected = functional.resized_crop(image.contiguous(), *box, [32, 32], antialias=True)
             mirrored = drawn is not None and drawn[i, 4] < 0.5
             assert torch.equal(batch[i], expected.flip(2) if mirrored else expected)
 
 
 def test_training_crops_are_inceptions() -> None:
     width, height = 128, 100
-    boxes = [data.random_crop(height, width, draw.tolist()) for draw in sample_uniform(0, 0, torch.arange(400), DRAWS)]
+    boxes = [
+        transforms.random_crop(height, width, draw.tolist()) for draw in sample_uniform(0, 0, torch.arange(400), DRAWS)
+    ]
     areas, aspects = [], []
     for top, left, h, w in boxes:
         assert 0 <= top <= height - h
@@ -896,7 +902,7 @@ def test_training_crops_are_inceptions() -> None:
 
 
 def test_training_mirrors_half_of_the_images(folder: Path) -> None:
-    images = data.ImageFolder(folder / "train", 16)
+    images = ImageFiles(folder / "train", 16)
     draws = sample_uniform(0, 0, torch.arange(200), DRAWS)
     mirrored = 0
     for draw in draws.split(1):
@@ -911,19 +917,19 @@ def test_training_mirrors_half_of_the_images(folder: Path) -> None:
 class Numbered:
     """An image folder whose labels are sample numbers; at module level, so that a worker may be given it."""
 
-    def __init__(self, images: data.ImageFolder) -> None:
+    def __init__(self, images: ImageFiles) -> None:
         self.images, self.classes = images, len(images)
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def fetch(self, samples: Tensor, draws: Tensor | None) -> data.Batch:
-        return data.Batch(self.images.fetch(samples, draws).images, samples)
+    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
+        return Batch(self.images.fetch(samples, draws).images, samples)
 
 
 def test_training_crops_are_the_same_with_and_without_workers_and_on_any_rank(folder: Path) -> None:
-    images = Numbered(data.ImageFolder(folder / "train", 16))
-    reference = by_sample(images, world_size=1, global_batch_size=2, workers=0)
+    images = Numbered(ImageFiles(folder / "train", 16))
+    reference = by_sample(images, world_size=1, batch_size=2, workers=0)
     assert len(reference) == 20
     assert any(not torch.equal(reference[0, sample], reference[1, sample]) for sample in range(10))
     for world_size, batch_size, workers in ((1, 5, 2), (2, 10, 2), (5, 5, 0)):
@@ -935,7 +941,7 @@ def test_training_crops_are_the_same_with_and_without_workers_and_on_any_rank(fo
 def test_a_16_bit_png_becomes_bytes_like_any_other_image(folder: Path) -> None:
     where = folder / "val" / "cat" / "3.png"
     Image.fromarray(np.full((40, 40), 128 * 257, np.uint16)).save(where)
-    batch = data.load_data(imagefolder(folder), 16, 0)[1].fetch(torch.tensor([3, 0]), None)
+    batch = load_data(imagefolder(folder), 16, 0)[1].fetch(torch.tensor([3, 0]), None)
     assert batch.images.dtype == torch.uint8
     assert batch.images[0].eq(128).all()
 
@@ -944,7 +950,7 @@ def test_an_animated_gif_is_one_image_or_is_named(folder: Path) -> None:
     where = folder / "val" / "cat" / "0.gif"
     frames = [picture(40, 40, seed) for seed in range(3)]
     frames[0].save(where, save_all=True, append_images=frames[1:])
-    images = data.load_data(imagefolder(folder), 16, 0)[1]
+    images = load_data(imagefolder(folder), 16, 0)[1]
     try:
         outcome = str(tuple(images.fetch(torch.tensor([0]), None).images.shape))
     except UserError as error:
@@ -1050,8 +1056,8 @@ def test_train_and_val_with_different_classes_are_refused(spoil: Callable[[Path]
 def test_an_image_that_does_not_decode_is_named_in_one_line(content: bytes, workers: int, folder: Path) -> None:
     path = replaced("val/cat/0.jpg", content)(folder)
     image_files.check_data(imagefolder(folder))  # its first and last bytes are right
-    images = data.load_data(imagefolder(folder), 16, 0)[1]
-    batches = data.loader(Samples(images, 0, augment=False), EvalSampler(6, 2, 0, 1), workers, pin_memory=False)
+    images = load_data(imagefolder(folder), 16, 0)[1]
+    batches = build_loader(Samples(images, 0, augment=False), EvalSampler(6, 2, 0, 1), workers, pin_memory=False)
     with pytest.raises(UserError) as caught:
         next(iter(batches))
     told = str(caught.value)
@@ -1078,9 +1084,9 @@ def evaluate_on(world: World, size: int, batch_size: int, lost: int = 0) -> Eval
     images, weights = linear(size)
     sampler = EvalSampler(size, batch_size, world.rank, world.world_size)
 
-    def batches() -> Iterator[data.Batch]:
-        for batch in data.loader(Samples(images, 0, augment=False), sampler, 0, pin_memory=False):
-            yield data.Batch(batch.images[lost:], batch.labels[lost:])
+    def batches() -> Iterator[Batch]:
+        for batch in build_loader(Samples(images, 0, augment=False), sampler, 0, pin_memory=False):
+            yield Batch(batch.images[lost:], batch.labels[lost:])
 
     return evaluate(lambda x: x.double().div(255).flatten(1) @ weights, batches(), sampler, world.device)
 

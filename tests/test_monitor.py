@@ -21,7 +21,7 @@ import torch
 
 from lockstep.config.run_directory import freeze
 from lockstep.config.schema import from_yaml
-from lockstep.data import images as data
+from lockstep.data.datasets import load_data
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
@@ -213,7 +213,7 @@ def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> N
         found.append(result(tmp_path / str(ranks))["misclassified"])
     assert found[0] == found[1]
     config = from_yaml((tmp_path / "1" / "config.yaml").read_text())
-    _, images = data.load_data(config.data, 8, 0)
+    _, images = load_data(config.data, 8, 0)
     model = build_model(config.model).eval()
     model.load_state_dict(torch.load(tmp_path / "1" / "model.pt", weights_only=True))
     batch = images.fetch(torch.arange(len(images)), None)

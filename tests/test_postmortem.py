@@ -15,7 +15,7 @@ import pytest
 from lockstep import Run
 from lockstep.config.run_directory import freeze
 from lockstep.config.schema import Config, from_yaml, to_yaml
-from lockstep.data.images import Samples
+from lockstep.data.loader import Samples
 from lockstep.diagnose.evidence import collect, error_in
 from lockstep.diagnose.findings import Finding
 from lockstep.diagnose.postmortem import judge

@@ -18,7 +18,8 @@ from torchvision.models import resnet
 
 from lockstep.checkpoint.layout import names
 from lockstep.config.run_directory import freeze
-from lockstep.data import images
+from lockstep.data.datasets import Batch
+from lockstep.data.loader import Samples
 from lockstep.data.sampler import epoch_order
 from lockstep.distributed import signals
 from lockstep.distributed.process_group import World
@@ -191,16 +192,16 @@ PROOF = (*DATA, "precision=fp64", "model.norm=group", "log_every=1", "checkpoint
 
 def test_one_four_two_three_ranks_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No sample of an epoch twice or skipped, and the losses of one uninterrupted process."""
-    fetch = images.Samples.__getitem__
+    fetch = Samples.__getitem__
 
-    def logged(self: images.Samples, key: tuple[int, Tensor]) -> images.Batch:
+    def logged(self: Samples, key: tuple[int, Tensor]) -> Batch:
         if self.augment:  # the training set's; evaluation does not augment
             with (tmp_path / "seen").open("a") as seen:
                 seen.write("".join(f"{key[0]} {sample}\n" for sample in key[1].tolist()))
         return fetch(self, key)
 
     execute(single.train, tmp_path / "whole", 1, *PROOF)
-    monkeypatch.setattr(images.Samples, "__getitem__", logged)
+    monkeypatch.setattr(Samples, "__getitem__", logged)
     for ranks, stop in ((1, 2), (4, 5), (2, 9), (3, 12)):
         execute(ddp.train, tmp_path / "parts", ranks, *PROOF, f"max_steps={stop}")
         assert result(tmp_path / "parts")["world_size"] == ranks

@@ -17,7 +17,7 @@ from torch import nn
 
 from lockstep.callbacks.instruments import LOAD, advice
 from lockstep.config.schema import OptimConfig
-from lockstep.data.images import Batch
+from lockstep.data.datasets import Batch
 from lockstep.distributed.heartbeat import TRAINING, WAITING, Heartbeat
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError

@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
 from lockstep.config.schema import ModelConfig
-from lockstep.data.images import Batch
+from lockstep.data.datasets import Batch
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.memory.tracker import saved_bytes

@@ -23,9 +23,10 @@ from lockstep.checkpoint.manager import CheckpointManager, export
 from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.types import Engine, Stateful
 from lockstep.config.schema import Config
-from lockstep.data import images as data
 from lockstep.data import sampler as order
-from lockstep.data.images import Batch, checksum
+from lockstep.data.datasets import Batch, checksum, load_data
+from lockstep.data.loader import Samples, build_loader
+from lockstep.data.transforms import Normalise
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.distributed.consistency import check_consistency
 from lockstep.distributed.dtensor import full_state_dict, is_sharded
@@ -94,8 +95,8 @@ class Run:
         torch.autograd.set_detect_anomaly(config.detect_anomaly)
         assert config.model.image_size is not None, "the app fills in what the data set says"
         self.image_size = config.model.image_size
-        self.train_set, self.eval_set = data.load_data(config.data, self.image_size, config.seed)
-        self._normalise = data.Normalise(config.data.mean, config.data.std)
+        self.train_set, self.eval_set = load_data(config.data, self.image_size, config.seed)
+        self._normalise = Normalise(config.data.mean, config.data.std)
         self.steps_per_epoch = len(self.train_set) // config.global_batch_size
         self.total_steps = config.epochs * self.steps_per_epoch
         if config.max_steps is not None:
@@ -256,8 +257,8 @@ class Run:
         sampler = order.StepSampler(
             len(self.train_set), config.global_batch_size, config.seed, self.shard, self.shards, start, stop
         )
-        samples = data.Samples(self.train_set, config.seed, config.data.augment)
-        loader = data.loader(samples, sampler, self._workers(), self.device.type == "cuda")
+        samples = Samples(self.train_set, config.seed, config.data.augment)
+        loader = build_loader(samples, sampler, self._workers(), self.device.type == "cuda")
         return self._awaited(map(self._prepare, loader))
 
     def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
@@ -277,8 +278,8 @@ class Run:
 
     def eval_batches(self, sampler: order.EvalSampler) -> Iterator[Batch]:
         """This rank's batches of the evaluation set, prepared as `batches` are, and not augmented."""
-        samples = data.Samples(self.eval_set, self.config.seed, augment=False)
-        return map(self._prepare, data.loader(samples, sampler, self._workers(), self.device.type == "cuda"))
+        samples = Samples(self.eval_set, self.config.seed, augment=False)
+        return map(self._prepare, build_loader(samples, sampler, self._workers(), self.device.type == "cuda"))
 
     def finish(self) -> None:
         """Export the weights and write result.json, when the recipe's function has returned."""

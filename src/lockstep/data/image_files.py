@@ -17,8 +17,8 @@ import torch
 from lockstep.config.schema import DataConfig
 from lockstep.errors import UserError
 
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif"}
-DIGITS = [str(number) for number in range(10)]  # the classes of digits, and CIFAR-10's by its labels
+IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".webp")  # what torchvision.io decodes
+DIGIT_CLASSES = [str(number) for number in range(10)]  # the classes of digits, and CIFAR-10's by its labels
 CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then 3 planes of 32 × 32
 CIFAR_PICKLES = "cifar-10-batches-py"
 CIFAR_BINARIES = "cifar-10-batches-bin"
@@ -40,22 +40,22 @@ def check_data(config: DataConfig) -> tuple[int, int]:
             f"data.image_size={config.image_size}: {config.name} has images of {native} × {native}; "
             "set model.image_size to have them resized"
         )
-    names = DIGITS
+    names = DIGIT_CLASSES
     if config.name == "digits":
         if config.classes is None:
             return 10, 1437
         labels = read_digits()[0][1]
     elif config.name == "cifar10":
-        root = root_of(config)
+        root = data_root(config)
         if config.download and not any((root / folder).is_dir() for folder in (CIFAR_BINARIES, CIFAR_PICKLES)):
             download_cifar10(root)
         train_files, test_files = cifar10_files(root)
         read = [read_cifar(file)[1] for file in train_files + test_files]
         labels = np.concatenate(read[: len(train_files)])
     else:
-        root = root_of(config)
-        paths, listed, names = list_folder(root / "train")
-        val_paths, _, val_names = list_folder(root / "val")
+        root = data_root(config)
+        paths, listed, names = list_image_folder(root / "train")
+        val_paths, _, val_names = list_image_folder(root / "val")
         if names != val_names:
             odd = ", ".join(sorted(set(names) ^ set(val_names)))
             raise UserError(
@@ -63,7 +63,7 @@ def check_data(config: DataConfig) -> tuple[int, int]:
                 "data.root needs the same in both"
             )
         for path in (paths + val_paths)[: config.check_files]:
-            _check_ends(path)
+            _check_ends(Path(path))
         labels = np.array(listed)
     if config.classes is None:
         return len(names), len(labels)
@@ -178,25 +178,24 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
 
 
-def list_folder(root: Path) -> tuple[list[Path], list[int], list[str]]:
-    """(image paths, their labels, the classes' names) of `root/<class>/`; classes and files in sorted order."""
-    if not root.is_dir():
-        raise UserError(f"{root}: no such folder; data.root must hold train/<class>/ and val/<class>/ with images")
-    classes = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    if not classes:
-        raise UserError(f"{root}: holds no class folders; expected {root}/<class>/ with images")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(p for p in (root / name).rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            allowed = ", ".join(sorted(IMAGE_SUFFIXES))
-            raise UserError(
-                f"{root / name}: class folder without images ({allowed}); fill it or take it out of data.root"
-            )
-        paths += found
-        labels += [label] * len(found)
-    return paths, labels, classes
+def list_image_folder(root: Path) -> tuple[list[str], list[int], list[str]]:
+    """(image files, their labels, the classes' names) of `root/<class>/`, in torchvision's ImageFolder's order."""
+    from torchvision.datasets.folder import find_classes, make_dataset  # a second to import
+
+    try:
+        names, labels = find_classes(root)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{root}: holds no class folders; data.root must hold train/<class>/ and val/<class>/ with images"
+        ) from None
+    samples = make_dataset(root, labels, IMAGE_SUFFIXES, allow_empty=True)
+    empty = set(labels.values()) - {label for _, label in samples}
+    if empty:
+        raise UserError(
+            f"{root / names[min(empty)]}: class folder without images ({', '.join(IMAGE_SUFFIXES)}); "
+            "fill it or take it out of data.root"
+        )
+    return [path for path, _ in samples], [label for _, label in samples], names
 
 
 def download_cifar10(root: Path) -> None:
@@ -212,7 +211,7 @@ def download_cifar10(root: Path) -> None:
         ) from None
 
 
-def root_of(config: DataConfig) -> Path:
+def data_root(config: DataConfig) -> Path:
     if config.root is None:
         raise UserError(f"data={config.name} needs data.root: the folder that holds it")
     root = Path(config.root).expanduser()

@@ -24,7 +24,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lockstep.data.images import Batch
+from lockstep.data.datasets import Batch
 from lockstep.distributed.process_group import World
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.integrations.fabric import joined

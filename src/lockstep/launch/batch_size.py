@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.config import run_directory
 from lockstep.config.schema import NO_AUTO, Config, LoggerConfig, check_values, from_yaml, with_values
-from lockstep.data import image_files
+from lockstep.data.image_files import check_data
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed import environment
 from lockstep.distributed.environment import resolve_device
@@ -144,7 +144,7 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
     Raises:
         UserError: none does.
     """
-    _, images = image_files.check_data(config.data)
+    _, images = check_data(config.data)
     for units in range(1, max(1, images // unit) + 1):
         whole = with_values(config, {"global_batch_size": units * unit})
         try:

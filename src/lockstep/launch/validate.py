@@ -12,7 +12,7 @@ import torch
 from lockstep.checkpoint.weights import check_weights, read_weights
 from lockstep.config.run_directory import checkpoint_folder
 from lockstep.config.schema import AUTO, Config, check_values, walk
-from lockstep.data import image_files
+from lockstep.data.image_files import check_data
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE, build_model
 from lockstep.training.clip import limits
@@ -27,7 +27,7 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     """Check all that can be checked before anything is created, and fill in what follows from the data set.
 
     Args:
-        counted: the data set's classes and training images, where `formats.check` has already looked it over.
+        counted: the data set's classes and training images, where `check_data` has already looked it over.
 
     Raises:
         UserError: a package is missing, or a value is out of its range, does not fit another one, or is not supported
@@ -61,7 +61,7 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     check_batch(config, world_size)
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
-    classes, images = counted or image_files.check_data(config.data)
+    classes, images = counted or check_data(config.data)
     if config.global_batch_size > images:
         raise UserError(
             f"global_batch_size={config.global_batch_size}: the training set has only {images} images; allowed are 1…{images}"

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from lockstep.config import run_directory
 from lockstep.config.schema import Config, from_yaml, to_yaml
-from lockstep.data.images import First
+from lockstep.data.datasets import FirstSamples
 from lockstep.diagnose import out_of_memory
 from lockstep.diagnose.watchdog import Stuck, Watchdog, lost_a_peer, waited_in_vain
 from lockstep.distributed import process_group
@@ -200,7 +200,7 @@ def carry_out(recipe: Recipe, run: Run) -> None:
 def shorten(run: Run) -> None:
     """In a rank of a trial: evaluate one batch a rank, and take no more of a GPU than is allowed."""
     config = run.config
-    run.eval_set = First(run.eval_set, config.eval_batch_size * run.world.world_size)
+    run.eval_set = FirstSamples(run.eval_set, config.eval_batch_size * run.world.world_size)
     if run.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(run.device)
         room = int(config.memory_fraction * free)

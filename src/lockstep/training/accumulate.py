@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from lockstep.data.images import Batch
+from lockstep.data.datasets import Batch
 
 
 class MicroBatch(NamedTuple):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
-from lockstep.data.images import Batch
+from lockstep.data.datasets import Batch
 from lockstep.data.sampler import EvalSampler
 
 KEPT = 64  # wrong predictions that an evaluation remembers

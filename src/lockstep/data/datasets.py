@@ -1,14 +1,11 @@
-"""Labelled sets of images, in memory or in files, and the loader that reads whole batches of them.
+"""Labelled sets of images, in memory or in files, and which of them a config names.
 
-Which samples a batch holds is lockstep.data.sampler's matter, how files are read lockstep.data.image_files'. Images
-stay uint8 until they are on the device: a quarter of the bytes to copy.
+How files are read and checked is lockstep.data.image_files' matter, how they are cropped lockstep.data.transforms'.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -16,21 +13,18 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lockstep.config.schema import DataConfig
 from lockstep.data.image_files import (
-    DIGITS,
+    DIGIT_CLASSES,
     chosen_classes,
     cifar10_files,
-    list_folder,
+    data_root,
+    list_image_folder,
     read_cifar,
     read_digits,
-    root_of,
 )
-from lockstep.data.sampler import sample_uniform
-from lockstep.distributed.signals import be_a_helper
-from lockstep.errors import UserError
+from lockstep.data.transforms import center_crop, decode, random_crop, resized_crop
 
 
 class Batch(NamedTuple):
@@ -40,10 +34,7 @@ class Batch(NamedTuple):
     labels: Tensor
 
 
-# The images -------------------------------------------------------------------------------------------------------
-
-
-class Images(Protocol):
+class ImageDataset(Protocol):
     """A labelled set of images. `draws` holds each sample's random numbers where the set is to be augmented."""
 
     classes: int
@@ -54,10 +45,10 @@ class Images(Protocol):
     def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch: ...
 
 
-class First:
+class FirstSamples:
     """The first samples of a set."""
 
-    def __init__(self, images: Images, size: int) -> None:
+    def __init__(self, images: ImageDataset, size: int) -> None:
         self._images, self._size, self.classes = images, min(size, len(images)), images.classes
         self.labels = images.labels[: self._size]
 
@@ -102,7 +93,7 @@ class InMemoryImages:
         return torch.from_numpy(picked)
 
 
-class ImageFolder:
+class ImageFiles:
     """`root/<class>/*.jpg`, the ImageNet layout: decoded when fetched, cropped to size × size.
 
     For training, Inception's crop (https://arxiv.org/abs/1409.4842: 8 to 100 % of the area, sides 3:4 to 4:3) and
@@ -111,7 +102,7 @@ class ImageFolder:
 
     def __init__(self, root: Path, size: int) -> None:
         self.size = size
-        self.paths, labels, names = list_folder(root)
+        self.paths, labels, names = list_image_folder(root)
         self.classes = len(names)
         self.labels = torch.tensor(labels)
 
@@ -125,74 +116,20 @@ class ImageFolder:
         ]
         return Batch(torch.cat(images), self.labels[samples])
 
-    def _load(self, path: Path, draws: list[float] | None) -> Tensor:
+    def _load(self, path: str, draws: list[float] | None) -> Tensor:
         """One image, [1, 3, size, size] in the memory format that decoders write and convolutions like best."""
         image = decode(path)
         _, height, width = image.shape
         if draws is None:
-            return resized(image, centre(height, width), self.size)
-        image = resized(image, random_crop(height, width, draws), self.size)
+            return resized_crop(image, center_crop(height, width), self.size)
+        image = resized_crop(image, random_crop(height, width, draws), self.size)
         return image.flip(3) if draws[4] < 0.5 else image
 
 
-class Box(NamedTuple):
-    """A part of an image, in pixels."""
-
-    top: int
-    left: int
-    height: int
-    width: int
-
-
-def centre(height: int, width: int) -> Box:
-    """The square that is left when an image is resized to 256 and cut to 224."""
-    side = round(min(height, width) * 224 / 256)
-    return Box((height - side) // 2, (width - side) // 2, side, side)
-
-
-def random_crop(height: int, width: int, draws: list[float]) -> Box:
-    """Inception's crop from four numbers in [0, 1): area, aspect, and two for the place."""
-    area = height * width * (0.08 + 0.92 * draws[0])
-    aspect = math.exp(math.log(3 / 4) + draws[1] * math.log(16 / 9))
-    crop_height = min(height, max(1, round(math.sqrt(area / aspect))))
-    crop_width = min(width, max(1, round(math.sqrt(area * aspect))))
-    return Box(
-        int(draws[2] * (height - crop_height + 1)), int(draws[3] * (width - crop_width + 1)), crop_height, crop_width
-    )
-
-
-def decode(path: Path) -> Tensor:
-    """An image file as [3, H, W] uint8.
-
-    Raises:
-        UserError: it is not a readable image.
-    """
-    from torchvision.io import ImageReadMode, decode_image
-    from torchvision.transforms.v2 import functional as transforms
-
-    try:
-        image = decode_image(str(path), ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(
-            f"{path}: not a readable image ({str(error).splitlines()[0]}); replace it or take it out of data.root"
-        ) from None
-    image = image[0] if image.ndim == 4 else image  # of an animation, the first frame
-    return transforms.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
-
-
-def resized(image: Tensor, box: Box, size: int) -> Tensor:
-    """A part of an image [3, H, W] resized, [1, 3, size, size], channels_last."""
-    top, left, height, width = box
-    # Pixel by pixel, as a decoder writes them, torch resizes bytes at twice the speed; but it must be told so by
-    # strides that a crop, or a batch of one, does not have by itself.
-    pixels = image.permute(1, 2, 0)[None, top : top + height, left : left + width].contiguous()
-    return F.interpolate(pixels.permute(0, 3, 1, 2), (size, size), mode="bilinear", antialias=True)
-
-
-class SomeClasses:
+class ClassSubset:
     """The samples of some classes of a set, relabelled 0…n − 1 in the order in which `chosen` has the old labels."""
 
-    def __init__(self, images: Images, chosen: list[int]) -> None:
+    def __init__(self, images: ImageDataset, chosen: list[int]) -> None:
         self.images, self.classes = images, len(chosen)
         self._new = torch.full((images.classes,), -1)
         self._new[chosen] = torch.arange(len(chosen))
@@ -208,64 +145,7 @@ class SomeClasses:
         return Batch(batch.images, self._new[batch.labels])
 
 
-class Normalise:
-    """Bytes to floats: x ↦ (x / 255 − mean) / std by channel, as one multiplication and addition in place."""
-
-    def __init__(self, mean: list[float], std: list[float]) -> None:
-        self._mean, self._std = torch.tensor(mean, dtype=torch.float64), torch.tensor(std, dtype=torch.float64)
-        self._scale = self._shift = torch.empty(0)
-
-    def __call__(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """images: [N, 3, H, W] uint8; floats of the same memory format and device."""
-        floats = images.to(dtype)
-        if self._scale.shape[1:] != floats.shape[1:]:
-            # One whole image each, laid out as the batch is: three numbers to broadcast would break the loops over
-            # memory into pieces of one pixel where images are channels_last.
-            self._scale, self._shift = (
-                torch.empty_like(floats[:1]).copy_(numbers.view(3, 1, 1))
-                for numbers in (1 / (255 * self._std), -self._mean / self._std)
-            )
-        return torch.addcmul(self._shift, floats, self._scale, out=floats)
-
-
-class Samples(Dataset[Batch]):
-    """What a DataLoader reads: a sampler's (epoch, sample numbers) in, a whole Batch out."""
-
-    def __init__(self, images: Images, seed: int, augment: bool) -> None:
-        self.images, self.seed, self.augment = images, seed, augment
-
-    def __getitem__(self, key: tuple[int, Tensor]) -> Batch:
-        epoch, samples = key
-        draws = sample_uniform(self.seed, epoch, samples, DRAWS) if self.augment else None
-        return self.images.fetch(samples, draws)
-
-
-def loader(samples: Samples, sampler: Sampler[tuple[int, Tensor]], workers: int, pin_memory: bool) -> Iterable[Batch]:
-    """A DataLoader that asks the dataset for whole batches (`batch_size=None`: nothing to collate).
-
-    `workers` processes fetch ahead, two batches each; 0 fetches in the training process, which is faster for images in
-    memory. Pinned memory lets the copy to a GPU run beside the computation. Where there is neither to see to, a
-    DataLoader would only take time.
-    """
-    if not workers and not pin_memory:
-        return map(samples.__getitem__, sampler)
-    return DataLoader(
-        samples,
-        sampler=sampler,
-        batch_size=None,
-        num_workers=workers,
-        pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork" if workers else None,  # which is what be_a_helper expects
-        worker_init_fn=be_a_helper,
-        generator=torch.Generator(),  # or it would draw its base seed from training's random numbers
-    )
-
-
-# The data sets ----------------------------------------------------------------------------------------------------
-
-
-def load_data(config: DataConfig, image_size: int, seed: int) -> tuple[Images, Images]:
+def load_data(config: DataConfig, image_size: int, seed: int) -> tuple[ImageDataset, ImageDataset]:
     """(training set, evaluation set) of `config.name`; imagefolder decodes to image_size × image_size.
 
     Raises:
@@ -276,17 +156,17 @@ def load_data(config: DataConfig, image_size: int, seed: int) -> tuple[Images, I
     elif config.name == "synthetic":
         sets = synthetic(config, seed)
     elif config.name == "cifar10":
-        sets = cifar10(root_of(config))
+        sets = cifar10(data_root(config))
     else:
-        sets = ImageFolder(root_of(config) / "train", image_size), ImageFolder(root_of(config) / "val", image_size)
+        sets = ImageFiles(data_root(config) / "train", image_size), ImageFiles(data_root(config) / "val", image_size)
     if config.classes is None:
         return sets
-    names = list_folder(root_of(config) / "train")[2] if config.name == "imagefolder" else DIGITS
+    names = list_image_folder(data_root(config) / "train")[2] if config.name == "imagefolder" else DIGIT_CLASSES
     chosen = chosen_classes(config, names)
-    return SomeClasses(sets[0], chosen), SomeClasses(sets[1], chosen)
+    return ClassSubset(sets[0], chosen), ClassSubset(sets[1], chosen)
 
 
-def digits() -> tuple[Images, Images]:
+def digits() -> tuple[ImageDataset, ImageDataset]:
     """scikit-learn's digits: 1,797 scans of 8 × 8 pixels, 10 classes; 1,437 to train on, 360 to evaluate."""
 
     def hold(grey: np.ndarray, labels: np.ndarray) -> InMemoryImages:
@@ -297,7 +177,7 @@ def digits() -> tuple[Images, Images]:
     return hold(*train), hold(*test)
 
 
-def synthetic(config: DataConfig, seed: int) -> tuple[Images, Images]:
+def synthetic(config: DataConfig, seed: int) -> tuple[ImageDataset, ImageDataset]:
     """`data.size` images of noise with random labels, a quarter as many to evaluate: for measuring, not learning."""
     classes = config.num_classes or 10
     generator = torch.Generator().manual_seed(seed)
@@ -311,7 +191,7 @@ def synthetic(config: DataConfig, seed: int) -> tuple[Images, Images]:
     return make(config.size), make(max(1, config.size // 4))
 
 
-def cifar10(root: Path) -> tuple[Images, Images]:
+def cifar10(root: Path) -> tuple[ImageDataset, ImageDataset]:
     """CIFAR-10 from its published files, binary or Python, whichever folder is in `root`.
 
     Source and format: https://www.cs.toronto.edu/~kriz/cifar.html. Augmented as in He et al.: 4 pixels, mirrored.
@@ -326,7 +206,7 @@ def cifar10(root: Path) -> tuple[Images, Images]:
     return read(train_files), read(test_files)
 
 
-def checksum(images: Images) -> int:
+def checksum(images: ImageDataset) -> int:
     """Of the labels and, where the images are files, of their names; what is in the files would take too long."""
-    names = "\n".join("/".join(path.parts[-2:]) for path in getattr(images, "paths", []))
+    names = "\n".join("/".join(Path(path).parts[-2:]) for path in getattr(images, "paths", []))
     return zlib.crc32(names.encode(), zlib.crc32(images.labels.numpy().tobytes()))
