@@ -21,7 +21,7 @@ test-all: .venv/installed slurm chromium  ## the longest runs as well
 N ?= 100
 SEED ?= 0
 fuzz: .venv/installed  ## N runs killed at random, each of which must end with the same bits (N=100 SEED=0)
-	$(BIN)/python -m tests.fuzz --runs $(N) --seed $(SEED)
+	$(BIN)/python -m tests.helpers.fuzz --runs $(N) --seed $(SEED)
 
 check: .venv/installed  ## lint, format, types
 	$(BIN)/ruff check .

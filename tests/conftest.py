@@ -8,7 +8,7 @@ import pytest
 import torch
 from torchvision.models import resnet
 
-from tests.narrow import narrow_resnet18
+from tests.helpers.narrow_resnet import narrow_resnet18
 
 # A file is one worker's: begun last, one of these would keep that worker busy long after the others have ended.
 LONGEST_FIRST = "test_slurm test_house test_preemption test_checkpoint_faults test_verify test_failures".split()

@@ -1,0 +1,49 @@
+"""Every recipe learns: its documented command, as it stands, ends with 96 % of the digits or more."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.harness import command
+
+RECIPES = ["data_parallel", "deepspeed_zero", "fsdp", "grad_accumulation", "lightning_fabric", "lightning_trainer"]
+RECIPES += ["model_parallel", "pipeline_parallel", "single", "sync_batchnorm"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_s_command_learns_the_digits(name: str, tmp_path: Path) -> None:
+    done = command("-m", f"recipes.{name}", "out=run", cwd=tmp_path, timeout=580)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.96
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("switch", ["precision=fp32", "precision=auto", "precision=bf16", "comm=bf16"])
+def test_the_main_job_learns_the_digits(switch: str, tmp_path: Path) -> None:
+    """Also in what benchmarks are run in, and in 16 bits whatever this machine is fast at."""
+    done = command("-m", "recipes.ddp", switch, "out=run", cwd=tmp_path, timeout=580)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.97
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_backbone_of_five_digits_learns_the_other_five(tmp_path: Path) -> None:
+    first = ["-m", "recipes.ddp", "data.classes=[0,1,2,3,4]", "out=base"]
+    second = ["-m", "recipes.transfer_learning", "resume=base", "data.classes=[5,6,7,8,9]", "optim=adamw"]
+    for words in (first, [*second, "unfreeze_epoch=2", "out=run"]):
+        done = command(*words, cwd=tmp_path, timeout=440)
+        assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.96
+
+
+def test_a_fifth_of_the_main_job_has_learned_most_of_it(tmp_path: Path) -> None:
+    done = command("-m", "recipes.ddp", "epochs=3", "out=run", cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.8

@@ -1,0 +1,160 @@
+"""Commands as copies of a Python that has loaded torch and lockstep: most of a short command's time is that loading.
+
+A copy gets the command's words, folder, environment and streams, and runs it as `python -m NAME` or `python FILE` does:
+under the name __main__, in a process of its own, to its own exit code. What a copy cannot be asked about is the
+interpreter's start itself, its own command line and hash seed among it; `command(..., fresh=True)` starts a fresh one.
+"""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import traceback
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import NoReturn
+
+ROOT = Path(__file__).resolve().parents[2]
+LOADED = (
+    "lockstep",
+    "lockstep.config.compose",
+    "launchers.torchrun",
+    "hydra.main",
+    "sklearn.datasets",
+    "torch._dynamo",
+    "torchmetrics",
+    "torchvision.models",
+)
+# Read when libraries are loaded, or when Python starts: whoever sets one of them needs a fresh interpreter.
+EARLY = ("PYTHON", "OMP_", "MKL_", "KMP_", "LD_", "MALLOC_", "TORCH_", "CUDA_", "TMPDIR")
+START = dict(os.environ)
+LARGEST = 2**17  # bytes of a request
+
+
+class Warm:
+    """The process that is copied; it ends when the one that has made it does."""
+
+    def __init__(self) -> None:
+        self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.warm_interpreter", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            cwd=ROOT,
+            env=START,
+        )
+        theirs.close()
+
+    def run(
+        self, words: list[str], folder: Path, environment: dict[str, str], timeout: float
+    ) -> subprocess.CompletedProcess[str]:
+        """What subprocess.run would return for `python WORDS`; what that leaves behind is not waited for.
+
+        Raises:
+            subprocess.TimeoutExpired: it took longer, and was killed.
+        """
+        with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+            request = json.dumps([words, str(folder), environment]).encode()
+            try:
+                code = self._copy(request, [stdout.fileno(), stderr.fileno()], timeout)
+            except BaseException:  # an answer may still come, which must not be the next command's
+                interpreter.cache_clear()
+                self._process.kill()
+                raise
+            said = []
+            for stream in (stdout, stderr):
+                stream.seek(0)
+                said.append(stream.read())
+        if code is None:
+            raise subprocess.TimeoutExpired(words, timeout, *said)
+        return subprocess.CompletedProcess(words, code, *said)
+
+    def _copy(self, request: bytes, files: list[int], timeout: float) -> int | None:
+        """Its exit code, or None: it was killed."""
+        self._line.settimeout(None)
+        socket.send_fds(self._line, [request], files)
+        pid = int(self._line.recv(LARGEST))
+        self._line.settimeout(timeout)
+        try:
+            return int(self._line.recv(LARGEST))
+        except TimeoutError:
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, signal.SIGKILL)
+        self._line.settimeout(None)
+        self._line.recv(LARGEST)
+        return None
+
+
+@cache
+def interpreter() -> Warm:
+    """This process's."""
+    return Warm()
+
+
+def can_run(words: list[str], environment: dict[str, str]) -> bool:
+    """Whether a copy does what a fresh interpreter would."""
+    early = [{name: value for name, value in each.items() if name.startswith(EARLY)} for each in (environment, START)]
+    return (words[0] == "-m" or words[0].endswith(".py")) and early[0] == early[1]
+
+
+def serve(line: socket.socket) -> None:
+    """Make copies, one after the other, until nobody asks any more."""
+    for name in LOADED:
+        importlib.import_module(name)
+    while True:
+        request, files, _, _ = socket.recv_fds(line, LARGEST, 2)
+        if not request:
+            return
+        pid = os.fork()
+        if pid == 0:
+            line.close()
+            words, folder, environment = json.loads(request)
+            become(words, folder, environment, files)
+        for file in files:
+            os.close(file)
+        line.send(str(pid).encode())
+        line.send(str(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])).encode())
+
+
+def become(words: list[str], folder: str, environment: dict[str, str], files: list[int]) -> NoReturn:
+    """Be `python WORDS`."""
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    for number, file in enumerate([nothing, *files]):
+        os.dup2(file, number)
+        os.close(file)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    code = 1
+    try:
+        if words[0] == "-m":
+            sys.argv, sys.path[0] = ["-m", *words[2:]], folder
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv, sys.path[0] = words, str(Path(folder, words[0]).parent)
+            runpy.run_path(words[0], run_name="__main__")
+        code = 0
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+    except BaseException:
+        traceback.print_exc()
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # to take torch apart takes a second
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))

@@ -1,0 +1,687 @@
+"""What a checkpoint survives: full and read-only disks, damaged files, kills at every call, hostile files, two starts.
+
+A damaged checkpoint is passed over, and said so; what follows is in any case the run that nothing befell, bit by bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import multiprocessing
+import os
+import pickle
+import shutil
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lockstep.checkpoint.dcp import Saver, load_tensors, read_metadata
+from lockstep.checkpoint.directory import CheckpointDirectory
+from lockstep.checkpoint.layout import UNFINISHED, fingerprint, folder_name, named, names, newest, seal, tidy
+from lockstep.config.run_directory import freeze, read_result
+from lockstep.distributed.process_group import join
+from lockstep.errors import UserError
+from lockstep.launch.validate import validate
+from recipes import single
+from tests.helpers.fuzz import (
+    SIZE,
+    STEPS,
+    Ended,
+    Fault,
+    Result,
+    Setup,
+    compare,
+    first_difference,
+    flipped,
+    reference,
+    result_of,
+    start,
+    start_ranks,
+    state_of,
+    strike_at_call,
+    tensors_of,
+    warm,
+)
+from tests.helpers.harness import compose_config
+from tests.helpers.processes import wait_until
+
+NUMBERS = (*SIZE, "optim=adamw")
+RUN = Setup("ddp", 2, NUMBERS, ("checkpoint.every=4", "checkpoint.keep=4"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _warm() -> Iterator[None]:
+    with warm():
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole() -> Result:
+    """What the undisturbed run leaves."""
+    return reference(Setup(RUN.recipe, RUN.ranks, RUN.words))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of steps 4, 8, 12 and 16."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert start(RUN, out).codes == [0, 0]
+    assert [path.name for path in names(out / "checkpoints")] == [folder_name(step) for step in (16, 12, 8, 4)]
+    return out
+
+
+@pytest.fixture
+def cut_off(finished: Path, tmp_path: Path) -> Path:
+    """The same run, killed when its last checkpoint was complete and before it said so."""
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    (out / "result.json").unlink()
+    (out / "model.pt").unlink()
+    return out
+
+
+def again(out: Path, setup: Setup = RUN) -> Ended:
+    """Start a run once more, and to its end."""
+    ended = start(setup, out)
+    assert ended.codes == [0] * setup.ranks, ended.said or ended.hung
+    return ended
+
+
+def resumed_from(out: Path) -> str | None:
+    """The step, or nothing where the run started anew."""
+    path = read_result(out)["resumed_from"]
+    return path and path.removeprefix("checkpoints/")
+
+
+# Damaged files ----------------------------------------------------------------------------------------------------
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = path.read_bytes()
+    path.write_bytes(flipped(content, len(content) // 2))
+
+
+def flip_a_number(path: Path) -> None:
+    """A manifest that still is JSON, and says something else."""
+    text = path.read_text()
+    assert '"samples_seen": 576' in text
+    path.write_text(text.replace('"samples_seen": 576', '"samples_seen": 572'))
+
+
+def newer_format(path: Path) -> None:
+    path.write_text(seal(json.loads(path.read_text()) | {"format": 2}))
+
+
+HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "truncated shard": ("__1_0.distcp", truncate, "__1_0.distcp has "),
+    "bit flip in a shard": ("__0_0.distcp", flip, "__0_0.distcp has changed since it was written (SHA-256)"),
+    "truncated .metadata": (".metadata", truncate, ".metadata has "),
+    "bit flip in .metadata": (".metadata", flip, ".metadata has changed since it was written (SHA-256)"),
+    "bit flip in the manifest": ("manifest.json", flip_a_number, "manifest.json has changed since it was written"),
+    "no JSON in the manifest": ("manifest.json", truncate, "manifest.json is not JSON"),
+    "no text in the manifest": (
+        "manifest.json",
+        lambda path: path.write_bytes(b"\xff\xfe"),
+        "manifest.json is not JSON",
+    ),
+    "a list in the manifest": ("manifest.json", lambda path: path.write_text("[]"), "manifest.json has changed"),
+    "a later version's manifest": ("manifest.json", newer_format, "format 2, this version reads 1"),
+    "missing shard": ("__1_0.distcp", Path.unlink, "__1_0.distcp is missing"),
+    "missing .metadata": (".metadata", Path.unlink, ".metadata is missing"),
+    "missing manifest": ("manifest.json", Path.unlink, "manifest.json is missing"),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_checkpoint_is_passed_over_by_name(harm: str, cut_off: Path, whole: Result) -> None:
+    file, damage, words = HARMS[harm]
+    folder = cut_off / "checkpoints"
+    damage(folder / folder_name(16) / file)
+    intact = contents(folder, (4, 8, 12))
+    ended = again(cut_off)
+    assert ended.said.count("skipped ") == 1
+    assert f"skipped step-00000016: {words}" in ended.said
+    assert resumed_from(cut_off) == folder_name(12)
+    assert "resuming from" in ended.said
+    assert ended.said.index("skipped ") < ended.said.index("resuming from")
+    assert compare(result_of(cut_off), whole, best=False) == ""
+    assert contents(folder, (4, 8, 12)) == intact, "a checkpoint that is intact is never written again"
+    assert (folder / "broken-step-00000016").is_dir(), "what is broken is set aside, not deleted"
+    assert named(folder, "LATEST") == folder / folder_name(16), "written anew"
+
+
+def contents(folder: Path, steps: tuple[int, ...]) -> dict[str, tuple[str, int, int]]:
+    """SHA-256, modification time and inode of every file of some checkpoints."""
+    files = [file for step in steps for file in sorted((folder / folder_name(step)).iterdir())]
+    facts = [(sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns, file.stat().st_ino) for file in files]
+    return {str(file): found for file, found in zip(files, facts, strict=True)}
+
+
+def test_where_no_checkpoint_is_intact_the_run_starts_anew_and_names_them_all(cut_off: Path, whole: Result) -> None:
+    folder = cut_off / "checkpoints"
+    flip(folder / folder_name(16) / "__0_0.distcp")
+    truncate(folder / folder_name(12) / ".metadata")
+    (folder / folder_name(8) / "manifest.json").unlink()
+    shutil.rmtree(folder / folder_name(4))
+    (folder / folder_name(4)).mkdir()
+    ended = again(cut_off)
+    said = [line.removeprefix("skipped ") for line in ended.said.splitlines() if line.startswith("skipped ")]
+    assert [line.partition(":")[0] for line in said] == [folder_name(step) for step in (16, 12, 8, 4)]
+    assert [line.partition(": ")[2].split()[0] for line in said] == [
+        "__0_0.distcp",
+        ".metadata",
+        "manifest.json",
+        "manifest.json",
+    ]
+    assert resumed_from(cut_off) is None
+    assert compare(result_of(cut_off), whole, best=False) == ""
+
+
+@pytest.mark.parametrize(
+    ("pointer", "said"),
+    [
+        (b"step-00000099\n", True),
+        (b"\xff\x00\n\x80", True),
+        (b"x" * 300, True),  # longer than a name may be
+        (b"../..\n", True),
+        (b"", True),
+        (b"step-00000004\n", False),  # an older one that is there, as after a kill between two renames
+        (None, False),
+    ],
+    ids=["nowhere", "garbled", "too long", "a folder that is none", "empty", "an older one", "missing"],
+)
+def test_latest_is_for_people_and_a_wrong_one_misleads_nobody(
+    pointer: bytes | None, said: bool, cut_off: Path, whole: Result
+) -> None:
+    file = cut_off / "checkpoints" / "LATEST"
+    file.unlink()
+    if pointer is not None:
+        file.write_bytes(pointer)
+    ended = again(cut_off)
+    assert resumed_from(cut_off) == folder_name(16)
+    assert ("skipped LATEST" in ended.said) is said
+    assert file.read_text() == "step-00000016\n"
+    assert compare(result_of(cut_off), whole, best=False) == ""
+
+
+def test_what_a_killed_save_left_is_removed_and_in_nobody_s_way(cut_off: Path, whole: Result) -> None:
+    """Its name is the one under which the step is going to be saved again."""
+    folder = cut_off / "checkpoints"
+    (folder / folder_name(16)).rename(folder / f"{UNFINISHED}step-00000016")
+    (folder / f"{UNFINISHED}step-00000016" / "manifest.json").unlink()
+    shutil.copytree(folder / folder_name(8), folder / f"{UNFINISHED}step-00000020")
+    again(cut_off)
+    assert resumed_from(cut_off) == folder_name(12)
+    assert not list(folder.glob(f"{UNFINISHED}*"))
+    assert compare(result_of(cut_off), whole, best=False) == ""
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=3", "checkpoint.keep=2", "checkpoint.best=true"))
+    again(out, setup)
+    log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    accuracy = {line["step"]: line["eval_accuracy"] for line in log if "eval_accuracy" in line}
+    best = max(accuracy, key=lambda step: accuracy[step])  # the first of equals
+    assert best < 15, "or the best would be among the newest, and this no test"
+    folder = out / "checkpoints"
+    assert {path.name for path in names(folder)} == {folder_name(step) for step in (16, 15, best)}
+    assert sorted(path.name for path in folder.iterdir() if not path.name.startswith("step-")) == ["BEST", "LATEST"]
+    assert named(folder, "BEST") == folder / folder_name(best)
+    tensors = tensors_of(folder / folder_name(best))
+    kept = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    assert first_difference(torch.load(out / "best.pt", weights_only=True), kept) == ""
+    assert first_difference(torch.load(out / "model.pt", weights_only=True), kept) != ""
+
+
+@pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "missing"])
+def test_a_best_checkpoint_that_broke_costs_best_pt_and_is_named(
+    damage: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """It is older than the one that the run goes on from, so nothing has looked at it before."""
+    out = tmp_path / "out"
+    setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=3", "checkpoint.keep=1", "checkpoint.best=true"))
+    again(out, setup)
+    best = named(out / "checkpoints", "BEST")
+    assert best is not None
+    assert best.name != folder_name(16)
+    damage(best / "__0_0.distcp")
+    for file in ("result.json", "model.pt", "best.pt"):
+        (out / file).unlink()
+    ended = again(out, setup)
+    assert best.name in ended.said
+    assert not (out / "best.pt").exists()
+    assert (out / "model.pt").exists()
+
+
+# Kills ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("at", "resumes"),
+    [
+        ("rename .writing-step-00000008", 4),
+        ("open .LATEST", 8),
+        ("replace .LATEST", 8),
+    ],
+)
+def test_a_checkpoint_counts_from_its_rename_on(at: str, resumes: int, tmp_path: Path, whole: Result) -> None:
+    """LATEST follows the rename; a kill between them loses nothing."""
+    out = tmp_path / "out"
+    second = 1 if at.startswith("rename") else 2
+    ended = start(RUN, out, Fault(signal.SIGKILL, rank=0, call=second, at=at))
+    assert ended.codes[0] == -signal.SIGKILL
+    assert at in ended.hit
+    again(out)
+    assert resumed_from(out) == folder_name(resumes)
+    assert compare(result_of(out), whole, best=False) == ""
+
+
+def test_a_run_that_stopped_early_and_was_killed_then_stays_stopped(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    setup = Setup("single", 1, (*SIZE, "patience=1"), ("checkpoint.every=3",))
+    again(out, setup)
+    before = result_of(out)
+    last = read_result(out)["steps"]
+    assert last < STEPS, "or it did not stop early"
+    (out / "result.json").unlink()
+    again(out, setup)
+    assert (resumed_from(out), read_result(out)["steps"]) == (folder_name(last), last)
+    assert compare(result_of(out), before, best=False) == ""
+
+
+def save_steps(folder: Path, steps: tuple[int, ...], fault: Fault, hit: Any) -> None:
+    """On one rank: save under these step numbers, the best among them, and have the fault strike in the last save."""
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    checkpoints = CheckpointDirectory(folder / "checkpoints", Saver(None, asynchronous=False), keep=1, warn=print)
+    for step in steps:
+        if step == steps[-1]:
+            strike_at_call(fault, folder / "checkpoints", hit)
+        checkpoints.save({"weights": torch.full((1000,), float(step))}, {"step": step, "best_step": step}, best=True)
+
+
+def find(folder: Path) -> tuple[int, Tensor, list[str]]:
+    """As a start does: the step found, the tensor in it, and what is left in the folder when it is tidy."""
+    found = newest(folder / "checkpoints")
+    assert found.path is not None
+    tidy(folder / "checkpoints", found)
+    weights = torch.zeros(1000)
+    load_tensors(found.path, {"weights": weights})
+    return found.facts["step"], weights, sorted(os.listdir(folder / "checkpoints"))
+
+
+def alone(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:
+    """Call a function on one forked rank: (exit code, what it returned)."""
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+
+    def body() -> None:
+        store = dist.HashStore()
+        join(store, 0, 1, device="cpu", backend="gloo", timeout_seconds=30, threads=1)
+        try:
+            answer = (None, pickle.dumps(function(*args)))
+        except BaseException:
+            answer = (traceback.format_exc(), b"")
+        writer.send(answer)
+        os._exit(0)
+
+    process = context.Process(target=body)
+    process.start()
+    writer.close()
+    error, value = None, None
+    try:
+        error, answer = reader.recv()
+        value = pickle.loads(answer) if not error else None
+    except EOFError:
+        pass  # it was killed
+    process.join(30)
+    assert not error, error
+    assert process.exitcode is not None
+    return process.exitcode, value
+
+
+def test_a_kill_at_any_call_of_a_save_leaves_an_intact_checkpoint(tmp_path: Path) -> None:
+    """Every file-system call of a save that commits, moves BEST and prunes, one after the other."""
+    hit: Any = multiprocessing.get_context("fork").RawArray("c", 512)
+    seen = []
+    for call in range(1, 200):
+        folder = tmp_path / str(call)
+        hit.value = b""
+        code, _ = alone(save_steps, folder, (1, 2), Fault(signal.SIGKILL, call=call, after=call % 2 == 0), hit)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        seen.append(hit.value.decode())
+        _, (step, weights, left) = alone(find, folder)
+        assert weights.eq(step).all(), seen[-1]
+        assert step == 2 or not any("LATEST" in what for what in seen), seen[-1]
+        kept = {name for name in left if not name.startswith((".LATEST.", ".BEST."))} - {"BEST", "LATEST"}
+        assert kept in ({folder_name(step)}, {folder_name(step), folder_name(1)}), seen[-1]
+        shutil.rmtree(folder)
+    done = " ".join(seen)
+    assert 20 < len(seen) < 60, seen
+    assert all(part in done for part in (".distcp", "manifest", ".metadata", "LATEST", "BEST", "rmdir", "rename")), done
+
+
+def test_two_starts_on_one_run_do_not_meet(tmp_path: Path) -> None:
+    """The second one is refused in one line, and changes nothing that the first one works with."""
+    out = tmp_path / "out"
+    long = Setup("ddp", 2, (*NUMBERS, "epochs=1000"), ("checkpoint.every=50",))
+    refusal = f"out={out}: another process is training there; wait for its end, or name another out"
+    first = multiprocessing.get_context("fork").Process(target=start, args=(long, out))
+    first.start()
+    try:
+        wait_until(lambda: (out / "metrics.jsonl").exists() and bool((out / "metrics.jsonl").read_text()))
+        config = (out / "config.yaml").read_text()
+        # A key that may change between two starts, so that this is a start that goes on with the run.
+        with pytest.raises(UserError) as refused:
+            start(Setup("ddp", 2, long.words, ("checkpoint.every=60",)), out)
+        assert str(refused.value) == refusal
+        # And ranks that somebody starts by hand, past the process that would have said so.
+        (tmp_path / "scratch").mkdir()
+        ended = start_ranks(long.target, 2, out, tmp_path / "scratch", Fault(), 1.0)
+        assert ended.codes[0] == 2, ended.said
+        assert [line for line in ended.said.splitlines() if line.startswith("error: ")] == [f"error: {refusal}"]
+        assert "Traceback" not in ended.said
+        lines = len((out / "metrics.jsonl").read_text().splitlines())
+        wait_until(lambda: len((out / "metrics.jsonl").read_text().splitlines()) > lines + 2)  # the first trains on
+        assert (out / "config.yaml").read_text() == config, "a restart of the first would read the second's settings"
+        assert not (out / "result.json").exists(), "the first has not ended"
+    finally:
+        first.kill()  # and the kernel its ranks
+        first.join()
+
+
+# Disks ------------------------------------------------------------------------------------------------------------
+
+MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 1 << 14, 1 << 18  # linux/mount.h
+CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # linux/sched.h
+libc = ctypes.CDLL(None, use_errno=True)
+
+
+class NoMount(Exception):
+    """This machine lets nobody mount anything."""
+
+
+def own_mounts() -> None:
+    """Mounts of this process alone, which end with it; as a user who is root in here where the real one is not."""
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWNS) != 0:
+        if libc.unshare(CLONE_NEWNS | CLONE_NEWUSER) != 0:
+            raise NoMount(os.strerror(ctypes.get_errno()))
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    mount(None, Path("/"), MS_REC | MS_PRIVATE)
+
+
+def mount(kind: str | None, where: Path, flags: int = 0, options: str = "") -> None:
+    names = [kind and kind.encode(), os.fsencode(where), kind and kind.encode()]
+    if libc.mount(names[0], names[1], names[2], ctypes.c_ulong(flags), options.encode()) != 0:
+        code = ctypes.get_errno()
+        raise (NoMount if code in (1, 13) else OSError)(f"mount {where}: {os.strerror(code)}")
+
+
+def on_a_disk(body: Callable[..., None], disk: Path, kilobytes: int, *args: Any) -> None:
+    """Call `body(disk, *args)` in a process of its own, in which `disk` is a file system of that size."""
+    context = multiprocessing.get_context("fork")
+    reader, writer = context.Pipe(duplex=False)
+
+    def within() -> None:
+        try:
+            own_mounts()
+            disk.mkdir()
+            mount("tmpfs", disk, 0, f"size={kilobytes}k")
+            body(disk, *args)
+            writer.send("")
+        except NoMount as error:
+            writer.send(f"NoMount {error}")
+        except BaseException:
+            writer.send(traceback.format_exc())
+        os._exit(0)
+
+    process = context.Process(target=within)
+    process.start()
+    writer.close()
+    said = reader.recv()
+    process.join()
+    if said.startswith("NoMount"):
+        pytest.skip(said)
+    assert not said, said
+
+
+def size_of(folder: Path) -> int:
+    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*")) // 1024
+
+
+def fill(disk: Path, out: Path, setup: Setup, whole: Result, kilobytes: int) -> None:
+    ended = again(out, setup)
+    failed = [line for line in ended.said.splitlines() if "not saved" in line]
+    said = "not saved ([Errno 28] No space left on device); training goes on, the one before is kept"
+    assert failed == [f"checkpoint of step {step} {said}" for step in (8, 12, 16)]
+    assert "Traceback" not in ended.said
+    assert read_result(out)["checkpoints_failed"] == 3
+    folder = out / "checkpoints"
+    assert sorted(os.listdir(folder)) == ["LATEST", "step-00000004"]
+    assert first_difference(torch.load(out / "model.pt", weights_only=True), whole.weights) == ""
+    assert result_of(out).log == whole.log
+    # And when there is room again it is a checkpoint to go on from.
+    before = contents(folder, (4,))
+    mount("tmpfs", disk, MS_REMOUNT, f"size={8 * kilobytes}k")
+    (out / "result.json").unlink()
+    ended = again(out, setup)
+    assert "not saved" not in ended.said
+    assert resumed_from(out) == folder_name(4)
+    assert compare(result_of(out), whole, best=False) == ""
+    assert contents(folder, (4,)) == before
+
+
+@pytest.mark.parametrize(("asynchronous", "share"), [("true", 0.5), ("false", 0.9), ("true", 0.99)])
+def test_a_full_disk_costs_checkpoints_and_not_the_run(
+    asynchronous: str, share: float, finished: Path, tmp_path: Path, whole: Result
+) -> None:
+    """Room for one checkpoint and a share of another: it breaks off in the tensors, or at the very end."""
+    room = size_of(finished / "checkpoints" / folder_name(4))
+    setup = Setup(
+        "ddp", 2, NUMBERS, ("checkpoint.every=4", "checkpoint.keep=4", f"checkpoint.asynchronous={asynchronous}")
+    )
+
+    def body(disk: Path) -> None:
+        out = tmp_path / "out"
+        lay_out(out, setup)
+        (out / "checkpoints").symlink_to(disk)
+        fill(disk, out, setup, whole, room)
+
+    on_a_disk(body, tmp_path / "disk", int(room * (1 + share)))
+
+
+def lay_out(out: Path, setup: Setup) -> None:
+    """The run directory as a launcher makes it, for a start that finds its checkpoints elsewhere."""
+    config = compose_config(setup.target, f"out={out}", *setup.words, *setup.saving)
+    validate(config, setup.target, setup.ranks)
+    freeze(config, setup.recipe)
+
+
+@pytest.mark.parametrize("asynchronous", ["true", "false"])
+def test_a_run_that_lies_on_the_full_disk_goes_on_too(
+    asynchronous: str, finished: Path, tmp_path: Path, whole: Result
+) -> None:
+    """A save that fails must not take the room that the log and the weights need."""
+    room = size_of(finished / "checkpoints" / folder_name(4))
+    rest = size_of(finished) - size_of(finished / "checkpoints")
+    setup = Setup(
+        "ddp", 2, NUMBERS, ("checkpoint.every=4", "checkpoint.keep=4", f"checkpoint.asynchronous={asynchronous}")
+    )
+    assert room > rest, "or the room for weights and log were room for a checkpoint"
+
+    def body(disk: Path) -> None:
+        fill(disk, disk / "out", setup, whole, room + rest)
+
+    on_a_disk(body, tmp_path / "disk", int(1.1 * room) + rest)
+
+
+def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(
+    tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=2", "checkpoint.keep=2"))
+    save = CheckpointDirectory.save
+
+    def body(disk: Path) -> None:
+        out = tmp_path / "out"
+        lay_out(out, setup)
+        (out / "checkpoints").symlink_to(disk)
+
+        def close_and_save(self: CheckpointDirectory, tensors: Any, facts: Any, **more: Any) -> None:
+            if facts["step"] == 6 and dist.get_rank() == 0:
+                self.wait()
+                while True:
+                    try:
+                        mount("tmpfs", disk, MS_REMOUNT | MS_RDONLY)
+                        break
+                    except OSError:  # the other rank has not closed its file yet
+                        time.sleep(0.002)
+            save(self, tensors, facts, **more)
+
+        monkeypatch.setattr(CheckpointDirectory, "save", close_and_save)
+        ended = again(out, setup)
+        assert "not saved ([Errno 30] Read-only file system" in ended.said
+        assert "Traceback" not in ended.said
+        assert read_result(out)["checkpoints_failed"] > 0
+        assert first_difference(torch.load(out / "model.pt", weights_only=True), whole.weights) == ""
+        left = names(disk)
+        assert left
+        assert left[0].name < folder_name(STEPS)
+        before = state_of(disk, set())
+        # Still read-only, it can be read from.
+        (out / "result.json").unlink()
+        again(out, setup)
+        assert resumed_from(out) == left[0].name
+        assert state_of(disk, set()) == before
+        assert result_of(out).log == whole.log
+        assert first_difference(torch.load(out / "model.pt", weights_only=True), whole.weights) == ""
+
+    on_a_disk(body, tmp_path / "disk", 64 * 1024)
+
+
+# Hostile files ----------------------------------------------------------------------------------------------------
+
+
+class Runs:
+    """An object whose pickle runs a shell command when it is loaded."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (self.command,)
+
+
+def by_name(module: str, name: str, argument: str) -> bytes:
+    """A protocol-4 pickle that calls `module.name(argument)`; there a name may have dots, which reach into modules."""
+
+    def text(value: str) -> bytes:
+        return pickle.SHORT_BINUNICODE + bytes([len(value.encode())]) + value.encode()
+
+    return (
+        pickle.PROTO
+        + b"\x04"
+        + text(module)
+        + text(name)
+        + pickle.STACK_GLOBAL
+        + text(argument)
+        + pickle.TUPLE1
+        + pickle.REDUCE
+        + pickle.STOP
+    )
+
+
+def with_payload(metadata: bytes, payload: Any) -> bytes:
+    """The real description of the tensors, which has something else in its planner's data."""
+    real = pickle.loads(metadata)
+    real.planner_data = payload
+    return pickle.dumps(real)
+
+
+HOSTILE: dict[str, Callable[[bytes, str], bytes]] = {
+    "a reduce": lambda _, command: pickle.dumps(Runs(command)),
+    "within real metadata": lambda real, command: with_payload(real, Runs(command)),
+    "os in torch's metadata module": lambda _, command: by_name(
+        "torch.distributed.checkpoint.metadata", "os.system", command
+    ),
+    "os in torch": lambda _, command: by_name("torch.distributed.checkpoint.metadata", "torch.os.system", command),
+    "a dtype's neighbour": lambda _, command: by_name("torch", "os.system", command),
+    "eval": lambda _, command: by_name("builtins", "eval", f"__import__('os').system({command!r})"),
+}
+
+
+def rewrite(checkpoint: Path, content: bytes) -> None:
+    """Put a .metadata into a checkpoint, and its hash into the manifest: nothing looks damaged."""
+    (checkpoint / ".metadata").write_bytes(content)
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    manifest["files"][".metadata"] = fingerprint(checkpoint / ".metadata")
+    del manifest["seal"]
+    (checkpoint / "manifest.json").write_text(seal(manifest))
+
+
+@pytest.mark.parametrize("how", HOSTILE)
+def test_metadata_that_would_run_code_does_not(how: str, finished: Path, tmp_path: Path) -> None:
+    checkpoint, mark = tmp_path / folder_name(16), tmp_path / "mark"
+    shutil.copytree(finished / "checkpoints" / folder_name(16), checkpoint)
+    content = HOSTILE[how]((checkpoint / ".metadata").read_bytes(), f"touch {mark}")
+    rewrite(checkpoint, content)
+    with pytest.raises(UserError, match="refused"):
+        read_metadata(checkpoint)
+    assert not mark.exists()
+    if how != "a dtype's neighbour":  # torch has no such name, so this one is harmless anywhere
+        pickle.loads(content)
+        assert mark.exists(), "or this would not have been a danger"
+
+
+def test_a_run_whose_metadata_would_run_code_is_refused_in_one_line(cut_off: Path, tmp_path: Path) -> None:
+    newest_one, mark = cut_off / "checkpoints" / folder_name(16), tmp_path / "mark"
+    rewrite(newest_one, HOSTILE["within real metadata"]((newest_one / ".metadata").read_bytes(), f"touch {mark}"))
+    ended = start(RUN, cut_off)
+    assert ended.codes == [2, 2], ended.said
+    errors = [line for line in ended.said.splitlines() if line]
+    assert all(line.startswith("error: ") and "refused" in line and folder_name(16) in line for line in errors), errors
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", ["pickle", "zip", "whole model", "list", "text"])
+def test_weights_that_would_run_code_are_refused_before_anything_starts(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """resume=FILE; a whole model's pickle is no attack, but to load it is to run what it names."""
+    file, mark = tmp_path / "weights.pt", tmp_path / "mark"
+    runs = Runs(f"touch {mark}")
+    if kind == "pickle":
+        file.write_bytes(pickle.dumps({"fc.weight": runs}))
+    elif kind == "text":
+        file.write_text("these are no weights")
+    else:
+        torch.save({"zip": {"fc.weight": runs}, "whole model": nn.Linear(2, 2), "list": [torch.zeros(1)]}[kind], file)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["single", f"resume={file}", "out=run"])
+    with pytest.raises(SystemExit) as leaving:
+        single.train.main()
+    said = capfd.readouterr()
+    assert leaving.value.code == 2
+    assert said.err.startswith(f"error: resume={file}: ")
+    assert said.err.count("\n") == 1, said.err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.pt"], (
+        "nothing is created, least of all the mark"
+    )

@@ -1,0 +1,217 @@
+"""Runs that are killed, signalled and damaged at random end as if nothing had happened; and the fuzzer would see it
+if they did not."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.checkpoint import layout
+from lockstep.checkpoint.directory import CheckpointDirectory
+from lockstep.checkpoint.layout import folder_name
+from lockstep.checkpoint.state import TrainingState
+from lockstep.data import sampler as order
+from lockstep.distributed.signals import SIGNALS, Agreement
+from tests.helpers import fuzz
+from tests.helpers.fuzz import DAMAGES, OWN, RANKS, SIZE, Blow, Damage, Fault, Plan, Setup, draw, play, play_launched
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(autouse=True)
+def _warm() -> Iterator[None]:
+    with fuzz.warm():
+        yield
+
+
+def assert_nothing_is_lost(runs: int, seed: int, launcher: bool = False) -> Counter[str]:
+    said: list[str] = []
+    counts = fuzz.fuzz(runs, seed, launcher, said.append)
+    assert counts["runs"] == runs
+    assert not counts["lost"], "\n".join(said)
+    return counts
+
+
+def test_nothing_is_lost() -> None:
+    counts = assert_nothing_is_lost(5, seed=21)
+    assert counts["kills in a save"] >= 2
+    assert all(counts[what] for what in ("kills", "preemptions", "damages", "resumes")), counts
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_nothing_is_lost_in_many_runs() -> None:
+    assert_nothing_is_lost(100, seed=1000)
+
+
+def test_a_seed_decides_all_that_is_drawn() -> None:
+    plans = [draw(seed) for seed in range(500)]
+    assert plans == [draw(seed) for seed in range(500)]
+    assert {(plan.setup.recipe, plan.setup.ranks) for plan in plans} == {
+        (recipe, ranks) for recipe, choices in RANKS.items() for ranks in choices
+    }
+    faults = [fault for plan in plans for fault in plan.faults]
+    assert {fault.sign for fault in faults} == {signal.SIGKILL, *SIGNALS}
+    assert {damage.kind for plan in plans for damage in plan.damages if damage} == set(DAMAGES)
+    in_saves = [fault for fault in faults if fault.share is None]
+    assert 0.4 < len(in_saves) / len(faults) < 0.8, "deaths inside saving, committing and pruning must be common"
+
+
+def test_a_rank_that_dies_on_its_way_to_the_first_save_leaves_nobody_waiting(tmp_path: Path) -> None:
+    setup = killed_in_the_third_save("ddp", 2).setup
+    outcome = play(Plan(setup, (Fault(signal.SIGKILL, 0, call=1, at="mkdir ."),), (None,)), tmp_path)
+    assert outcome.wrong == ""
+    assert outcome.counts["kills"] == 1
+
+
+# Whether it would be seen -----------------------------------------------------------------------------------------
+
+
+def killed_in_the_third_save(recipe: str = "single", ranks: int = 1, damage: Damage | None = None) -> Plan:
+    saving = ("checkpoint.every=4", "checkpoint.keep=3")
+    setup = Setup(recipe, ranks, (*SIZE, *OWN.get(recipe, ()), "optim=sgd"), saving)
+    return Plan(setup, (Fault(signal.SIGKILL, 0, call=1, at="rename .writing-step-00000012"),), (damage,))
+
+
+def after_restore(patch: Patch, change: Callable[[TrainingState], Any]) -> None:
+    """Have every resume do something more than to restore."""
+    restore = TrainingState.restore
+
+    def broken(self: TrainingState, *args: Any) -> None:
+        restore(self, *args)
+        change(self)
+
+    patch.setattr(TrainingState, "restore", broken)
+
+
+def no_momentum(patch: Patch) -> None:
+    after_restore(patch, lambda state: state.optimizer.state.clear())
+
+
+def one_last_bit(patch: Patch) -> None:
+    def change(state: TrainingState) -> None:
+        weight = next(state.module.parameters()).data.view(-1)
+        weight[0] = torch.nextafter(weight[0], torch.tensor(float("inf")))
+
+    after_restore(patch, change)
+
+
+def no_running_statistics(patch: Patch) -> None:
+    def change(state: TrainingState) -> None:
+        for name, buffer in state.module.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.zero_()
+
+    after_restore(patch, change)
+
+
+def other_random_numbers(patch: Patch) -> None:
+    after_restore(patch, lambda state: torch.manual_seed(1))
+
+
+def samples_shifted(patch: Patch) -> None:
+    sampler = order.StepSampler
+
+    def shifted(size: int, batch_size: int, seed: int, rank: int, ranks: int, first: int, last: int) -> Any:
+        return sampler(size, batch_size, seed, rank, ranks, first + bool(first), last + bool(first))
+
+    patch.setattr(order, "StepSampler", shifted)
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (None, ""),
+        (no_momentum, "metrics.jsonl line 1"),
+        (one_last_bit, "metrics.jsonl line 1"),
+        (no_running_statistics, "metrics.jsonl line 15"),
+        (other_random_numbers, "checkpoint: rng."),
+        (samples_shifted, "metrics.jsonl line 1"),
+    ],
+)
+def test_a_restore_that_forgets_is_reported(
+    broken: Callable[[Patch], None] | None, words: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    if broken:
+        broken(monkeypatch)
+    outcome = play(killed_in_the_third_save(), tmp_path)
+    assert outcome.counts == {"kills": 1, "kills in a save": 1, "resumes": 1}
+    assert words in outcome.wrong, outcome.wrong
+    assert bool(outcome.wrong) is bool(broken)
+
+
+def test_a_damaged_checkpoint_that_is_taken_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(layout, "whats_wrong", lambda *_: "")
+    plan = killed_in_the_third_save(damage=Damage("flip", file=0.5, place=0.5))
+    outcome = play(plan, tmp_path)
+    assert outcome.counts["damages"] == 1
+    assert outcome.wrong.startswith(("resumed from step-00000008, not from", "undisturbed, and yet exit codes [1]"))
+
+
+def test_a_save_that_is_not_atomic_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Written under the final name, a half-saved checkpoint looks like one that broke."""
+    monkeypatch.setattr(CheckpointDirectory, "_temporary", lambda self, step: self.folder / folder_name(step))
+    plan = killed_in_the_third_save()
+    early = Fault(signal.SIGKILL, 0, call=1, at="fsync step-00000012/.metadata")
+    outcome = play(Plan(plan.setup, (early,), plan.damages), tmp_path)
+    assert outcome.wrong.startswith("resumed from step-00000008, not from step-00000012"), outcome.wrong
+
+
+def test_a_checkpoint_written_twice_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
+    def touch(self: TrainingState) -> None:
+        for file in (tmp_path / "out" / "checkpoints").glob("step-00000008/*"):
+            file.write_bytes(file.read_bytes())
+
+    after_restore(monkeypatch, touch)
+    outcome = play(killed_in_the_third_save(), tmp_path)
+    assert outcome.wrong.endswith("was written again")
+
+
+def test_a_signal_that_only_one_rank_obeys_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Without the agreement a signalled rank would leave the others in a collective."""
+
+    def alone(self: Agreement, step: int, save: bool) -> tuple[int, bool]:
+        return self._listener.received, save
+
+    plan = killed_in_the_third_save("ddp", 2)
+    fuzz.reference(Setup(plan.setup.recipe, plan.setup.ranks, plan.setup.words))  # while it does not hang
+    monkeypatch.setattr(fuzz, "START_SECONDS", 8)
+    monkeypatch.setattr(Agreement, "ask", alone)
+    fault = Fault(signal.SIGUSR1, 1, call=1, at="fsync .writing-step-00000004/__1_0.distcp")
+    outcome = play(Plan(plan.setup, (fault,), plan.damages), tmp_path)
+    assert outcome.wrong, outcome.events
+
+
+def test_a_hang_is_reported_with_the_line_where_it_stands(tmp_path: Path, monkeypatch: Patch) -> None:
+    plan = killed_in_the_third_save("ddp", 2)
+    fuzz.reference(Setup(plan.setup.recipe, plan.setup.ranks, plan.setup.words))  # while it does not hang
+    monkeypatch.setattr(fuzz, "START_SECONDS", 3)
+    monkeypatch.setattr(Agreement, "ask", lambda *_: time.sleep(1000))
+    outcome = play(Plan(plan.setup, (Fault(),), (None,)), tmp_path)
+    assert outcome.wrong.startswith("ranks [0, 1] hung")
+    assert "test_fuzz.py" in outcome.wrong
+
+
+# The real launcher ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_command_a_user_types_loses_nothing(tmp_path: Path) -> None:
+    """Preempted; started again, loses a rank, and starts its ranks again by itself."""
+    blows = (Blow(signal.SIGTERM, -1, 4, 0.0), Blow(signal.SIGKILL, 1, 11, 0.0))
+    outcome = play_launched(blows, tmp_path)
+    assert not outcome.wrong, outcome.wrong
+    assert outcome.counts == {"signals": 1, "preemptions": 1, "kills": 1, "resumes": 2}, outcome.events
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_launcher_loses_nothing_whoever_is_killed(tmp_path: Path) -> None:
+    assert_nothing_is_lost(6, seed=1, launcher=True)

@@ -1,0 +1,147 @@
+"""Promise 2: however the ranks are started on this machine, it is one run with one directory and the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes import ddp
+from tests.helpers.harness import ROOT, clean_environment, command, train
+
+in_an_interpreter = partial(command, fresh=True)  # its start is what is tested
+SMOKE = ["global_batch_size=24", "max_steps=3", "log_every=1"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+
+
+def free_port() -> int:
+    """Where nobody listens, and below the ports that the kernel hands out to whoever connects meanwhile."""
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
+def start_all(commands: list[list[str]], cwd: Path, variables: list[dict[str, str]] | None = None) -> None:
+    """Start commands side by side and wait for all; each must exit 0."""
+    extras = variables or [{} for _ in commands]
+    processes = [
+        subprocess.Popen(
+            words, cwd=cwd, env=clean_environment() | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for words, extra in zip(commands, extras, strict=True)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output
+
+
+def by_python(out: Path, cwd: Path, nproc: int, *words: str) -> None:
+    done = in_an_interpreter("-m", "recipes.ddp", *SMOKE, f"out={out}", f"nproc={nproc}", *words, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+
+
+def by_interpreters(out: Path, cwd: Path, nproc: int) -> None:
+    by_python(out, cwd, nproc, "start=spawn")  # what ranks on GPUs need; else they are copies of one process
+
+
+def by_torchrun(out: Path, cwd: Path, nproc: int) -> None:
+    words = [*TORCHRUN, f"--nproc-per-node={nproc}", f"--master-port={free_port()}"]
+    start_all([[*words, "-m", "recipes.ddp", *SMOKE, f"out={out}"]], cwd)
+
+
+def by_two_agents(out: Path, cwd: Path, nproc: int) -> None:
+    words = [*TORCHRUN, "--nnodes=2", f"--nproc-per-node={nproc // 2}", "--rdzv-backend=c10d", "--rdzv-id=test"]
+    words += [f"--rdzv-endpoint=127.0.0.1:{free_port()}", "-m", "recipes.ddp", *SMOKE, f"out={out}"]
+    start_all([words, words], cwd)
+
+
+def by_variables(out: Path, cwd: Path, nproc: int) -> None:
+    shared = {"WORLD_SIZE": str(nproc), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [sys.executable, "-m", "recipes.ddp", *SMOKE, f"out={out}"]
+    start_all([words] * nproc, cwd, [shared | {"RANK": str(rank)} for rank in range(nproc)])
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, torch.Tensor]]:
+    """What forked ranks of the test harness make of the same config."""
+    folder = tmp_path_factory.mktemp("reference")
+    return {nproc: train(ddp.train, folder / str(nproc), nproc, *SMOKE) for nproc in (2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("start", "nproc"),
+    [
+        (by_python, 2),
+        pytest.param(by_python, 4, marks=pytest.mark.slow),
+        (by_interpreters, 2),
+        (by_torchrun, 2),
+        pytest.param(by_two_agents, 2, marks=pytest.mark.slow),
+        pytest.param(by_two_agents, 4, marks=pytest.mark.slow),
+        (by_variables, 2),
+    ],
+)
+def test_every_start_gives_the_same_run(start, nproc, weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    out = tmp_path / "run"
+    start(out, tmp_path, nproc)
+    mine = torch.load(out / "model.pt", weights_only=True)
+    assert all(torch.equal(mine[name], tensor) for name, tensor in weights[nproc].items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "one run directory, and nothing beside it"
+    assert {path.name for path in (out / "ranks").iterdir()} == {
+        f"{rank}.{kind}" for rank in range(nproc) for kind in ("log", "heartbeat")
+    }
+    assert json.loads((out / "result.json").read_text())["world_size"] == nproc
+    share = max(1, len(os.sched_getaffinity(0)) // nproc)
+    assert f"{share} thread" in (out / "ranks" / "1.log").read_text(), "no more threads than cores"
+
+
+def test_without_out_the_directory_is_named_by_recipe_and_time(tmp_path: Path) -> None:
+    done = command("-m", "recipes.single", *SMOKE, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    (run,) = (tmp_path / "outputs" / "single").iterdir()
+    assert f"outputs/single/{run.name}" in done.stdout, "the summary says where everything was written"
+    assert (run / "model.pt").is_file()
+
+
+@pytest.mark.slow
+def test_a_sweep_is_one_run_a_point(tmp_path: Path) -> None:
+    done = command("-m", "recipes.single", "-m", "optim.lr=0.01,0.02", *SMOKE, "out=sweep", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rates = [(tmp_path / "sweep" / point / "config.yaml").read_text() for point in ("0", "1")]
+    assert "lr: 0.01" in rates[0]
+    assert "lr: 0.02" in rates[1]
+
+
+def test_a_script_of_ones_own_runs_without_a_yaml(tmp_path: Path) -> None:
+    """A recipe copied into another project, under another name."""
+    (tmp_path / "mine.py").write_text((ROOT / "recipes" / "ddp.py").read_text())
+    done = command("mine.py", *SMOKE, "out=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["recipe"] == "mine"
+
+
+def test_a_script_that_has_computed_something_gets_interpreters(tmp_path: Path) -> None:
+    """OpenMP's threads are not there in a copy of the process that has them, and its next product would hang."""
+    work = "import torch\n\n(torch.rand(3000, 3000) * 2).sum()\n\n"
+    script = (ROOT / "recipes" / "single.py").read_text()
+    (tmp_path / "mine.py").write_text(script.replace("if __name__", work + "if __name__"))
+    done = in_an_interpreter("mine.py", *SMOKE, "out=run", "threads=2", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_conf_folder_where_the_user_stands_does_not_hide_ours(tmp_path: Path) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "ddp.yaml").write_text("nonsense: true\n")
+    done = command("-m", "recipes.ddp", "--cfg", "job", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "nonsense" not in done.stdout

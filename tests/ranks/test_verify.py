@@ -1,0 +1,235 @@
+"""`recipes.verify` says that every recipe computes what `single` does, and says so of a broken one by its name."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lockstep.data import sampler
+from lockstep.distributed.sync_batchnorm import SyncBatchNorm
+from lockstep.verify.trace import angle, difference
+from recipes import verify
+from tests.helpers.harness import ROOT, command, execute, preload
+
+pytestmark = pytest.mark.usefixtures("narrow")
+
+PROVEN = ["data_parallel", "ddp", "deepspeed_zero", "fsdp", "grad_accumulation", "lightning_fabric", "lightning_fabric"]
+PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
+PROVEN += ["transfer_learning", "transfer_learning"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_recipe_is_proven_by_the_command(tmp_path: Path) -> None:
+    done = command("-m", "recipes.verify", "out=run", cwd=tmp_path, timeout=880)
+    assert done.returncode == 0, done.stdout + done.stderr
+    check_rows(tmp_path / "run")
+
+
+def test_every_recipe_is_proven(tmp_path: Path) -> None:
+    """As the command does it, on a narrow model."""
+    for package in ("deepspeed_zero", "lightning_trainer"):
+        preload(importlib.import_module(f"recipes.{package}").train)
+    execute(verify.train, tmp_path / "run", 2, timeout=300)
+    check_rows(tmp_path / "run")
+
+
+def check_rows(out: Path) -> None:
+    rows = json.loads((out / "verify.json").read_text())
+    proofs = [row for row in rows if not row["verdict"].startswith("differs")]
+    precisions = {"deepspeed_zero": ["fp32"]}
+    expected = [(name, precision) for name in PROVEN for precision in precisions.get(name, ["fp64", "fp32"])]
+    assert [(row["recipe"], row["precision"]) for row in proofs] == expected
+    assert all(row["verdict"] == "equal" for row in proofs)
+    assert all(row["weights"] <= 1e-10 and row["loss"] <= 1e-10 for row in proofs if row["precision"] == "fp64")
+    measured = [row for row in rows if row not in proofs]
+    names = ["data_parallel", "ddp", "deepspeed_zero", "fsdp", "grad_accumulation", "pipeline_parallel"]
+    assert [row["recipe"] for row in measured] == names
+    assert all(row["loss"] > 1e-3 for row in measured), "a batch norm that does differ: the comparison can see it"
+
+
+@pytest.mark.parametrize(
+    ("world_size", "names", "words"),
+    [(3, "ddp,sync_batchnorm", ()), (4, "pipeline_parallel,fsdp", ("fsdp.replicas=2",))],
+)
+def test_on_other_numbers_of_ranks(world_size: int, names: str, words: tuple[str, ...], tmp_path: Path) -> None:
+    execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=2", "precision=fp64", *words)
+    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert {row["recipe"] for row in rows} == set(names.split(","))
+    assert all((row["verdict"], row["ranks"]) == ("equal", world_size) for row in rows)
+
+
+def test_a_recipe_that_these_ranks_cannot_run_is_named_and_not_called_equal(tmp_path: Path) -> None:
+    execute(verify.train, tmp_path / "run", 1, "recipes=[pipeline_parallel]")
+    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert all(row["verdict"].startswith("not run: stages=2") for row in rows)
+
+
+def test_a_precision_that_a_recipe_lacks_is_not_called_equal(tmp_path: Path) -> None:
+    execute(verify.train, tmp_path / "run", 2, "recipes=[deepspeed_zero]", "precision=fp64")
+    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert [row["verdict"][:24] for row in rows] == ["not run: precision=fp64:"]
+
+
+# Broken on purpose. Each of these mistakes has been published in somebody's tutorial. -------------------------------
+
+BROKEN = {
+    "gradients clipped to a length of 1, as DeepSpeed does by default": (
+        "deepspeed_zero",
+        '"gradient_clipping": (config.gradients.clip_norm or 0.0) if config.zero.stage else 0.0,',
+        "",
+    ),
+    "accumulation that does not weight its pieces": (
+        "grad_accumulation",
+        "scaler.scale(loss * weight)",
+        "scaler.scale(loss)",
+    ),
+    "one all-reduce left out": (
+        "ddp",
+        "with run.autocast():",
+        "with model.no_sync() if run.step == 1 else run.autocast():",
+    ),
+    "ranks that train alone": (
+        "ddp",
+        "    model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)\n",
+        "",
+    ),
+    "BatchNorm left unsynchronised": (
+        "sync_batchnorm",
+        "model = convert_sync_batchnorm(model)",
+        "convert_sync_batchnorm",
+    ),
+    "layers that Fabric was never given": (
+        "lightning_fabric",
+        "model = convert_sync_batchnorm(model)",
+        "convert_sync_batchnorm(build_model(run.config.model))",
+    ),
+    "a loss that Fabric has rounded": (
+        "lightning_fabric",
+        "with fabric.autocast():",
+        "if True:",
+    ),
+    "micro-batches that Lightning weighs alike": (
+        "lightning_trainer",
+        "return loss * micro.weight * self.trainer.accumulate_grad_batches",
+        "return loss",
+    ),
+    "a plugin that Lightning was never given": (
+        "lightning_trainer",
+        "[SyncBatchNorm()] if run.config.sync_batchnorm else []",
+        "[]",
+    ),
+    "a stage's gradient of the wrong size": (
+        "pipeline_parallel",
+        "average_gradients(mine, data_group)",
+        "[p.grad.mul_(1 if first else 0.5) for p in mine.parameters()]",
+    ),
+    "a frozen BatchNorm that model.train() wakes": (
+        "transfer_learning",
+        "            layer.eval()\n",
+        "            continue\n",
+    ),
+    "layers unfrozen in silence": (
+        "transfer_learning",
+        "    freeze(model, run.config.freeze)\n",
+        "    freeze(model, run.config.freeze if run.shards == 1 else [])\n",
+    ),
+    "shards cut from each rank's own memory": (
+        "fsdp",
+        "mine.placements)",
+        "mine.placements, src_data_rank=None)",
+    ),
+    "replicas whose gradients are lost": (
+        "data_parallel",
+        "{name: tensor.clone() for name, tensor in self.module.named_parameters()}",
+        "{n: t.clone() if number == 0 else t.detach() for n, t in self.module.named_parameters()}",
+    ),
+}
+
+
+@pytest.fixture
+def replace(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Put a changed copy of a recipe in its place, for this process and the ranks it forks."""
+
+    def put(name: str, old: str, new: str) -> None:
+        path = ROOT / "recipes" / f"{name}.py"
+        source = path.read_text()
+        assert old in source, f"recipes/{name}.py has changed: the mutation would change nothing"
+        spec = importlib.util.spec_from_file_location(f"recipes.{name}", path)
+        assert spec is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, f"recipes.{name}", module)
+        exec(compile(source.replace(old, new), str(path), "exec"), module.__dict__)
+
+    return put
+
+
+@pytest.mark.parametrize("mistake", BROKEN)
+def test_a_broken_recipe_is_named(mistake: str, replace: Any, tmp_path: Path) -> None:
+    name, old, new = BROKEN[mistake]
+    replace(name, old, new)
+    precision = "fp32" if name == "deepspeed_zero" else "fp64"
+    with pytest.raises(AssertionError, match=f"not the training that recipes.single computes: {name} in {precision}"):
+        execute(verify.train, tmp_path / "run", 2, f"recipes=[{name}]", "max_steps=2", f"precision={precision}")
+    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert any(row["verdict"].startswith("OFF: ") for row in rows)
+
+
+def test_synchronising_in_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    forward = SyncBatchNorm.forward
+
+    def always_training(self: SyncBatchNorm, x: torch.Tensor) -> torch.Tensor:
+        mode, self.training = self.training, True
+        y = forward(self, x)
+        self.training = mode
+        return y
+
+    monkeypatch.setattr(SyncBatchNorm, "forward", always_training)
+    with pytest.raises(AssertionError, match="sync_batchnorm in fp64"):
+        # Equal evaluation batches on both ranks: with unequal ones this mistake hangs, which is how it is usually met.
+        execute(
+            verify.train,
+            tmp_path / "run",
+            2,
+            "recipes=[sync_batchnorm]",
+            "precision=fp64",
+            "max_steps=2",
+            "eval_batch_size=180",
+        )
+
+
+def test_padded_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def padded(self: sampler.EvalSampler) -> Iterator[tuple[int, torch.Tensor]]:
+        for number in self.numbers():  # the last batch filled up from the start, as DistributedSampler does
+            yield number, torch.arange(number * self.batch_size, (number + 1) * self.batch_size) % self.size
+
+    monkeypatch.setattr(sampler.EvalSampler, "__iter__", padded)
+    with pytest.raises(AssertionError, match="ddp in fp64: RuntimeError: evaluation counted 384 samples of 360"):
+        execute(verify.train, tmp_path / "run", 2, "recipes=[ddp]", "max_steps=1")
+
+
+def test_differences_see_what_is_missing_or_not_a_number() -> None:
+    ones, twos = {"a": torch.ones(3)}, {"a": torch.ones(3) * 2}
+    assert difference(ones, ones) == 0
+    assert difference(twos, ones) == pytest.approx(1.0)
+    assert difference({}, ones) == difference({"a": torch.full((3,), float("nan"))}, ones) == float("inf")
+    assert angle(twos, ones) == pytest.approx(1.0), "the same direction, and twice as long"
+    assert angle(ones, ones) == pytest.approx(0.0, abs=1e-12)
+    assert angle({"a": -torch.ones(3)}, ones) == pytest.approx(2.0)
+
+
+@pytest.mark.slow
+def test_every_recipe_is_proven_with_clipped_gradients(tmp_path: Path) -> None:
+    """All keys go to both sides; the gradients' norm is above this limit in each step."""
+    for package in ("deepspeed_zero", "lightning_trainer"):
+        preload(importlib.import_module(f"recipes.{package}").train)
+    execute(verify.train, tmp_path / "run", 2, "gradients.clip_norm=0.3", "gradients.log=true", timeout=400)
+    check_rows(tmp_path / "run")
