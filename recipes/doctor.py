@@ -64,8 +64,10 @@ from lockstep.memory.tracker import KINDS, Prediction, predict, sharded
 from lockstep.memory.usage import free_bytes, peak_from_now
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, mebibytes, short
+from lockstep.verify.proofs import proof_config
+from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import trace
-from recipes import choose, verify
+from recipes import choose
 
 STEPS = 3
 PROVEN_STEPS = 5
@@ -206,9 +208,9 @@ def proven(run: Run) -> Finding:
         return Finding("verify", "ok", f"recipes.{each.name} declares no proof: nothing to compare")
     proof = each.proofs[0]
     precision = "fp64" if "fp64" in proof.precisions else proof.precisions[0]
-    base = verify.settings(run, precision, proof.settings | {"max_steps": PROVEN_STEPS, "check": Config().check})
+    base = proof_config(run, precision, proof.settings | {"max_steps": PROVEN_STEPS, "check": Config().check})
     mine = with_values(base, proof.own)
-    row = verify.Row(each.name, precision, run.world.world_size, PROVEN_STEPS, tolerance=verify.TOLERANCE[precision])
+    row = VerifyRow(each.name, precision, run.world.world_size, PROVEN_STEPS)
     remedy = f"python -m recipes.verify recipes=[{each.name}]"
     try:
         single = importlib.import_module("recipes.single").train
@@ -222,7 +224,7 @@ def proven(run: Run) -> Finding:
         return Finding("verify", "fails", figure, f"look into ranks/{run.world.rank}.log, then {remedy}")
     if not (traced and reference):
         return Finding("verify", "ok", "")  # rank 0's is what counts
-    verify.compare(row, traced, reference, "")
+    row.compare(traced, reference)
     figure = f"{count(PROVEN_STEPS, 'step')} of {each.name} in {precision}: {row.verdict}, "
     figure += f"weights within {row.weights:.0e} of one process's"
     return Finding("verify", "fails" if row.fails else "ok", figure, remedy if row.fails else "")

@@ -8,70 +8,36 @@ which settings it must be equal (`@recipe(proof=...)`): DDP, for one, with group
 share is another computation. By how much it then differs is measured too, in rows of their own. Later recipes join by
 that declaration.
 
+How: lockstep/verify/proofs.py lists the rows and trains both sides, trace.py records what a training computed, rows.py
+compares two records, report.py prints them.
+
     python -m recipes.verify                             all recipes, two ranks on this machine
     python -m recipes.verify recipes=[ddp] nproc=4 precision=fp64     or fp32, bf16, fp16
 
-Expect: every row green and exit code 0, in about three minutes on two CPU cores; exit code 1 if a row is off.
+Expect: a line per row, then a table with every row green and exit code 0, in about three minutes on two CPU cores;
+exit code 1 if a row is off.
 Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 """
 
 import importlib
-import traceback
-from dataclasses import asdict, dataclass
-from typing import Any
+import time
+from dataclasses import asdict
 
 import torch.distributed as dist
-from rich.table import Table
 
-from lockstep import Proof, Recipe, Run, UserError, recipe
-from lockstep.config.schema import Config, typed, with_values
+from lockstep import Recipe, Run, recipe
+from lockstep.config.schema import Config
 from lockstep.errors import CheckFailed
-from lockstep.launch.validate import check_batch, check_package
-from lockstep.training.precision import AUTOCAST
 from lockstep.utils.files import write_json
-from lockstep.verify.trace import Trace, angle, difference, trace
+from lockstep.utils.text import count
+from lockstep.verify.proofs import proof_cases, verify_case
+from lockstep.verify.report import progress_line, verdict_notes, verify_table
+from lockstep.verify.rows import VerifyRow
+from lockstep.verify.trace import Trace
 from recipes import choose
 
-TOLERANCE = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}
-STEPS = {"fp64": 5, "fp32": 3, "bf16": 3, "fp16": 3}
-IMAGES_A_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 images for BatchNorm
 
-
-@dataclass
-class Row:
-    """One comparison; the five numbers are relative differences from `single`.
-
-    `variant` says which of a recipe's proofs it is, where there are several.
-    """
-
-    recipe: str
-    precision: str
-    ranks: int
-    steps: int
-    loss: float | None = None
-    gradients: float | None = None
-    weights: float | None = None
-    buffers: float | None = None
-    evaluation: float | None = None
-    tolerance: float = 0.0
-    verdict: str = "equal"
-    variant: str = ""
-
-    def judge(self, differs: str) -> None:
-        if differs:
-            self.verdict = f"differs: {differs}"
-            return
-        names = ("loss", "gradients", "weights", "buffers", "evaluation")
-        off = [name for name in names if not getattr(self, name) <= self.tolerance]
-        if off:
-            self.verdict = f"OFF: {', '.join(off)}"
-
-    @property
-    def fails(self) -> bool:
-        return self.verdict.startswith("OFF")
-
-
-def find(names: list[str] | None) -> list[Recipe]:
+def recipes_with_proofs(names: list[str] | None) -> list[Recipe]:
     """The recipes that declare a proof, or those of them that are named.
 
     Raises:
@@ -81,122 +47,33 @@ def find(names: list[str] | None) -> list[Recipe]:
     return [each for each in found if each.proofs]
 
 
-def plan(run: Run) -> list[tuple[Recipe, Proof, str, dict[str, Any], str]]:
-    """The rows to come: (recipe, proof, precision, settings for both sides, why they differ or nothing).
-
-    A precision other than the default one asks for the proofs in that precision alone.
-    """
-    found: list[tuple[Recipe, Proof, str, dict[str, Any], str]] = []
-    everything = run.config.precision == Config().precision
-    precisions = ["fp64", "fp32", *AUTOCAST] if run.device.type == "cuda" else ["fp64", "fp32"]
-    for each, proof in ((one, proof) for one in find(run.config.recipes) for proof in one.proofs):
-        for precision in precisions if everything else [run.config.precision]:
-            if precision in proof.precisions or not everything:  # asked for, and said to be impossible
-                found.append((each, proof, precision, proof.settings, ""))
-        if proof.differs and everything:
-            found.append((each, proof, proof.precisions[0], proof.differs, proof.because))
-    return found
-
-
-def settings(run: Run, precision: str, values: dict[str, Any]) -> Config:
-    """What both sides train: few steps, small batches, every step logged, one evaluation at the end."""
-    common: dict[str, Any] = {
-        "precision": precision,
-        "global_batch_size": IMAGES_A_RANK * run.world.world_size,
-        "max_steps": run.config.max_steps or STEPS[precision],
-        "log_every": 1,
-        "eval_every": 0,
-        "optim.warmup_steps": 0,
-        "recipes": None,
-    }
-    if precision == "fp16":  # so small that no step is left out: which ones are depends on how images are dealt out
-        common["loss_scale"] = 256.0
-    return with_values(run.asked, common | values)
-
-
-def words(values: dict[str, Any]) -> list[str]:
-    return [typed(*pair) for pair in values.items()]
-
-
-def compare(row: Row, mine: Trace, theirs: Trace, differs: str) -> None:
-    """Fill in a row; `differs` says why these settings make another computation, where they do."""
-    pairs = zip(mine.losses, theirs.losses, strict=True)
-    row.loss = max(abs(a - b) / abs(b) for a, b in pairs)
-    distance = difference if row.precision == "fp64" else angle
-    row.gradients = distance(mine.gradients, theirs.gradients)
-    row.weights = distance(mine.weights, theirs.weights)
-    row.buffers = distance(mine.buffers, theirs.buffers)
-    row.evaluation = abs(mine.result["eval_loss"] - theirs.result["eval_loss"]) / theirs.result["eval_loss"]
-    row.judge(differs)
-
-
-def show(run: Run, rows: list[Row]) -> None:
-    """The table, for people."""
-    table = Table(title=f"each recipe against recipes.single, {run.world.world_size} ranks", title_justify="left")
-    numbers = ("loss", "gradients", "weights", "buffers", "evaluation")
-    for column in ("recipe", "precision", "steps", *numbers, "allowed", "verdict"):
-        table.add_column(column)
-    for row in rows:
-        allowed = None if row.verdict.startswith("differs") else row.tolerance
-        figures = [*(getattr(row, name) for name in numbers), allowed]
-        cells = ["" if figure is None else f"{figure:.0e}" for figure in figures]
-        style = "red" if row.fails else "green" if row.verdict == "equal" else "yellow"
-        name = f"{row.recipe} {row.variant}".strip()
-        table.add_row(name, row.precision, str(row.steps), *cells, f"[{style}]{row.verdict}[/]")
-    run.report.console.print(table)
-
-
 def check(config: Config, share: int) -> None:
     """Only recipes that exist can be verified."""
-    find(config.recipes)
+    recipes_with_proofs(config.recipes)
 
 
 @recipe(check=check)
 def train(run: Run) -> None:
     single = importlib.import_module("recipes.single").train
-    references: dict[str, Trace | None] = {}
-    rows = []
-    for each, proof, precision, values, differs in plan(run):
-        row = Row(each.name, precision, run.world.world_size, run.config.max_steps or STEPS[precision])
-        row.tolerance = TOLERANCE[precision]
-        own = words(proof.own)
-        others = [words(other.own) for other in each.proofs]
-        row.variant = " ".join(word for word in own if not all(word in other for other in others))
-        rows.append(row)
-        base = settings(run, precision, values)
-        mine = with_values(base, proof.own)
-        ranks = each.ranks or run.world.world_size
-        try:
-            check_package(each)
-            check_batch(mine, ranks)
-            if each.check:
-                each.check(mine, mine.global_batch_size // (ranks // mine.stages))
-        except UserError as error:
-            row.verdict = f"not run: {error}"
-            continue
-        # Where a part of the model is frozen, say, the same part is frozen in `single`.
-        alike = proof.prepare is not None
-        key = "-".join([precision, *words(values), *(own if alike else [])])
-        try:
-            if key not in references:
-                reference_config = mine if alike else base
-                references[key] = trace(run, single, reference_config, f"single-{key}", proof.prepare)
-            name = "-".join([each.name, precision, *words(values), *own])
-            found, reference = trace(run, each, mine, name), references[key]
-            if found and reference:
-                compare(row, found, reference, differs)
-        except Exception as error:
-            # The ranks may now be at different places, so no further row could be trusted.
-            run.report.log.write(traceback.format_exc())
-            raise CheckFailed(f"{each.name} in {precision}: {type(error).__name__}: {error}") from None
+    cases = proof_cases(recipes_with_proofs(run.config.recipes), run.config, run.device.type)
+    run.report.line(f"verify: {count(len(cases), 'row')}, on {count(run.world.world_size, 'rank')}")
+    references: dict[str, Trace | None] = {}  # what `single` computed, by settings
+    rows: list[VerifyRow] = []
+    for number, case in enumerate(cases, start=1):
+        began = time.perf_counter()
+        rows.append(verify_case(run, case, single, references))
+        if run.world.rank == 0:  # the other ranks have no numbers
+            run.report.line(progress_line(rows[-1], number, len(cases), time.perf_counter() - began))
     if run.world.rank == 0:
         write_json(run.out / "verify.json", [asdict(row) for row in rows])
-        show(run, rows)
+        run.report.console.print(verify_table(rows))
+        for note in verdict_notes(rows):
+            run.report.line(note)
     off = [f"{row.recipe} in {row.precision}" + f" with {row.variant}" * bool(row.variant) for row in rows if row.fails]
-    verdict: list[Any] = [off]
+    verdict = [", ".join(off)]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
-        raise CheckFailed(f"not the training that recipes.single computes: {', '.join(verdict[0])}; see verify.json")
+        raise CheckFailed(f"not the training that recipes.single computes: {verdict[0]}; see verify.json")
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ BROKEN = {
     ),
     "a plugin that Lightning was never given": (
         "lightning_trainer",
-        "[SyncBatchNorm()] if run.config.sync_batchnorm else []",
+        "[SyncBatchNormPlugin()] if run.config.sync_batchnorm else []",
         "[]",
     ),
     "a stage's gradient of the wrong size": (

@@ -1,0 +1,120 @@
+"""What recipes.verify proves: for each proof that a recipe declares, a few steps of it against the same of `single`."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from lockstep.config.schema import Config, typed, with_values
+from lockstep.errors import CheckFailed, UserError
+from lockstep.launch.validate import check_batch, check_package
+from lockstep.recipe import Proof, Recipe
+from lockstep.run import Run
+from lockstep.training.precision import AUTOCAST
+from lockstep.verify.rows import VerifyRow
+from lockstep.verify.trace import Trace, trace
+
+PROOF_STEPS = {"fp64": 5, "fp32": 3, "bf16": 3, "fp16": 3}  # by precision
+IMAGES_PER_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 images for BatchNorm
+
+
+@dataclass(frozen=True)
+class ProofCase:
+    """One row to come.
+
+    Attributes:
+        settings: of both sides.
+        differs: why the two sides compute different trainings; empty where they must be equal.
+    """
+
+    recipe: Recipe
+    proof: Proof
+    precision: str
+    settings: dict[str, Any]
+    differs: str = ""
+
+    @property
+    def own_words(self) -> list[str]:
+        """The proof's settings for its recipe alone, as typed."""
+        return typed_words(self.proof.own)
+
+    @property
+    def variant(self) -> str:
+        """Those of `own_words` that not every proof of this recipe has."""
+        others = [typed_words(proof.own) for proof in self.recipe.proofs]
+        return " ".join(word for word in self.own_words if not all(word in words for words in others))
+
+
+def typed_words(values: dict[str, Any]) -> list[str]:
+    return [typed(*pair) for pair in values.items()]
+
+
+def proof_cases(recipes: Iterable[Recipe], config: Config, device: str) -> list[ProofCase]:
+    """All rows to come. A precision other than the default one asks for the proofs in that precision alone."""
+    cases = []
+    every_precision = config.precision == Config().precision
+    precisions = ["fp64", "fp32", *AUTOCAST] if device == "cuda" else ["fp64", "fp32"]
+    for recipe, proof in [(each, proof) for each in recipes for proof in each.proofs]:
+        for precision in precisions if every_precision else [config.precision]:
+            if precision in proof.precisions or not every_precision:  # asked for, and said to be impossible
+                cases.append(ProofCase(recipe, proof, precision, proof.settings))
+        if proof.differs and every_precision:
+            cases.append(ProofCase(recipe, proof, proof.precisions[0], proof.differs, proof.because))
+    return cases
+
+
+def proof_config(run: Run, precision: str, values: dict[str, Any]) -> Config:
+    """What both sides train: few steps, small batches, every step logged, one evaluation at the end."""
+    common: dict[str, Any] = {
+        "precision": precision,
+        "global_batch_size": IMAGES_PER_RANK * run.world.world_size,
+        "max_steps": run.config.max_steps or PROOF_STEPS[precision],
+        "log_every": 1,
+        "eval_every": 0,
+        "optim.warmup_steps": 0,
+        "recipes": None,
+    }
+    if precision == "fp16":  # so small that no step is left out: which ones are depends on how images are dealt out
+        common["loss_scale"] = 256.0
+    return with_values(run.asked, common | values)
+
+
+def verify_case(run: Run, case: ProofCase, single: Recipe, references: dict[str, Trace | None]) -> VerifyRow:
+    """Train both sides on the ranks of `run` and compare them; the numbers are on rank 0.
+
+    Args:
+        references: what `single` computed for earlier cases, which is not computed again.
+
+    Raises:
+        CheckFailed: a training failed.
+    """
+    each, precision = case.recipe, case.precision
+    base = proof_config(run, precision, case.settings)
+    mine = with_values(base, case.proof.own)
+    row = VerifyRow(each.name, precision, run.world.world_size, mine.max_steps or 0, variant=case.variant)
+    ranks = each.ranks or run.world.world_size
+    try:
+        check_package(each)
+        check_batch(mine, ranks)
+        if each.check:
+            each.check(mine, mine.global_batch_size // (ranks // mine.stages))
+    except UserError as error:
+        row.verdict = f"not run: {error}"
+        return row
+    # Where a part of the model is frozen, say, the same part is frozen in `single`.
+    alike = case.proof.prepare is not None
+    settings = [precision, *typed_words(case.settings)]
+    key = "-".join([*settings, *(case.own_words if alike else [])])
+    try:
+        if key not in references:
+            references[key] = trace(run, single, mine if alike else base, f"single-{key}", case.proof.prepare)
+        found = trace(run, each, mine, "-".join([each.name, *settings, *case.own_words]), case.proof.prepare)
+        if found and (reference := references[key]):
+            row.compare(found, reference, case.differs)
+    except Exception as error:
+        # The ranks may now be at different places, so no further row could be trusted.
+        run.report.log.write(traceback.format_exc())
+        raise CheckFailed(f"{each.name} in {precision}: {type(error).__name__}: {error}") from None
+    return row
