@@ -115,7 +115,7 @@ class Fault:
     """
 
     sign: int = 0
-    worker: int = 0
+    rank: int = 0
     share: float | None = None
     call: int = 0
     at: str = ""
@@ -718,7 +718,7 @@ class Blow:
     """
 
     sign: int
-    worker: int
+    rank: int
     steps: int
     seconds: float
 
