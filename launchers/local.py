@@ -112,7 +112,7 @@ def show(error: Exception) -> int:
         failure = failures[rank]
         ended = failure.exitcode == -signal.SIGKILL and failure.timestamp - first >= KILL_SECONDS
         # lockstep.launch.worker.tell puts the exception's class in front.
-        tells = isinstance(failure.message, dict) and failure.message["message"].startswith("Stuck: ")
+        tells = isinstance(failure.message, dict) and failure.message["message"].startswith("WatchdogTimeout: ")
         return ended or failure.exitcode in (-signal.SIGTERM, ASK_AGAIN), tells, failure.timestamp
 
     rank = min(failures, key=order)
@@ -141,9 +141,9 @@ def last_heard_of(rank: int, aborted: bool = False) -> tuple[str, list[str]]:
     out = os.environ.get("LOCKSTEP_RUN_DIR")
     if out is None:
         return "", []
-    from lockstep.distributed.heartbeat import obituary
+    from lockstep.diagnose.verdict import describe_failure
 
-    return obituary(Path(out), rank, aborted)
+    return describe_failure(Path(out), rank, aborted)
 
 
 def show_cursor() -> None:

@@ -84,7 +84,7 @@ class Run:
         self.asked = config  # what was typed: tools hand it on to runs that choose for themselves
         self.config, self.choices = choose_for_hardware(config, recipe, world, out)
         config = self.config
-        self.pulse = world.pulse
+        self.heartbeat = world.heartbeat
         # The stages of a pipeline work on the same images; they are neighbouring ranks.
         self.shards = shards or world.world_size // config.stages
         self.shard = world.rank // config.stages % self.shards
@@ -263,12 +263,12 @@ class Run:
 
     def _awaited(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
-            self.pulse.enter(WAITING, self.step + 1)
+            self.heartbeat.enter(WAITING, self.step + 1)
             with self._instruments.waiting():
                 batch = next(batches, None)
             if batch is None:
                 return
-            self.pulse.enter(TRAINING)
+            self.heartbeat.enter(TRAINING)
             yield batch
 
     def eval_sampler(self) -> order.EvalSampler:
@@ -290,7 +290,7 @@ class Run:
                 f"{self.recipe} left run.steps after step {self.step} of {self.total_steps}; "
                 "run the loop to its end, or set max_steps"
             )
-        self.pulse.enter("finishing")
+        self.heartbeat.enter("finishing")
         self._keeper.wait()
         module = self._whole()
         weights = full_state_dict(module, self.device, keep=self.world.rank == 0)
@@ -360,7 +360,7 @@ class Run:
             engine=engine,
         )
         if not self.quiet:  # a tool's run is never continued
-            self.pulse.enter("resuming")
+            self.heartbeat.enter("resuming")
             self._resume(model)
         return self._state
 
@@ -416,7 +416,7 @@ class Run:
         self._logged_at, self._logged_step = time.perf_counter(), self.step
         self._setup_seconds = self._logged_at - self.started
         if self.step >= self.total_steps:
-            self.pulse.enter("evaluating", self.step)
+            self.heartbeat.enter("evaluating", self.step)
             self._evaluation = self._evaluate()
             raise NothingLeft
 
@@ -476,7 +476,7 @@ class Run:
         evaluates = self.step == self.total_steps or self._epoch_ends_with_evaluation()
         if evaluates:
             self._settle_log()
-            self.pulse.enter("evaluating")
+            self.heartbeat.enter("evaluating")
         return evaluates
 
     def pause(self, seconds: float) -> None:
@@ -574,7 +574,7 @@ class Run:
         self._settle_log()
         if self.quiet:
             return
-        self.pulse.enter("saving", self.step)
+        self.heartbeat.enter("saving", self.step)
         paused = time.perf_counter()
         for logger in self.loggers:
             logger.flush()

@@ -303,7 +303,7 @@ def test_a_rank_that_hangs_is_named_once(box: Box, folder: Path) -> None:
     words = ["ddp.py", *LONG, "timeout_seconds=15", "out=run", "cluster.nodes=2"]
     code, said = end(start(box, folder, *words, how="sleep"))
     assert code == 1, said
-    assert said.count("error: rank 1 (node2) has not come to all_reduce") == said.count("stack traces") == 1, said
+    assert said.count("error: rank 1 (node2) has not reached all_reduce") == said.count("stack traces") == 1, said
     assert "  rank 1 (node2): step 2, training, time.sleep(600) (hook.py:" in said
 
 

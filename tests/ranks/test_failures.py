@@ -30,7 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 from lockstep import Run, recipe
-from lockstep.models import build_model
+from lockstep.models.resnet import build_model
 
 
 @recipe
@@ -113,7 +113,7 @@ def test_a_stopped_rank_is_named_by_its_peer_and_does_not_outlive_it(folder: Pat
     began = time.monotonic()
     done = command("crash.py", *WORDS, "timeout_seconds=5", "start=spawn", cwd=folder, HOW="stop")
     assert done.returncode == 1
-    assert re.match(r"error: rank 1 \(\S+\) stands still in step 2 \(training\)", done.stderr), done.stderr
+    assert re.match(r"error: rank 1 \(\S+\) is stopped in step 2 \(training\)", done.stderr), done.stderr
     assert time.monotonic() - began < 30
 
 
@@ -152,8 +152,10 @@ LONG = [sys.executable, "-m", "recipes.ddp", "epochs=1000", "out=run", "data.wor
 
 def test_who_tells_of_another_is_not_shown_for_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Rank 1 was killed; the launcher was so slow to look that rank 0 has had the time to say so and to end."""
-    extra = {"py_callstack": "error: rank 1 ended without a word", "timestamp": str(int(time.time()) - 5)}
-    (tmp_path / "error.json").write_text(json.dumps({"message": {"message": "Stuck: rank 1", "extraInfo": extra}}))
+    extra = {"py_callstack": "error: rank 1 ended without an error message", "timestamp": str(int(time.time()) - 5)}
+    (tmp_path / "error.json").write_text(
+        json.dumps({"message": {"message": "WatchdogTimeout: rank 1", "extraInfo": extra}})
+    )
     told = ProcessFailure(0, 1, 1, str(tmp_path / "error.json"))
     killed = ProcessFailure(1, 2, -signal.SIGKILL, str(tmp_path / "none"))
     assert told.timestamp < killed.timestamp
@@ -161,7 +163,7 @@ def test_who_tells_of_another_is_not_shown_for_it(tmp_path: Path, capfd: pytest.
     assert capfd.readouterr().err.startswith("rank 1 was killed by SIGKILL")
     killed.timestamp = told.timestamp + 30  # by the agent, whose SIGTERM it did not heed
     assert show(ChildFailedError("ranks", {0: told, 1: killed})) == 1
-    assert capfd.readouterr().err == "error: rank 1 ended without a word\n"
+    assert capfd.readouterr().err == "error: rank 1 ended without an error message\n"
 
 
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=SLOW)])

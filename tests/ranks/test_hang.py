@@ -20,9 +20,11 @@ import torch.distributed as dist
 
 from launchers import torchrun
 from lockstep.config.run_directory import freeze
+from lockstep.diagnose.stacks import keep_stack
+from lockstep.diagnose.verdict import explain_wait
 from lockstep.diagnose.watchdog import Watchdog
-from lockstep.distributed import environment, heartbeat, process_group
-from lockstep.launch import worker
+from lockstep.distributed import environment, process_group
+from lockstep.distributed.heartbeat import FILE_BYTES, FINISHED, Beat, Heartbeat, read_heartbeat
 from lockstep.launch.validate import validate
 from tests.helpers import hanging_recipe as hanging
 from tests.helpers.harness import compose_config, renew_threads
@@ -120,7 +122,7 @@ def ended(process: Any, folder: Path, began: float) -> Ended:
     [
         (
             "sleep",
-            f"error: rank 1 ({HERE}) has not come to all_reduce no. # of [490], in which rank 0 ({HERE}) waited for "
+            f"error: rank 1 ({HERE}) has not reached all_reduce no. # of [490], in which rank 0 ({HERE}) waited for "
             f"timeout_seconds={LIMIT}\n"
             f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:#), last collective all_reduce no. # of "
             "[490]\n"
@@ -130,7 +132,7 @@ def ended(process: Any, folder: Path, began: float) -> Ended:
         ),
         (
             "exit",
-            f"error: rank 1 ({HERE}) ended without a word in step 3 (training)\n"
+            f"error: rank 1 ({HERE}) ended without an error message in step 3 (training)\n"
             f"  rank 0 ({HERE}): step 3, training, loss.backward() (hanging.py:#), last collective all_reduce no. # of "
             "[490]\n"
             f"  rank 1 ({HERE}): step 3, training, gone\n"
@@ -138,7 +140,7 @@ def ended(process: Any, folder: Path, began: float) -> Ended:
         ),
         (
             "stop",
-            f"error: rank 1 ({HERE}) stands still in step 3 (training): stopped by SIGSTOP, Ctrl-Z or a debugger\n",
+            f"error: rank 1 ({HERE}) is stopped in step 3 (training): by SIGSTOP, Ctrl-Z or a debugger\n",
         ),
         (
             "skip",
@@ -152,7 +154,7 @@ def ended(process: Any, folder: Path, began: float) -> Ended:
             f"error: the ranks are in different collectives (timeout_seconds={LIMIT}): rank 0 ({HERE}) in all_reduce "
             f"no. # of [490], rank 1 ({HERE}) in broadcast no. # of [500]\n",
         ),
-        ("group", f"error: rank 0 ({HERE}) waited in vain for ranks that are elsewhere (timeout_seconds={LIMIT})\n"),
+        ("group", f"error: rank 0 ({HERE}) waited too long for ranks that are elsewhere (timeout_seconds={LIMIT})\n"),
         (
             "one step less",
             f"error: rank 1 ({HERE}) has 5 steps to take, and rank 0 ({HERE}) has 6; data=",
@@ -161,10 +163,10 @@ def ended(process: Any, folder: Path, began: float) -> Ended:
         ("shape", f"rank 1 failed on {HERE} in step 0 (starting)\nTraceback"),
         ("raise", f"rank 1 failed on {HERE} in step 3 (training)\nTraceback"),
         ("worker dies", f"rank 1 failed on {HERE} in step # (…)\nTraceback"),
-        ("worker hangs", f"error: rank 1 ({HERE}) has not come to all_reduce no. # of [490], in which rank 0"),
+        ("worker hangs", f"error: rank 1 ({HERE}) has not reached all_reduce no. # of [490], in which rank 0"),
         (
             "disk",
-            f"error: rank 1 ({HERE}) has not come to all_gather no. # of [1], in which rank 0 ({HERE}) waited for "
+            f"error: rank 1 ({HERE}) has not reached all_gather no. # of [1], in which rank 0 ({HERE}) waited for "
             f"timeout_seconds={LIMIT}\n"
             f"  rank 0 ({HERE}): step 6, saving, for batch in run.steps(model=model, optimizer=optimizer): "
             "(hanging.py:#), last collective …\n"
@@ -186,7 +188,7 @@ def test_ranks_started_by_hand_know_as_much(outcomes: dict[str, Ended]) -> None:
     """Rank 0 stands still, and with it the store where the ranks meet: only the heartbeat files can tell."""
     found = outcomes["by hand: stop"]
     assert found.code == 1
-    words = f"error: rank 0 ({HERE}) stands still in step 3 (training): stopped by SIGSTOP, Ctrl-Z or a debugger\n"
+    words = f"error: rank 0 ({HERE}) is stopped in step 3 (training): by SIGSTOP, Ctrl-Z or a debugger\n"
     assert found.said.startswith(words), found.said
     assert found.said.count("error: ") == 1, "woken up, rank 0 finds what was said of it"
 
@@ -206,35 +208,35 @@ def test_stacks_are_left_of_ranks_that_hung(outcomes: dict[str, Ended]) -> None:
 
 def test_ranks_that_are_slow_all_alike_are_left_alone(outcomes: dict[str, Ended]) -> None:
     found = outcomes["slow everywhere"]
-    words = rf"rank 0 has been at it for {2 * LIMIT} s, and goes on: step 3, training, .* \(hanging\.py:\d+\)\n"
+    words = rf"rank 0 is in one phase for {2 * LIMIT} s; the run continues: step 3, training, .* \(hanging\.py:\d+\)\n"
     assert found.code == 0, found.said
     assert re.match(words, found.said), found.said
     assert found.said.count("\n") == 1, found.said
     assert found.seconds > 2 * LIMIT
-    assert [heartbeat.read(found.ranks, worker)["end"] for worker in range(2)] == [heartbeat.FINISHED] * 2
+    assert [read_heartbeat(found.ranks, rank)["end"] for rank in range(2)] == [FINISHED] * 2
     assert not list(found.ranks.glob("*.stack"))
 
 
 # The words --------------------------------------------------------------------------------------------------------
 
 
-def facts(rank: int, number: int = 7, *, step: int = 3, call: str = "loss.backward() (ddp.py:50)") -> heartbeat.Facts:
+def facts(rank: int, number: int = 7, *, step: int = 3, call: str = "loss.backward() (ddp.py:50)") -> Beat:
     collectives = {"0": [number, "all_reduce", "[490]"]}
     place = {"step": step, "phase": "training", "call": call, "collectives": collectives, "last": "0"}
-    return {"rank": worker, "host": f"node{worker // 8}", **place}
+    return {"rank": rank, "host": f"node{rank // 8}", **place}
 
 
-def verdict(everyone: list[heartbeat.Facts], folder: Path, **states: str) -> list[str]:
+def verdict(everyone: list[Beat], folder: Path, **states: str) -> list[str]:
     """Asked for by rank 0; of the ranks `r3=...` that did not answer, the state."""
-    found = [states.get(f"r{worker}", "answered") for worker in range(len(everyone))]
-    return heartbeat.verdict(everyone, found, asker=0, seconds=300, folder=folder).splitlines()
+    found = [states.get(f"r{rank}", "answered") for rank in range(len(everyone))]
+    return explain_wait(everyone, found, asker=0, seconds=300, folder=folder).splitlines()
 
 
 def test_of_a_thousand_ranks_the_one_that_is_missing_is_named(tmp_path: Path) -> None:
-    everyone = [facts(worker) for worker in range(1000)]
+    everyone = [facts(rank) for rank in range(1000)]
     everyone[613] = facts(613, 6, call="evaluate() (mine.py:7)")
     head, *rows = verdict(everyone, tmp_path)
-    assert head.startswith("rank 613 (node76) has not come to all_reduce no. 7 of [490], in which ranks 0 (node0), 1 (")
+    assert head.startswith("rank 613 (node76) has not reached all_reduce no. 7 of [490], in which ranks 0 (node0), 1 (")
     assert head.endswith(" and 991 more waited for timeout_seconds=300")
     assert len(rows) == 2
     assert max(map(len, [head, *rows])) < 300
@@ -244,22 +246,25 @@ def test_whoever_cannot_answer_is_the_cause_and_not_who_is_behind(tmp_path: Path
     everyone = [facts(0), facts(1, 6), facts(2), {"rank": 3}]
     head, *rows = verdict(everyone, tmp_path, r2="gone", r3="silent")
     assert head == (
-        "rank 2 (node0) ended without a word in step 3 (training); rank 3 does not answer: its host or its network is "
-        "lost, or it is stopped"
+        "rank 2 (node0) ended without an error message in step 3 (training); rank 3 does not answer: its host or its "
+        "network is lost, or it is stopped"
     )
     assert rows[-1] == "  rank 3: left no heartbeat"
 
 
 def test_ranks_in_the_same_place_are_said_to_be(tmp_path: Path) -> None:
     head, row = verdict([facts(0), facts(1)], tmp_path)
-    assert head.endswith("though all are in the same place: their network?")
+    assert head.endswith("though all ranks are in the same place: look at their network")
     assert row.startswith("  ranks 0 (node0), 1 (node0): step 3, training, ")
 
 
 def test_of_ranks_that_live_those_are_named_that_no_word_comes_from(tmp_path: Path) -> None:
     everyone = [facts(0), facts(8) | {"rank": 1, "cut": True}]
     head, _ = verdict(everyone, tmp_path)
-    assert head == "rank 1 (node1) can no longer be reached from rank 0 (node0), where all meet (timeout_seconds=300)"
+    assert (
+        head
+        == "rank 1 (node1) can no longer be reached from rank 0 (node0), which serves the store (timeout_seconds=300)"
+    )
     everyone[0]["lost_link"] = "ib0"
     assert verdict(everyone, tmp_path)[0] == "rank 0 (node0) lost the network in step 3 (training): ib0 has no link"
 
@@ -275,41 +280,41 @@ def test_a_word_that_came_by_the_files_alone_is_that_of_a_rank_that_is_cut_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rank 1's network is lost, and the file system is another one's: seen from rank 0, which serves the store."""
-    there = heartbeat.Heartbeat(tmp_path, 1)
+    there = Heartbeat(tmp_path, 1)
     there.enter("training", 3)
-    there.tell(call="loss.backward()", collectives={}, last="", asked=True, host="node9")
+    there.update(call="loss.backward()", collectives={}, last="", asked=True, host="node9")
     monkeypatch.setattr("lockstep.diagnose.watchdog.ANSWER_SECONDS", 0.2)
     monkeypatch.setattr("lockstep.diagnose.watchdog.STORE_SECONDS", 0.2)
-    heart = heartbeat.Heartbeat(tmp_path, 0)
-    heart.enter("training", 3)
-    inquest = Watchdog(heart, tmp_path, Deaf(), 2, LIMIT, end=lambda _: None, say=print)
-    found = inquest.ask(RuntimeError("Timed out waiting 6000ms"))
-    assert found.speaks
-    words = f"rank 1 (node9) can no longer be reached from rank 0 ({HERE}), where all meet (timeout_seconds={LIMIT})\n"
+    heartbeat = Heartbeat(tmp_path, 0)
+    heartbeat.enter("training", 3)
+    watchdog = Watchdog(heartbeat, tmp_path, Deaf(), 2, LIMIT, end=lambda _: None, say=print)
+    found = watchdog.ask(RuntimeError("Timed out waiting 6000ms"))
+    assert found.prints
+    words = f"rank 1 (node9) can no longer be reached from rank 0 ({HERE}), which serves the store (timeout_seconds={LIMIT})\n"
     assert str(found).startswith(words)
-    inquest.close()
+    watchdog.close()
     assert f"the verdict: {words}" in (tmp_path / "0.stack").read_text()
 
 
 def test_a_rank_that_was_stopped_takes_over_what_was_found_meanwhile(tmp_path: Path) -> None:
     """Its own store hands it the other rank's testimony, which is older than the verdict in that rank's file."""
-    there = heartbeat.Heartbeat(tmp_path, 1)
+    there = Heartbeat(tmp_path, 1)
     there.enter("training", 3)
-    there.tell(call="loss.backward()", collectives={}, last="", asked=True)
+    there.update(call="loss.backward()", collectives={}, last="", asked=True)
     store = Deaf()
     store.set("hang/1", json.dumps(there.facts))
-    there.tell(end="rank 0 stands still", stuck=True, spoke=True)
-    inquest = Watchdog(heartbeat.Heartbeat(tmp_path, 0), tmp_path, store, 2, LIMIT, end=lambda _: None, say=print)
-    found = inquest.ask(RuntimeError("Connection closed by peer"))
-    inquest.close()
-    assert (str(found), found.speaks) == ("rank 0 stands still", False)
+    there.update(end="rank 0 is stopped", stuck=True, spoke=True)
+    watchdog = Watchdog(Heartbeat(tmp_path, 0), tmp_path, store, 2, LIMIT, end=lambda _: None, say=print)
+    found = watchdog.ask(RuntimeError("Connection closed by peer"))
+    watchdog.close()
+    assert (str(found), found.prints) == ("rank 0 is stopped", False)
 
 
 def test_what_an_earlier_attempt_left_is_kept(tmp_path: Path) -> None:
     for words in ("first", "second", ""):
-        heartbeat.keep_stack(tmp_path, 0)
+        keep_stack(tmp_path, 0)
         (tmp_path / "0.stack").write_text(words)
-    heartbeat.keep_stack(tmp_path, 0)  # an empty one is not
+    keep_stack(tmp_path, 0)  # an empty one is not
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {
         "0.stack.1": "first",
         "0.stack.2": "second",
@@ -325,14 +330,14 @@ def test_a_link_that_is_lost_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_full_disk_costs_the_heartbeat_and_not_the_run(tmp_path: Path) -> None:
-    heart = heartbeat.Heartbeat(tmp_path / "nowhere", 0)
-    heart.enter("training", 1)
-    assert heart.facts["step"] == 1
-    assert heartbeat.read(tmp_path / "nowhere", 0) == {"rank": 0}
+    heartbeat = Heartbeat(tmp_path / "nowhere", 0)
+    heartbeat.enter("training", 1)
+    assert heartbeat.facts["step"] == 1
+    assert read_heartbeat(tmp_path / "nowhere", 0) == {"rank": 0}
 
 
 def test_a_heartbeat_never_outgrows_its_file(tmp_path: Path) -> None:
-    heart = heartbeat.Heartbeat(tmp_path, 0)
-    heart.tell(collectives={str(group): [1, "all_reduce", "[1]"] for group in range(1000)}, last="7", call="here")
-    assert (tmp_path / "0.heartbeat").stat().st_size == heartbeat.SIZE
-    assert heartbeat.read(tmp_path, 0)["call"] == "here"
+    heartbeat = Heartbeat(tmp_path, 0)
+    heartbeat.update(collectives={str(group): [1, "all_reduce", "[1]"] for group in range(1000)}, last="7", call="here")
+    assert (tmp_path / "0.heartbeat").stat().st_size == FILE_BYTES
+    assert read_heartbeat(tmp_path, 0)["call"] == "here"

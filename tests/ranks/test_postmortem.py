@@ -19,7 +19,8 @@ from lockstep.data.loader import Samples
 from lockstep.diagnose.evidence import collect, error_in
 from lockstep.diagnose.findings import Finding
 from lockstep.diagnose.postmortem import judge
-from lockstep.distributed.heartbeat import HUNGRY, VERDICT, Heartbeat
+from lockstep.diagnose.stacks import VERDICT_MARK
+from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, Heartbeat
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
@@ -142,7 +143,7 @@ def test_a_run_that_vanished(out: Path) -> None:
 
 
 def test_what_earlier_attempts_said_is_told(out: Path) -> None:
-    agreed = f"Traceback\n\n{VERDICT}rank 1 (node1) ended without a word in step 3 (training)\n  rank 0: step 3\n"
+    agreed = f"Traceback\n\n{VERDICT_MARK}rank 1 (node1) ended without an error message in step 3 (training)\n  rank 0: step 3\n"
     stacks = {
         "0.stack.1": agreed,
         "2.stack.1": agreed,
@@ -159,7 +160,7 @@ def test_what_earlier_attempts_said_is_told(out: Path) -> None:
         "ranks/1.stack.1 has the stacks",
         "ranks/0.stack.2 has the stacks",
     ]
-    assert told[0].figure.endswith(": rank 1 (node1) ended without a word in step 3 (training)")
+    assert told[0].figure.endswith(": rank 1 (node1) ended without an error message in step 3 (training)")
     assert told[1].figure.endswith(": rank 1 (node1): crashed at mine.py:7, Segmentation fault")
     assert told[2].figure.endswith(": rank 0 (node1): RuntimeError: Timed out waiting 300000ms")
 
@@ -244,7 +245,7 @@ def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
 def trained(world: World, config: str, out: str, how: str) -> None:
     """Train with heartbeats, and a rank 1 that computes 50 ms more in each step, or whose images come 20 ms later."""
     Heartbeat._delayed = lambda self: 0.0  # type: ignore[method-assign]  # what others do on this machine is not the question
-    world = replace(world, pulse=Heartbeat(Path(out) / "ranks", world.rank))
+    world = replace(world, heartbeat=Heartbeat(Path(out) / "ranks", world.rank))
     if world.rank == 1 and how == "slow":
         loss = ddp.cross_entropy
 
@@ -277,7 +278,7 @@ def test_real_heartbeats_name_the_slow_rank(how: str, tmp_path: Path) -> None:
     mine, theirs = result(tmp_path / "run")["data_wait_share_by_rank"]
     said = (tmp_path / "run" / "ranks" / "0.log").read_text()
     if how == "data":
-        assert theirs > max(mine, HUNGRY)
+        assert theirs > max(mine, DATA_WAIT_SHARE)
         assert f"rank 1 waited for images for {theirs:.0%} of its steps' time: each rank prepares its own" in said
 
 

@@ -231,7 +231,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.passed = self.computed = self.main = 0.0
-        monkeypatch.setattr(Heartbeat, "_clocks", lambda pulse: (self.computed, self.main, 0.0))
+        monkeypatch.setattr(Heartbeat, "_clocks", lambda heartbeat: (self.computed, self.main, 0.0))
         wall = SimpleNamespace(perf_counter=lambda: self.passed, time=time.time)
         monkeypatch.setattr("lockstep.distributed.heartbeat.time", wall)
 
@@ -245,21 +245,21 @@ def test_what_the_steps_were_spent_on_leaves_out_the_warm_up(
 ) -> None:
     """A step: 1 s waiting for data, 3 s on more than one core; evaluations and a slow warm-up do not count."""
     clock = Clock(monkeypatch)
-    pulse = Heartbeat()
+    heartbeat = Heartbeat()
     clock.go(99, 99, 99)
-    load = StepTime(pulse)
+    load = StepTime(heartbeat)
     slow = {*range(min(steps - 1, 5 if steps > 9 else 1)), *range(6, 6 + profiled)}
     for step in range(steps):
         load.before_step()
         if profiled and step == 6:
-            since = pulse.of_steps()
+            since = heartbeat.of_steps()
         for phase, spent in ((WAITING, (10 if step in slow else 1, 0, 0)), (TRAINING, (3, 5, 3))):
-            pulse.enter(phase)
+            heartbeat.enter(phase)
             clock.go(*spent)
         if profiled and step == 5 + profiled:
             load.leave_out(profiled, since)
         if step % 3 == 0:
-            pulse.enter("evaluating")
+            heartbeat.enter("evaluating")
             clock.go(50, 0, 0)
     expected = {"data_wait_share": 0.25, "cores_busy": 1.25, "main_thread_busy": 0.75}
     assert load.shares() == (pytest.approx(expected) if steps else {})

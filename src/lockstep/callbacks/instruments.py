@@ -16,7 +16,7 @@ from lockstep.callbacks.graph_leaks import GraphLeaks, warning
 from lockstep.callbacks.memory_report import MemoryReport, everyone, in_a_line
 from lockstep.callbacks.unused_parameters import UnusedParameters, listed
 from lockstep.distributed.collectives import gather_numbers, gather_objects
-from lockstep.distributed.heartbeat import HUNGRY
+from lockstep.distributed.heartbeat import DATA_WAIT_SHARE
 from lockstep.loggers.base import Histogram
 from lockstep.memory.tracker import Layer
 from lockstep.training.local_gradients import LocalGradients
@@ -61,7 +61,7 @@ class Instruments:
         self._gradients: GradientStats | None = None
         self._audit: UnusedParameters | None = None
         self._account: MemoryReport | None = None
-        self._load = StepTime(run.pulse)
+        self._load = StepTime(run.heartbeat)
         self._profiler: Profiler | None = None
 
     def begin(
@@ -117,7 +117,7 @@ class Instruments:
         self._load.before_step()
         if self._profiler:
             if step == self._profiler.first:
-                self._profiled_since = self._run.pulse.of_steps()
+                self._profiled_since = self._run.heartbeat.of_steps()
             self._profiler.before_step(step)
         if self._account:
             self._account.start()
@@ -168,7 +168,7 @@ class Instruments:
         shares = {name: gather_numbers(share, run.device) for name, share in self._load.shares().items()}
         run.note("", **{f"{name}_by_rank": shares.get(name) for name in LOAD})
         waits = shares.get("data_wait_share", [0.0])
-        if max(waits) > HUNGRY:
+        if max(waits) > DATA_WAIT_SHARE:
             longest = waits.index(max(waits))
             world, cores = run.world, len(os.sched_getaffinity(0))
             threads = world.threads if run.device.type == "cpu" else 1

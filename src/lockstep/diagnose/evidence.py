@@ -29,8 +29,9 @@ from omegaconf.errors import OmegaConfBaseException
 from lockstep.checkpoint import layout
 from lockstep.config.run_directory import CHECKPOINTS, read_result
 from lockstep.config.schema import Config, from_yaml
-from lockstep.diagnose.watchdog import lost_a_peer
-from lockstep.distributed.heartbeat import FINISHED, VERDICT, crash_in, left_behind
+from lockstep.diagnose.stacks import VERDICT_MARK, crash_place
+from lockstep.distributed.collective_errors import lost_a_peer
+from lockstep.distributed.heartbeat import FINISHED
 from lockstep.errors import UserError
 from lockstep.utils.text import short
 
@@ -137,7 +138,7 @@ def ranks(folder: Path, hosts: list[str]) -> list[Facts]:
         error, place = error_in(lines)
         end = str(heartbeat.get("end", ""))
         error = error or (end if end != FINISHED else "")
-        if not error and (crash := left_behind(folder, rank)):
+        if not error and (crash := crash_place(folder / f"{rank}.stack")):
             error = f"crashed at {crash}"
         found.append(
             {
@@ -161,8 +162,8 @@ def earlier(folder: Path) -> list[Facts]:
         text = ""
         with contextlib.suppress(OSError):
             text = path.read_text(errors="replace")
-        verdict = text.rpartition(VERDICT)[2].partition("\n")[0] if VERDICT in text else ""
-        crash = crash_in(path)
+        verdict = text.rpartition(VERDICT_MARK)[2].partition("\n")[0] if VERDICT_MARK in text else ""
+        crash = crash_place(path)
         words = f"crashed at {crash}" if crash else error_in(text.splitlines())[0] or "its stacks alone are left"
         rank = int(path.name.partition(".")[0])
         found.append({"rank": rank, "file": path.name, "at": modified(path), "verdict": verdict, "words": words})

@@ -19,7 +19,7 @@ from lockstep.config.schema import Config
 from lockstep.diagnose import findings
 from lockstep.diagnose.evidence import collect
 from lockstep.diagnose.findings import Finding
-from lockstep.distributed.heartbeat import HUNGRY, wait_share
+from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, wait_share
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, mebibytes, short
 
@@ -257,7 +257,7 @@ def data_wait(facts: Facts) -> Iterator[Finding]:
     share, most = max(shares, key=lambda pair: pair[0])
     figure = f"{who([most])} waited longest for data: {share:.0%} of its steps' time, the ranks' median "
     figure += f"{statistics.median(pair[0] for pair in shares):.0%}"
-    if share > HUNGRY:
+    if share > DATA_WAIT_SHARE:
         yield Finding("data", "warning", figure, "set data.workers higher, or data.root to a faster disk")
     else:
         yield Finding("data", "ok", figure)

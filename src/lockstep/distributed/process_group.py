@@ -92,7 +92,7 @@ class World:
     backend: str
     threads: int
     control: dist.ProcessGroup | None = None  # a gloo group, for what ranks say to each other about the CPU's affairs
-    pulse: Heartbeat = field(default_factory=Heartbeat)  # where this rank is, for whoever waits for it
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)  # where this rank is, for whoever waits for it
 
     @property
     def device_ids(self) -> list[int] | None:
@@ -112,7 +112,7 @@ def join(
     tf32: bool = True,
     local_rank: int | None = None,
     hosts: list[str] | None = None,
-    pulse: Heartbeat | None = None,
+    heartbeat: Heartbeat | None = None,
 ) -> World:
     """Become a rank: check in unless `hosts` says that all have, bind the device, set the threads, make the group.
 
@@ -152,4 +152,4 @@ def join(
         where = torch.device("cpu")
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
     control = make_group(timeout_seconds) if backend != "gloo" else None
-    return World(rank, world_size, local_rank, hosts, where, backend, threads, control, pulse or Heartbeat())
+    return World(rank, world_size, local_rank, hosts, where, backend, threads, control, heartbeat or Heartbeat())

@@ -23,10 +23,12 @@ from lockstep.config import run_directory
 from lockstep.config.schema import Config, from_yaml, to_yaml
 from lockstep.data.datasets import FirstSamples
 from lockstep.diagnose import out_of_memory
-from lockstep.diagnose.watchdog import Stuck, Watchdog, lost_a_peer, waited_in_vain
+from lockstep.diagnose.verdict import describe_failure
+from lockstep.diagnose.watchdog import Watchdog, WatchdogTimeout
 from lockstep.distributed import process_group
+from lockstep.distributed.collective_errors import lost_a_peer, timed_out
 from lockstep.distributed.environment import LAUNCHER, RUN_DIRECTORY, TRIAL, Place, resolve_device
-from lockstep.distributed.heartbeat import FINISHED, Heartbeat, obituary
+from lockstep.distributed.heartbeat import FINISHED, Heartbeat
 from lockstep.distributed.rendezvous import check_in, farewell, open_store, wait_for
 from lockstep.distributed.signals import PREEMPTED, Listener, Preempted, alone_under_srun, end_with_parent, unsaved
 from lockstep.errors import Busy, UserError
@@ -50,7 +52,7 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
     """
     started, code, out = time.perf_counter(), 0, None
     console = os.dup(2)
-    inquest: Watchdog | None = None
+    watchdog: Watchdog | None = None
 
     def say(words: str) -> None:
         if place.rank == 0:
@@ -58,8 +60,8 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
 
     def leave(error: BaseException, code: int, told_to_stop: bool = False) -> NoReturn:
         tell(error, place, out, console, told_to_stop)
-        if isinstance(error, Stuck):
-            error.wake()
+        if isinstance(error, WatchdogTimeout):
+            error.continue_stopped()
         if out is not None and place.rank == 0 and not isinstance(error, Busy):
             run_directory.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
         sys.stdout.flush()
@@ -67,7 +69,7 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
         os._exit(code)
 
     def asks(error: BaseException) -> bool:
-        return waited_in_vain(error) or (lost_a_peer(error) and not listener.received)
+        return timed_out(error) or (lost_a_peer(error) and not listener.received)
 
     listener = Listener(say, launched=LAUNCHER in os.environ)
     try:
@@ -82,9 +84,9 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
                 redirect_output(out / "ranks" / f"{place.rank}.log")
             except FileNotFoundError:
                 raise unseen(out) from None
-        heart = Heartbeat(out / "ranks", place.rank)
-        inquest = Watchdog(
-            heart,
+        heartbeat = Heartbeat(out / "ranks", place.rank)
+        watchdog = Watchdog(
+            heartbeat,
             out / "ranks",
             store,
             place.world_size,
@@ -93,31 +95,31 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
             say=say,
             overdue=resolve_device(config.device, config.backend)[1] == "nccl",
         )
-        join_and_train(recipe, config, out, store, place, hosts, listener, heart)
-        inquest.close(FINISHED)
+        join_and_train(recipe, config, out, store, place, hosts, listener, heartbeat)
+        watchdog.close(FINISHED)
         dist.destroy_process_group()
     except Preempted:
         code = PREEMPTED
-        if inquest:
-            inquest.close(FINISHED)
+        if watchdog:
+            watchdog.close(FINISHED)
         stop_agent(place)
     except BaseException as error:
-        if inquest and asks(error):
-            inquest.heart.tell(asked=True)  # a launcher's SIGTERM may be under way, and ends this rank from here on
+        if watchdog and asks(error):
+            watchdog.heartbeat.update(asked=True)  # a launcher's SIGTERM may come, and from here on it ends this rank
         listener.close()
         code = error.exit_code if isinstance(error, UserError) else 1
         if listener.received and lost_a_peer(error):
             code = unsaved(listener.received)  # asked to leave, and another rank already has
-        asking = inquest is not None and asks(error)  # whether a signal came is certain only now
+        asking = watchdog is not None and asks(error)  # whether a signal came is certain only now
         if alone_under_srun():  # whose SIGTERM, because a rank has failed, must not replace exit code or last words
             signal.signal(signal.SIGTERM, (lambda *_: os._exit(code)) if asking else signal.SIG_IGN)
-        if inquest and asking:
+        if watchdog and asking:
             # Where another rank broke first, it, or the launcher that sees it dead, is to be heard first. An agent ends
             # this rank meanwhile, however slow the machine.
             patience = 5.0 if "TORCHELASTIC_ERROR_FILE" in os.environ else 2.0
-            error = inquest.ask(error, patience if lost_a_peer(error) else 0)
-        elif inquest:
-            inquest.close(f"{type(error).__name__}: {error}")
+            error = watchdog.ask(error, patience if lost_a_peer(error) else 0)
+        elif watchdog:
+            watchdog.close(f"{type(error).__name__}: {error}")
         leave(error, code, told_to_stop=bool(listener.received))
     sys.stdout.flush()
     sys.stderr.flush()
@@ -155,7 +157,7 @@ def join_and_train(
     place: Place,
     hosts: list[str],
     listener: Listener,
-    heart: Heartbeat,
+    heartbeat: Heartbeat,
 ) -> None:
     """Join the process group and run the recipe's function."""
     # A requeued job's earlier ranks may still sit on a node that Slurm has lost, until their own time-out.
@@ -173,7 +175,7 @@ def join_and_train(
         tf32=config.tf32,
         local_rank=int(local_rank) if local_rank is not None else None,
         hosts=hosts,
-        pulse=heart,
+        heartbeat=heartbeat,
     )
     if here.rank == 0:
         files.write_json(out / "environment.json", environment(here.hosts, str(here.device), here.backend))
@@ -363,11 +365,11 @@ def tell(error: BaseException, place: Place, out: Path | None, console: int, tol
         with contextlib.suppress(OSError):
             Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
             return
-    if isinstance(error, Stuck) and not error.speaks and alone_under_srun():  # whose tasks share one console
+    if isinstance(error, WatchdogTimeout) and not error.prints and alone_under_srun():  # whose tasks share one console
         return
-    if isinstance(error, Stuck) and not error.speaks:
+    if isinstance(error, WatchdogTimeout) and not error.prints:
         text = f"rank {place.rank} stopped because another rank did: {str(error).splitlines()[0]}\n"
     elif not mistake:
-        where = obituary(out, place.rank)[0] if out is not None else ""
+        where = describe_failure(out, place.rank)[0] if out is not None else ""
         text = f"rank {place.rank} failed{where}\n{text}"
     os.write(console, text.encode())

@@ -96,22 +96,22 @@ class StepTime:
     """What this rank's steps were spent on, without the warm-up: waiting for batches, computing, or neither.
 
     Args:
-        pulse: whose clocks are read.
+        heartbeat: whose clocks are read.
     """
 
-    def __init__(self, pulse: Heartbeat) -> None:
-        self._pulse, self._steps = pulse, 0
-        self._marks: dict[int, Sequence[float]] = {0: pulse.of_steps()}  # where the steps after so many begin
+    def __init__(self, heartbeat: Heartbeat) -> None:
+        self._heartbeat, self._steps = heartbeat, 0
+        self._marks: dict[int, Sequence[float]] = {0: heartbeat.of_steps()}  # where the steps after so many begin
         self._left_out = [0.0] * 4
 
     def before_step(self) -> None:
         """Be told of each step, before it begins."""
         if self._steps in (1, WARM_UP):
-            self._marks[self._steps] = self._pulse.of_steps()
+            self._marks[self._steps] = self._heartbeat.of_steps()
         self._steps += 1
 
     def leave_out(self, steps: int, since: Sequence[float]) -> None:
-        """Not to count the last `steps` steps, which began at `since`, as `pulse.of_steps` said."""
+        """Not to count the last `steps` steps, which began at `since`, as `heartbeat.of_steps` said."""
         self._steps -= steps
         self._left_out = [out + more for out, more in zip(self._left_out, self._since(since), strict=True)]
 
@@ -124,7 +124,7 @@ class StepTime:
         return {"data_wait_share": waited / wall, "cores_busy": cpu / wall, "main_thread_busy": main / wall}
 
     def _since(self, mark: Sequence[float]) -> list[float]:
-        return [after - before for after, before in zip(self._pulse.of_steps(), mark, strict=True)]
+        return [after - before for after, before in zip(self._heartbeat.of_steps(), mark, strict=True)]
 
 
 def percentile(values: list[float], percent: int) -> float:
