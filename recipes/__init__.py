@@ -10,6 +10,10 @@ DEMONSTRATIONS = {"checkpoint_resume"}  # have a loop of their own: there is not
 if sys.argv[0] == "-m":  # `python -m recipes.NAME` is importing: until it runs, Ctrl-C ends it without a page of frames
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    from lockstep.launch import early
+
+    early.answer(Path(__file__).parent)
+
 
 def choose(names: list[str] | None) -> list[str]:
     """The recipes a tool is to run: those that are named, or all.

@@ -26,6 +26,7 @@ Source: https://docs.pytorch.org/tutorials/recipes/recipes/saving_and_loading_a_
 
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +39,26 @@ from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep import Run, recipe
+from lockstep.config.keys import key
+from lockstep.config.schema import Config
 from lockstep.errors import CheckFailed
 from lockstep.models.resnet import build_model
 from lockstep.utils.files import write_atomically, write_json
 
 
+@dataclass
+class ResumeConfig(Config):
+    forget: str | None = key(
+        None,
+        "part of the state that the resumed half is not given",
+        ("optimizer", "schedule", "scaler", "step", "random", "buckets"),
+    )
+
+
 class Training:
     """All that changes from step to step, on this rank."""
 
-    def __init__(self, run: Run, seed: int) -> None:
+    def __init__(self, run: Run[ResumeConfig], seed: int) -> None:
         torch.manual_seed(seed)
         model = run.place(build_model(run.config.model))
         # Dropout draws random numbers in each step.
@@ -65,7 +77,7 @@ class Training:
         self.losses: list[float] = []
         torch.manual_seed(seed + run.world.rank)  # the same weights on all ranks, but not the same dropout
 
-    def train(self, run: Run, stop: int) -> None:
+    def train(self, run: Run[ResumeConfig], stop: int) -> None:
         """Take the steps up to number `stop`."""
         self.model.train()
         for batch in run.batches(self.step, stop):
@@ -92,7 +104,7 @@ class Training:
             "random": random,
         }
 
-    def take_over(self, run: Run, state: dict[str, Any], forget: str | None) -> None:
+    def take_over(self, run: Run[ResumeConfig], state: dict[str, Any], forget: str | None) -> None:
         """Become the training that `state` was taken from."""
         if forget != "buckets":
             # A backward that is thrown away, for DDP to learn the order; it comes first because it touches the rest.
@@ -130,8 +142,12 @@ def tensors(state: Any, name: str = "") -> dict[str, Tensor]:
     return {name[1:]: torch.as_tensor(state)} if isinstance(state, Tensor | int | float) else {}
 
 
-@recipe(next_command="python -m recipes.ddp checkpoint.every=20 out=run     Ctrl-C it, and start it again")
-def train(run: Run) -> None:
+@recipe(
+    config=ResumeConfig,
+    single_training=False,
+    next_command="python -m recipes.ddp checkpoint.every=20 out=run     Ctrl-C it, and start it again",
+)
+def train(run: Run[ResumeConfig]) -> None:
     half, stop = run.total_steps // 2 + 1, run.total_steps
 
     whole = Training(run, run.config.seed)

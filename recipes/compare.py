@@ -37,9 +37,11 @@ from typing import Any
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.compare import html_report, plots
+from lockstep.compare.config import CompareConfig
 from lockstep.compare.figures import Case, Result, comparison_rows, tables, verdicts
 from lockstep.config import run_directory
-from lockstep.config.schema import Config, to_yaml, typed, with_values
+from lockstep.config.keys import typed
+from lockstep.config.schema import Config, to_yaml, with_values
 from lockstep.data.image_files import check_data
 from lockstep.distributed.environment import check_nproc, default_nproc, resolve_device
 from lockstep.distributed.signals import Preempted
@@ -61,7 +63,7 @@ WAIT_SECONDS = 60  # for a run that a killed start has left behind, and that is 
 # What is run ---------------------------------------------------------------------------------------------------------
 
 
-def plan(config: Config) -> tuple[list[Case], list[str]]:
+def plan(config: CompareConfig) -> tuple[list[Case], list[str]]:
     """What is to be run, and a line for each combination that cannot be."""
     from lockstep.config.compose import compose_another  # Hydra, which only a process that starts others needs
 
@@ -74,10 +76,10 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
     counted = check_data(config.data)
     steps = min(config.epochs * (counted[1] // config.global_batch_size), config.max_steps or math.inf)
     profile = min(config.profile, max(0, int(steps) - warm_up(int(steps)) - 1))  # as many as a short run has
-    common = words(config) + ([f"threads={threads}"] if threads else [])
     cases, left_out = [], []
     for name in choose(config.recipes):
         each = importlib.import_module(f"recipes.{name}").train
+        common = words(config, each) + ([f"threads={threads}"] if threads else [])
         key = "replicas" if name in REPLICATES else "nproc" if each.ranks is None else ""
         base: Config | None = None
         for number in numbers if key else [1]:
@@ -103,21 +105,23 @@ def plan(config: Config) -> tuple[list[Case], list[str]]:
     return cases, left_out
 
 
-def devices(config: Config, each: Recipe, number: int, ranks: int, threads: int | None, device: str, cores: int) -> int:
+def devices(
+    config: CompareConfig, each: Recipe, number: int, ranks: int, threads: int | None, device: str, cores: int
+) -> int:
     """GPUs, or where there is none the cores, that a case may use."""
     if device == "cuda":
-        return len(config.devices or "ab") if each.name == "model_parallel" else number
+        return len(getattr(config, "devices", None) or "ab") if each.name == "model_parallel" else number
     return min(cores, max(number, ranks * (threads or max(1, cores // ranks))))
 
 
-def words(config: Config) -> list[str]:
-    """The overrides that all runs have in common."""
+def words(config: CompareConfig, each: Recipe) -> list[str]:
+    """The overrides that all runs of a recipe have in common."""
     from lockstep.config.compose import overrides
 
-    return overrides(train, config, OURS)
+    return overrides(train, config, each, OURS)
 
 
-def check(config: Config, share: int) -> None:
+def check(config: CompareConfig, share: int) -> None:
     """Before anything is created: numbers that can be, and something to run."""
     choose(config.recipes)
     wrong = [number for number in config.nprocs or [] if number < 1]
@@ -137,7 +141,7 @@ def check(config: Config, share: int) -> None:
 # Running it ----------------------------------------------------------------------------------------------------------
 
 
-def carry_out(run: Run, target: str, told: list[str], out: Path) -> float | None:
+def carry_out(run: Run[CompareConfig], target: str, told: list[str], out: Path) -> float | None:
     """Run a command in a session of its own, to its end; its seconds, or None where this very one has ended before.
 
     Raises:
@@ -163,7 +167,7 @@ def carry_out(run: Run, target: str, told: list[str], out: Path) -> float | None
     return seconds
 
 
-def measure(run: Run, case: Case, number: int, out: Path) -> Result:
+def measure(run: Run[CompareConfig], case: Case, number: int, out: Path) -> Result:
     """The result.json of a case's run in round `number` and, as `start_seconds`, its way to step 1."""
     profiled = case.profile and (number > 1 or run.config.rounds == 1)
     told = [*case.words, *([f"profile={case.profile}"] if profiled else [])]
@@ -173,14 +177,18 @@ def measure(run: Run, case: Case, number: int, out: Path) -> Result:
     return dict(result, start_seconds=seconds - result["wall_seconds"] + result["setup_seconds"])
 
 
-def verify(run: Run, cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
+def verify(run: Run[CompareConfig], cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
     """recipes.verify's rows of the same recipes, on the largest number of ranks; and what it says is wrong."""
     names = [name for name in dict.fromkeys(case.recipe for case in cases) if name != "single"]
     proven = [name for name in names if importlib.import_module(f"recipes.{name}").train.proofs]
     if not proven:
         return [], "none of the recipes declares what recipes.verify could hold it to"
     run.report.line(f"recipes.verify: {', '.join(proven)}")
-    told = [word for word in words(run.asked) if word.partition("=")[0].partition(".")[0] in VERIFIES]
+    told = [
+        word
+        for word in words(run.asked, importlib.import_module("recipes.verify").train)
+        if word.partition("=")[0].partition(".")[0] in VERIFIES
+    ]
     told += [typed("recipes", proven), f"nproc={max(case.number for case in cases)}"]
     out, problem = run.out / "runs" / "verify", ""
     try:
@@ -191,16 +199,16 @@ def verify(run: Run, cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
     return (json.loads(file.read_text()) if file.is_file() else []), problem
 
 
-def again(config: Config) -> str:
+def again(config: CompareConfig) -> str:
     """The command that repeats the comparison in a new folder."""
     from lockstep.config.compose import overrides
 
     typed_here = [word.replace("nprocs=[", "nproc=").rstrip("]") if word.startswith("nprocs=") else word
-                  for word in overrides(train, config, {"out", "nproc"})]  # fmt: skip
+                  for word in overrides(train, config, train, {"out", "nproc"})]  # fmt: skip
     return f"{interpreter()} -m recipes.compare {shlex.join(typed_here)}".strip()
 
 
-def about(config: Config, device: str) -> dict[str, str]:
+def about(config: CompareConfig, device: str) -> dict[str, str]:
     """The work, in a line."""
     size = f"{config.model.image_size} × {config.model.image_size} pixels"
     length = count(config.max_steps, "step") if config.max_steps else count(config.epochs, "epoch")
@@ -214,8 +222,8 @@ def about(config: Config, device: str) -> dict[str, str]:
     }
 
 
-@recipe(ranks=1, check=check, several="nproc")
-def train(run: Run) -> None:
+@recipe(config=CompareConfig, looks_at="recipes", single_training=False, ranks=1, check=check, several="nproc")
+def train(run: Run[CompareConfig]) -> None:
     config = run.asked
     cases, left_out = plan(config)
     for line in left_out:
@@ -260,7 +268,7 @@ def train(run: Run) -> None:
         raise CheckFailed("; ".join(broken))
 
 
-def write(run: Run, facts: html_report.Facts) -> None:
+def write(run: Run[CompareConfig], facts: html_report.Facts) -> None:
     """compare.json, the plots, report.html, and the tables on the console."""
     said = verdicts(facts.rows)
     files.write_json(run.out / "compare.json", asdict(facts) | {"verdicts": said})

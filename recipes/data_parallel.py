@@ -18,6 +18,7 @@ Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.DataParallel.htm
 import copy
 import threading
 import time
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,8 +28,15 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, recipe
+from lockstep.config.keys import key
+from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+
+
+@dataclass
+class DataParallelConfig(Config):
+    replicas: int | None = key(None, "copies of the model (null: one a GPU; 2 on CPU)", minimum=1)
 
 
 class HostDataParallel(nn.Module):
@@ -80,13 +88,14 @@ class HostDataParallel(nn.Module):
 
 
 @recipe(
+    config=DataParallelConfig,
     proof=Proof(
         {"model.norm": "group"}, differs={"model.norm": "batch"}, because="BatchNorm normalises by each replica's chunk"
     ),
     ranks=1,
     next_command="python -m recipes.ddp     a process per device instead: no GIL, no first device",
 )
-def train(run: Run) -> None:
+def train(run: Run[DataParallelConfig]) -> None:
     model = run.place(build_model(run.config.model))
     if run.device.type == "cuda":
         devices = sorted(range(torch.cuda.device_count()), key=lambda device: device != run.device.index)

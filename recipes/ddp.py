@@ -20,25 +20,38 @@ Expect: ResNet-18 reaches an accuracy of 0.97 or more on scikit-learn's digits, 
 Source: https://arxiv.org/abs/2006.15704 (the design and the bucketing)
 """
 
+from dataclasses import dataclass
+
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, recipe
+from lockstep.config.keys import key
+from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+
+
+@dataclass
+class DdpConfig(Config):
+    comm: str = key(
+        "fp32", "what gradients travel between ranks in; bf16, fp16: half the bytes", ("fp32", "bf16", "fp16")
+    )
+
 
 COMPRESS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}  # round a bucket, all-reduce it, widen it again
 
 
 @recipe(
+    config=DdpConfig,
     proof=Proof(
         {"model.norm": "group"}, differs={"model.norm": "batch"}, because="BatchNorm normalises by each rank's share"
     ),
     next_command="python -m recipes.single     the same training in one process, to compare with",
 )
-def train(run: Run) -> None:
+def train(run: Run[DdpConfig]) -> None:
     model = run.place(build_model(run.config.model))
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
     if run.config.comm in COMPRESS:

@@ -3,16 +3,16 @@
 Under DDP every rank holds all weights, all gradients and the optimizer's state of all weights. ZeRO cuts them among the
 N ranks, one more of them with each stage, and every cut is paid by a message that brings the rest when it is needed:
 
-    zero.stage=1   the optimizer's state. Gradients are averaged once a step; each rank updates its part of the weights
+    stage=1   the optimizer's state. Gradients are averaged once a step; each rank updates its part of the weights
                    and sends it to all others.
-    zero.stage=2   gradients too: while backward runs, a bucket that is complete goes to the rank whose part it is, with
+    stage=2   gradients too: while backward runs, a bucket that is complete goes to the rank whose part it is, with
                    every micro-batch, and is freed elsewhere.
-    zero.stage=3   weights too: each layer is gathered from all ranks before its forward, again before its backward, and
+    stage=3   weights too: each layer is gathered from all ranks before its forward, again before its backward, and
                    freed after both. Half as much again to send as DDP has.
-    zero.stage=0   nothing: DDP.
+    stage=0   nothing: DDP.
 
 The optimizer's state includes a copy of the weights in fp32, so with SGD and two ranks stage 1 saves nothing; the
-summary says what a rank holds. `zero.offload=true` moves the rank's part of it to the host's memory. Every stage trains
+summary says what a rank holds. `offload=true` moves the rank's part of it to the host's memory. Every stage trains
 what recipes.ddp does, on CPU and gloo to the last bit, as long as there is one micro-batch: stages 2 and 3 add them up
 in another order. `precision=bf16` and `fp16` are autocast, here as in every recipe, and from stage 1 on gradients also
 travel in them. There is no fp64, because DeepSpeed updates in fp32 whatever the model computes in.
@@ -27,13 +27,14 @@ They are pickles; here they are read only where their hashes are intact, and wit
 holds the whole model while it evaluates or exports.
 
     python -m recipes.deepspeed_zero                                         stage 2, two ranks
-    python -m recipes.deepspeed_zero zero.stage=3 optim=adamw accumulate=4
+    python -m recipes.deepspeed_zero stage=3 optim=adamw accumulate=4
 
 Expect: an accuracy of 0.97 or more on the digits, in about a minute on two CPU cores.
 Source: https://arxiv.org/abs/1910.02054 (ZeRO), https://www.deepspeed.ai/docs/config-json/
 """
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
 from lockstep.config.schema import AUTO, Config
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.models.resnet import build_model
@@ -49,7 +51,18 @@ from lockstep.training.accumulate import micro_batches
 from lockstep.training.precision import AUTOCAST
 
 
-def deepspeed_config(run: Run) -> dict[str, Any]:
+@dataclass
+class ZeroConfig(Config):
+    flat_weights = True
+    stage: int = key(
+        2,
+        "what each rank keeps only its part of: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too",
+        (0, 1, 2, 3),
+    )
+    offload: bool = key(False, "keep the optimizer's part in host memory, and update there")
+
+
+def deepspeed_config(run: Run[ZeroConfig]) -> dict[str, Any]:
     """DeepSpeed's configuration: what ours says, in its words, and no number left to its defaults.
 
     Learning rate, momentum and weight decay are the optimizer's, which is handed in beside it.
@@ -60,25 +73,25 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
         "train_micro_batch_size_per_gpu": largest,
         "gradient_accumulation_steps": -(-share // largest),
         # Its default is 1.0. In stage 0 the gradients are whole, and run.steps sees to it, as in every recipe.
-        "gradient_clipping": (config.gradients.clip_norm or 0.0) if config.zero.stage else 0.0,
+        "gradient_clipping": (config.gradients.clip_norm or 0.0) if config.stage else 0.0,
         "torch_autocast": {
             "enabled": config.precision in AUTOCAST,
             "dtype": str(AUTOCAST.get(config.precision, torch.bfloat16)).removeprefix("torch."),
         },
         "zero_optimization": {
-            "stage": config.zero.stage,
+            "stage": config.stage,
             "reduce_bucket_size": 2**22,  # elements in one all-reduce; the default, 5e8, takes 2 GB
             "stage3_param_persistence_threshold": 1000,  # smaller parameters stay whole
         },
         "zero_allow_untested_optimizer": True,  # it has tested Adam; the proof below tests SGD
     }
-    if config.zero.offload:
+    if config.offload:
         found["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": run.device.type == "cuda"}
         found["zero_force_ds_cpu_optimizer"] = False  # torch's own will do: DeepSpeed's has to be compiled
     return found
 
 
-def check(config: Config, share: int) -> None:
+def check(config: ZeroConfig, share: int) -> None:
     """What DeepSpeed cannot do, before anything starts."""
     if config.precision == "fp64":
         raise UserError(
@@ -90,11 +103,12 @@ def check(config: Config, share: int) -> None:
         )
     if config.channels_last not in (AUTO, False):
         raise UserError("channels_last=true: DeepSpeed keeps the weights as one long vector; leave channels_last out")
-    if config.zero.offload and not config.zero.stage:
-        raise UserError("zero.offload=true: stage 0 leaves the optimizer whole; set zero.stage to 1, 2 or 3")
+    if config.offload and not config.stage:
+        raise UserError("offload=true: stage 0 leaves the optimizer whole; set stage to 1, 2 or 3")
 
 
 @recipe(
+    config=ZeroConfig,
     needs="deepspeed",
     proof=Proof(
         {"model.norm": "group"},
@@ -106,7 +120,7 @@ def check(config: Config, share: int) -> None:
     check=check,
     next_command="python -m recipes.ddp     the whole of everything on each rank, to compare with",
 )
-def train(run: Run) -> None:
+def train(run: Run[ZeroConfig]) -> None:
     os.environ["DS_ACCELERATOR"] = run.device.type  # read when DeepSpeed is imported
     import deepspeed
 
@@ -125,7 +139,7 @@ def train(run: Run) -> None:
     scaler = run.scaler()  # precision=fp16: in DeepSpeed's backward and step, in place of its own
 
     def whole() -> nn.Module:
-        if run.config.zero.stage < 3:
+        if run.config.stage < 3:
             return model
         with torch.device("meta"):  # memory only when the weights come, and no random number drawn
             plain = build_model(run.config.model)

@@ -49,9 +49,10 @@ from rich.table import Table
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.callbacks.memory_report import cell, in_a_line, table
-from lockstep.config.schema import Config, check_values, with_values
+from lockstep.config.schema import Config, check_values, convert, with_values
 from lockstep.data.datasets import FirstSamples
 from lockstep.diagnose import bandwidth, findings, postmortem
+from lockstep.diagnose.config import DoctorConfig
 from lockstep.diagnose.findings import Finding
 from lockstep.diagnose.preflight import Asked, judge
 from lockstep.diagnose.probes import survey
@@ -73,24 +74,25 @@ STEPS = 3
 PROVEN_STEPS = 5
 
 
-def patient(config: Config) -> Recipe:
+def patient(config: DoctorConfig) -> Recipe:
     """The recipe that is looked at: recipes=[NAME], else ddp."""
-    names = choose(config.recipes or ["ddp"])
+    names = choose(config.recipes)
     if len(names) > 1:
         raise UserError(f"recipes=[{','.join(names)}]: recipes.doctor looks at one recipe at a time; name one")
     found: Recipe = importlib.import_module(f"recipes.{names[0]}").train
     return found
 
 
-def as_patient(config: Config) -> Config:
+def as_patient(config: DoctorConfig) -> Config:
     """The config of the steps that are really taken: few, and every one counted."""
     steps = {"max_steps": STEPS, "epochs": STEPS, "memory": "report"}
-    return with_values(cut_short(config, patient(config)), steps)
+    each = patient(config)
+    return with_values(cut_short(convert(config, each.config), each), steps)
 
 
 def images_at_once(config: Config, shards: int) -> int:
     """Images that go through the model at a time: a rank's share, or the largest micro-batch of it."""
-    return -(-config.global_batch_size // shards // max(config.accumulate, config.micro_batches))
+    return -(-config.global_batch_size // shards // max(config.accumulate, config.pipeline_micro_batches))
 
 
 class Steps(Run):
@@ -104,7 +106,7 @@ class Steps(Run):
         return super()._after_step()
 
 
-def measure(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
+def measure(run: Run[DoctorConfig]) -> tuple[list[dict[str, Any]], list[int]]:
     """Take a few steps as the recipe takes them: (what each rank held by layer, each rank's measured peak in bytes)."""
     each, config = patient(run.config), as_patient(run.asked)
     out = run.out / each.name
@@ -120,7 +122,9 @@ def measure(run: Run) -> tuple[list[dict[str, Any]], list[int]]:
     return json.loads((out / "memory.json").read_text())["ranks"] if run.world.rank == 0 else [], peaks
 
 
-def show(run: Run, found: Prediction, ranks: list[dict[str, Any]], peaks: list[int], shards: dict[str, Any]) -> None:
+def show(
+    run: Run[DoctorConfig], found: Prediction, ranks: list[dict[str, Any]], peaks: list[int], shards: dict[str, Any]
+) -> None:
     """The tables, for people."""
     config, line = run.config, run.report.line
     images, console = images_at_once(config, run.shards), run.report.console
@@ -150,7 +154,7 @@ def show(run: Run, found: Prediction, ranks: list[dict[str, Any]], peaks: list[i
 RISE = {"cpu": "the process's resident memory", "cuda": "what torch's allocator gave out"}
 
 
-def account(run: Run) -> None:
+def account(run: Run[DoctorConfig]) -> None:
     """Where a step's memory goes."""
     ranks, peaks = measure(run)
     if run.world.rank:
@@ -172,7 +176,7 @@ def account(run: Run) -> None:
     show(run, found, ranks, peaks, shards)
 
 
-def preflight(run: Run) -> None:
+def preflight(run: Run[DoctorConfig]) -> None:
     """Whether a run would work here."""
     ranks = survey(run)
     speeds = bandwidth.measure(run.world) if run.world.world_size > 1 else {}
@@ -201,20 +205,21 @@ def preflight(run: Run) -> None:
 BROKEN = "it broke"
 
 
-def proven(run: Run) -> Finding:
+def proven(run: Run[DoctorConfig]) -> Finding:
     """A few steps of the recipe against the same steps of `single`, as recipes.verify has them."""
     each = patient(run.config)
     if not each.proofs:
         return Finding("verify", "ok", f"recipes.{each.name} declares no proof: nothing to compare")
     proof = each.proofs[0]
     precision = "fp64" if "fp64" in proof.precisions else proof.precisions[0]
-    base = proof_config(run, precision, proof.settings | {"max_steps": PROVEN_STEPS, "check": Config().check})
-    mine = with_values(base, proof.own)
+    values = proof.settings | {"max_steps": PROVEN_STEPS}
+    mine = with_values(proof_config(run, each.config, precision, values), proof.own)
     row = VerifyRow(each.name, precision, run.world.world_size, PROVEN_STEPS)
     remedy = f"python -m recipes.verify recipes=[{each.name}]"
     try:
         single = importlib.import_module("recipes.single").train
-        reference = trace(run, single, mine if proof.prepare else base, "single", proof.prepare)
+        base = mine if proof.prepare else proof_config(run, single.config, precision, values)
+        reference = trace(run, single, base, "single", proof.prepare)
         traced = trace(run, each, mine, each.name, proof.prepare)
     except Preempted:
         raise
@@ -230,12 +235,12 @@ def proven(run: Run) -> Finding:
     return Finding("verify", "fails" if row.fails else "ok", figure, remedy if row.fails else "")
 
 
-def read(config: Config) -> int | None:
+def read(config: DoctorConfig) -> int | None:
     """With run=FOLDER, say what became of the run in it; this process does it, without any ranks."""
     if config.run is None:
         return None
     check_values(config)
-    if config.cluster or config.check != Config().check:
+    if config.cluster or config.check != DoctorConfig().check:
         more = "+cluster" if config.cluster else f"check={config.check}"
         raise UserError(f"run={config.run}: is read here, and nothing is run; leave {more} out")
     postmortem.tell(Path(config.run).expanduser(), again)
@@ -249,19 +254,19 @@ def again(name: str, config: Config, out: Path) -> str:
     from lockstep.config.compose import overrides  # Hydra, which no rank needs
 
     found: Recipe = importlib.import_module(f"recipes.{name}").train
-    return f"python -m recipes.{name} {shlex.join([*overrides(found, config, without=['out']), f'out={short(out)}'])}"
+    return f"python -m recipes.{name} {shlex.join([*overrides(found, config, found, without=['out']), f'out={short(out)}'])}"
 
 
-def check(config: Config, share: int) -> None:
+def check(config: DoctorConfig, share: int) -> None:
     """A recipe that is looked at must be able to run."""
     if config.run is not None:
         raise UserError(f"run={config.run}: is read by one process; start it with python, without torchrun or srun")
     each = patient(config)
-    validate(as_patient(config), each, config.global_batch_size // share * config.stages)
+    validate(as_patient(config), each, config.global_batch_size // share * config.model_parallel_size)
 
 
-@recipe(check=check, stands_for=patient, word="check", alone=read)
-def train(run: Run) -> None:
+@recipe(config=DoctorConfig, looks_at="recipes", check=check, stands_for=patient, word="check", alone=read)
+def train(run: Run[DoctorConfig]) -> None:
     {"preflight": preflight, "memory": account}[run.config.check](run)
 
 

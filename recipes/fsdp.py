@@ -8,9 +8,9 @@ gradients' mean, so every rank sends the others theirs and adds up what it gets 
 traffic again as DDP's all-reduce, while the neighbouring block computes, and in return the memory for the model's
 state is divided by n.
 
-`fsdp.reshard_after_forward=false` keeps the weights from forward to backward (ZeRO-2): DDP's traffic, but all weights
-whole at once. `fsdp.replicas=2` makes two copies of the model, each sharded over half of the ranks (HSDP): gathers and
-scatters stay among neighbours, on one node say, and only gradient parts cross to the other copy. `fsdp.offload=true`
+`reshard_after_forward=false` keeps the weights from forward to backward (ZeRO-2): DDP's traffic, but all weights
+whole at once. `replicate=2` makes two copies of the model, each sharded over half of the ranks (HSDP): gathers and
+scatters stay among neighbours, on one node say, and only gradient parts cross to the other copy. `offload=true`
 keeps parts and optimizer in host memory.
 
 No rank but the first ever holds the whole model, and that one on the CPU, to draw the weights that recipes.single
@@ -19,7 +19,7 @@ evaluated in shards, saved in shards, and exported tensor by tensor. BatchNorm n
 under DDP; `model.norm=group` computes exactly what recipes.single does.
 
     python -m recipes.fsdp                                     two ranks on this machine, or one per GPU
-    python -m recipes.fsdp nproc=4 fsdp.replicas=2 optim=adamw     2 copies in 2 parts each
+    python -m recipes.fsdp nproc=4 replicate=2 optim=adamw     2 copies in 2 parts each
 
 Expect: an accuracy of 0.97 or more on the digits, in about two minutes on two CPU cores, and on two ranks half of DDP's
 state in the summary. (The peak of a CPU's memory shows it with MALLOC_MMAP_THRESHOLD_=131072 in the environment: by
@@ -28,7 +28,7 @@ Source: https://arxiv.org/abs/1910.02054 (ZeRO), https://arxiv.org/abs/2304.1127
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,25 +41,41 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.precision import AUTOCAST, DTYPES
 
 
-def make_mesh(run: Run) -> DeviceMesh:
+@dataclass
+class FsdpConfig(Config):
+    replicate: int = key(1, "copies of the model, each sharded over its part of the ranks", minimum=1, free=True)
+    reshard_after_forward: bool = key(
+        True, "free each block's whole weights after its forward, gather them again for backward", free=True
+    )
+    offload: bool = key(False, "keep shards and optimizer in host memory, and update there", free=True)
+    reduce: str = key("fp32", "precision=bf16: what gradients are averaged in", ("fp32", "bf16"))
+    sync: str = key(
+        "last",
+        "accumulate=N: average gradients after the last micro-batch, or after every one, which needs less memory",
+        ("last", "every"),
+    )
+
+
+def make_mesh(run: Run[FsdpConfig]) -> DeviceMesh:
     """The ranks, neighbours sharing a copy of the model; with several copies, the same parts of each in a column."""
-    replicas = run.config.fsdp.replicas
+    replicas = run.config.replicate
     if replicas == 1:
         return init_device_mesh(run.device.type, (run.shards,), mesh_dim_names=("shard",))
     shape = (replicas, run.shards // replicas)
     return init_device_mesh(run.device.type, shape, mesh_dim_names=("replicate", "shard"))
 
 
-def shard(model: nn.Module, mesh: DeviceMesh, run: Run) -> None:
+def shard(model: nn.Module, mesh: DeviceMesh, run: Run[FsdpConfig]) -> None:
     """Shard a ResNet, in place, from the inside out: each residual block is gathered by itself, and what is left over,
     the stem and the classifier, together. One fully_shard on the whole would gather the whole."""
-    config = run.config.fsdp
+    config = run.config
     pinned = run.device.type == "cuda"  # host memory that a GPU can read by itself
     options: dict[str, Any] = {
         "mesh": mesh,
@@ -83,12 +99,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run) -> None:
 
 
 @torch.no_grad()
-def deal(model: nn.Module, whole: nn.Module | None, run: Run) -> None:
+def deal(model: nn.Module, whole: nn.Module | None, run: Run[FsdpConfig]) -> None:
     """Give a sharded meta model memory, and every rank its parts of the weights that rank 0 has in `whole`.
 
     Tensor after tensor is cut up on rank 0 and dealt out, so the other ranks hold no more than one of them at a time.
     """
-    model.to_empty(device="cpu" if run.config.fsdp.offload else run.device)
+    model.to_empty(device="cpu" if run.config.offload else run.device)
     for layer in model.modules():
         for name, buffer in layer.named_buffers(recurse=False):
             setattr(layer, name, buffer.to(run.device))  # these are not offloaded
@@ -103,27 +119,28 @@ def deal(model: nn.Module, whole: nn.Module | None, run: Run) -> None:
             mine.copy_(tensor)
 
 
-def check(config: Config, share: int) -> None:
+def check(config: FsdpConfig, share: int) -> None:
     """What sharding asks for, before anything starts."""
-    ranks, fsdp = config.global_batch_size // share, config.fsdp
-    if ranks % fsdp.replicas:
+    ranks = config.global_batch_size // share
+    if ranks % config.replicate:
         allowed = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0)
-        raise UserError(f"fsdp.replicas={fsdp.replicas}: {ranks} ranks do not divide by it; allowed are {allowed}")
-    if fsdp.reduce != "fp32" and config.precision != "bf16":
+        raise UserError(f"replicate={config.replicate}: {ranks} ranks do not divide by it; allowed are {allowed}")
+    if config.reduce != "fp32" and config.precision != "bf16":
         raise UserError(
-            f"fsdp.reduce={fsdp.reduce}: precision={config.precision} averages its gradients in full; "
+            f"reduce={config.reduce}: precision={config.precision} averages its gradients in full; "
             "set precision=bf16, or leave it out"
         )
 
 
 @recipe(
+    config=FsdpConfig,
     proof=Proof(
         {"model.norm": "group"}, differs={"model.norm": "batch"}, because="BatchNorm normalises by each rank's share"
     ),
     check=check,
     next_command="python -m recipes.ddp     the same training, all of the model on every rank: compare the memory",
 )
-def train(run: Run) -> None:
+def train(run: Run[FsdpConfig]) -> None:
     dtype = DTYPES[run.config.precision]
     whole = build_model(run.config.model).to(dtype) if run.world.rank == 0 else None
     with torch.device("meta"):
@@ -143,7 +160,7 @@ def train(run: Run) -> None:
     for batch in run.steps(model=model, optimizer=optimizer):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             # Not averaged yet, gradients stay whole on each rank, as much memory as DDP's: the price of sending less.
-            model.set_requires_gradient_sync(micro.last or run.config.fsdp.sync == "every")
+            model.set_requires_gradient_sync(micro.last or run.config.sync == "every")
             loss = cross_entropy(model(micro.images), micro.labels)
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)

@@ -16,16 +16,23 @@ Source: https://docs.pytorch.org/docs/stable/notes/ddp.html, https://arxiv.org/a
 """
 
 import contextlib
+from dataclasses import dataclass
 
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.data.datasets import Batch
 from lockstep.memory.tracker import saved_bytes
 from lockstep.models.resnet import build_model
+
+
+@dataclass
+class AccumulationConfig(Config):
+    accumulate_by: str = key("chunk", "how the micro-batches are cut", ("chunk", "unbind"))
 
 
 def cut(batch: Batch, count: int, by: str) -> list[Batch]:
@@ -36,7 +43,7 @@ def cut(batch: Batch, count: int, by: str) -> list[Batch]:
     return [Batch(*piece) for piece in zip(images.unbind(), labels.unbind(), strict=True)]
 
 
-def check(config: Config, share: int) -> None:
+def check(config: AccumulationConfig, share: int) -> None:
     """unbind makes equal pieces or none."""
     if config.accumulate_by == "unbind" and share % config.accumulate:
         raise UserError(
@@ -46,6 +53,7 @@ def check(config: Config, share: int) -> None:
 
 
 @recipe(
+    config=AccumulationConfig,
     proof=Proof(
         {"model.norm": "group"},
         {"accumulate": 4},
@@ -55,7 +63,7 @@ def check(config: Config, share: int) -> None:
     check=check,
     next_command="python -m recipes.ddp     the same batch in one piece: compare the memory",
 )
-def train(run: Run) -> None:
+def train(run: Run[AccumulationConfig]) -> None:
     model = run.place(build_model(run.config.model))
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
     optim = run.config.optim

@@ -18,21 +18,39 @@ Expect: an accuracy of 0.97 or more on the digits, in about a minute on two CPU 
 Source: https://lightning.ai/docs/fabric/stable/
 """
 
+from dataclasses import dataclass
+
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
-from lockstep import Proof, Run, recipe
+from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
+from lockstep.config.schema import Config
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
 
 
+@dataclass
+class FabricConfig(Config):
+    sync_batchnorm: bool = key(False, "BatchNorm over the global batch")
+
+
+def check(config: FabricConfig, share: int) -> None:
+    """Layers can only be synchronised where there are some."""
+    if config.sync_batchnorm and config.model.norm != "batch":
+        raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
+
+
 @recipe(
+    config=FabricConfig,
+    check=check,
+    global_batchnorm=lambda config: config.sync_batchnorm,
     needs="lightning",
     proof=(Proof({"model.norm": "group"}), Proof({"model.norm": "batch"}, {"sync_batchnorm": True})),
     next_command="python -m recipes.ddp     the same training without Fabric, to compare with",
 )
-def train(run: Run) -> None:
+def train(run: Run[FabricConfig]) -> None:
     from lightning.fabric import Fabric
     from lightning.fabric.plugins import MixedPrecision
     from lightning.fabric.strategies import DDPStrategy

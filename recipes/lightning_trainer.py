@@ -22,6 +22,7 @@ Expect: an accuracy of 0.97 or more on the digits, in about a minute on two CPU 
 Source: https://lightning.ai/docs/pytorch/stable/common/trainer.html
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -29,19 +30,35 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from lockstep import Proof, Run, recipe
+from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
+from lockstep.config.schema import Config
 from lockstep.data.datasets import Batch
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import MicroBatch
 from lockstep.training.evaluate import Tally
 
 
+@dataclass
+class TrainerConfig(Config):
+    sync_batchnorm: bool = key(False, "BatchNorm over the global batch")
+
+
+def check(config: TrainerConfig, share: int) -> None:
+    """Layers can only be synchronised where there are some."""
+    if config.sync_batchnorm and config.model.norm != "batch":
+        raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
+
+
 @recipe(
+    config=TrainerConfig,
+    check=check,
+    global_batchnorm=lambda config: config.sync_batchnorm,
     needs="lightning",
     proof=(Proof({"model.norm": "group"}, {"accumulate": 4}), Proof({"model.norm": "batch"}, {"sync_batchnorm": True})),
     next_command="python -m recipes.lightning_fabric     the same help from Lightning, with the loop in your hands",
 )
-def train(run: Run) -> None:
+def train(run: Run[TrainerConfig]) -> None:
     from lightning.pytorch import LightningModule, Trainer
     from lightning.pytorch.plugins import MixedPrecision
 

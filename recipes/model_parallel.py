@@ -17,17 +17,32 @@ parts' idle shares add up to 100 %.
 Source: https://docs.pytorch.org/tutorials/intermediate/model_parallel_tutorial.html
 """
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import check_cut, choose_cuts, split
 from lockstep.parallel.stage_clock import StageClock
 from lockstep.training.accumulate import micro_batches
+
+
+@dataclass
+class ModelParallelConfig(Config):
+    cut: Any = key("layer3", "first layer of each further part: a name, a list, or balanced (by measured cost)")
+    devices: list[str] | None = key(None, "devices of the parts (null: the GPUs, or cpu twice)")
+    micro_batches: int = key(1, "micro-batches that a global batch is piped through in", minimum=1)
+
+    @property
+    def pipeline_micro_batches(self) -> int:
+        return self.micro_batches
 
 
 class ModelParallel(nn.Module):
@@ -54,7 +69,7 @@ class ModelParallel(nn.Module):
         return x
 
 
-def pick_devices(run: Run) -> list[torch.device]:
+def pick_devices(run: Run[ModelParallelConfig]) -> list[torch.device]:
     """`devices`, or two GPUs, or the host twice."""
     asked = run.config.devices
     if asked is None:
@@ -62,7 +77,7 @@ def pick_devices(run: Run) -> list[torch.device]:
     return [torch.device(name) for name in asked]
 
 
-def check(config: Config, share: int) -> None:
+def check(config: ModelParallelConfig, share: int) -> None:
     """Every device must exist, and the cut must make a part for each."""
     allowed = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
     if config.devices is not None and (len(config.devices) < 2 or not set(config.devices) <= set(allowed)):
@@ -73,12 +88,13 @@ def check(config: Config, share: int) -> None:
 
 
 @recipe(
+    config=ModelParallelConfig,
     proof=Proof({"model.norm": "batch"}),
     ranks=1,
     check=check,
     next_command="python -m recipes.pipeline_parallel     the same cut, with both parts busy",
 )
-def train(run: Run) -> None:
+def train(run: Run[ModelParallelConfig]) -> None:
     devices = pick_devices(run)
     model = run.place(build_model(run.config.model))
     images = torch.zeros(run.config.global_batch_size // run.config.micro_batches, 3, run.image_size, run.image_size)

@@ -26,6 +26,7 @@ https://arxiv.org/abs/2401.10241 (zero bubble), https://docs.pytorch.org/docs/st
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -38,11 +39,33 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import Part, blocks, check_cut, choose_cuts, split
 from lockstep.training.timing import Stopwatch
+
+
+@dataclass
+class PipelineConfig(Config):
+    stages: int = key(2, "ranks that a model is cut over", minimum=1)
+    cut: Any = key("layer3", "first layer of each further part: a name, a list, or balanced (by measured cost)")
+    micro_batches: int = key(4, "micro-batches that a global batch is piped through in", minimum=1)
+    schedule: str = key(
+        "1f1b",
+        "order of the micro-batches' forwards and backwards",
+        ("gpipe", "1f1b", "interleaved", "zero_bubble"),
+    )
+
+    @property
+    def model_parallel_size(self) -> int:
+        return self.stages
+
+    @property
+    def pipeline_micro_batches(self) -> int:
+        return self.micro_batches
+
 
 STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
 
@@ -97,7 +120,7 @@ class Contiguous(nn.Module):
 
 
 def build_stages(
-    run: Run, model: nn.Module, stage_group: dist.ProcessGroup
+    run: Run[PipelineConfig], model: nn.Module, stage_group: dist.ProcessGroup
 ) -> tuple[list[TimedStage], list[list[str]]]:
     """(this rank's stages, the names of every stage's blocks)."""
     config, rank, size = run.config, dist.get_rank(stage_group), dist.get_world_size(stage_group)
@@ -117,7 +140,9 @@ def build_stages(
     return stages, [part.names for part in parts]
 
 
-def build_schedule(run: Run, stages: list[TimedStage], loss_fn: Callable[[Tensor, Tensor], Tensor]) -> Any:
+def build_schedule(
+    run: Run[PipelineConfig], stages: list[TimedStage], loss_fn: Callable[[Tensor, Tensor], Tensor]
+) -> Any:
     """The object whose step() runs a batch through the pipeline, each micro-batch's mean loss counting 1 / m."""
     name, pieces = run.config.schedule, run.config.micro_batches
     if name == "gpipe":
@@ -151,7 +176,7 @@ def gather_model(model: nn.Module, names: list[list[str]], size: int) -> nn.Modu
     return whole
 
 
-def check(config: Config, share: int) -> None:
+def check(config: PipelineConfig, share: int) -> None:
     """What the schedules and the cut ask for, before anything starts."""
     stages, pieces, name = config.stages, config.micro_batches, config.schedule
     if name != "gpipe" and pieces < stages:
@@ -169,13 +194,14 @@ def check(config: Config, share: int) -> None:
     check_cut(config.model, wanted_cut(config), stages * STAGES_A_RANK[name])
 
 
-def wanted_cut(config: Config) -> Any:
+def wanted_cut(config: PipelineConfig) -> Any:
     """The cut that is asked for; the default one names two parts, so more of them are balanced."""
     parts = config.stages * STAGES_A_RANK[config.schedule]
     return "balanced" if config.cut == "layer3" and parts > 2 else config.cut
 
 
 @recipe(
+    config=PipelineConfig,
     proof=Proof(
         {"model.norm": "group"},
         {"stages": 2, "micro_batches": 4},
@@ -185,7 +211,7 @@ def wanted_cut(config: Config) -> Any:
     check=check,
     next_command="python -m recipes.model_parallel     the same cut without the pipeline: one part always waits",
 )
-def train(run: Run) -> None:
+def train(run: Run[PipelineConfig]) -> None:
     mesh = init_device_mesh(run.device.type, (run.shards, run.config.stages), mesh_dim_names=("data", "stage"))
     data_group, stage_group = mesh.get_group("data"), mesh.get_group("stage")
     model = run.place(build_model(run.config.model))

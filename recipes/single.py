@@ -14,12 +14,13 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Run, recipe
+from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
 
 
 @recipe(ranks=1, next_command="python -m recipes.ddp     the same training, shared by two ranks")
-def train(run: Run) -> None:
+def train(run: Run[Config]) -> None:
     model = run.place(build_model(run.config.model))
     optim = run.config.optim
     if optim.name == "sgd":

@@ -15,12 +15,15 @@ Expect: an accuracy of 0.97 or more on the digits, in one to two minutes on two 
 Source: https://arxiv.org/abs/1502.03167 (BatchNorm), https://arxiv.org/abs/1803.08904 (synchronising it)
 """
 
+from dataclasses import dataclass
+
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
 from lockstep.config.schema import Config, with_values
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.models.resnet import build_model
@@ -28,19 +31,25 @@ from lockstep.training.accumulate import micro_batches
 from lockstep.verify.trace import difference, trace
 
 
-def check(config: Config, share: int) -> None:
+@dataclass
+class SyncBatchNormConfig(Config):
+    demonstrate: bool = key(False, "2 images a rank, with and without, beside one process")
+
+
+def check(config: SyncBatchNormConfig, share: int) -> None:
     """There must be something to synchronise."""
     if config.model.norm != "batch":
         raise UserError(f"model.norm={config.model.norm}: holds no BatchNorm to synchronise; set model.norm=batch")
 
 
 @recipe(
+    config=SyncBatchNormConfig,
     proof=Proof({"model.norm": "batch"}),
     global_batchnorm=True,
     check=check,
     next_command="python -m recipes.sync_batchnorm demonstrate=true     what it is good for, in numbers",
 )
-def train(run: Run) -> None:
+def train(run: Run[SyncBatchNormConfig]) -> None:
     if run.config.demonstrate:
         demonstrate(run)
         return
@@ -68,7 +77,7 @@ def train(run: Run) -> None:
         optimizer.zero_grad()
 
 
-def demonstrate(run: Run) -> None:
+def demonstrate(run: Run[SyncBatchNormConfig]) -> None:
     """2 images a rank, for 60 steps: one process on the whole batch, and the ranks with and without synchronising."""
     from recipes import ddp, single
 

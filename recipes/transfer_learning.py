@@ -22,6 +22,7 @@ Expect: an accuracy of 0.96 or more on the other five digits with the second com
 Source: https://arxiv.org/abs/1411.1792, https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html
 """
 
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -33,11 +34,27 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
+from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.parameters import count_parameters
 from lockstep.models.pretrained import backbone
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+
+
+@dataclass
+class TransferConfig(Config):
+    weights: str | None = key(
+        None,
+        "torchvision's backbone, downloaded once (imagenet: its best); random: none (resume=PATH names one of yours)",
+        ("imagenet", "IMAGENET1K_V1", "IMAGENET1K_V2", "random"),
+    )
+    freeze: list[str] | None = key(
+        None, "patterns of the parameters that are not trained, such as [layer1.*] (null: all but the head)"
+    )
+    unfreeze_epoch: int | None = key(None, "epochs after which all is trained (null: never)", minimum=1)
+    unfreeze_lr: float | None = key(None, "peak learning rate of what was frozen (null: optim.lr / 10)", minimum=0)
+
 
 HEAD = "fc."  # what a ResNet's last layer is called
 
@@ -67,13 +84,15 @@ def unfreeze(model: nn.Module) -> None:
     model.train()
 
 
-def prepare(run: Run, model: nn.Module) -> None:
+def prepare(run: Run[TransferConfig], model: nn.Module) -> None:
     """Make a new model the one that is trained here: the backbone's weights, a new head, the rest frozen."""
-    model.load_state_dict(run.backbone(model, HEAD), strict=False)  # not strict: the head keeps its random weights
+    model.load_state_dict(
+        run.backbone(model, HEAD, run.config.weights), strict=False
+    )  # not strict: the head keeps its random weights
     freeze(model, run.config.freeze)
 
 
-def check(config: Config, share: int) -> None:
+def check(config: TransferConfig, share: int) -> None:
     """The patterns must match, something must be left to train, and the backbone must be there and fit."""
     with torch.device("meta"):  # names and shapes need no memory
         model = build_model(config.model)
@@ -97,10 +116,11 @@ def check(config: Config, share: int) -> None:
         )
     if config.unfreeze_lr is not None and config.unfreeze_epoch is None:
         raise UserError(f"unfreeze_lr={config.unfreeze_lr}: nothing is ever unfrozen; set unfreeze_epoch")
-    backbone(config, model, HEAD)
+    backbone(config, model, HEAD, config.weights)
 
 
 @recipe(
+    config=TransferConfig,
     proof=(
         Proof({"model.norm": "batch"}, {"weights": "random"}, prepare=prepare),
         Proof({"model.norm": "group"}, {"weights": "random", "freeze": ["layer1.*"]}, prepare=prepare),
@@ -109,7 +129,7 @@ def check(config: Config, share: int) -> None:
     check=check,
     next_command="python -m recipes.ddp     the same classes from scratch, to compare with",
 )
-def train(run: Run) -> None:
+def train(run: Run[TransferConfig]) -> None:
     model = run.place(build_model(run.config.model))
     prepare(run, model)
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)

@@ -44,7 +44,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config import run_directory
-from lockstep.config.schema import AUTO, Config, typed
+from lockstep.config.keys import AUTO, typed
 from lockstep.data.image_files import check_data
 from lockstep.distributed.environment import check_nproc, default_nproc, resolve_device
 from lockstep.distributed.rendezvous import answers
@@ -53,6 +53,7 @@ from lockstep.errors import CheckFailed
 from lockstep.integrations.ray import ray_for
 from lockstep.launch import recipe_process
 from lockstep.launch.validate import validate
+from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import Space
 from lockstep.tune.standings import Watch, mode, results, table, write_results
 from lockstep.utils.text import count
@@ -66,7 +67,7 @@ WAIT_SECONDS = 60  # for runs of trials that a killed start has left behind, and
 # What a trial is -----------------------------------------------------------------------------------------------------
 
 
-def find(config: Config) -> Recipe:
+def find(config: TuneConfig) -> Recipe:
     """The recipe that is tuned; UserError where there is none of that name, or no one batch for all trials' ranks."""
     if config.global_batch_size == AUTO:
         raise UserError(
@@ -89,7 +90,7 @@ class Plan:
     gpus: int  # of a trial
 
 
-def plan(config: Config, each: Recipe, device: str) -> Plan:
+def plan(config: TuneConfig, each: Recipe, device: str) -> Plan:
     """Divide this machine among the trials; on a cluster, Ray does."""
     tune = config.tune
     ranks = tune.nproc or each.ranks or default_nproc(device)
@@ -102,21 +103,21 @@ def plan(config: Config, each: Recipe, device: str) -> Plan:
     return Plan(ranks, config.threads or max(1, cores // (concurrent * ranks)), concurrent, gpus)
 
 
-def words(config: Config, how: Plan) -> list[str]:
+def words(config: TuneConfig, each: Recipe, how: Plan) -> list[str]:
     """The overrides that all trials have in common. The threads are part of them: other threads, other last bits."""
     from lockstep.config.compose import overrides  # Hydra
 
-    rest = overrides(train, config, OURS | set(Space(config.tune.space).texts))
+    rest = overrides(train, config, each, OURS | set(Space(config.tune.space, each).texts))
     numbers = [f"nproc={how.ranks}", f"threads={how.threads}"]
     if config.tune.address is not None and config.device == "auto":  # it might be another one on each node
         numbers.append(f"device={'cuda' if how.gpus else 'cpu'}")
     return [*rest, *numbers]
 
 
-def check(config: Config, share: int) -> None:
+def check(config: TuneConfig, share: int) -> None:
     """Whatever can be drawn must be what the recipe takes; and an earlier search can only go on as it was."""
     tune, each = config.tune, find(config)
-    space = Space(tune.space)
+    space = Space(tune.space, each)
     if not space.texts:
         raise UserError("tune.space: is empty; choose tune=asha, or set 'tune.space.optim.lr=loguniform(1e-4, 1e-1)'")
     for key in space.texts:
@@ -137,7 +138,7 @@ def check(config: Config, share: int) -> None:
     how = plan(config, each, device)
     if tune.address is None:
         check_nproc(how.ranks, device, backend)
-    common = words(config, how)
+    common = words(config, each, how)
     base = compose_another(each, common)
     counted = None if any(key.startswith("data.") for key in space.texts) else check_data(base.data)
     tree = OmegaConf.structured(base)
@@ -165,7 +166,7 @@ def check_address(address: str | None) -> None:
         raise UserError(f"tune.address={address}: nobody answers there; start it with ray start --head --port={port}")
 
 
-def trainable(run: Run, each: Recipe) -> Any:
+def trainable(run: Run[TuneConfig], each: Recipe) -> Any:
     """What Ray runs as an actor, one for each trial, where it finds room: it holds the command that trains."""
     from ray import cloudpickle
     from ray.tune import Trainable
@@ -214,7 +215,7 @@ def trainable(run: Run, each: Recipe) -> Any:
     return Trial
 
 
-def searcher(config: Config, each: Recipe, common: list[str]) -> Any:
+def searcher(config: TuneConfig, each: Recipe, common: list[str]) -> Any:
     """What draws the settings of each trial, at random or Optuna's TPE, and numbers them."""
     from ray import tune
     from ray.tune.search import Searcher
@@ -222,7 +223,7 @@ def searcher(config: Config, each: Recipe, common: list[str]) -> Any:
 
     from lockstep.config.compose import compose_another
 
-    space, base = Space(config.tune.space), compose_another(each, common)
+    space, base = Space(config.tune.space, each), compose_another(each, common)
 
     class Numbered(Searcher):
         number = 0
@@ -265,7 +266,7 @@ def searcher(config: Config, each: Recipe, common: list[str]) -> Any:
     return Optuna(distributions, metric=config.metric, mode=mode(config), seed=config.seed)
 
 
-def scheduler(run: Run) -> Any:
+def scheduler(run: Run[TuneConfig]) -> Any:
     """ASHA, by the number of evaluations, or nothing that stops a trial."""
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
@@ -292,7 +293,7 @@ def scheduler(run: Run) -> Any:
     )
 
 
-def tuner(run: Run, each: Recipe, how: Plan) -> Any:
+def tuner(run: Run[TuneConfig], each: Recipe, how: Plan) -> Any:
     """The search in the run directory, as it was when it was cut off; else a new one."""
     from ray import tune
 
@@ -318,7 +319,7 @@ def tuner(run: Run, each: Recipe, how: Plan) -> Any:
             mode=mode(run.config),
             num_samples=tuned.trials,
             max_concurrent_trials=how.concurrent,
-            search_alg=searcher(run.config, each, words(run.asked, how)),
+            search_alg=searcher(run.config, each, words(run.asked, each, how)),
             scheduler=scheduler(run),
             trial_dirname_creator=lambda trial: str(trial.config["number"]),
         ),
@@ -331,7 +332,7 @@ def tuner(run: Run, each: Recipe, how: Plan) -> Any:
     )
 
 
-def wait_for_trials(run: Run) -> UserError | None:
+def wait_for_trials(run: Run[TuneConfig]) -> UserError | None:
     """Wait for those that were asked to leave and may be saving still; return what is to be said of one that stays."""
     stays = None
     for config in (run.out / "trials").glob("[0-9]*/config.yaml"):
@@ -342,8 +343,16 @@ def wait_for_trials(run: Run) -> UserError | None:
     return stays
 
 
-@recipe(ranks=1, check=check, needs="ray", stands_for=find)
-def train(run: Run) -> None:
+@recipe(
+    config=TuneConfig,
+    looks_at="tune.recipe",
+    single_training=False,
+    ranks=1,
+    check=check,
+    needs="ray",
+    stands_for=find,
+)
+def train(run: Run[TuneConfig]) -> None:
     each = find(run.config)
     how = plan(run.config, each, run.device.type)
     (run.out / "trials").mkdir(exist_ok=True)

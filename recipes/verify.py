@@ -26,10 +26,10 @@ from dataclasses import asdict
 import torch.distributed as dist
 
 from lockstep import Recipe, Run, recipe
-from lockstep.config.schema import Config
 from lockstep.errors import CheckFailed
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count
+from lockstep.verify.config import VerifyConfig
 from lockstep.verify.proofs import proof_cases, verify_case
 from lockstep.verify.report import progress_line, verdict_notes, verify_table
 from lockstep.verify.rows import VerifyRow
@@ -47,13 +47,13 @@ def recipes_with_proofs(names: list[str] | None) -> list[Recipe]:
     return [each for each in found if each.proofs]
 
 
-def check(config: Config, share: int) -> None:
+def check(config: VerifyConfig, share: int) -> None:
     """Only recipes that exist can be verified."""
     recipes_with_proofs(config.recipes)
 
 
-@recipe(check=check)
-def train(run: Run) -> None:
+@recipe(config=VerifyConfig, looks_at="recipes", single_training=False, check=check)
+def train(run: Run[VerifyConfig]) -> None:
     single = importlib.import_module("recipes.single").train
     cases = proof_cases(recipes_with_proofs(run.config.recipes), run.config, run.device.type)
     run.report.line(f"verify: {count(len(cases), 'row')}, on {count(run.world.world_size, 'rank')}")

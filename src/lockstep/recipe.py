@@ -43,15 +43,19 @@ class Recipe:
 
     Attributes:
         train: the function, given a Run.
+        config: its config class: Config, or a subclass with keys of the recipe's own.
         target: how to start it again: a module name, or the path of a script.
         ranks: the only number of ranks it runs on; None: any.
         next_command: what the final summary suggests.
-        global_batchnorm: BatchNorm sees all ranks' images, so a share of one image is enough.
+        global_batchnorm: whether BatchNorm sees all ranks' images, so that a share of one image is enough; or a function
+            that says so of a config.
         check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
         proof: what `recipes.verify` holds it to, one or several; None: nothing.
         backbone: resume=PATH names what it takes a part of (Run.backbone), which its `check` looks at.
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
         stands_for: of a tool that looks at one recipe, called with the config: which one.
+        looks_at: of a tool: the key that names the recipes it runs, whose own keys it then has, too.
+        single_training: whether it is one training, for which one batch size can be found.
         word: the key that a first word without `=` on the command line is the value of.
         several: the key whose value is a list of whole numbers on this tool's command line; config has it as `<key>s`.
         alone: called with the config before anything else; where it returns an exit code it has done all there is to
@@ -62,15 +66,18 @@ class Recipe:
     target: str
     ranks: int | None = None
     next_command: str = ""
-    global_batchnorm: bool = False
-    check: Callable[[Config, int], None] | None = None
+    config: type[Config] = Config
+    global_batchnorm: bool | Callable[[Any], bool] = False
+    check: Callable[[Any, int], None] | None = None
     proof: Proof | tuple[Proof, ...] | None = None
     backbone: bool = False
     needs: str | None = None
-    stands_for: Callable[[Config], Recipe] | None = None
+    stands_for: Callable[[Any], Recipe] | None = None
+    looks_at: str | None = None
+    single_training: bool = True
     word: str | None = None
     several: str | None = None
-    alone: Callable[[Config], int | None] | None = None
+    alone: Callable[[Any], int | None] | None = None
 
     def subject(self, config: Config) -> Recipe:
         """What is to be run in the end: this recipe, or the one that this tool looks at."""
@@ -79,6 +86,16 @@ class Recipe:
     @property
     def name(self) -> str:
         return Path(self.target).stem if self.target.endswith(".py") else self.target.rpartition(".")[2]
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+        return Path(sys.modules[self.train.__module__].__file__ or ".")
+
+    def has_global_batchnorm(self, config: Config) -> bool:
+        """Whether BatchNorm sees all ranks' images under this config."""
+        given = self.global_batchnorm
+        return given(config) if callable(given) else given
 
     @property
     def doc(self) -> str:

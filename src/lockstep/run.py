@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from lockstep.callbacks.instruments import Instruments
 from lockstep.checkpoint.manager import CheckpointManager, export
 from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.types import Engine, Stateful
-from lockstep.config.schema import Config
+from lockstep.config.schema import ConfigT
 from lockstep.data import sampler as order
 from lockstep.data.datasets import Batch, checksum, load_data
 from lockstep.data.loader import Samples, build_loader
@@ -57,7 +57,7 @@ class NothingLeft(Exception):
     """Raised out of `run.steps` where a run that is continued had taken its last step already."""
 
 
-class Run:
+class Run(Generic[ConfigT]):
     """One run of one recipe, seen from one rank.
 
     Attributes:
@@ -72,7 +72,7 @@ class Run:
     def __init__(
         self,
         recipe: str,
-        config: Config,
+        config: ConfigT,
         world: World,
         out: Path,
         next_command: str = "",
@@ -86,8 +86,8 @@ class Run:
         config = self.config
         self.heartbeat = world.heartbeat
         # The stages of a pipeline work on the same images; they are neighbouring ranks.
-        self.shards = shards or world.world_size // config.stages
-        self.shard = world.rank // config.stages % self.shards
+        self.shards = shards or world.world_size // config.model_parallel_size
+        self.shard = world.rank // config.model_parallel_size % self.shards
         self.device, self.device_ids = world.device, world.device_ids
         self.started = time.perf_counter()
         # All ranks draw the same weights; where a recipe also needs different numbers per rank, steps() reseeds.
@@ -138,19 +138,19 @@ class Run:
             self.prepare(model)
         return model
 
-    def backbone(self, model: nn.Module, head: str) -> dict[str, Tensor]:
+    def backbone(self, model: nn.Module, head: str, pretrained: str | None = None) -> dict[str, Tensor]:
         """On rank 0 all weights of a trained model but its head's, whose names begin with `head`; elsewhere nothing.
 
-        resume=PATH or weights=NAME says whose; they fit `model`, for `load_state_dict(..., strict=False)`. A run that
+        resume=PATH or `pretrained` says whose; they fit `model`, for `load_state_dict(..., strict=False)`. A run that
         asks for them starts at step 0, or goes on from a checkpoint of its own.
 
         Raises:
             UserError: there are none, or they are another model's.
         """
         self._backbone_only = True
-        found = backbone(self.config, model, head) if self.world.rank == 0 else {}
-        if self.config.weights != "random":
-            self._keeper.resumed_from = source = self.config.weights or self.config.resume
+        found = backbone(self.config, model, head, pretrained) if self.world.rank == 0 else {}
+        if pretrained != "random":
+            self._keeper.resumed_from = source = pretrained or self.config.resume
             self.report.line(f"backbone from {source}: {len(found)} tensors, all but {head}*")
         return found
 
@@ -425,7 +425,7 @@ class Run:
         assert self._module is not None
         if self._engine:
             return self._engine.parts(self._module, optimizer)
-        pipeline = self.config.stages > 1  # the same stages of several pipelines hold the same
+        pipeline = self.config.model_parallel_size > 1  # the same stages of several pipelines hold the same
         return LocalGradients(self._module, optimizer, owns=not pipeline or self.shard == 0, differ=pipeline)
 
     def _before_step(self, state: TrainingState) -> bool:

@@ -66,7 +66,7 @@ RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(
 RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "fsdp": (2, 3, 4)}
 RANKS |= dict.fromkeys(("lightning_fabric", "lightning_trainer"), (1, 2, 3))
 RESIZED = ("fsdp",)  # started on another number of ranks each time: compared in fp64, and no longer bit by bit
-COPIES = {("fsdp", 4): ("fsdp.replicas=2",)}
+COPIES = {("fsdp", 4): ("replicate=2",)}
 OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2", "micro_batches=4")}
 OWN |= {"transfer_learning": ("weights=random", "unfreeze_epoch=2")}  # half of the steps before it, half after
 # Four steps an epoch and an evaluation after each; a rank's share divides by 3 micro-batches on 1, 2 and 3 ranks.
@@ -164,7 +164,7 @@ def draw(seed: int) -> Plan:
     if recipe == "grad_accumulation":
         words.append(f"accumulate_by={dice.choice(('chunk', 'unbind'))}")
     if recipe == "deepspeed_zero":
-        words.append(f"zero.stage={dice.randrange(4)}")
+        words.append(f"stage={dice.randrange(4)}")
     if dice.random() < 0.15:
         words.append("patience=1")  # most of these small runs have become worse, and end, before the last epoch
     every, keep = dice.randint(1, 5), dice.randint(1, 3)

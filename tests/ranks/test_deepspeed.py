@@ -45,7 +45,7 @@ def fit(tmp_path_factory: pytest.TempPathFactory) -> Fit:
 
 
 def stage_words(stage: int) -> tuple[str, ...]:
-    return f"zero.stage={stage}", f"optim={STAGES[stage]}"
+    return f"stage={stage}", f"optim={STAGES[stage]}"
 
 
 def losses(out: Path) -> list[float]:
@@ -72,14 +72,14 @@ def test_every_stage_trains_what_ddp_does_to_the_last_bit(stage: int, fit: Fit) 
 def test_ragged_micro_batches_count_for_what_they_are(stage: int, fit: Fit, tmp_path: Path) -> None:
     """7 images in micro-batches of 2, 2, 2 and 1, which 1 / 4 each would get wrong."""
     words = ("model.norm=group", "global_batch_size=14", "accumulate=4", "max_steps=3")
-    found = train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, f"zero.stage={stage}", *words)
+    found = train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, f"stage={stage}", *words)
     expected, theirs = fit(ddp.train, *words)
     assert losses(tmp_path / "run") == pytest.approx(losses(theirs), rel=1e-4)
     assert difference(found, expected) < 1e-3
 
 
 def test_offload_changes_nothing_but_the_place(fit: Fit, tmp_path: Path) -> None:
-    found = train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, *stage_words(2), "zero.offload=true")
+    found = train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, *stage_words(2), "offload=true")
     assert same(found, fit(ddp.train, "optim=adamw")[0])
 
 
@@ -140,7 +140,7 @@ def test_a_run_goes_on_in_another_stage(fit: Fit, tmp_path: Path) -> None:
     source = f"resume={names(theirs / 'checkpoints')[1]}"
     for stage in (0, 1):
         out = tmp_path / str(stage)
-        found = train(deepspeed_zero.train, out, 2, *WORDS, "optim=sgd", f"zero.stage={stage}", source)
+        found = train(deepspeed_zero.train, out, 2, *WORDS, "optim=sgd", f"stage={stage}", source)
         assert losses(out) == losses(theirs)[4:]
         assert same(found, expected)
 
@@ -149,14 +149,14 @@ def test_a_run_goes_on_in_another_stage(fit: Fit, tmp_path: Path) -> None:
 def test_plain_weights_start_a_run(stage: int, fit: Fit, tmp_path: Path) -> None:
     """optim.lr=0: what comes out is what went in, master copy included."""
     expected, theirs = fit(ddp.train, "model.norm=group", "optim=sgd")
-    words = (*WORDS, "model.norm=group", "optim=sgd", f"zero.stage={stage}", f"resume={theirs / 'model.pt'}")
+    words = (*WORDS, "model.norm=group", "optim=sgd", f"stage={stage}", f"resume={theirs / 'model.pt'}")
     found = train(deepspeed_zero.train, tmp_path / "run", 2, *words, "optim.lr=0", "max_steps=1")
     assert same(found, expected)
 
 
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_best_is_exported_and_deepspeed_s_own_tool_reads_the_same(stage: int, tmp_path: Path) -> None:
-    out, words = tmp_path / "run", (*WORDS, f"zero.stage={stage}", "checkpoint.best=true")
+    out, words = tmp_path / "run", (*WORDS, f"stage={stage}", "checkpoint.best=true")
     final = train(deepspeed_zero.train, out, 2, *words)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as consolidate
 

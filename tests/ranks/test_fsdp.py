@@ -66,7 +66,7 @@ def test_a_rank_holds_its_part_of_the_state_and_says_how_much(tmp_path: Path) ->
 
 
 def test_of_two_copies_each_rank_holds_half(tmp_path: Path) -> None:
-    train(fsdp.train, tmp_path / "run", 4, *SHORT, "fsdp.replicas=2", "max_steps=1")
+    train(fsdp.train, tmp_path / "run", 4, *SHORT, "replicate=2", "max_steps=1")
     found = result(tmp_path / "run")
     assert found["state_bytes_by_rank"] == pytest.approx([found["state_bytes_unsharded"] / 2] * 4, rel=0.01)
 
@@ -89,7 +89,7 @@ def test_ways_to_hold_the_weights_do_not_change_a_bit(tmp_path: Path) -> None:
     """Kept until backward, or offloaded to where a CPU's are anyway; evaluated in between."""
     words = (*SHORT, "eval_every=1", "data.size=12", "max_steps=2")
     expected = train(fsdp.train, tmp_path / "run", 2, *words)
-    for number, word in enumerate(("fsdp.reshard_after_forward=false", "fsdp.offload=true")):
+    for number, word in enumerate(("reshard_after_forward=false", "offload=true")):
         assert_identical(train(fsdp.train, tmp_path / str(number), 2, *words, word), expected)
 
 
@@ -157,7 +157,7 @@ def test_what_crosses_the_network_and_how_often(tmp_path: Path, monkeypatch: Any
     words = (*SHORT, "precision=fp64", "model.norm=group", "global_batch_size=10", "max_steps=2")
     expected = train(ddp.train, tmp_path / "ddp", 2, *words)
     found = []
-    ways = ["accumulate=1", "fsdp.reshard_after_forward=false", "accumulate=3", "accumulate=3 fsdp.sync=every"]
+    ways = ["accumulate=1", "reshard_after_forward=false", "accumulate=3", "accumulate=3 sync=every"]
     for number, way in enumerate(ways):
         for count in calls.values():
             count.value = 0
@@ -189,7 +189,7 @@ def test_shards_go_on_as_other_shards_and_as_whole_tensors(tmp_path: Path) -> No
     """2 copies of 2 parts, 2 parts, 1 part, then DDP, and back into shards; AdamW's state with them."""
     words = (*PROOF, "optim=adamw", "checkpoint.every=20", "eval_every=0", "epochs=2")
     train(single.train, tmp_path / "whole", 1, *words)
-    train(fsdp.train, tmp_path / "parts", 4, *words, "fsdp.replicas=2", "max_steps=2")
+    train(fsdp.train, tmp_path / "parts", 4, *words, "replicate=2", "max_steps=2")
     train(fsdp.train, tmp_path / "parts", 2, *words, "max_steps=3")
     train(fsdp.train, tmp_path / "parts", 1, *words, "max_steps=4")
     train(ddp.train, tmp_path / "ddp", 2, *words, "max_steps=6", f"resume={tmp_path / 'parts'}")

@@ -35,7 +35,7 @@ HELD: dict[str, tuple[str, int, tuple[str, ...]]] = {  # every way of holding a 
     "ddp": ("ddp", 2, ()),
     "accumulated": ("grad_accumulation", 2, ("accumulate=5",)),
     "sharded": ("fsdp", 2, ()),
-    "sharded in copies, offloaded": ("fsdp", 4, ("fsdp.replicas=2", "fsdp.offload=true")),
+    "sharded in copies, offloaded": ("fsdp", 4, ("replicate=2", "offload=true")),
     "stages": ("pipeline_parallel", 2, ("stages=2", "micro_batches=4")),
     "stages in copies": ("pipeline_parallel", 4, ("stages=2", "micro_batches=2")),
     "two stages a rank": ("pipeline_parallel", 2, ("stages=2", "micro_batches=4", "schedule=zero_bubble")),
@@ -97,9 +97,7 @@ def test_clipped_training_is_single_s_wherever_gradients_are(name: str, clipped:
     assert_close(tmp_path / "run", clipped, 1e-10)
 
 
-@pytest.mark.parametrize(
-    "words", some(["zero.stage=0", "zero.stage=2 accumulate=2", "zero.stage=3"], ("zero.stage=0",))
-)
+@pytest.mark.parametrize("words", some(["stage=0", "stage=2 accumulate=2", "stage=3"], ("stage=0",)))
 def test_deepspeed_clips_alike(words: str, tmp_path: Path) -> None:
     """In fp32, for it has no fp64; from stage 1 on by its own gradient_clipping, in stage 0 by ours."""
     common = (*SHORT, *CLIP, "model.norm=group")
@@ -169,7 +167,7 @@ def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, mo
     assert not (tmp_path / "run" / "model.pt").exists()
 
 
-@pytest.mark.parametrize("words", ["zero.stage=2", "zero.stage=3"])
+@pytest.mark.parametrize("words", ["stage=2", "stage=3"])
 def test_deepspeed_clips_alike_in_fp16(words: str, tmp_path: Path) -> None:
     """It clips before it unscales: by a limit that is not scaled, next to nothing would be left of an update."""
     common = (*SHORT, *CLIP, "model.norm=group")
@@ -282,7 +280,7 @@ def test_what_a_clipped_run_logs_goes_on_to_the_last_bit(tmp_path: Path) -> None
 @pytest.mark.parametrize("name", ["sharded in copies, offloaded", "stages in copies", "deepspeed"])
 def test_histograms_are_those_of_the_whole_tensors(name: str, tmp_path: Path) -> None:
     """Of shards, of stages, of sections: counted on the ranks that have them, and each number once."""
-    recipe, ranks, words = HELD.get(name, ("deepspeed_zero", 2, ("zero.stage=3",)))
+    recipe, ranks, words = HELD.get(name, ("deepspeed_zero", 2, ("stage=3",)))
     exact = (*SHORT, "max_steps=1") if name == "deepspeed" else (*PROOF, "max_steps=2")  # in fp32, ReLUs soon flip
     common = (*exact, "model.norm=group", "log_every=5", "logger.histograms=1")
     train(single.train, tmp_path / "single", 1, *common)

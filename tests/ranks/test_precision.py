@@ -187,7 +187,7 @@ class Alone(Poisoned):
         (pipeline_parallel.train, 2, PIPELINE),
         (fsdp.train, 2, ()),
         pytest.param(pipeline_parallel.train, 4, (*PIPELINE, "global_batch_size=8"), marks=pytest.mark.slow),
-        pytest.param(fsdp.train, 2, ("fsdp.offload=true",), marks=pytest.mark.slow),
+        pytest.param(fsdp.train, 2, ("offload=true",), marks=pytest.mark.slow),
         pytest.param(ddp.train, 2, (), marks=pytest.mark.slow),
     ],
 )
@@ -249,7 +249,7 @@ def test_deepspeed_leaves_out_the_same_steps(stage: int, tmp_path: Path) -> None
     """By itself it would never halve the scale from stage 1 on; gradients that travel in fp16 are almost the same."""
     words = (*FEW, "precision=fp16", "max_steps=4", "model.norm=group", "loss_scale=262144")
     whole = train(ddp.train, tmp_path / "ddp", 2, *words)
-    mine = train(deepspeed_zero.train, tmp_path / "run", 2, *words, f"zero.stage={stage}")
+    mine = train(deepspeed_zero.train, tmp_path / "run", 2, *words, f"stage={stage}")
     counts = [[line.get("skipped_steps") for line in lines(tmp_path / out)] for out in ("run", "ddp")]
     assert counts[0] == counts[1]
     assert 1 < result(tmp_path / "run")["skipped_steps"] < 4, "else it would show nothing; choose another scale"
@@ -280,7 +280,7 @@ def test_verify_compares_it_in_every_recipe(tmp_path: Path) -> None:
         pytest.param(pipeline_parallel.train, PIPELINE, marks=pytest.mark.slow),
         pytest.param(fsdp.train, (), marks=pytest.mark.slow),
         (lightning_trainer.train, ("accumulate=2",)),
-        (deepspeed_zero.train, ("zero.stage=2",)),
+        (deepspeed_zero.train, ("stage=2",)),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )

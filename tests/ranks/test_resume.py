@@ -52,14 +52,14 @@ RESNET18 = resnet.resnet18
 SHORT = (*DATA, "log_every=1", "optim.warmup_steps=2", "checkpoint.every=4")
 STEPS = 12
 RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
-    "deepspeed_zero": (deepspeed_zero.train, 2, ("zero.stage=3", "optim=adamw")),
+    "deepspeed_zero": (deepspeed_zero.train, 2, ("stage=3", "optim=adamw")),
     "single": (single.train, 1, ("optim=adamw",)),
     "ddp": (ddp.train, 2, ()),
     "ddp of 3": (ddp.train, 3, ()),
     "ddp in fp16": (ddp.train, 2, ("precision=fp16", "loss_scale=4194304", "model.norm=group")),
     "sync_batchnorm": (sync_batchnorm.train, 2, ("optim=adamw",)),
     "fsdp": (fsdp.train, 2, ("optim=adamw",)),
-    "fsdp in copies": (fsdp.train, 4, ("fsdp.replicas=2", "precision=bf16")),
+    "fsdp in copies": (fsdp.train, 4, ("replicate=2", "precision=bf16")),
     "grad_accumulation": (grad_accumulation.train, 3, ("accumulate=2",)),
     "data_parallel": (data_parallel.train, 1, ()),
     "lightning_fabric": (lightning_fabric.train, 3, ("accumulate=2", "sync_batchnorm=true")),

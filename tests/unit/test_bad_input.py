@@ -150,8 +150,8 @@ DDP = {
     "schedule=gpipe": ["schedule=gpipe", "recipes.ddp does not use it", "pipeline_parallel"],
     "accumulate_by=unbind": ["accumulate_by=unbind", "grad_accumulation"],
     "recipes=[single]": ["recipes=", "recipes.ddp does not use it", "verify"],
-    "zero.stage=3": ["zero.stage=3: recipes.ddp does not use it; deepspeed_zero do"],
-    "fsdp.offload=true": ["fsdp.offload=True: recipes.ddp does not use it; fsdp and verify do"],
+    "stage=3": ["stage=3: recipes.ddp does not use it; deepspeed_zero do"],
+    "offload=true": ["offload=True: recipes.ddp does not use it; fsdp and verify do"],
     "sync_batchnorm=true": ["sync_batchnorm=True", "recipes.ddp does not use it", "lightning_fabric"],
     "freeze=[fc.*]": ["recipes.ddp does not use it; transfer_learning do"],
     "+cluster=lightning cluster.partition=gpu": ["cluster.partition=gpu", "has no queue", "cluster.tasks_per_node"],
@@ -170,8 +170,8 @@ DOCTOR = {
     "nproc=5": ["global_batch_size=96", "5 ranks", "95, 100"],
     "memory recipes=[fsdp,ddp]": ["recipes=[fsdp,ddp]", "one recipe at a time"],
     "memory recipes=[none]": ["recipes=[none]", "no such recipe"],
-    "memory recipes=[fsdp] fsdp.replicas=3": ["fsdp.replicas=3", "allowed are 1, 2"],
-    "memory zero.stage=3": ["zero.stage=3", "deepspeed_zero"],
+    "memory recipes=[fsdp] replicate=3": ["replicate=3", "allowed are 1, 2"],
+    "memory stage=3": ["stage=3", "deepspeed_zero"],
     "memory global_batch_size=33": ["global_batch_size=33", "32, 34"],
 }
 TUNE = {
@@ -191,7 +191,7 @@ TUNE = {
     "tune.space.stages=choice(2)": ["stages=2", "recipes.ddp does not use it"],
     "~tune.space.optim ~tune.space.global_batch_size": ["tune.space", "is empty", "tune=asha"],
     "global_batch_size=auto": ["global_batch_size=auto", "set a number, or draw it with tune.space.global_batch_size"],
-    "zero.stage=3": ["zero.stage=3", "recipes.tune does not use it"],
+    "stage=3": ["stage=3", "recipes.tune does not use it"],
     "tune.nproc=5": ["tune.space can draw", "5 ranks"],
     "tune.recipe=single tune.nproc=2": ["recipes.single runs on 1 rank, not 2"],
     "tune.address=ray://head:10001": ["tune.address=ray://head:10001", "auto", "HOST:PORT"],
@@ -221,19 +221,19 @@ PARTS = {
     "stages=2": ["stages=2"],
 }
 ZERO = {
-    "zero.stage=4": ["zero.stage=4: allowed are 0, 1, 2, 3"],
+    "stage=4": ["stage=4: allowed are 0, 1, 2, 3"],
     "precision=fp64": ["precision=fp64: DeepSpeed's optimizer computes in fp32"],
     "compile=true": ["compile=true: "],
     "channels_last=true": ["channels_last=true: "],
-    "zero.stage=0 zero.offload=true": ["zero.offload=true: stage 0 leaves the optimizer whole"],
+    "stage=0 offload=true": ["offload=true: stage 0 leaves the optimizer whole"],
     "accumulate=49": ["accumulate=49: a rank's share is only 48 images"],
     "global_batch_size=33": ["global_batch_size=33: the global batch must divide by 2 ranks"],
 }
 FSDP = {
-    "fsdp.replicas=3 nproc=4": ["fsdp.replicas=3: 4 ranks do not divide by it; allowed are 1, 2, 4"],
-    "fsdp.replicas=0": ["fsdp.replicas=0: allowed are numbers from 1 up"],
-    "fsdp.reduce=bf16": ["fsdp.reduce=bf16: precision=fp32 averages its gradients in full"],
-    "fsdp.sync=never": ["fsdp.sync=never: allowed are last, every"],
+    "replicate=3 nproc=4": ["replicate=3: 4 ranks do not divide by it; allowed are 1, 2, 4"],
+    "replicate=0": ["replicate=0: allowed are numbers from 1 up"],
+    "reduce=bf16": ["reduce=bf16: precision=fp32 averages its gradients in full"],
+    "sync=never": ["sync=never: allowed are last, every"],
 }
 TRANSFER = {
     "": ["resume=auto and weights=null", "nothing to transfer from", "weights=imagenet"],

@@ -87,7 +87,10 @@ class GradientStats:
         self._sentinel: NanGuard | None = None
         if self._asked.stop_on_nan:
             self._sentinel = NanGuard(
-                module, outputs=not config.compile, gradients=not self._may_overflow, blind=config.stages > 1
+                module,
+                outputs=not config.compile,
+                gradients=not self._may_overflow,
+                blind=config.model_parallel_size > 1,
             )
         self.prepare(0, logs=False, histograms=False)
         parts.before_update(self._before_update)

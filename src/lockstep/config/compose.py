@@ -6,58 +6,57 @@ Hydra only composes. It does not change the working directory, makes no output d
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import fields
 from pathlib import Path
-from typing import Protocol
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lockstep.config.schema import ClusterConfig, Config, typed, walk
+from lockstep.config import help
+from lockstep.config.declared import CommandLine, schema_of
+from lockstep.config.explain import check_names, explain, unknown_key
+from lockstep.config.keys import typed, walk
+from lockstep.config.schema import ClusterConfig, Config, convert
 from lockstep.errors import UserError
 
 
-class Recipe(Protocol):
-    """What composing asks of a recipe; lockstep.recipe.Recipe has it."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def doc(self) -> str: ...
-    @property
-    def train(self) -> Callable[..., None]: ...
-    @property
-    def word(self) -> str | None: ...
-    @property
-    def several(self) -> str | None: ...
-
-
-def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
+def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
     """Compose the command line's config and call `use` with it; with `--multirun`, once for each point.
 
     Raises:
         UserError: an unknown key or option, a wrong type, a syntax error.
-        SystemExit: Hydra was asked to print something (--help, --cfg, …) and has.
+        SystemExit: something was to be printed (--help), and is.
     """
+    words = sys.argv[1:]
+    if {"--help", "-h"} & set(words):
+        schema, (directory, _) = schema_of(recipe, words), config_source(recipe)
+        more = [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
+        print(help.text(recipe, schema, [directory, *more], everything="all" in words))
+        raise SystemExit(0)
     if recipe.word:
-        sys.argv = [sys.argv[0], *spelled_out(sys.argv[1:], recipe.word)]
+        words = spelled_out(words, recipe.word)
     if recipe.several:
-        sys.argv = [sys.argv[0], *(in_plural(word, recipe.several) for word in sys.argv[1:])]
-    check_cluster_words(sys.argv[1:])
+        words = [in_plural(word, recipe.several) for word in words]
+    schema = schema_of(recipe, words)
+    opened = open_keys(schema)
+    words = [quoted(word, opened) for word in words]
+    sys.argv = [sys.argv[0], *words]
+    check_names(words)
+    check_cluster_words(words)
     GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
-    register(recipe)
+    register(recipe, schema)
     directory, name = config_source(recipe)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: `explain` words them
     found: list[BaseException] = []
@@ -66,44 +65,51 @@ def compose(recipe: Recipe, use: Callable[[Config], None]) -> None:
         if found:
             return
         try:
-            use(to_config(composed))
+            use(to_config(composed, recipe, schema))
         except BaseException as error:
             found.append(error)  # kept out of Hydra: it is not Hydra's, nor to be worded as if it were
 
     try:
-        if any(word.startswith("-") or "hydra" in word for word in sys.argv[1:]):
+        if any(word.startswith("-") or "hydra" in word for word in words):
             hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
         else:  # it would compose twice, the first time to learn whether this is a sweep, which it is not
             with hydra.initialize_config_dir(str(directory), version_base="1.3"):
-                composed = load_config(name, sys.argv[1:])
+                composed = load_config(name, words)
                 HydraConfig.instance().set_config(composed)
                 task(without_hydra(composed))
     except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
-        raise explain_config_error(error) from None
+        raise explain(error, recipe, schema) from None
     if found:
         raise found[0]
 
 
-def compose_another(recipe: Recipe, words: list[str]) -> Config:
+def compose_another(recipe: CommandLine, words: list[str]) -> Config:
     """The config that another recipe's command with these words would compose.
 
     Raises:
         UserError: it would be refused.
     """
-    register(recipe)
+    schema = schema_of(recipe, words)
+    register(recipe, schema)
     directory, name = config_source(recipe)
-    here = GlobalHydra.instance()
-    with (
-        contextlib.nullcontext()
-        if here.is_initialized()
-        else hydra.initialize_config_dir(str(directory), version_base="1.3")
-    ):
+    with other_source(directory):
         try:
             config = OmegaConf.to_object(without_hydra(load_config(name, words)))
         except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
-            raise explain_config_error(error) from None
+            raise explain(error, recipe, schema) from None
     assert isinstance(config, Config)
     return config
+
+
+@contextlib.contextmanager
+def other_source(directory: Path) -> Iterator[None]:
+    """Within it Hydra reads from this folder, unless it is reading already: for another recipe's command of the same
+    project, whose folder it is."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+        return
+    with hydra.initialize_config_dir(str(directory), version_base="1.3"):
+        yield
 
 
 def load_config(name: str | None, words: list[str]) -> DictConfig:
@@ -141,20 +147,40 @@ def in_plural(word: str, key: str) -> str:
     return f"{key}s=[{value.strip('[]')}]"
 
 
-def overrides(tool: Recipe, config: Config, without: Collection[str] = ()) -> list[str]:
+def quoted(word: str, opened: tuple[str, ...]) -> str:
+    """`tune.space.KEY=choice(1, 2)` as Hydra takes it: parentheses are its own, and a key that is new needs pluses.
+
+    Args:
+        opened: what the keys begin with whose last part is the user's to name.
+    """
+    name, equals, value = word.partition("=")
+    if not equals or "(" not in value or not name.lstrip("+").startswith(opened) or value[:1] in "\"'":
+        return word
+    return f"++{name.lstrip('+')}={json.dumps(value)}"
+
+
+def open_keys(schema: type[Config]) -> tuple[str, ...]:
+    """What the keys begin with whose last part is the user's to name, such as `tune.space.`."""
+    keys = [*walk(schema()), *walk(ClusterConfig(), "cluster.")]
+    return tuple(f"{name}." for name, _, rule in keys if rule["open"])
+
+
+def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: Collection[str] = ()) -> list[str]:
     """The words that give a recipe's command what a tool was given: what differs from the tool's own defaults.
 
     Args:
-        without: keys that are left out, and groups of them.
+        recipe: whose command it is; keys that it does not have are left out.
+        without: further keys that are left out, and groups of them.
     """
     skip, default = {"cluster", *without}, Config()  # where the tool runs, its recipes run too
+    skip |= {entry.name for entry in fields(config)} - {entry.name for entry in fields(recipe.config)}
     names = {"model": config.model.name, "data": config.data.name, "optim": config.optim.name}
     groups = [
         f"{group}={name}"
         for group, name in names.items()
         if name != getattr(default, group).name and not {group, f"{group}.name"} & skip
     ]
-    plain = {name: value for name, value, _ in walk(compose_another(tool, groups))}
+    plain = {name: value for name, value, _ in walk(convert(compose_another(tool, groups), recipe.config))}
     follows = {  # what `complete` fills in, and will fill in again
         "data.num_classes": config.data.name != "synthetic" or config.data.num_classes == 10,
         "model.num_classes": config.model.num_classes == config.data.num_classes,
@@ -178,24 +204,20 @@ def check_cluster_words(words: list[str]) -> None:
             raise UserError(f"{word}: there is no cluster to set it on; add +cluster=slurm, or leave it out")
 
 
-def register(recipe: Recipe) -> None:
-    """Tell Hydra the schema, and the texts that `--help` shows."""
+def register(recipe: CommandLine, schema: type[Config]) -> None:
+    """Tell Hydra the schema, and the recipe's name."""
     store = ConfigStore.instance()
-    store.store(name="schema", node=Config)
+    store.store(name="schema", node=schema)
     store.store(group="cluster", name="schema", node=ClusterConfig)
     OmegaConf.register_new_resolver("recipe_name", lambda: recipe.name, replace=True)
-    OmegaConf.register_new_resolver("recipe_help", lambda: recipe.doc.strip(), replace=True)
-    OmegaConf.register_new_resolver("group_help", group_help, replace=True)
-    OmegaConf.register_new_resolver("key_help", key_help, replace=True)
 
 
-def config_source(recipe: Recipe) -> tuple[Path, str]:
-    """(config directory, config name) of a recipe: `conf/<name>.yaml` beside its file or its package.
+def config_source(recipe: CommandLine) -> tuple[Path, str]:
+    """(config directory, config name) of a recipe: `conf/<name>.yaml` beside its file or its package, else the base.
 
-    A recipe copied into another project needs no YAML of its own: it then starts from `conf/base.yaml`.
+    A recipe needs a YAML of its own only where it has other defaults than `conf/base.yaml`.
     """
-    module = sys.modules[recipe.train.__module__]
-    here = Path(module.__file__ or ".").resolve().parent
+    here = recipe.path.resolve().parent
     for directory in (here / "conf", here.parent / "conf"):
         if (directory / f"{recipe.name}.yaml").is_file():
             return directory, recipe.name
@@ -204,28 +226,29 @@ def config_source(recipe: Recipe) -> tuple[Path, str]:
     return Path(next(iter(conf.__path__))), "base"
 
 
-def to_config(composed: DictConfig) -> Config:
+def to_config(composed: DictConfig, recipe: CommandLine, schema: type[Config]) -> Config:
     """Hydra's composed tree as a Config, after holding a cluster file to `cluster.*`.
 
     Raises:
         UserError: a cluster file sets something else, or a value does not resolve.
     """
     # `+key=value` adds to any node, typed or not; a key that no one reads is a mistake, not an addition.
-    known = {name for name, _, _ in walk(Config())} | {f"cluster.{name}" for name, _, _ in walk(ClusterConfig())}
-    free = ("cluster.sbatch.", "gradients.clip_value.", "tune.space.")  # they hold names of their own
+    known = {name for name, _, _ in walk(schema())} | {f"cluster.{name}" for name, _, _ in walk(ClusterConfig())}
+    opened = open_keys(schema)
     for name in leaves(composed):
-        if name not in known and not name.startswith(free):
-            raise unknown_key(name, "")
+        if name not in known and not name.startswith(opened):
+            raise unknown_key(name, recipe, schema)
     try:
         config = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise explain_config_error(error) from None
+        raise explain(error, recipe, schema) from None
     assert isinstance(config, Config)
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         root = Path(config.out) if config.out else Path(hydra_config.sweep.dir)
         config.out = str(root / hydra_config.sweep.subdir)
     if config.cluster is not None:
+        register(recipe, schema)
         check_cluster_file(composed, list(hydra_config.overrides.task))
     return config
 
@@ -247,71 +270,3 @@ def check_cluster_file(composed: DictConfig, overrides: list[str]) -> None:
     for key in map(str, composed):
         if key != "cluster" and composed[key] != bare[key]:
             raise UserError(f"the cluster file sets {key}: it may set cluster.* only; a run means the same everywhere")
-
-
-def key_help() -> str:
-    """Every key with its default, what it does and what is allowed, for `--help`."""
-    lines = []
-    for name, value, rule in [*walk(Config()), *walk(ClusterConfig(), "cluster.")]:
-        shown = value if isinstance(value, str) else json.dumps(value)
-        allowed = f" [{'|'.join(map(str, rule['choices']))}]" if rule["choices"] else ""
-        lines.append(f"{f'{name}={shown}':36} {rule['help']}{allowed}")
-    return "\n".join(lines)
-
-
-def group_help() -> str:
-    """Every config group with its options, for `--help`."""
-    loader = GlobalHydra.instance().config_loader()
-    groups = {group: options(loader.get_group_options(group)) for group in loader.list_groups("") if group != "hydra"}
-    return "\n".join(f"{group:8} {', '.join(names)}" for group, names in groups.items() if names)
-
-
-def options(names: Iterable[str]) -> list[str]:
-    """A group's options, resnet50 before resnet101, without the schema they start from."""
-    return sorted(set(names) - {"schema"}, key=lambda name: (len(name), name))
-
-
-def explain_config_error(error: Exception) -> UserError:
-    """Word an error of Hydra's or OmegaConf's as one line: the value, what is allowed, the key to change."""
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    text = str(error)
-    missing = re.search(r"Key '(\S+)' (?:is )?not in '(\w+)'", str(cause))
-    override = re.search(
-        r"(?:Could not override|merging override|Could not append|parsing override) '?([^'\n]+)'?", text
-    )
-    if missing:
-        full = re.search(r"full_key: (\S+)", str(cause))
-        wrong = full.group(1) if full else missing.group(1)
-        where = re.search(r"In '(\S+)'", text)
-        return unknown_key(wrong, f" in {where.group(1)}.yaml" if where else "")
-    if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
-        return UserError(f"{group}={option}: no such option; allowed are {', '.join(options(error.options))}")
-    unloaded = re.search(r"Could not load '(\w+)/(\w+)'", text)
-    if unloaded:  # one of a list
-        group, option = unloaded.groups()
-        folders = [Path(folder) for folder in re.findall(r"path=file://(\S+)", text)]
-        allowed = options(file.stem for folder in folders for file in (folder / group).glob("*.yaml"))
-        return UserError(f"{group}={option}: no such option; allowed are {', '.join(allowed)}")
-    if override and cause is not error:
-        return UserError(f"{override.group(1)}: {first_line(cause)}")
-    if override and override.group(1) == "tune" and "Could not override" in text:
-        return UserError("tune: only recipes.tune searches for settings; leave it out, or run that")
-    if override and "Could not override" in text:
-        return unknown_key(override.group(1), "")
-    return UserError(" ".join(text.split()))
-
-
-def unknown_key(name: str, where: str) -> UserError:
-    """Name the nearest keys that do exist."""
-    keys = [key for key, _, _ in walk(Config())] + [f"cluster.{key}" for key, _, _ in walk(ClusterConfig())]
-    groups = ["model", "data", "optim", "logger"]
-    near = difflib.get_close_matches(name, keys + groups, n=1, cutoff=0.5) or [
-        key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    return UserError(f"unknown key {name}{where}; {hint}--help lists all keys")
-
-
-def first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0]

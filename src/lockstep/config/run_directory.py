@@ -13,7 +13,8 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from lockstep.config.schema import Config, from_yaml, to_yaml, walk
+from lockstep.config.keys import walk
+from lockstep.config.schema import Config, from_yaml, shared_part, to_yaml
 from lockstep.errors import Busy, UserError
 from lockstep.utils import files
 
@@ -66,7 +67,7 @@ def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
     try:
         text = (out / "config.yaml").read_text()
         theirs = re.match(r"# recipe: (\S+)\n", text)
-        there = from_yaml(text)
+        there = from_yaml(text, type(config)) if theirs and theirs[1] == recipe else shared_part(text)
     except (OSError, ValueError, OmegaConfBaseException):
         return None  # not a run; make_run_directory says so if it is not empty
     if theirs is None or theirs[1] != recipe:

@@ -7,49 +7,16 @@ A rank reads the frozen `config.yaml` back through the same classes.
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, TypeVar
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from lockstep.config.keys import AUTO, check_rules, key
 from lockstep.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
-def key(
-    default: Any,
-    help: str,
-    choices: tuple[str | int, ...] = (),
-    minimum: float | None = None,
-    only: tuple[str, ...] = (),
-    free: bool = False,
-) -> Any:
-    """A config key: its default, one line of help, what `check_values` holds it to, and the recipes that use it.
-
-    `free` keys may change when a run is continued; any other would make it another training.
-    """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "only": only, "default": default, "free": free}
-    if isinstance(default, tuple):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-AUTO = "auto"  # global_batch_size, before it is found, and what is chosen for the hardware (tuning.py)
-FLAT_WEIGHTS = ("deepspeed_zero",)  # recipes whose weights have no memory format of their own
-NO_AUTO = ("checkpoint_resume", "compare", "tune", "verify")  # several trainings, so there is no one batch to find
-SPLIT = ("model_parallel", "pipeline_parallel")
-LIGHTNING = ("lightning_fabric", "lightning_trainer")
-SHARDED = ("fsdp", "verify")
-TRANSFER = ("transfer_learning",)
-TUNE = ("tune",)
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 @dataclass
@@ -101,27 +68,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class FsdpConfig:
-    replicas: int = key(
-        1, "copies of the model, each sharded over its part of the ranks", minimum=1, only=SHARDED, free=True
-    )
-    reshard_after_forward: bool = key(
-        True,
-        "free each block's whole weights after its forward, gather them again for backward",
-        only=SHARDED,
-        free=True,
-    )
-    offload: bool = key(False, "keep shards and optimizer in host memory, and update there", only=SHARDED, free=True)
-    reduce: str = key("fp32", "precision=bf16: what gradients are averaged in", ("fp32", "bf16"), only=SHARDED)
-    sync: str = key(
-        "last",
-        "accumulate=N: average gradients after the last micro-batch, or after every one, which needs less memory",
-        ("last", "every"),
-        only=SHARDED,
-    )
-
-
-@dataclass
 class LoggerConfig:
     csv: bool = key(False, "metrics.csv, for spreadsheets (logger=csv)", free=True)
     tensorboard: bool = key(False, "event files for TensorBoard (logger=tensorboard)", free=True)
@@ -141,32 +87,12 @@ class GradientsConfig:
     warn_above: float | None = key(None, "name a layer whose gradient norm is above this", free=True)
     clip_norm: float | None = key(None, "scale all gradients down together where their global norm is above this")
     clip_value: Any = key(
-        None, "clamp each number in the gradients of the parameters whose names fit, such as {fc.*: 0.1}"
+        None,
+        "clamp each number in the gradients of the parameters whose names fit, such as {fc.*: 0.1}",
+        open=True,
     )
     stop_on_nan: bool = key(
         False, "end the run where a layer's output or gradient is not finite, and name layer, step and rank", free=True
-    )
-
-
-@dataclass
-class TuneConfig:
-    recipe: str = key("ddp", "recipe whose settings are searched", only=TUNE)
-    space: dict[str, Any] = key(
-        {}, "config key: where its values come from, such as {optim: {lr: 'loguniform(1e-4, 1e-1)'}}", only=TUNE
-    )
-    trials: int = key(8, "settings that are tried", minimum=1, only=TUNE)
-    concurrent: int | None = key(
-        None, "trials at once (null: as many as there are cores or GPUs for)", minimum=1, only=TUNE, free=True
-    )
-    nproc: int | None = key(
-        None, "ranks of a trial (null: as many as the recipe alone would have)", minimum=1, only=TUNE
-    )
-    search: str = key("random", "what draws the settings", ("random", "optuna"), only=TUNE)
-    scheduler: str = key("asha", "asha: stop early those trials that are behind", ("asha", "none"), only=TUNE)
-    grace: int = key(1, "asha: evaluations that every trial gets", minimum=1, only=TUNE)
-    reduction: int = key(2, "asha: of so many trials at a rung, one goes on", minimum=2, only=TUNE)
-    address: str | None = key(
-        None, "an existing Ray cluster: auto, or HOST:PORT (null: this machine)", only=TUNE, free=True
     )
 
 
@@ -194,33 +120,37 @@ class ClusterConfig:
     container: str | None = key(None, "command in front of each rank, such as apptainer exec --nv image.sif")
     python: str | None = key(None, "the ranks' interpreter (null: this one; in a container: python)")
     ranks: str = key("launchers.slurm", "module that makes a rank of each of srun's tasks")
-    sbatch: dict[str, Any] = key({}, "further options of sbatch, such as {reservation: course}")
+    sbatch: dict[str, Any] = key({}, "further options of sbatch, such as {reservation: course}", open=True)
     srun: list[str] = key((), "further options of the srun that starts the ranks")
     follow: bool = key(True, "follow the job's log until it ends; false: return at once")
 
 
 @dataclass
-class ZeroConfig:
-    stage: int = key(
-        2,
-        "what each rank keeps only its part of: 0 nothing, 1 the optimizer, 2 gradients too, 3 weights too",
-        (0, 1, 2, 3),
-        only=("deepspeed_zero",),
-    )
-    offload: bool = key(False, "keep the optimizer's part in host memory, and update there", only=("deepspeed_zero",))
-
-
-@dataclass
 class Config:
+    """What every recipe can be told. A recipe's own keys stand in a subclass, in the recipe's own file.
+
+    Attributes:
+        flat_weights: the weights are one long vector, which has no memory format of its own.
+    """
+
+    flat_weights: ClassVar[bool] = False
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Ranks that hold one copy of the model between them and see the same samples, as the stages of a pipeline."""
+        return 1
+
+    @property
+    def pipeline_micro_batches(self) -> int:
+        """Micro-batches that a rank's share of the global batch is piped through a cut model in."""
+        return 1
+
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     gradients: GradientsConfig = field(default_factory=GradientsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
-    fsdp: FsdpConfig = field(default_factory=FsdpConfig)
-    zero: ZeroConfig = field(default_factory=ZeroConfig)
-    tune: TuneConfig = field(default_factory=TuneConfig)
     cluster: ClusterConfig | None = None
     global_batch_size: Any = key(
         96,
@@ -237,68 +167,6 @@ class Config:
     )
     patience: int | None = key(None, "end after so many evaluations without a better `metric` (null: never)", minimum=1)
     accumulate: int = key(1, "micro-batches a step", minimum=1)
-    comm: str = key(
-        "fp32",
-        "what gradients travel between ranks in; bf16, fp16: half the bytes",
-        ("fp32", "bf16", "fp16"),
-        only=("ddp",),
-    )
-    accumulate_by: str = key("chunk", "how the micro-batches are cut", ("chunk", "unbind"), only=("grad_accumulation",))
-    replicas: int | None = key(
-        None, "copies of the model (null: one a GPU; 2 on CPU)", minimum=1, only=("data_parallel",)
-    )
-    cut: Any = key(
-        "layer3", "first layer of each further part: a name, a list, or balanced (by measured cost)", only=SPLIT
-    )
-    micro_batches: int = key(1, "micro-batches that a global batch is piped through in", minimum=1, only=SPLIT)
-    devices: list[str] | None = key(
-        None, "devices of the parts (null: the GPUs, or cpu twice)", only=("model_parallel",)
-    )
-    stages: int = key(1, "ranks that a model is cut over", minimum=1, only=("pipeline_parallel",))
-    schedule: str = key(
-        "1f1b",
-        "order of the micro-batches' forwards and backwards",
-        ("gpipe", "1f1b", "interleaved", "zero_bubble"),
-        only=("pipeline_parallel",),
-    )
-    sync_batchnorm: bool = key(False, "BatchNorm over the global batch", only=LIGHTNING)
-    weights: str | None = key(
-        None,
-        "torchvision's backbone, downloaded once (imagenet: its best); random: none (resume=PATH names one of yours)",
-        ("imagenet", "IMAGENET1K_V1", "IMAGENET1K_V2", "random"),
-        only=TRANSFER,
-    )
-    freeze: list[str] | None = key(
-        None,
-        "patterns of the parameters that are not trained, such as [layer1.*] (null: all but the head)",
-        only=TRANSFER,
-    )
-    unfreeze_epoch: int | None = key(None, "epochs after which all is trained (null: never)", minimum=1, only=TRANSFER)
-    unfreeze_lr: float | None = key(
-        None, "peak learning rate of what was frozen (null: optim.lr / 10)", minimum=0, only=TRANSFER
-    )
-    demonstrate: bool = key(False, "2 images a rank, with and without, beside one process", only=("sync_batchnorm",))
-    forget: str | None = key(
-        None,
-        "part of the state that the resumed half is not given",
-        ("optimizer", "schedule", "scaler", "step", "random", "buckets"),
-        only=("checkpoint_resume",),
-    )
-    recipes: list[str] | None = key(
-        None, "recipes to run or look at (null: all; doctor: ddp)", only=("verify", "compare", "doctor")
-    )
-    rounds: int = key(3, "times that each recipe is run, in turn", minimum=1, only=("compare",))
-    nprocs: list[int] | None = key(
-        None, "ranks that each recipe is run on, typed as nproc=1,2,4 (null: one per GPU, else 2)", only=("compare",)
-    )
-    verify: bool = key(False, "also hold the recipes to recipes.single, with recipes.verify", only=("compare",))
-    check: str = key(
-        "preflight",
-        "what recipes.doctor looks at: whether a run would work here, or where its memory goes",
-        ("preflight", "memory"),
-        only=("doctor",),
-    )
-    run: str | None = key(None, "a run's folder, which recipes.doctor reads instead", only=("doctor",), free=True)
     memory: str | None = key(
         None, "report: count what each layer holds during the first step, into memory.json", ("report",), free=True
     )
@@ -356,46 +224,17 @@ class Config:
     )
 
 
-def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
-    """Yield (dotted key, value, metadata) for every leaf of a config object."""
-    for entry in fields(config):
-        value = getattr(config, entry.name)
-        if is_dataclass(value):
-            yield from walk(value, f"{prefix}{entry.name}.")
-        elif entry.metadata:
-            yield f"{prefix}{entry.name}", value, dict(entry.metadata)
-
-
-def typed(name: str, value: Any) -> str:
-    """A key and its value as a person would type them, but for the shell's own quotes."""
-    return f"{name}={word(value)}"
-
-
-def word(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{','.join(map(word, value))}]"
-    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.*-]*", value)
-    special = isinstance(value, str) and value.lower() in ("true", "false", "null", "nan", "inf")
-    return str(value) if plain and not special else json.dumps(value)
-
-
 def check_values(config: Config) -> None:
-    """Hold every key to its own choices and minimum; raise UserError naming the key, its value and what is allowed."""
+    """Hold every key to its own choices and minimum, and to what can be said of it alone.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
     if config.global_batch_size != AUTO and type(config.global_batch_size) is not int:
         raise UserError(f"global_batch_size={config.global_batch_size}: allowed are whole numbers from 1 up, or {AUTO}")
     if not 0 < config.memory_fraction <= 1:
         raise UserError(f"memory_fraction={config.memory_fraction}: allowed are numbers above 0, up to 1")
-    for name, value, rule in walk(config):
-        if name == "global_batch_size" and value == AUTO:
-            continue
-        if rule["choices"] and value is not None and value not in rule["choices"]:
-            allowed = (str(each).lower() if isinstance(each, bool) else str(each) for each in rule["choices"])
-            raise UserError(f"{name}={value}: allowed are {', '.join(allowed)}")
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise UserError(f"{name}={value}: allowed are finite numbers")
-        if rule["minimum"] is not None and value is not None and value < rule["minimum"]:
-            raise UserError(f"{name}={value}: allowed are numbers from {rule['minimum']} up")
+    check_rules(config)
     if config.seed >= 2**32:
         raise UserError(f"seed={config.seed}: allowed are numbers from 0 to 2**32 − 1")
     check_limits(config.gradients)
@@ -424,24 +263,45 @@ def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
-def from_yaml(text: str) -> Config:
-    """Read `to_yaml`'s text back through the schema.
+def from_yaml(text: str, schema: type[ConfigT]) -> ConfigT:
+    """Read `to_yaml`'s text back through the schema of the recipe that it belongs to.
 
     Raises:
         omegaconf.errors.OmegaConfBaseException: a key or a type that the schema does not know.
     """
-    merged = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.create(text))
+    merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text))
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
 
-def with_values(config: Config, values: dict[str, Any]) -> Config:
+def shared_part(text: str) -> Config:
+    """What every recipe has of a frozen config, whichever recipe's it is; its own keys are left out.
+
+    Raises:
+        omegaconf.errors.OmegaConfBaseException: a type that the schema does not know.
+    """
+    content = OmegaConf.create(text)
+    assert isinstance(content, DictConfig)
+    known = {entry.name for entry in fields(Config)}
+    merged = OmegaConf.merge(
+        OmegaConf.structured(Config), OmegaConf.masked_copy(content, [str(name) for name in content if name in known])
+    )
+    return OmegaConf.to_object(merged)  # type: ignore[return-value]
+
+
+def with_values(config: ConfigT, values: dict[str, Any]) -> ConfigT:
     """A copy of a config with some dotted keys set."""
     config = copy.deepcopy(config)
-    for key, value in values.items():
-        *path, last = key.split(".")
+    for name, value in values.items():
+        *path, last = name.split(".")
         node: Any = config
-        for name in path:
-            node = getattr(node, name)
-        assert hasattr(node, last), f"no key {key}"
+        for part in path:
+            node = getattr(node, part)
+        assert hasattr(node, last), f"no key {name}"
         setattr(node, last, value)
     return config
+
+
+def convert(config: Config, schema: type[ConfigT]) -> ConfigT:
+    """A config as another recipe's: what both have is copied, the rest has its defaults."""
+    both = {entry.name for entry in fields(schema)} & {entry.name for entry in fields(config)}
+    return schema(**{name: copy.deepcopy(getattr(config, name)) for name in both})

@@ -28,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lockstep.checkpoint import layout
 from lockstep.config.run_directory import CHECKPOINTS, read_result
-from lockstep.config.schema import Config, from_yaml
+from lockstep.config.schema import Config, shared_part
 from lockstep.diagnose.stacks import VERDICT_MARK, crash_place
 from lockstep.distributed.collective_errors import lost_a_peer
 from lockstep.distributed.heartbeat import FINISHED
@@ -59,7 +59,7 @@ def collect(out: Path) -> Facts:
         raise UserError(f"run={out}: its config.yaml is not one that a run writes; name a run's folder")
     config: Config | None = None
     with contextlib.suppress(OmegaConfBaseException, ValueError):  # an older version's
-        config = from_yaml(text)
+        config = shared_part(text)
     started = modified(out / "config.yaml")
     environment: Facts = {}
     with contextlib.suppress(OSError, ValueError):

@@ -162,7 +162,7 @@ def place(frames: TracebackType | None, model: nn.Module | None) -> dict[str, An
 
 def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, device: str) -> list[Knob]:
     """The three settings that would save most on a rank, computed for this very config; none that it has already."""
-    pieces = max(config.accumulate, config.micro_batches)
+    pieces = max(config.accumulate, config.pipeline_micro_batches)
     share = config.global_batch_size // shards
     at_once = -(-share // pieces)
 
@@ -173,8 +173,13 @@ def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, devi
     found = []
     if at_once > 1:
         saves = now * (at_once // 2) // at_once  # activations grow with the images, and nothing else does
-        key = "micro_batches" if config.micro_batches > 1 else "accumulate"
-        fewer = config.global_batch_size // (2 * shards * config.micro_batches) * shards * config.micro_batches
+        key = "micro_batches" if config.pipeline_micro_batches > 1 else "accumulate"
+        fewer = (
+            config.global_batch_size
+            // (2 * shards * config.pipeline_micro_batches)
+            * shards
+            * config.pipeline_micro_batches
+        )
         price = f"activations of {-(-at_once // 2)} images at a time, not of {at_once}; the same training"
         price += ", but that BatchNorm sees less" if config.model.norm == "batch" else ""
         price += f" (global_batch_size={fewer} saves as much, and is another)" if fewer else ""
@@ -195,10 +200,10 @@ def of_the_state(config: Config, recipe: str, ranks: int) -> list[Knob]:
     """What would make weights, gradients and optimizer smaller."""
     found = []
     whole = sharded(config, ranks)["ddp"]["total"]
-    if recipe == "deepspeed_zero" and config.zero.stage < 3 and ranks > 1:
+    if recipe == "deepspeed_zero" and (stage := getattr(config, "stage", 3)) < 3 and ranks > 1:
         table = sharded(config, ranks)
-        now = table[f"zero.stage={config.zero.stage}"]["total"] if config.zero.stage else whole
-        found.append(Knob("zero.stage=3", now - table["zero.stage=3"]["total"], "half as much again to send"))
+        now = table[f"deepspeed_zero stage={stage}"]["total"] if stage else whole
+        found.append(Knob("stage=3", now - table["deepspeed_zero stage=3"]["total"], "half as much again to send"))
     elif recipe not in ("fsdp", "deepspeed_zero", "pipeline_parallel", "model_parallel"):
         over = max(2, ranks)
         saves = whole - sharded(config, over)["fsdp"]["total"]

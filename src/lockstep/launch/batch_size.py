@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import run_directory
-from lockstep.config.schema import NO_AUTO, Config, LoggerConfig, check_values, from_yaml, with_values
+from lockstep.config.schema import Config, LoggerConfig, check_values, shared_part, with_values
 from lockstep.data.image_files import check_data
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed import environment
@@ -55,8 +55,6 @@ SHORT: dict[str, Any] = {  # what makes a trial of a config
     "checkpoint.minutes": 0,
     "checkpoint.best": False,
     "memory": None,
-    "recipes": None,
-    "check": Config().check,
     "logger": LoggerConfig(),
 }
 
@@ -85,11 +83,11 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
     """
     if there := known(config, recipe):
         return there
-    if recipe.name in NO_AUTO:
+    if not recipe.single_training:
         raise UserError(f"global_batch_size=auto: recipes.{recipe.name} is no single training; set a number")
     check_values(config)
-    each, shards = recipe.subject(config), max(1, ranks // config.stages)
-    unit = shards * config.micro_batches  # a batch is a whole number of these
+    each, shards = recipe.subject(config), max(1, ranks // config.model_parallel_size)
+    unit = shards * config.pipeline_micro_batches  # a batch is a whole number of these
     short, smallest, images = first_allowed(config, recipe, ranks, unit)
     most = tidy(images // unit)
     device = resolve_device(config.device, config.backend)[0]
@@ -106,7 +104,7 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
             print(f"global_batch_size=auto: {units * unit:,} tried: {how}", file=sys.stderr, flush=True)
             return trial.fits
 
-        found = search(fits, trials, smallest, max(smallest, most), -(-FIRST_SHARE // config.micro_batches))
+        found = search(fits, trials, smallest, max(smallest, most), -(-FIRST_SHARE // config.pipeline_micro_batches))
     signal.signal(signal.SIGTERM, before)
     if found is None:
         raise CheckFailed(
@@ -118,7 +116,9 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
     else:
         above = min((units for units, trial in trials.items() if not trial.fits), default=found)
         why = f"{above * unit:,} is too much for {allowance(trials[found], config)}"
-    print(f"global_batch_size=auto: {found * unit}, {found * config.micro_batches} images on each of {shards}: {why}")
+    print(
+        f"global_batch_size=auto: {found * unit}, {found * config.pipeline_micro_batches} images on each of {shards}: {why}"
+    )
     return found * unit
 
 
@@ -133,7 +133,7 @@ def known(config: Config, recipe: Recipe) -> int | None:
         return None
     try:
         text = (Path(config.out).expanduser() / "config.yaml").read_text()
-        return int(from_yaml(text).global_batch_size) if text.startswith(f"# recipe: {recipe.name}\n") else None
+        return int(shared_part(text).global_batch_size) if text.startswith(f"# recipe: {recipe.name}\n") else None
     except OSError:
         return None
 
@@ -169,10 +169,10 @@ def cut_short(config: Config, recipe: Recipe) -> Config:
 def check_share(config: Config, recipe: Recipe, ranks: int) -> None:
     """What `complete` holds a batch to, without looking at the data."""
     check_batch(config, ranks)
-    share = config.global_batch_size // (ranks // config.stages)
+    share = config.global_batch_size // (ranks // config.model_parallel_size)
     config.model.image_size = config.model.image_size or config.data.image_size
     config.model.num_classes = config.model.num_classes or config.data.num_classes or 1
-    if not (recipe.global_batchnorm or config.sync_batchnorm):
+    if not (recipe.has_global_batchnorm(config)):
         check_batchnorm(config, share)
     if recipe.check:
         recipe.check(config, share)

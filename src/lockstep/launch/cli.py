@@ -20,7 +20,8 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from lockstep.config import run_directory
-from lockstep.config.schema import AUTO, ClusterConfig, Config
+from lockstep.config.keys import AUTO
+from lockstep.config.schema import ClusterConfig, Config
 from lockstep.distributed import environment
 from lockstep.distributed.environment import check_nproc, default_nproc, discover, resolve_device
 from lockstep.distributed.signals import PREEMPTED

@@ -19,7 +19,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lockstep.config import run_directory
-from lockstep.config.schema import ClusterConfig, Config, check_values, walk
+from lockstep.config.keys import walk
+from lockstep.config.schema import ClusterConfig, Config, check_values
 from lockstep.distributed import environment
 from lockstep.distributed.environment import in_a_step_of_many, resolve_device
 from lockstep.errors import UserError

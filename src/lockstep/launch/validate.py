@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from lockstep.checkpoint.weights import check_weights, read_weights
+from lockstep.config.keys import AUTO
 from lockstep.config.run_directory import checkpoint_folder
-from lockstep.config.schema import AUTO, Config, check_values, walk
+from lockstep.config.schema import Config, check_values
 from lockstep.data.image_files import check_data
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE, build_model
@@ -38,10 +39,6 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     refuse_auto(config)
     if config.logger.wandb:
         require("wandb", "logger=wandb")
-    names = {recipe.name, recipe.subject(config).name}
-    for name, value, rule in walk(config):
-        if rule["only"] and not names & set(rule["only"]) and value != rule["default"]:
-            raise UserError(f"{name}={value}: recipes.{recipe.name} does not use it; {' and '.join(rule['only'])} do")
     if config.loss_scale != Config().loss_scale and config.precision != "fp16":
         raise UserError(
             f"loss_scale={config.loss_scale:g}: precision={config.precision} scales no loss; "
@@ -90,10 +87,8 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     if config.gradients.clip_value:
         with torch.device("meta"):  # names need no memory
             limits(config.gradients, [name for name, _ in build_model(config.model).named_parameters()])
-    share = config.global_batch_size // (world_size // config.stages)
-    if config.sync_batchnorm and config.model.norm != "batch":
-        raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
-    if not (recipe.global_batchnorm or config.sync_batchnorm):
+    share = config.global_batch_size // (world_size // config.model_parallel_size)
+    if not recipe.has_global_batchnorm(config):
         check_batchnorm(config, share)
     if recipe.check:
         recipe.check(config, share)
@@ -140,19 +135,20 @@ def check_batch(config: Config, world_size: int) -> None:
     Raises:
         UserError: it does not divide, or a share is smaller than its number of micro-batches.
     """
-    if world_size % config.stages:
+    stages = config.model_parallel_size
+    if world_size % stages:
         raise UserError(
-            f"stages={config.stages}: a pipeline takes a rank for each stage, and {count(world_size, 'rank')} cannot "
+            f"stages={stages}: a pipeline takes a rank for each stage, and {count(world_size, 'rank')} cannot "
             "be divided into such pipelines; set nproc to a multiple of stages"
         )
-    shards = world_size // config.stages
-    pieces = shards * config.micro_batches
+    shards = world_size // stages
+    pieces = shards * config.pipeline_micro_batches
     if config.global_batch_size % pieces:
         below = config.global_batch_size // pieces * pieces
         nearest = ", ".join(str(size) for size in (below, below + pieces) if size)
-        what = f"{shards} ranks" if config.stages == 1 else f"{shards} pipelines"
-        if config.micro_batches > 1:
-            what += f" × micro_batches={config.micro_batches}"
+        what = f"{shards} ranks" if stages == 1 else f"{shards} pipelines"
+        if config.pipeline_micro_batches > 1:
+            what += f" × micro_batches={config.pipeline_micro_batches}"
         raise UserError(
             f"global_batch_size={config.global_batch_size}: the global batch must divide by {what}; nearest that do: {nearest}"
         )
@@ -165,7 +161,7 @@ def check_batchnorm(config: Config, share: int) -> None:
     """BatchNorm has nothing to average over one image once that is down to one pixel; say so before it does."""
     size = config.model.image_size or 0
     pixels = math.ceil(size / (8 if size <= SMALL_IMAGE else 32))
-    largest = math.ceil(share / max(config.accumulate, config.micro_batches))
+    largest = math.ceil(share / max(config.accumulate, config.pipeline_micro_batches))
     smallest = share % largest or largest  # chunk's last piece is the ragged one
     if config.model.norm == "batch" and pixels == 1 and smallest == 1:
         raise UserError(

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from lockstep.config import run_directory
-from lockstep.config.schema import Config, from_yaml, to_yaml
+from lockstep.config.declared import read_config
+from lockstep.config.schema import Config, to_yaml
 from lockstep.data.datasets import FirstSamples
 from lockstep.diagnose import out_of_memory
 from lockstep.diagnose.verdict import describe_failure
@@ -219,7 +220,7 @@ def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Stor
     if RUN_DIRECTORY in os.environ:
         out = Path(os.environ[RUN_DIRECTORY])
         try:
-            config = from_yaml((out / "config.yaml").read_text())
+            config = read_config(recipe, (out / "config.yaml").read_text())
         except FileNotFoundError:
             raise unseen(out) from None
         store, hosts, _ = meet(place, config.timeout_seconds)
@@ -241,7 +242,7 @@ def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Stor
     told = json.loads(store.get("run"))
     if "config" in told:
         remember(told["out"])
-        return from_yaml(told["config"]), Path(told["out"]), store, hosts
+        return read_config(recipe, told["config"]), Path(told["out"]), store, hosts
     farewell(store, place.rank, place.world_size)
     if "error" not in told:
         raise SystemExit(0)
@@ -316,7 +317,7 @@ def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, st
 
     try:
         if known:
-            config = from_yaml((Path(known) / "config.yaml").read_text())
+            config = read_config(recipe, (Path(known) / "config.yaml").read_text())
             config.out = known
             keep(config)
             return told

@@ -354,9 +354,9 @@ def sharded(config: Config, ranks: int) -> dict[str, dict[str, int]]:
     master = (1 + moments) * part
     table = {
         "ddp": (weights, weights, moments * weights + counters),
-        "zero.stage=1": (weights, weights, master),
-        "zero.stage=2": (weights, part, master),
-        "zero.stage=3": (pieces, part, master),
+        "deepspeed_zero stage=1": (weights, weights, master),
+        "deepspeed_zero stage=2": (weights, part, master),
+        "deepspeed_zero stage=3": (pieces, part, master),
         "fsdp": (tops, tops, moments * tops + counters),
     }
     return {name: dict(zip(KINDS, sizes, strict=False)) | {"total": sum(sizes)} for name, sizes in table.items()}

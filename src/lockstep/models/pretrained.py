@@ -19,24 +19,24 @@ from lockstep.models.resnet import SMALL_IMAGE
 CONNECT_SECONDS = 30.0
 
 
-def backbone(config: Config, model: nn.Module, head: str) -> dict[str, Tensor]:
+def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None) -> dict[str, Tensor]:
     """What resume=PATH or weights=NAME has for a model, on the CPU: all but the tensors whose names begin with `head`.
 
-    Nothing where weights=random. torchvision's weights are downloaded if they are not there.
+    Nothing where `pretrained`, the value of `weights=`, is random. torchvision's weights are downloaded if they are not there.
 
     Raises:
         UserError: neither of the two is set, or both, or the weights are not there or those of another model.
     """
     given = config.resume not in ("auto", "never")
-    if given == (config.weights is not None):
+    if given == (pretrained is not None):
         what = "one of them is too many" if given else "there is nothing to transfer from"
         raise UserError(
-            f"resume={config.resume} and weights={config.weights or 'null'}: {what}; set resume=PATH (a run, "
+            f"resume={config.resume} and weights={pretrained or 'null'}: {what}; set resume=PATH (a run, "
             "a checkpoint or a file of weights), or weights=imagenet"
         )
-    if config.weights == "random":
+    if pretrained == "random":
         return {}
-    path = torchvision_file(config) if config.weights else Path(config.resume).expanduser()
+    path = torchvision_file(config, pretrained) if pretrained else Path(config.resume).expanduser()
     weights = {name: tensor for name, tensor in plain_weights(path).items() if not name.startswith(head)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(head)}
     there, here = (tensors.get("conv1.weight", torch.empty(0)).shape for tensors in (weights, wanted))
@@ -82,7 +82,7 @@ def weights_in(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("model."): tensor for name, tensor in found.items()}
 
 
-def torchvision_file(config: Config) -> Path:
+def torchvision_file(config: Config, name: str) -> Path:
     """The file of torchvision's weights for the model, where torch.hub keeps it, downloaded if it is not there.
 
     Raises:
@@ -90,7 +90,7 @@ def torchvision_file(config: Config) -> Path:
     """
     from torchvision.models import get_model_weights
 
-    model, name = config.model, config.weights
+    model = config.model
     every = get_model_weights(model.name)
     known = {"imagenet": every.DEFAULT} | dict(every.__members__)
     if name not in known:

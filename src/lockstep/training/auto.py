@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from lockstep.config.schema import AUTO, FLAT_WEIGHTS, Config
+from lockstep.config.keys import AUTO
+from lockstep.config.schema import Config, ConfigT
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.distributed.process_group import World
 from lockstep.training.precision import AUTOCAST
@@ -55,7 +56,7 @@ def choose(config: Config, recipe: str, device: str, fast: str, units: str, keep
         because = f"{units} has no fast 16-bit arithmetic" if fast == "fp32" else f"{units} computes it fast"
         found.append(Choice("precision", precision, because))
     if config.channels_last == AUTO:
-        if recipe in FLAT_WEIGHTS:
+        if config.flat_weights:
             found.append(Choice("channels_last", False, "its weights are one long vector"))
         elif precision in AUTOCAST:
             found.append(Choice("channels_last", True, "16-bit convolutions read NHWC; NCHW is reordered every time"))
@@ -73,7 +74,7 @@ def choose(config: Config, recipe: str, device: str, fast: str, units: str, keep
     return found
 
 
-def choose_for_hardware(config: Config, recipe: str, world: World, out: Path) -> tuple[Config, list[Choice]]:
+def choose_for_hardware(config: ConfigT, recipe: str, world: World, out: Path) -> tuple[ConfigT, list[Choice]]:
     """Choose, on all ranks alike, and set up this process accordingly: (the config without `auto`, the choices).
 
     A run keeps the precision that it began with, also where it goes on on other hardware.

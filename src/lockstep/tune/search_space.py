@@ -23,7 +23,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.config.schema import Config, walk
+from lockstep.config.declared import CommandLine
+from lockstep.config.keys import walk
+from lockstep.config.schema import Config
 from lockstep.errors import UserError
 
 RANGES = ("uniform", "loguniform", "randint", "lograndint")
@@ -82,6 +84,7 @@ class Space:
 
     Args:
         tree: {key: text}, also nested as a config is.
+        recipe: whose settings they are.
 
     Attributes:
         draws: by the name of the key, or `key 2` for the second of several that one key needs.
@@ -90,17 +93,17 @@ class Space:
         UserError: a key that no config has, or a text that is none of the above.
     """
 
-    def __init__(self, tree: Mapping[str, Any]) -> None:
+    def __init__(self, tree: Mapping[str, Any], recipe: CommandLine) -> None:
         self.texts = dict(flat(tree))
         self.draws: dict[str, Draw] = {}
         self._names: dict[ast.AST, str] = {}
         self._trees: dict[str, ast.expr] = {}
-        known = {name: value for name, value, _ in walk(Config())}
+        known = {name: value for name, value, _ in walk(recipe.config())}
         for key, text in self.texts.items():
             if key not in known:
-                from lockstep.config.compose import unknown_key  # Hydra: only a process that checks needs it
+                from lockstep.config.explain import unknown_key  # Hydra: only a process that checks needs it
 
-                raise unknown_key(key, " in tune.space")
+                raise unknown_key(key, recipe, recipe.config, " in tune.space")
             self._key, self._count = key, 0
             try:
                 if not isinstance(text, str):

@@ -17,10 +17,12 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep.config.schema import Config, typed
+from lockstep.config.keys import typed
+from lockstep.config.schema import Config
 from lockstep.launch import recipe_process
 from lockstep.run import Run
-from lockstep.tune.search_space import Space
+from lockstep.tune.config import TuneConfig
+from lockstep.tune.search_space import flat
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, interpreter
 
@@ -30,7 +32,7 @@ def mode(config: Config) -> str:
     return "min" if config.metric == "eval_loss" else "max"
 
 
-def results(run: Run) -> list[dict[str, Any]]:
+def results(run: Run[TuneConfig]) -> list[dict[str, Any]]:
     """A row a trial, the best first: those that were trained to the end, then those that were not, then the rest."""
     metric, rows = run.config.metric, []
     for file in (run.out / "trials").glob("[0-9]*.json"):
@@ -50,9 +52,9 @@ def results(run: Run) -> list[dict[str, Any]]:
     return sorted(rows, key=order)
 
 
-def table(run: Run, rows: list[dict[str, Any]]) -> Table:
+def table(run: Run[TuneConfig], rows: list[dict[str, Any]]) -> Table:
     """A line a trial: what was drawn, how far it came, its figures with the metric first, its state."""
-    keys = list(Space(run.config.tune.space).texts)
+    keys = [key for key, _ in flat(run.config.tune.space)]
     metrics = sorted({name for row in rows for name in row if name.startswith("eval_")})
     metrics = sorted(metrics, key=lambda name: name != run.config.metric)
     title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {run.config.metric}"
@@ -72,7 +74,7 @@ def table(run: Run, rows: list[dict[str, Any]]) -> Table:
 class Watch(threading.Thread):
     """Shows the trials while Tune has this process's attention, and tells Tune of a signal."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run[TuneConfig]) -> None:
         super().__init__(daemon=True)
         self.run_, self.over = run, threading.Event()
         self.seen: dict[int, tuple[int, str]] = {}
@@ -115,14 +117,14 @@ class Watch(threading.Thread):
             self.run_.report.line(f"trial {row['number']} {row['state']}{problem}{figure}  {values}")
 
 
-def again(run: Run, row: dict[str, Any]) -> str:
+def again(run: Run[TuneConfig], row: dict[str, Any]) -> str:
     """The command that trains a trial's model again, to the last bit."""
     stop = [f"max_steps={row['steps']}"] if row["state"] != "finished" else []
     kept = [word for word in row["words"] if not (stop and word.startswith("max_steps="))]
     return f"{interpreter()} -m recipes.{run.config.tune.recipe} {shlex.join([*kept, *stop])}"
 
 
-def write_results(run: Run, rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
+def write_results(run: Run[TuneConfig], rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
     """result.json and trials.csv; returns what is in the former."""
     metric = run.config.metric
     good = [row for row in rows if metric in row and row["state"] != "failed"]

@@ -7,7 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from lockstep.config.schema import Config, typed, with_values
+from lockstep.config.keys import typed
+from lockstep.config.schema import Config, convert, with_values
 from lockstep.errors import CheckFailed, UserError
 from lockstep.launch.validate import check_batch, check_package
 from lockstep.recipe import Proof, Recipe
@@ -65,8 +66,8 @@ def proof_cases(recipes: Iterable[Recipe], config: Config, device: str) -> list[
     return cases
 
 
-def proof_config(run: Run, precision: str, values: dict[str, Any]) -> Config:
-    """What both sides train: few steps, small batches, every step logged, one evaluation at the end."""
+def proof_config(run: Run[Any], schema: type[Config], precision: str, values: dict[str, Any]) -> Config:
+    """What both sides train, each in its own config class: few steps, small batches, every step logged, one evaluation at the end."""
     common: dict[str, Any] = {
         "precision": precision,
         "global_batch_size": IMAGES_PER_RANK * run.world.world_size,
@@ -74,14 +75,13 @@ def proof_config(run: Run, precision: str, values: dict[str, Any]) -> Config:
         "log_every": 1,
         "eval_every": 0,
         "optim.warmup_steps": 0,
-        "recipes": None,
     }
     if precision == "fp16":  # so small that no step is left out: which ones are depends on how images are dealt out
         common["loss_scale"] = 256.0
-    return with_values(run.asked, common | values)
+    return with_values(convert(run.asked, schema), common | values)
 
 
-def verify_case(run: Run, case: ProofCase, single: Recipe, references: dict[str, Trace | None]) -> VerifyRow:
+def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict[str, Trace | None]) -> VerifyRow:
     """Train both sides on the ranks of `run` and compare them; the numbers are on rank 0.
 
     Args:
@@ -91,15 +91,15 @@ def verify_case(run: Run, case: ProofCase, single: Recipe, references: dict[str,
         CheckFailed: a training failed.
     """
     each, precision = case.recipe, case.precision
-    base = proof_config(run, precision, case.settings)
-    mine = with_values(base, case.proof.own)
+    base = proof_config(run, single.config, precision, case.settings)
+    mine = with_values(proof_config(run, each.config, precision, case.settings), case.proof.own)
     row = VerifyRow(each.name, precision, run.world.world_size, mine.max_steps or 0, variant=case.variant)
     ranks = each.ranks or run.world.world_size
     try:
         check_package(each)
         check_batch(mine, ranks)
         if each.check:
-            each.check(mine, mine.global_batch_size // (ranks // mine.stages))
+            each.check(mine, mine.global_batch_size // (ranks // mine.model_parallel_size))
     except UserError as error:
         row.verdict = f"not run: {error}"
         return row

@@ -1,0 +1,18 @@
+"""The keys of recipes.compare, beside those that every recipe has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lockstep.config.keys import key
+from lockstep.config.schema import Config
+
+
+@dataclass
+class CompareConfig(Config):
+    recipes: list[str] | None = key(None, "recipes that are run (null: all)")
+    rounds: int = key(3, "times that each recipe is run, in turn", minimum=1)
+    nprocs: list[int] | None = key(
+        None, "ranks that each recipe is run on, typed as nproc=1,2,4 (null: one per GPU, else 2)"
+    )
+    verify: bool = key(False, "also hold the recipes to recipes.single, with recipes.verify")

@@ -1,0 +1,160 @@
+"""What a recipe's file says of its command line, read from the source: nothing of it is run, and torch is not loaded.
+
+A recipe begins with `import torch`, which takes seconds. `--help`, a misspelt key and a wrong type are answered before
+that, so the few facts they need are read from the file's syntax tree: its docstring, the arguments of `@recipe`, and
+its config class, whose definition is the only thing that is executed.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from omegaconf import OmegaConf
+
+from lockstep.config.schema import Config, from_yaml
+
+OF_A_CONFIG = re.compile(r"dataclasses|typing|lockstep\.config(\.\w+)?|lockstep\.\w+\.config")  # modules without torch
+
+
+class CommandLine(Protocol):
+    """What is asked of a recipe to compose its config; `Declared` and lockstep.recipe.Recipe have it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def doc(self) -> str: ...
+    @property
+    def path(self) -> Path: ...
+    @property
+    def config(self) -> type[Config]: ...
+    @property
+    def word(self) -> str | None: ...
+    @property
+    def several(self) -> str | None: ...
+    @property
+    def looks_at(self) -> str | None: ...
+
+
+@dataclass(frozen=True)
+class Declared:
+    """A recipe's file as its command line knows it; lockstep.recipe.Recipe describes the attributes."""
+
+    path: Path
+    doc: str
+    config: type[Config] = Config
+    word: str | None = None
+    several: str | None = None
+    looks_at: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+@functools.cache
+def declared(path: Path) -> Declared | None:
+    """What the file of a recipe says of itself; None where it holds no recipe, or one that must be run to know it."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body:
+        for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+            called = decorator.func if isinstance(decorator, ast.Call) else decorator
+            if not (isinstance(called, ast.Name) and called.id == "recipe"):
+                continue
+            given = {each.arg: each.value for each in decorator.keywords} if isinstance(decorator, ast.Call) else {}
+            try:
+                config = _execute(tree, given["config"]) if "config" in given else Config
+            except Exception:  # it needs more of its file than a config class may: whoever imports it will know
+                return None
+            constants: dict[str, Any] = {
+                name: value.value
+                for name in ("word", "several", "looks_at")
+                if isinstance(value := given.get(name), ast.Constant)
+            }
+            return Declared(path, ast.get_docstring(tree) or "", config, **constants)
+    return None
+
+
+def _execute(tree: ast.Module, name: ast.expr) -> type[Config]:
+    """The config class of this name, from its definition and the imports from modules that do not load torch."""
+    assert isinstance(name, ast.Name)
+    wanted: list[ast.stmt] = []
+    for node in tree.body:
+        future = isinstance(node, ast.ImportFrom) and node.module == "__future__"
+        plain = isinstance(node, ast.ImportFrom) and OF_A_CONFIG.fullmatch(node.module or "")
+        literal = isinstance(node, ast.Assign) and not _uses_names(node.value)
+        if future or plain or literal or (isinstance(node, ast.ClassDef) and _is_dataclass(node)):
+            wanted.append(node)
+    scope: dict[str, Any] = {"__name__": "lockstep.config.declared"}
+    exec(compile(ast.Module(wanted, []), "<config>", "exec"), scope)
+    found: type[Config] = scope[name.id]
+    assert issubclass(found, Config)
+    return found
+
+
+def _uses_names(value: ast.expr) -> bool:
+    return any(isinstance(each, ast.Name | ast.Call) for each in ast.walk(value))
+
+
+def _is_dataclass(node: ast.ClassDef) -> bool:
+    names = [each.func if isinstance(each, ast.Call) else each for each in node.decorator_list]
+    return any(isinstance(each, ast.Name) and each.id == "dataclass" for each in names) and any(
+        isinstance(base, ast.Name) and base.id.endswith("Config") for base in node.bases
+    )
+
+
+def neighbours(path: Path) -> dict[str, Declared]:
+    """The recipes in the folder of this one, by name."""
+    files = sorted(path.parent.glob("[!_]*.py"))
+    return {file.stem: found for file in files if (found := declared(file))}
+
+
+def schema_of(recipe: CommandLine, values: Mapping[str, Any] | Iterable[str]) -> type[Config]:
+    """The config class of a command: the recipe's, and for a tool also the own keys of the recipes it is told to run.
+
+    Args:
+        values: the words of the command line, or a frozen config's content.
+    """
+    names = _names(recipe, values) if recipe.looks_at else []
+    others = [found for name in names if (found := _find(recipe.path, name))]
+    bases = list(dict.fromkeys([recipe.config, *(other.config for other in others)]))
+    bases = [each for each in bases if not any(each is not other and issubclass(other, each) for other in bases)]
+    if len(bases) == 1:
+        return bases[0]
+    return dataclass(type("".join(each.__name__ for each in bases), tuple(bases), {}))
+
+
+def _find(tool: Path, name: str) -> Declared | None:
+    file = Path(name) if name.endswith(".py") else tool.with_name(f"{name}.py")
+    return declared(file) if file.is_file() else None
+
+
+def _names(tool: CommandLine, values: Mapping[str, Any] | Iterable[str]) -> list[str]:
+    """The recipes that a tool is told to run: in a config, else on the command line (the last one counts), else its own
+    default."""
+    path = str(tool.looks_at).split(".")
+    if not isinstance(values, Mapping):
+        given = [word.partition("=")[2] for word in values if word.lstrip("+").startswith(f"{tool.looks_at}=")]
+        if given:
+            return [name.strip(" \"'") for name in given[-1].strip("[] ").split(",")]
+        values = asdict(tool.config())
+    found: Any = values
+    for part in path:
+        found = (found or {}).get(part)
+    return [found] if isinstance(found, str) else [str(each) for each in found or []]
+
+
+def read_config(recipe: CommandLine, text: str) -> Config:
+    """A recipe's frozen config, from `to_yaml`'s text."""
+    content = OmegaConf.to_container(OmegaConf.create(text))
+    return from_yaml(text, schema_of(recipe, cast(dict[str, Any], content)))
+
+
+def own_keys(config: type[Config]) -> set[str]:
+    """The names of the fields that a config class has beside those of every recipe."""
+    return {entry.name for entry in fields(config)} - {entry.name for entry in fields(Config)}

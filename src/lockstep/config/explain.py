@@ -1,0 +1,96 @@
+"""Errors of Hydra's and OmegaConf's, said in one line: the value, what is allowed, the key to change."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra.errors import MissingConfigException
+from omegaconf.errors import OmegaConfBaseException
+
+from lockstep.config.declared import CommandLine, neighbours, own_keys
+from lockstep.config.keys import walk
+from lockstep.config.schema import ClusterConfig, Config
+from lockstep.errors import UserError
+
+GROUPS = ("model", "data", "optim", "logger")
+RENAMED = {  # a key, or a group of keys, by its name of before
+    "batch_size": "global_batch_size",
+    "monitor": "logger",
+    "fsdp.replicas": "replicate",
+    "fsdp": "",
+    "zero": "",
+    "tune.space.batch_size": "tune.space.global_batch_size",
+}
+
+
+def options(names: Iterable[str]) -> list[str]:
+    """A group's options, resnet50 before resnet101, without the schema they start from."""
+    return sorted(set(names) - {"schema"}, key=lambda name: (len(name), name))
+
+
+def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> UserError:
+    """Word an error of Hydra's or OmegaConf's as one line."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    text = str(error)
+    missing = re.search(r"Key '(\S+)' (?:is )?not in '(\w+)'", str(cause))
+    override = re.search(
+        r"(?:Could not override|merging override|Could not append|parsing override) '?([^'\n]+)'?", text
+    )
+    if missing:
+        full = re.search(r"full_key: (\S+)", str(cause))
+        wrong = full.group(1) if full else missing.group(1)
+        where = re.search(r"In '(\S+)'", text)
+        return unknown_key(wrong, recipe, schema, f" in {where.group(1)}.yaml" if where else "")
+    if isinstance(error, MissingConfigException) and error.options:
+        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        return UserError(f"{group}={option}: no such option; allowed are {', '.join(options(error.options))}")
+    unloaded = re.search(r"Could not load '(\w+)/(\w+)'", text)
+    if unloaded:  # one of a list
+        group, option = unloaded.groups()
+        folders = [Path(folder) for folder in re.findall(r"path=file://(\S+)", text)]
+        allowed = options(file.stem for folder in folders for file in (folder / group).glob("*.yaml"))
+        return UserError(f"{group}={option}: no such option; allowed are {', '.join(allowed)}")
+    if override and cause is not error:
+        return UserError(f"{override.group(1)}: {str(cause).splitlines()[0]}")
+    if override and "Could not override" in text:
+        return unknown_key(override.group(1), recipe, schema)
+    return UserError(" ".join(text.split()))
+
+
+def renamed(name: str) -> str:
+    """What a key is called now, by its name of before; empty where it never had another."""
+    for old, new in RENAMED.items():
+        if name == old or name.startswith(f"{old}."):
+            return f"{new}{name.removeprefix(old)}" if new else name.partition(".")[2]
+    return ""
+
+
+def check_names(words: list[str]) -> None:
+    """Refuse a key by its name of before; raises UserError with the one it has now."""
+    for word in words:
+        name = re.split("[=@]", word.lstrip("+~"))[0]
+        if now := renamed(name):
+            raise UserError(f"{name}: is called {now} now; write {word.replace(name, now, 1)}")
+
+
+def unknown_key(name: str, recipe: CommandLine, schema: type[Config], where: str = "") -> UserError:
+    """Say what a key is called now, which recipe has it, or which keys that do exist are nearest."""
+    if now := renamed(name):
+        return UserError(f"unknown key {name}{where}: it is called {now} now")
+    keys = [key for key, _, _ in walk(schema())] + [f"cluster.{key}" for key, _, _ in walk(ClusterConfig())]
+    having = [
+        each.name
+        for each in neighbours(recipe.path).values()
+        if name.partition(".")[0] in own_keys(each.config) and each.name != recipe.name
+    ]
+    if having:
+        owners = " and ".join(f"recipes.{name}" for name in having)
+        return UserError(f"unknown key {name}{where}: recipes.{recipe.name} does not use it; it belongs to {owners}")
+    near = difflib.get_close_matches(name, [*keys, *GROUPS], n=1, cutoff=0.5) or [
+        key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
+    ]
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    return UserError(f"unknown key {name}{where}; {hint}--help all lists all keys")

@@ -1,0 +1,83 @@
+"""What a config key is: a dataclass field with its default, one line of help, and the rule its value is held to."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import field, fields, is_dataclass
+from typing import Any
+
+from lockstep.errors import UserError
+
+AUTO = "auto"  # a value that is decided later: found by trials, or chosen for the hardware
+
+
+def key(
+    default: Any,
+    help: str,
+    choices: tuple[str | int, ...] = (),
+    minimum: float | None = None,
+    free: bool = False,
+    open: bool = False,
+) -> Any:
+    """A config key, as the default of a dataclass field.
+
+    Args:
+        default: a tuple or a dict becomes a list or a dict of the config's own.
+        help: one line, for `--help`.
+        choices: the values that are allowed; (): any of the field's type.
+        minimum: the smallest number that is allowed.
+        free: may change when a run is resumed; any other key would make it another training.
+        open: its value is a dict whose own keys are the user's to name.
+    """
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "free": free, "open": open}
+    if isinstance(default, tuple):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
+    """Yield (dotted key, value, what `key` was given) for every leaf of a config object."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            yield from walk(value, f"{prefix}{entry.name}.")
+        elif entry.metadata:
+            yield f"{prefix}{entry.name}", value, dict(entry.metadata)
+
+
+def typed(name: str, value: Any) -> str:
+    """A key and its value as a person would type them, but for the shell's own quotes."""
+    return f"{name}={typed_value(value)}"
+
+
+def typed_value(value: Any) -> str:
+    """A value as it is typed after `key=`."""
+    if isinstance(value, list):
+        return f"[{','.join(map(typed_value, value))}]"
+    plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.*-]*", value)
+    special = isinstance(value, str) and value.lower() in ("true", "false", "null", "nan", "inf")
+    return str(value) if plain and not special else json.dumps(value)
+
+
+def check_rules(config: Any) -> None:
+    """Hold every key to its own choices and minimum.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    for name, value, rule in walk(config):
+        if value == AUTO and AUTO not in rule["choices"]:
+            continue
+        if rule["choices"] and value is not None and value not in rule["choices"]:
+            allowed = (str(each).lower() if isinstance(each, bool) else str(each) for each in rule["choices"])
+            raise UserError(f"{name}={value}: allowed are {', '.join(allowed)}")
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise UserError(f"{name}={value}: allowed are finite numbers")
+        if rule["minimum"] is not None and value is not None and value < rule["minimum"]:
+            raise UserError(f"{name}={value}: allowed are numbers from {rule['minimum']} up")

@@ -1,0 +1,60 @@
+"""What a recipe's command can answer before torch is loaded, which takes seconds: `--help`, a misspelt key, a wrong type.
+
+`python -m recipes.ddp` imports the package `recipes` first, and that calls `answer`. What it lets pass is composed again
+by the recipe's own `main`, which knows everything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from lockstep.config.declared import declared
+from lockstep.errors import UserError
+
+RANKS = ("RANK", "LOCKSTEP_LAUNCHER_PID", "SLURM_STEP_ID")  # variables of a process that is a rank, or might be one
+
+
+def answer(folder: Path) -> None:
+    """Answer the command line, if `python -m PACKAGE.NAME` is running one of the recipes in this folder.
+
+    Exits with 0 after `--help`, and with 2 after a mistake in the command.
+    """
+    name = recipe_of(sys.orig_argv)
+    file = folder / f"{name}.py"
+    if not name or not file.is_file() or any(variable in os.environ for variable in RANKS):
+        return
+    words = sys.argv[1:]
+    if any(word.startswith("-") and not word.startswith(("--help", "-h", "--config-dir")) for word in words):
+        return  # Hydra's own
+    recipe = declared(file)
+    if recipe is None:
+        return
+    from lockstep.config.compose import compose
+    from lockstep.config.schema import check_values
+
+    try:
+        compose(recipe, check_values)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        leave(error.exit_code)
+    except SystemExit:
+        leave(0)
+    finally:
+        sys.argv[1:] = words
+
+
+def recipe_of(command: list[str]) -> str:
+    """NAME of `python … -m PACKAGE.NAME …`; empty where a command is another one."""
+    if "-m" not in command[:-1]:
+        return ""
+    package, _, name = command[command.index("-m") + 1].rpartition(".")
+    return name if package.endswith("recipes") else ""
+
+
+def leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,13 @@
+"""The keys of recipes.verify, beside those that every recipe has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lockstep.config.keys import key
+from lockstep.config.schema import Config
+
+
+@dataclass
+class VerifyConfig(Config):
+    recipes: list[str] | None = key(None, "recipes that are held to recipes.single (null: all)")
