@@ -24,8 +24,9 @@ import torchvision.models  # noqa: F401
 
 from lockstep.checkpoint import dcp
 from lockstep.config.compose import compose
+from lockstep.config.declared import read_config
 from lockstep.config.run_directory import freeze
-from lockstep.config.schema import Config, from_yaml, to_yaml
+from lockstep.config.schema import Config, to_yaml
 from lockstep.distributed.process_group import World, join
 from lockstep.launch.validate import validate
 from lockstep.launch.worker import carry_out
@@ -136,7 +137,7 @@ def _train(world: World, target: str, config: str, out: str) -> None:
     recipe = importlib.import_module(target).train
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
-    carry_out(recipe, Run(recipe.name, from_yaml(config), world, Path(out)))
+    carry_out(recipe, Run(recipe.name, read_config(recipe, config), world, Path(out)))
 
 
 def result(out: Path) -> dict[str, Any]:

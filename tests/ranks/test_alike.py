@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from lockstep import Run
-from lockstep.config.schema import from_yaml, to_yaml
+from lockstep.config.declared import read_config
+from lockstep.config.schema import to_yaml
 from lockstep.distributed.consistency import first_difference
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
@@ -30,7 +31,7 @@ def begin(world: World, homes: list[Path], config: str) -> str:
     os.chdir(homes[world.rank])
     (Path("run") / "ranks").mkdir(parents=True)
     try:
-        ddp.train(Run("ddp", from_yaml(config), world, Path("run"), quiet=True))
+        ddp.train(Run("ddp", read_config(ddp.train, config), world, Path("run"), quiet=True))
     except UserError as error:
         return str(error)
     return ""

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep.config.schema import Config, from_yaml, with_values
+from lockstep.config.schema import Config, shared_part, with_values
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed.process_group import World
 from lockstep.errors import CheckFailed
@@ -125,7 +125,7 @@ def test_as_a_user_types_it(tmp_path: Path) -> None:
     words = ["global_batch_size=auto", "model.image_size=16", "max_steps=1", "out=run"]
     done = command("-m", "recipes.ddp", *words, cwd=tmp_path, timeout=400)
     assert done.returncode == 0, done.stderr
-    size = from_yaml((tmp_path / "run" / "config.yaml").read_text()).global_batch_size
+    size = shared_part((tmp_path / "run" / "config.yaml").read_text()).global_batch_size
     assert f"global_batch_size=auto: {size}, {size // 2} images on each of 2" in done.stdout
 
 

@@ -129,7 +129,7 @@ def test_signals_stop_all_ranks_together_and_lose_nothing(tmp_path: Path, monkey
 
 def handlers_while_training(world: World, config: str, out: str) -> list[Any]:
     """The handlers of each step, after one of ours was put there before."""
-    from lockstep.config.schema import from_yaml
+    from lockstep.config.declared import read_config
     from lockstep.run import Run
 
     seen = []
@@ -143,7 +143,7 @@ def handlers_while_training(world: World, config: str, out: str) -> list[Any]:
     for sign in signals.SIGNALS:
         signal.signal(sign, ours)
     import_module(TRAINER.target).cross_entropy = noted
-    TRAINER(Run(TRAINER.name, from_yaml(config), world, Path(out), quiet=True))
+    TRAINER(Run(TRAINER.name, read_config(TRAINER, config), world, Path(out), quiet=True))
     return seen
 
 

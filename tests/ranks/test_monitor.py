@@ -20,7 +20,7 @@ import pytest
 import torch
 
 from lockstep.config.run_directory import freeze
-from lockstep.config.schema import from_yaml
+from lockstep.config.schema import shared_part
 from lockstep.data.datasets import load_data
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
@@ -212,7 +212,7 @@ def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> N
         execute(ddp.train, tmp_path / str(ranks), ranks, *words, "logger=[csv,tensorboard]")
         found.append(result(tmp_path / str(ranks))["misclassified"])
     assert found[0] == found[1]
-    config = from_yaml((tmp_path / "1" / "config.yaml").read_text())
+    config = shared_part((tmp_path / "1" / "config.yaml").read_text())
     _, images = load_data(config.data, 8, 0)
     model = build_model(config.model).eval()
     model.load_state_dict(torch.load(tmp_path / "1" / "model.pt", weights_only=True))

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from lockstep import Run
+from lockstep.config.declared import read_config
 from lockstep.config.run_directory import freeze
-from lockstep.config.schema import Config, from_yaml, to_yaml
+from lockstep.config.schema import Config, to_yaml
 from lockstep.data.loader import Samples
 from lockstep.diagnose.evidence import collect, error_in
 from lockstep.diagnose.findings import Finding
@@ -259,7 +260,7 @@ def trained(world: World, config: str, out: str, how: str) -> None:
     if world.rank == 1 and how == "data":
         fetch = Samples.__getitem__
         Samples.__getitem__ = lambda *given: (time.sleep(0.02), fetch(*given))[1]  # type: ignore[method-assign]
-    ddp.train(Run("ddp", from_yaml(config), world, Path(out)))
+    ddp.train(Run("ddp", read_config(ddp.train, config), world, Path(out)))
 
 
 @pytest.mark.usefixtures("narrow")

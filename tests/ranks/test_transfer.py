@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torchvision.models import ResNet18_Weights
 
+from lockstep.config.declared import read_config
 from lockstep.config.run_directory import freeze
-from lockstep.config.schema import from_yaml, to_yaml
+from lockstep.config.schema import to_yaml
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
@@ -127,7 +128,7 @@ PROOF = (*DATA, HIGH, "precision=fp64", "model.norm=group", "weights=random", "o
 
 def by_hand(world: World, config: str, out: str) -> dict[str, Tensor]:
     """The head alone for an epoch, then everything: a plain loop on one process, with nothing of the recipe's."""
-    run = Run("transfer_learning", from_yaml(config), world, Path(out))
+    run = Run("transfer_learning", read_config(transfer_learning.train, config), world, Path(out))
     model = build_model(run.config.model).double()
     body = [tensor for name, tensor in model.named_parameters() if not name.startswith("fc.")]
     head = [*model.get_submodule("fc").parameters()]

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 
 from lockstep import UserError
-from lockstep.config.schema import Config, walk
+from lockstep.config.keys import walk
+from lockstep.config.schema import Config
 from lockstep.launch import recipe_process
 from lockstep.tune.search_space import Space
 from recipes import ddp, tune

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import importlib
+import re
 from itertools import product, zip_longest
 from pathlib import Path
 
 import pytest
 
-from lockstep.config.schema import Config, check_values, from_yaml, to_yaml, walk
+from lockstep.config import help
+from lockstep.config.declared import declared, own_keys, read_config, schema_of
+from lockstep.config.keys import walk
+from lockstep.config.schema import Config, check_values, to_yaml
 from lockstep.errors import UserError
 from recipes import ddp
 from tests.helpers.harness import ROOT, command, compose_config
 
 CONF = ROOT / "conf"
-RECIPES = sorted(path.stem for path in CONF.glob("*.yaml") if path.stem != "base")
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("[!_]*.py"))
 OPTIONS = [f"{path.parent.name}={path.stem}" for path in sorted(CONF.glob("*/*.yaml"))]
 FIXED_NAMES = """
-    model data data.root optim batch_size epochs max_steps seed precision compile channels_last accumulate nproc device
+    model data data.root optim global_batch_size epochs max_steps seed precision compile channels_last accumulate nproc device
     backend timeout_seconds model.norm model.num_classes model.image_size optim.lr optim.momentum optim.weight_decay
-    checkpoint.every checkpoint.keep resume out monitor cluster.nodes cluster.gpus_per_node cluster.tasks_per_node
+    checkpoint.every checkpoint.keep resume out logger cluster.nodes cluster.gpus_per_node cluster.tasks_per_node
     cluster.partition cluster.account cluster.time_minutes cluster.follow
 """.split()
 
@@ -46,23 +50,41 @@ def test_every_recipe_composes_with_every_option(name: str, options: list[str]) 
             assert config.cluster is not None
         elif group == "tune":
             assert config.tune.space
-        elif group == "monitor":  # which may be several
+        elif group == "logger":  # which may be several
             chosen = [kind for kind in ("csv", "tensorboard", "wandb") if getattr(config.logger, kind)]
             assert chosen == [choice]
         elif group != "debug":
             assert getattr(config, group).name == choice
-    assert from_yaml(to_yaml(config)) == config, "a rank reads back what was frozen"
+    recipe = importlib.import_module(f"recipes.{name}").train
+    assert read_config(recipe, to_yaml(config)) == config, "a rank reads back what was frozen"
 
 
 @pytest.mark.parametrize("words", ["logger=[csv,wandb]", "logger=[wandb,csv]"])
-def test_monitors_are_any_mix(words: str) -> None:
-    chosen = compose_config(ddp.train, words).monitor
+def test_loggers_are_any_mix(words: str) -> None:
+    chosen = compose_config(ddp.train, words).logger
     assert (chosen.csv, chosen.tensorboard, chosen.wandb) == (True, False, True)
 
 
-def test_there_is_a_yaml_for_every_recipe_and_the_other_way_round() -> None:
-    assert set(RECIPES) == {path.stem for path in (ROOT / "recipes").glob("[!_]*.py")}
-    assert RECIPES
+def test_a_yaml_belongs_to_a_recipe() -> None:
+    assert {path.stem for path in CONF.glob("*.yaml")} - {"base"} < set(RECIPES)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_s_keys_are_read_from_its_file_without_running_it(name: str) -> None:
+    recipe, read = importlib.import_module(f"recipes.{name}").train, declared(ROOT / "recipes" / f"{name}.py")
+    assert read is not None
+    for what in ("name", "doc", "word", "several", "looks_at"):
+        assert getattr(read, what) == getattr(recipe, what)
+    mine, theirs = (list(walk(each.config())) for each in (recipe, read))
+    assert mine == theirs
+
+
+def test_the_shared_schema_names_no_recipe() -> None:
+    texts = (ROOT / "src" / "lockstep" / "config" / "schema.py").read_text()
+    assert not [name for name in RECIPES if f"recipes.{name}" in texts]
+    assert all(
+        not own_keys(Config) & own_keys(importlib.import_module(f"recipes.{name}").train.config) for name in RECIPES
+    )
 
 
 def test_the_names_users_type_exist() -> None:
@@ -101,14 +123,41 @@ def test_a_private_site_file_is_found_and_a_typo_in_it_is_named(tmp_path: Path) 
         compose_config(ddp.train, f"--config-dir={tmp_path}", "+cluster=site")
 
 
-def test_help_explains_the_recipe_its_groups_and_every_key(tmp_path: Path) -> None:
+def page(name: str, everything: bool) -> str:
+    recipe = importlib.import_module(f"recipes.{name}").train
+    return help.text(recipe, schema_of(recipe, []), [CONF], everything)
+
+
+def keys_in(text: str) -> set[str]:
+    """The keys that a page of help lists."""
+    return {line.strip().partition("=")[0] for line in text.splitlines() if re.match(r"  [a-z0-9_.]+=", line)}
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "pipeline_parallel", "tune"])
+def test_help_begins_with_the_keys_people_use_first_and_all_has_every_key_the_recipe_reads(name: str) -> None:
+    recipe = importlib.import_module(f"recipes.{name}").train
+    first, whole = page(name, everything=False), page(name, everything=True)
+    schema = schema_of(recipe, [])
+    every = {key for key, _, _ in walk(schema())}
+    own = {key for key in every if key.partition(".")[0] in own_keys(schema)}
+    assert own <= keys_in(first)
+    assert len(keys_in(first) - own) <= 21
+    assert every <= keys_in(whole)
+    for text in (first, whole):
+        assert text.startswith(recipe.doc.strip().splitlines()[0])
+        listed = text.removeprefix(recipe.doc.strip())
+        assert max(map(len, listed.splitlines())) <= 80
+    said = " ".join(whole.split())
+    assert all(" ".join(rule["help"].split()) in said for _, _, rule in walk(schema()))
+    assert "stages" in keys_in(page("pipeline_parallel", everything=False))
+    assert not {"stages", "replicate", "rounds"} & keys_in(page("ddp", everything=True))
+
+
+def test_help_is_printed_by_the_command(tmp_path: Path) -> None:
     said = command("-m", "recipes.ddp", "--help", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert said.stdout.startswith("DistributedDataParallel: ")
-    assert "resnet18, resnet34, resnet50, resnet101, resnet152" in said.stdout
-    for name, _, rule in walk(Config()):
-        assert f"{name}=" in said.stdout
-        assert rule["help"] in said.stdout
+    assert "[resnet18|resnet34|resnet50|resnet101|resnet152]" in said.stdout
     assert list(tmp_path.iterdir()) == []
 
 

@@ -76,7 +76,7 @@ def declared(path: Path) -> Declared | None:
                 for name in ("word", "several", "looks_at")
                 if isinstance(value := given.get(name), ast.Constant)
             }
-            return Declared(path, ast.get_docstring(tree) or "", config, **constants)
+            return Declared(path, ast.get_docstring(tree, clean=False) or "", config, **constants)
     return None
 
 
@@ -124,9 +124,12 @@ def schema_of(recipe: CommandLine, values: Mapping[str, Any] | Iterable[str]) ->
     others = [found for name in names if (found := _find(recipe.path, name))]
     bases = list(dict.fromkeys([recipe.config, *(other.config for other in others)]))
     bases = [each for each in bases if not any(each is not other and issubclass(other, each) for other in bases)]
-    if len(bases) == 1:
-        return bases[0]
-    return dataclass(type("".join(each.__name__ for each in bases), tuple(bases), {}))
+    return bases[0] if len(bases) == 1 else _combined(tuple(bases))
+
+
+@functools.cache
+def _combined(bases: tuple[type[Config], ...]) -> type[Config]:
+    return dataclass(type("".join(each.__name__ for each in bases), bases, {}))
 
 
 def _find(tool: Path, name: str) -> Declared | None:
