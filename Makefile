@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
 SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-all fuzz check format board bench bench-gpu clean help slurm chromium
+.PHONY: demo test test-slow test-all fuzz check format board bench bench-gpu clean help slurm chromium
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,10 +12,13 @@ help:  ## list the targets
 demo: .venv/installed  ## train ResNet-18 on real digits with two ranks, about a minute
 	@$(BIN)/python -m recipes.ddp
 
-test: .venv/installed slurm chromium  ## the tests: no network, no GPU needed
+test: .venv/installed slurm chromium  ## at least one test of everything, in minutes: no network, no GPU needed
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow"
 
-test-all: .venv/installed slurm chromium  ## the longest runs as well
+test-slow: .venv/installed slurm chromium  ## the other tests: every case of every table, whole trainings; over half an hour
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m slow
+
+test-all: .venv/installed slurm chromium  ## both
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 N ?= 100

@@ -11,17 +11,29 @@ from torchvision.models import resnet
 from tests.helpers.narrow_resnet import narrow_resnet18
 
 # A file is one worker's: begun last, one of these would keep that worker busy long after the others have ended.
-LONGEST_FIRST = "test_slurm test_house test_preemption test_checkpoint_faults test_verify test_failures".split()
+LONGEST_FIRST = "test_slurm test_accuracy test_readme test_fuzz test_checkpoint_faults test_verify test_resume".split()
+
+NO_SUCH_CASE = pytest.StashKey[list[str]]()  # what `slow_except` names in vain; tests/unit/test_house.py looks at it
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by `-m`
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """GPU tests run wherever a GPU is found, and are left out by name, not silently passed, where none is."""
+    """Sort the tests into tiers. GPU tests run wherever a GPU is found, and are left out by name where none is."""
     places = {name: place for place, name in enumerate(LONGEST_FIRST)}
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
-    if not torch.cuda.is_available():
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+    named: dict[tuple[str, str], set[str]] = {}  # cases that `slow_except` names and that have not been seen yet
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
+        if (quick := item.get_closest_marker("slow_except")) and isinstance(item, pytest.Function):
+            case = item.callspec.id
+            mine = {each for each in quick.args if case == each or case.startswith(f"{each}-")}
+            missing = named.setdefault((str(item.path), item.originalname), set(quick.args))
+            missing -= mine
+            if not mine:
+                item.add_marker("slow")
+    if not any("::" in word for word in config.args):  # else only some cases of a test may be here
+        config.stash[NO_SUCH_CASE] = [f"{place}: {missing}" for place, missing in named.items() if missing]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -95,6 +95,7 @@ def test_a_node_is_reached_by_its_name_and_not_as_localhost(box: Box, tmp_path: 
         server.kill()
 
 
+@pytest.mark.slow
 def test_two_ranks_on_two_nodes_all_reduce(box: Box, tmp_path: Path) -> None:
     (tmp_path / "rank.py").write_text(RANK)
     master = {"MASTER_ADDR": "node1", "MASTER_PORT": "29501"}
@@ -102,6 +103,7 @@ def test_two_ranks_on_two_nodes_all_reduce(box: Box, tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == ["node1 3", "node2 3"], done.stderr
 
 
+@pytest.mark.slow
 def test_a_job_in_high_takes_the_place_of_one_in_low(box: Box, tmp_path: Path) -> None:
     lives = "echo life $SLURM_RESTART_COUNT; [ $SLURM_RESTART_COUNT ] || exec sleep 1000"
     low = box.sbatch("--nodes=2", "--exclusive", "--open-mode=append", "--output=out", f"--wrap={lives}", cwd=tmp_path)
@@ -115,6 +117,7 @@ def test_a_job_in_high_takes_the_place_of_one_in_low(box: Box, tmp_path: Path) -
     assert [line for line in (tmp_path / "out").read_text().splitlines() if "life" in line] == ["life", "life 1"]
 
 
+@pytest.mark.slow
 def test_a_job_whose_node_goes_down_starts_again_on_another(box: Box) -> None:
     job = box.sbatch("--output=/dev/null", "--wrap=sleep 1000")
     first = box.wait_for_state(job, "RUNNING")["NodeList"]
@@ -126,6 +129,7 @@ def test_a_job_whose_node_goes_down_starts_again_on_another(box: Box) -> None:
     assert again != first
 
 
+@pytest.mark.slow
 def test_a_killed_node_loses_its_tasks_and_can_be_mended(box: Box) -> None:
     job = box.sbatch("--nodelist=node2", "--output=/dev/null", "--wrap=sleep 4321")
     box.wait_for_state(job, "RUNNING")
@@ -136,6 +140,7 @@ def test_a_killed_node_loses_its_tasks_and_can_be_mended(box: Box) -> None:
     assert box.run("srun", "--nodelist=node2", "hostname").stdout == "node2\n"
 
 
+@pytest.mark.slow
 def test_a_cut_node_runs_on_unheard(box: Box) -> None:
     connect = ("bash", "-c", "</dev/tcp/node2/6818")
     assert box.run(*connect).returncode == 0
@@ -146,6 +151,7 @@ def test_a_cut_node_runs_on_unheard(box: Box) -> None:
     assert box.run("srun", "--nodelist=node2", "hostname").stdout == "node2\n"
 
 
+@pytest.mark.slow
 def test_a_job_survives_the_restart_of_slurmctld(box: Box) -> None:
     job = box.sbatch("--output=/dev/null", "--wrap=sleep 1000")
     box.wait_for_state(job, "RUNNING")
@@ -154,6 +160,7 @@ def test_a_job_survives_the_restart_of_slurmctld(box: Box) -> None:
     box.run("scancel", job)
 
 
+@pytest.mark.slow
 def test_two_boxes_at_once_do_not_meet_and_leave_nothing(box: Box) -> None:
     with Box(nodes=1) as other:
         job = other.sbatch("--output=/dev/null", "--wrap=sleep 1000")
@@ -194,6 +201,7 @@ def test_ctrl_c_is_the_commands(tmp_path: Path) -> None:
     assert (box.returncode, out.split()) == (5, ["low*", "high"])
 
 
+@pytest.mark.slow
 def test_loopback_runs_jobs_and_knows_what_it_cannot() -> None:
     with Box(nodes=2, loopback=True) as box:
         done = box.run("srun", "--nodes=2", "printenv", "SLURMD_NODENAME")

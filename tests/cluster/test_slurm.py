@@ -153,6 +153,7 @@ ENGINES |= {"transfer_learning": ["weights=random"]}
 OFTEN = ("deepspeed_zero",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in ENGINES]
 )
@@ -175,6 +176,7 @@ def test_torchrun_in_a_batch_job_trains_the_same(box: Box, tmp_path: Path) -> No
     assert_equal(weights(out), on_this_machine(tmp_path, 4, *SHORT))
 
 
+@pytest.mark.slow
 def test_a_sweep_is_an_array(box: Box, tmp_path: Path) -> None:
     words = ["-m", "recipes.single", "-m", "optim.lr=0.01,0.02", *TINY, "max_steps=2", "out=sweep"]
     code, said = end(start(box, tmp_path, *words))
@@ -185,6 +187,7 @@ def test_a_sweep_is_an_array(box: Box, tmp_path: Path) -> None:
         assert f"_{point}: finished" in said
 
 
+@pytest.mark.slow
 def test_plain_srun_needs_no_launcher(box: Box, tmp_path: Path) -> None:
     words = ["srun", "--nodes=2", sys.executable, "-m", "recipes.ddp"]
     done = box.run(*words, *SHORT, "out=run", cwd=tmp_path, timeout=120)
@@ -237,6 +240,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 def test_what_is_wrong_never_reaches_the_queue(box: Box, tmp_path: Path) -> None:
     """One process for all of them: each forks from one that has imported everything."""
     script = """
@@ -269,6 +273,7 @@ def test_without_slurm_it_says_where_to_find_one(tmp_path: Path) -> None:
 # Following --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_the_job_and_scancel_ends_the_following(box: Box, tmp_path: Path) -> None:
     one = start(box, tmp_path, "-m", "recipes.ddp", *TINY, "global_batch_size=8", "out=one", LATER)
     two = start(box, tmp_path, "-m", "recipes.ddp", *TINY, "global_batch_size=8", "out=two", LATER)
@@ -287,6 +292,7 @@ def test_ctrl_c_leaves_the_job_and_scancel_ends_the_following(box: Box, tmp_path
 # What breaks ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_exception_ends_the_job_and_is_shown_once(box: Box, folder: Path) -> None:
     code, said = end(start(box, folder, "ddp.py", *LONG, "out=run", "cluster.nodes=2", how="raise"))
     assert code == 1, said
@@ -323,6 +329,7 @@ def test_a_lost_network_is_named_before_slurm_misses_the_node(folder: Path) -> N
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_is_named_and_started_again_only_if_asked(box: Box, folder: Path, restarts: int) -> None:
     words = ["ddp.py", *LONG, "out=run", "cluster.nodes=2", f"max_restarts={restarts}"]
@@ -346,6 +353,7 @@ def test_a_rank_that_never_comes_is_named_with_its_node(box: Box, tmp_path: Path
 # Nothing lost -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_preempted_it_saves_and_comes_back(box: Box, folder: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
     process = start(box, folder, "ddp.py", *LONG, "out=run", "cluster.nodes=2", how="slow")
     job = until(process, "submitted").split()[1]

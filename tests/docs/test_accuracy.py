@@ -43,6 +43,7 @@ def test_a_backbone_of_five_digits_learns_the_other_five(tmp_path: Path) -> None
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.96
 
 
+@pytest.mark.slow
 def test_a_fifth_of_the_main_job_has_learned_most_of_it(tmp_path: Path) -> None:
     done = command("-m", "recipes.ddp", "epochs=3", "out=run", cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr

@@ -146,6 +146,7 @@ HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
 }
 
 
+@pytest.mark.slow_except("bit flip in a shard", "missing manifest", "truncated .metadata")
 @pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_checkpoint_is_passed_over_by_name(harm: str, cut_off: Path, whole: Result) -> None:
     file, damage, words = HARMS[harm]
@@ -191,6 +192,7 @@ def test_where_no_checkpoint_is_intact_the_run_starts_anew_and_names_them_all(cu
     assert compare(result_of(cut_off), whole, best=False) == ""
 
 
+@pytest.mark.slow_except("garbled", "missing")
 @pytest.mark.parametrize(
     ("pointer", "said"),
     [
@@ -230,6 +232,7 @@ def test_what_a_killed_save_left_is_removed_and_in_nobody_s_way(cut_off: Path, w
     assert compare(result_of(cut_off), whole, best=False) == ""
 
 
+@pytest.mark.slow
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "out"
     setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=3", "checkpoint.keep=2", "checkpoint.best=true"))
@@ -248,6 +251,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert first_difference(torch.load(out / "model.pt", weights_only=True), kept) != ""
 
 
+@pytest.mark.slow_except("truncated")
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "missing"])
 def test_a_best_checkpoint_that_broke_costs_best_pt_and_is_named(
     damage: Callable[[Path], None], tmp_path: Path
@@ -271,6 +275,7 @@ def test_a_best_checkpoint_that_broke_costs_best_pt_and_is_named(
 # Kills ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_except("open .LATEST")
 @pytest.mark.parametrize(
     ("at", "resumes"),
     [
@@ -490,6 +495,7 @@ def fill(disk: Path, out: Path, setup: Setup, whole: Result, kilobytes: int) -> 
     assert contents(folder, (4,)) == before
 
 
+@pytest.mark.slow_except("false")
 @pytest.mark.parametrize(("asynchronous", "share"), [("true", 0.5), ("false", 0.9), ("true", 0.99)])
 def test_a_full_disk_costs_checkpoints_and_not_the_run(
     asynchronous: str, share: float, finished: Path, tmp_path: Path, whole: Result
@@ -516,6 +522,7 @@ def lay_out(out: Path, setup: Setup) -> None:
     freeze(config, setup.recipe)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asynchronous", ["true", "false"])
 def test_a_run_that_lies_on_the_full_disk_goes_on_too(
     asynchronous: str, finished: Path, tmp_path: Path, whole: Result
@@ -534,6 +541,7 @@ def test_a_run_that_lies_on_the_full_disk_goes_on_too(
     on_a_disk(body, tmp_path / "disk", int(1.1 * room) + rest)
 
 
+@pytest.mark.slow
 def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(
     tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:

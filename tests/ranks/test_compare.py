@@ -241,6 +241,7 @@ def test_runs_take_turns(stand: None, tmp_path: Path) -> None:
     assert not any(word.startswith("out=") for word in words)
 
 
+@pytest.mark.slow
 def test_what_has_ended_is_not_run_again(stand: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIES_AT", "3")
     with pytest.raises(AssertionError, match="died"):
@@ -254,6 +255,7 @@ def test_what_has_ended_is_not_run_again(stand: None, tmp_path: Path, monkeypatc
     assert len(asked(tmp_path)) == 5, "only the report is made again"
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fails_is_named_and_the_report_is_about_the_others(
     stand: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,6 +271,7 @@ def test_a_recipe_that_fails_is_named_and_the_report_is_about_the_others(
     assert carry_out(tmp_path, *WORDS)["failed"] == [], "started again, it gets another chance"
 
 
+@pytest.mark.slow
 def test_an_end_that_was_set_differently_is_refused(stand: None, tmp_path: Path) -> None:
     carry_out(tmp_path, *WORDS)
     config = compose_config(compare.train, *WORDS[:-1], "max_steps=13", f"out={tmp_path / 'run'}")

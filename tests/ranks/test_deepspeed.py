@@ -59,6 +59,7 @@ def same(a: Tensors, b: Tensors) -> bool:
 # Training ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_except("1", "3")
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_trains_what_ddp_does_to_the_last_bit(stage: int, fit: Fit) -> None:
     """Weights, losses, evaluations and the learning rate, which comes from run.steps."""
@@ -68,6 +69,7 @@ def test_every_stage_trains_what_ddp_does_to_the_last_bit(stage: int, fit: Fit) 
     assert lines(out) == lines(theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_ragged_micro_batches_count_for_what_they_are(stage: int, fit: Fit, tmp_path: Path) -> None:
     """7 images in micro-batches of 2, 2, 2 and 1, which 1 / 4 each would get wrong."""
@@ -103,6 +105,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # Checkpoints ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage", [pytest.param(stage, marks=pytest.mark.slow) if stage in (0, 2) else stage for stage in STAGES]
 )
@@ -145,6 +148,7 @@ def test_a_run_goes_on_in_another_stage(fit: Fit, tmp_path: Path) -> None:
         assert same(found, expected)
 
 
+@pytest.mark.slow_except("1")
 @pytest.mark.parametrize("stage", STAGES)
 def test_plain_weights_start_a_run(stage: int, fit: Fit, tmp_path: Path) -> None:
     """optim.lr=0: what comes out is what went in, master copy included."""
@@ -154,6 +158,7 @@ def test_plain_weights_start_a_run(stage: int, fit: Fit, tmp_path: Path) -> None
     assert same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_best_is_exported_and_deepspeed_s_own_tool_reads_the_same(stage: int, tmp_path: Path) -> None:
     out, words = tmp_path / "run", (*WORDS, f"stage={stage}", "checkpoint.best=true")
@@ -237,6 +242,7 @@ def test_another_recipe_s_checkpoint_is_refused(fit: Fit, tmp_path: Path) -> Non
 # What a user meets ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_keeps_the_console_to_lockstep(tmp_path: Path) -> None:
     """DeepSpeed warns that it has not tested SGD; that is in the rank's log."""
     words = ("global_batch_size=4", "max_steps=2", "data=synthetic", "data.size=8", "checkpoint.every=1", "out=run")

@@ -34,6 +34,7 @@ TINY = (
 )
 
 
+@pytest.mark.slow_except("('accumulate=3',)")
 @pytest.mark.parametrize("words", [("accumulate=3",), ("precision=bf16",)], ids=str)
 def test_fabric_trains_what_ddp_trains_to_the_last_bit(words: tuple[str, ...], tmp_path: Path) -> None:
     mine = train(lightning_fabric.train, tmp_path / "fabric", 2, *TINY, *words)

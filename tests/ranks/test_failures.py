@@ -74,6 +74,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow_except("fork")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_an_exception_is_shown_once_from_the_rank_that_raised_it(start: str, folder: Path) -> None:
     done = command("crash.py", *WORDS, f"start={start}", cwd=folder, HOW="raise")
@@ -85,6 +86,7 @@ def test_an_exception_is_shown_once_from_the_rank_that_raised_it(start: str, fol
     assert "KeyError" in (folder / "run" / "ranks" / "1.log").read_text()
 
 
+@pytest.mark.slow_except("kill")
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [
@@ -100,6 +102,7 @@ def test_a_rank_that_just_ends_is_named(how: str, code: int, words: str, folder:
     assert done.stderr.startswith(words)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_just_exits_has_failed(folder: Path) -> None:
     done = command("crash.py", *WORDS, cwd=folder, HOW="leave")
     assert done.returncode == 1
@@ -117,6 +120,7 @@ def test_a_stopped_rank_is_named_by_its_peer_and_does_not_outlive_it(folder: Pat
     assert time.monotonic() - began < 30
 
 
+@pytest.mark.slow
 def test_under_torchrun_its_summary_shows_the_cause(folder: Path) -> None:
     words = [*TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}", "crash.py", *WORDS]
     done = subprocess.run(
@@ -127,6 +131,7 @@ def test_under_torchrun_its_summary_shows_the_cause(folder: Path) -> None:
     assert "Connection closed by peer" not in done.stderr
 
 
+@pytest.mark.slow
 def test_ranks_started_by_hand_say_it_themselves(folder: Path) -> None:
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "HOW": "raise"}
     ranks = [
@@ -166,6 +171,7 @@ def test_who_tells_of_another_is_not_shown_for_it(tmp_path: Path, capfd: pytest.
     assert capfd.readouterr().err == "error: rank 1 ended without an error message\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=SLOW)])
 def test_a_killed_launcher_leaves_no_process(start: str, tmp_path: Path) -> None:
     process = as_a_shell([*LONG, f"start={start}"], tmp_path, stderr=subprocess.PIPE)
@@ -189,6 +195,7 @@ def test_ctrl_c_while_starting_shows_no_traceback(seconds: float, tmp_path: Path
     wait_until(lambda: not processes_in(tmp_path), 10)
 
 
+@pytest.mark.slow
 def test_ranks_that_never_join_are_named(tmp_path: Path) -> None:
     shared = {"WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     words = [sys.executable, "-m", "recipes.ddp", "timeout_seconds=15", "out=run"]

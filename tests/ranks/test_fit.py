@@ -78,6 +78,7 @@ def base_of_a_rank(world: World) -> int:
     return process_bytes("VmRSS")
 
 
+@pytest.mark.slow
 def test_the_batch_that_is_found_trains_and_a_larger_one_does_not(tmp_path: Path, capfd: Any, monkeypatch: Any) -> None:
     """The ranks may have 250 MiB more than they start with."""
     room = max(run_ranks(base_of_a_rank, 2)) + 250 * 2**20
@@ -142,6 +143,7 @@ def test_a_signal_ends_the_trial_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.glob("lockstep-*/*/model.pt")) == []
 
 
+@pytest.mark.slow
 def test_ranks_that_are_started_already_refuse_in_one_line(tmp_path: Path) -> None:
     words = [
         "--nproc-per-node=1",

@@ -85,6 +85,7 @@ def test_only_the_first_rank_ever_builds_the_model(tmp_path: Path, monkeypatch: 
     assert sorted((tmp_path / "built").read_text().splitlines()) == ["0 cpu", "0 meta", "1 meta"]
 
 
+@pytest.mark.slow
 def test_ways_to_hold_the_weights_do_not_change_a_bit(tmp_path: Path) -> None:
     """Kept until backward, or offloaded to where a CPU's are anyway; evaluated in between."""
     words = (*SHORT, "eval_every=1", "data.size=12", "max_steps=2")
@@ -129,6 +130,7 @@ def test_bf16_computes_in_bf16_but_for_batch_norm_s_weights_the_loss_and_the_gra
 # Evaluation and accumulation --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.parametrize(("ranks", "size"), [(2, 4), (3, 5), (3, 12)])
 def test_ranks_with_fewer_evaluation_batches_still_gather_with_the_others(
     ranks: int, size: int, tmp_path: Path
@@ -141,6 +143,7 @@ def test_ranks_with_fewer_evaluation_batches_still_gather_with_the_others(
     assert (found["eval_loss"], found["eval_accuracy"]) == (expected["eval_loss"], expected["eval_accuracy"])
 
 
+@pytest.mark.slow
 def test_what_crosses_the_network_and_how_often(tmp_path: Path, monkeypatch: Any) -> None:
     """A share of 5 images in 3 micro-batches, the last one ragged: gradients are averaged once a step, or each time.
 
@@ -185,6 +188,7 @@ def counted(function: Any, count: Any) -> Any:
 # Checkpoints ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_shards_go_on_as_other_shards_and_as_whole_tensors(tmp_path: Path) -> None:
     """2 copies of 2 parts, 2 parts, 1 part, then DDP, and back into shards; AdamW's state with them."""
     words = (*PROOF, "optim=adamw", "checkpoint.every=20", "eval_every=0", "epochs=2")

@@ -89,6 +89,7 @@ def some(names: Iterable[str], more: tuple[str, ...] = MORE) -> list[Any]:
     return [pytest.param(name, marks=pytest.mark.slow) if name in more else name for name in names]
 
 
+@pytest.mark.slow_except("replicas", "parts", "stages in copies")
 @pytest.mark.parametrize("name", some(HELD))
 def test_clipped_training_is_single_s_wherever_gradients_are(name: str, clipped: Path, tmp_path: Path) -> None:
     """The norm is global: the same number, and so the same training, whoever holds which part of the gradients."""
@@ -97,6 +98,7 @@ def test_clipped_training_is_single_s_wherever_gradients_are(name: str, clipped:
     assert_close(tmp_path / "run", clipped, 1e-10)
 
 
+@pytest.mark.slow_except("stage=2 accumulate=2")
 @pytest.mark.parametrize("words", some(["stage=0", "stage=2 accumulate=2", "stage=3"], ("stage=0",)))
 def test_deepspeed_clips_alike(words: str, tmp_path: Path) -> None:
     """In fp32, for it has no fp64; from stage 1 on by its own gradient_clipping, in stage 0 by ours."""
@@ -151,6 +153,7 @@ STOPS = {
 }
 
 
+@pytest.mark.slow_except("ddp backward", "stages")
 @pytest.mark.parametrize("name", some(STOPS, ("ddp", "trainer", "zero")))
 def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, ranks, where, what = STOPS[name]
@@ -167,6 +170,7 @@ def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, mo
     assert not (tmp_path / "run" / "model.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["stage=2", "stage=3"])
 def test_deepspeed_clips_alike_in_fp16(words: str, tmp_path: Path) -> None:
     """It clips before it unscales: by a limit that is not scaled, next to nothing would be left of an update."""
@@ -179,6 +183,7 @@ def test_deepspeed_clips_alike_in_fp16(words: str, tmp_path: Path) -> None:
         assert first[name] == pytest.approx(value, rel=0.05, abs=1e-4), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "lightning_trainer", "deepspeed_zero"])
 def test_under_fp16_an_overflow_is_the_scaler_s_and_the_norm_is_unscaled(name: str, tmp_path: Path) -> None:
     """The first steps overflow and are left out; what is clipped and logged then is what bf16 has, roughly."""
@@ -277,6 +282,7 @@ def test_what_a_clipped_run_logs_goes_on_to_the_last_bit(tmp_path: Path) -> None
     assert_equal(*weights)
 
 
+@pytest.mark.slow_except("stages in copies")
 @pytest.mark.parametrize("name", ["sharded in copies, offloaded", "stages in copies", "deepspeed"])
 def test_histograms_are_those_of_the_whole_tensors(name: str, tmp_path: Path) -> None:
     """Of shards, of stages, of sections: counted on the ranks that have them, and each number once."""

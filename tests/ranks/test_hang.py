@@ -26,7 +26,7 @@ from lockstep.diagnose.watchdog import Watchdog
 from lockstep.distributed import environment, process_group
 from lockstep.distributed.heartbeat import FILE_BYTES, FINISHED, Beat, Heartbeat, read_heartbeat
 from lockstep.launch.validate import validate
-from tests.helpers import hanging_recipe as hanging
+from tests.helpers import hanging
 from tests.helpers.harness import compose_config, renew_threads
 from tests.ranks.test_start_paths import free_port
 
@@ -69,7 +69,7 @@ def begin(folder: Path, how: str, who: int, words: tuple[str, ...], start: Any) 
 
 def launched(out: Path) -> int:
     variables = {environment.RUN_DIRECTORY: str(out), environment.LAUNCHER: str(os.getpid())}
-    return torchrun.launch("tests.helpers.hanging_recipe", variables, nproc=2, start="fork")
+    return torchrun.launch("tests.helpers.hanging", variables, nproc=2, start="fork")
 
 
 def by_hand(out: Path) -> int:

@@ -46,6 +46,7 @@ def session(process: subprocess.Popen[str]) -> list[int]:
 # One command, one result ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("start", "nproc"), [pytest.param("spawn", 2, marks=pytest.mark.slow), ("fork", 4)])
 def test_it_is_the_run_that_torchrun_starts(start: str, nproc: int, tmp_path: Path) -> None:
     words = [*LIGHTNING, f"start={start}", f"nproc={nproc}", *SMOKE, "out=run"]
@@ -60,6 +61,7 @@ def test_it_is_the_run_that_torchrun_starts(start: str, nproc: int, tmp_path: Pa
     assert done.stdout.index("ddp: ") < done.stdout.index("ddp finished")
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_once_a_point(tmp_path: Path) -> None:
     """Lightning's own launcher starts ranks by the words that were typed: each of them would sweep."""
     done = command(*FORK[:2], "-m", *FORK[2:], "optim.lr=0.01,0.02", *SMOKE, "out=sweep", cwd=tmp_path)
@@ -90,6 +92,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "code", "words"),
     [

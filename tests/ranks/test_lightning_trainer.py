@@ -40,6 +40,7 @@ def assert_same(a: Path, b: Path) -> None:
     assert [name for name in mine if not torch.equal(mine[name], theirs[name])] == []
 
 
+@pytest.mark.slow_except("other0")
 @pytest.mark.parametrize(
     ("other", "ranks", "words"),
     [
@@ -68,6 +69,7 @@ def test_ragged_micro_batches_weigh_what_they_hold(tmp_path: Path) -> None:
     assert all(torch.allclose(mine[name], theirs[name], rtol=1e-9, atol=1e-12) for name in theirs)
 
 
+@pytest.mark.slow
 def test_four_two_one_ranks_train_as_one(tmp_path: Path) -> None:
     words = (*DATA, "precision=fp64", "model.norm=group", "log_every=1", "checkpoint.every=1", "eval_batch_size=5")
     execute(single.train, tmp_path / "whole", 1, *words)
@@ -82,6 +84,7 @@ def test_four_two_one_ranks_train_as_one(tmp_path: Path) -> None:
         assert mine == pytest.approx(theirs, rel=1e-10)
 
 
+@pytest.mark.slow
 def test_another_run_s_checkpoint_is_gone_on_from_with_these_settings(tmp_path: Path) -> None:
     """Another batch size, other micro-batches, another number of ranks and another learning rate, within an epoch."""
     words = ("global_batch_size=24", "accumulate=5", "optim.lr=0.005", "epochs=5", "model.norm=group", "precision=fp64")
@@ -97,6 +100,7 @@ def dropping(*_: Any) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(192, 10))
 
 
+@pytest.mark.slow
 def test_each_rank_goes_on_drawing_its_own_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lightning_trainer, "build_model", dropping)
     execute(TRAINER, tmp_path / "whole", 3, *SHORT)
@@ -205,6 +209,7 @@ def test_a_checkpoint_is_lightning_s_and_another_recipe_says_so(tmp_path: Path) 
 # As a user sees it ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_console_and_the_folders_are_those_of_any_recipe(tmp_path: Path) -> None:
     words = (
         "data=synthetic",

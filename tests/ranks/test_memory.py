@@ -42,6 +42,7 @@ QUICK = ("ddp", "deepspeed_zero", "fsdp", "lightning_trainer", "pipeline_paralle
 EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in choose(None)]
 
 
+@pytest.mark.slow_except("ddp", "pipeline_parallel")
 @pytest.mark.parametrize("name", EVERY)
 def test_every_recipe_reports_what_its_ranks_hold_and_keeps_no_graph(name: str, tmp_path: Path) -> None:
     recipe = importlib.import_module(f"recipes.{name}").train
@@ -139,6 +140,7 @@ def sums_of(world: World, sizes: tuple[int, ...]) -> list[dict[str, int]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "words", "technique"),
     [

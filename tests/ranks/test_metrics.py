@@ -95,6 +95,7 @@ RECIPES = sorted({path.stem for path in (ROOT / "recipes").glob("[!_]*.py")} - {
 QUICK = {("ddp", metric) for metric in ENDS} | {(name, "eval_f1") for name in ("lightning_trainer", "deepspeed_zero")}
 
 
+@pytest.mark.slow_except("ddp-eval_accuracy")
 @pytest.mark.parametrize(
     ("name", "metric"),
     [

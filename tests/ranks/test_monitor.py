@@ -139,6 +139,7 @@ def killed(world: World, config: Any, out: str, pid: str) -> None:
     single.train(run)
 
 
+@pytest.mark.slow
 def test_a_killed_run_s_curves_are_whole_in_the_end_and_its_service_is_gone(tmp_path: Path) -> None:
     config = compose_config(single.train, *WORDS, f"out={tmp_path / 'run'}")
     validate(config, single.train, 1)
@@ -176,6 +177,7 @@ def test_what_is_asked_for_is_written_and_nothing_else(words: str, written: set[
     assert {"metrics.jsonl", "misclassified.png"} <= found
 
 
+@pytest.mark.slow
 def test_wandb_with_a_key_and_no_server_goes_on_offline_and_keeps_the_key_to_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,7 @@ def test_a_finished_run_and_one_that_is_under_way(tmp_path: Path, monkeypatch: p
     assert found["end"].figure.startswith("it is running")
 
 
+@pytest.mark.slow_except("kill")
 @pytest.mark.parametrize(
     ("how", "words", "remedy"),
     [
@@ -263,6 +264,7 @@ def trained(world: World, config: str, out: str, how: str) -> None:
     ddp.train(Run("ddp", read_config(ddp.train, config), world, Path(out)))
 
 
+@pytest.mark.slow_except("slow")
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("how", ["slow", "data"])
 def test_real_heartbeats_name_the_slow_rank(how: str, tmp_path: Path) -> None:

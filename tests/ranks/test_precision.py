@@ -181,6 +181,7 @@ class Alone(Poisoned):
     _unscale_grads_ = torch.amp.GradScaler._unscale_grads_
 
 
+@pytest.mark.slow_except("recipe0")
 @pytest.mark.parametrize(
     ("recipe", "ranks", "words"),
     [
@@ -234,6 +235,7 @@ def test_it_computes_in_fp16_and_says_what_that_costs_on_a_cpu(tmp_path: Path) -
     assert any(not torch.equal(other[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_verify_compares_it(tmp_path: Path) -> None:
     names = "recipes=[ddp,pipeline_parallel,fsdp]"
     execute(verify.train, tmp_path / "run", 2, names, "precision=fp16", "max_steps=1")
@@ -272,6 +274,7 @@ def test_verify_compares_it_in_every_recipe(tmp_path: Path) -> None:
 # Kept -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_except("deepspeed_zero")
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("recipe", "words"),

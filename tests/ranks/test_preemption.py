@@ -84,6 +84,7 @@ def reached(out: Path, step: int) -> bool:
     return f'"step": {step},' in read(out / "metrics.jsonl")
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_the_printed_command_goes_on(whole: Path, tmp_path: Path) -> None:
     """With DataLoader workers, which a signal to the whole session reaches too."""
     out = tmp_path / "run"
@@ -109,6 +110,7 @@ def result_step(said: str) -> int:
     return int(said.partition(", at step ")[2].partition(" ")[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sign", "target"),
     [(signal.SIGUSR1, "rank 1"), pytest.param(signal.SIGTERM, "launcher", marks=pytest.mark.slow)],
@@ -127,6 +129,7 @@ def test_a_scheduler_s_signal_to_one_process_preempts_all(sign: int, target: str
     assert_equal(out, whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_a_run_that_hangs(tmp_path: Path) -> None:
     """Rank 1 stands still, so no step boundary comes at which the ranks could agree."""
     out = tmp_path / "run"

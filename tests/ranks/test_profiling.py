@@ -294,6 +294,7 @@ SENT = {
 OWN = {"pipeline_parallel": ("stages=2", "micro_batches=2", "model.norm=group")}
 
 
+@pytest.mark.slow_except("ddp", "deepspeed_zero")
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize("name", SENT)
 def test_every_engine_s_messages_are_seen(name: str, tmp_path: Path) -> None:

@@ -97,6 +97,7 @@ MORE += ("ddp of 3", "sync_batchnorm", "grad_accumulation", "lightning_fabric", 
 MORE += ("unfrozen when resumed",)
 
 
+@pytest.mark.slow_except("single", "fsdp")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in RECIPES]
 )
@@ -146,6 +147,7 @@ def interrupted(world: World, recipe: str, config: Any, out: str, rank: int, ste
     return "finished"
 
 
+@pytest.mark.slow_except("1-6")
 @pytest.mark.parametrize(("rank", "step"), [(0, 0), (1, 6), (0, 8), (1, 12)])
 def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     rank: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,6 +174,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     )
 
 
+@pytest.mark.slow
 def test_without_every_it_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0's clock decides for all; a clock of each rank's own would have them save at different steps."""
     monkeypatch.setattr(signals, "AGREE_SECONDS", 0)
@@ -339,6 +342,7 @@ def test_the_export_of_the_real_resnet_loads_into_plain_torchvision(tmp_path: Pa
     RESNET18(num_classes=10).load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
 
 
+@pytest.mark.slow_except("model.pt", "nested.pt")
 @pytest.mark.parametrize(
     ("source", "first_step"),
     [("", 13), ("checkpoints", 13), ("checkpoints/step-00000008", 9), ("model.pt", 1), ("nested.pt", 1)],

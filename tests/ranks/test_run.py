@@ -218,6 +218,7 @@ def test_a_compiled_model_keeps_its_names_and_its_numbers(tmp_path: Path) -> Non
     assert in_run(compiled, tmp_path, "compile=true") == (["0.weight", "0.bias"], True)
 
 
+@pytest.mark.slow
 def test_every_switch_of_the_arithmetic_trains(tmp_path: Path) -> None:
     """Each switch does its work in the real recipe; that it still learns is the loss."""
     for number, switch in enumerate(("precision=bf16", "channels_last=true", "optim=adamw", "model.init=xavier")):

@@ -79,6 +79,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
     return {nproc: train(ddp.train, folder / str(nproc), nproc, *SMOKE) for nproc in (2, 4)}
 
 
+@pytest.mark.slow_except("by_python-2", "by_torchrun")
 @pytest.mark.parametrize(
     ("start", "nproc"),
     [
@@ -105,6 +106,7 @@ def test_every_start_gives_the_same_run(start, nproc, weights, tmp_path: Path) -
     assert f"{share} thread" in (out / "ranks" / "1.log").read_text(), "no more threads than cores"
 
 
+@pytest.mark.slow
 def test_without_out_the_directory_is_named_by_recipe_and_time(tmp_path: Path) -> None:
     done = command("-m", "recipes.single", *SMOKE, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -130,6 +132,7 @@ def test_a_script_of_ones_own_runs_without_a_yaml(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["recipe"] == "mine"
 
 
+@pytest.mark.slow
 def test_a_script_that_has_computed_something_gets_interpreters(tmp_path: Path) -> None:
     """OpenMP's threads are not there in a copy of the process that has them, and its next product would hang."""
     work = "import torch\n\n(torch.rand(3000, 3000) * 2).sum()\n\n"

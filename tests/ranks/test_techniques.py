@@ -108,6 +108,7 @@ def whole_batch_gradients(model: nn.Module, batch: Batch) -> Tensors:
 # Pipeline parallelism ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_except("1f1b-2", "zero_bubble-2", "interleaved")
 @pytest.mark.parametrize(
     ("schedule", "ranks"),
     [("gpipe", 2), ("1f1b", 2), ("interleaved", 2), ("zero_bubble", 2), ("1f1b", 4), ("zero_bubble", 4)],
@@ -148,6 +149,7 @@ def test_batch_norm_in_a_pipeline_sees_the_micro_batches_in_their_order(fit: Fit
     assert difference({n: found[n] for n in names}, {n: whole[n] for n in names}) > 1e-3
 
 
+@pytest.mark.slow_except("zero_bubble-precision=bf16")
 @pytest.mark.parametrize("switch", ["precision=bf16", "channels_last=true"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
 def test_a_pipeline_trains_in_every_arithmetic(switch: str, schedule: str, fit: Fit) -> None:
@@ -162,6 +164,7 @@ def test_a_pipeline_trains_in_every_arithmetic(switch: str, schedule: str, fit: 
     assert 1 - torch.cosine_similarity(found["fc.weight"].flatten(), expected["fc.weight"].flatten(), 0) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("comm", ["bf16", "fp16"])
 def test_compressed_gradients_are_the_mean_of_rounded_ones(comm: str, fit: Fit) -> None:
     """After one step the weights show it: off by a rounding, and by no more."""
@@ -260,6 +263,7 @@ def test_a_plain_one_over_the_pieces_is_wrong_where_the_last_is_ragged() -> None
     assert difference(gradients(model), expected) > 0.01
 
 
+@pytest.mark.slow_except("ddp-2")
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("recipe", [grad_accumulation.train, ddp.train], ids=["grad_accumulation", "ddp"])
 def test_accumulating_trains_what_the_whole_batch_does(recipe: Any, count: int, fit: Fit) -> None:
@@ -310,6 +314,7 @@ def buckets(monkeypatch: pytest.MonkeyPatch) -> Any:
     return counter
 
 
+@pytest.mark.slow_except("recipes.ddp")
 @pytest.mark.parametrize("module", [grad_accumulation, ddp, sync_batchnorm], ids=lambda module: module.__name__)
 def test_gradients_cross_the_network_once_a_step(module: Any, buckets: Any, fit: Fit, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "DistributedDataParallel", CountedDDP)
@@ -479,6 +484,7 @@ def test_data_parallel_trains_what_one_process_does(words: tuple[str, ...], fit:
 RESNETS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
 
+@pytest.mark.slow_except("every unit-resnet18", "cut1-resnet50")
 @pytest.mark.parametrize("name", RESNETS)
 @pytest.mark.parametrize("cut", [["layer3"], ["layer1.1", "layer2", "layer4.1"], "every unit"])
 def test_parts_one_after_another_are_the_model(name: str, cut: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,7 @@ def changed(mine: dict[str, Tensor], theirs: dict[str, Tensor]) -> set[str]:
     }
 
 
+@pytest.mark.slow_except("model.pt")
 @pytest.mark.parametrize("source", ["", "checkpoints", "checkpoints/step-00000016", "model.pt", "best.pt", "nested.pt"])
 def test_only_the_head_changes_whatever_the_backbone_comes_from(source: str, base: Path, tmp_path: Path) -> None:
     """Through several evaluations, after each of which the loop calls model.train(); with other classes."""
@@ -95,6 +96,7 @@ def test_a_frozen_batchnorm_whose_weights_are_trained_is_not_frozen(base: Path, 
     assert not torch.equal(mine["bn1.running_mean"], there["bn1.running_mean"])
 
 
+@pytest.mark.slow
 def test_a_second_start_goes_on_with_the_run_and_not_with_the_backbone(base: Path, tmp_path: Path) -> None:
     """And needs nothing of it: the checkpoint holds the frozen weights too. Cut before and after the unfreezing."""
     words = (
@@ -145,6 +147,7 @@ def by_hand(world: World, config: str, out: str) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
+@pytest.mark.slow_except("3")
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_head_first_then_everything_is_what_a_plain_loop_computes(ranks: int, tmp_path: Path) -> None:
     words = (*PROOF, "unfreeze_epoch=1", "unfreeze_lr=0.005")

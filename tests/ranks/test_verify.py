@@ -34,6 +34,7 @@ def test_every_recipe_is_proven_by_the_command(tmp_path: Path) -> None:
     check_rows(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_every_recipe_is_proven(tmp_path: Path) -> None:
     """As the command does it, on a narrow model."""
     for package in ("deepspeed_zero", "lightning_trainer"):
@@ -56,6 +57,7 @@ def check_rows(out: Path) -> None:
     assert all(row["loss"] > 1e-3 for row in measured), "a batch norm that does differ: the comparison can see it"
 
 
+@pytest.mark.slow_except("3")
 @pytest.mark.parametrize(
     ("world_size", "names", "words"),
     [(3, "ddp,sync_batchnorm", ()), (4, "pipeline_parallel,fsdp", ("replicate=2",))],
@@ -172,6 +174,9 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Any:
     return put
 
 
+@pytest.mark.slow_except(
+    "one all-reduce left out", "a stage's gradient of the wrong size", "BatchNorm left unsynchronised"
+)
 @pytest.mark.parametrize("mistake", BROKEN)
 def test_a_broken_recipe_is_named(mistake: str, replace: Any, tmp_path: Path) -> None:
     name, old, new = BROKEN[mistake]
@@ -183,6 +188,7 @@ def test_a_broken_recipe_is_named(mistake: str, replace: Any, tmp_path: Path) ->
     assert any(row["verdict"].startswith("OFF: ") for row in rows)
 
 
+@pytest.mark.slow
 def test_synchronising_in_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     forward = SyncBatchNorm.forward
 

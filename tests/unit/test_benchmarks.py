@@ -47,6 +47,7 @@ for step in range(1_000_000 if sys.argv[1] != "early" else 5):
 """
 
 
+@pytest.mark.slow
 def test_in_slices_one_command_runs_at_a_time_and_none_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their ranks' updates, told apart by process, lie in turns of their own."""
     program = tmp_path / "program.py"

@@ -14,6 +14,7 @@ CPU = torch.device("cpu")
 EAGER = next(each.options for each in gpu.plan(quick=True) if each.kind == "bare")
 
 
+@pytest.mark.slow
 def test_what_fits_is_measured_and_written_and_the_rest_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
