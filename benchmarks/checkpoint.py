@@ -20,8 +20,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import resnet50
 
 from benchmarks import common
-from lockstep.checkpoint.dcp import Saver
-from lockstep.checkpoint.directory import CheckpointDirectory
+from lockstep.checkpoint.saver import CheckpointSaver
 from lockstep.checkpoint.state import TrainingState
 
 
@@ -39,7 +38,7 @@ def rows(arguments: argparse.Namespace) -> list[common.Row]:
     seconds: dict[str, list[float]] = {"clone": [], "save": [], "torch.save": []}
     with tempfile.TemporaryDirectory(dir=os.getcwd()) as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
-        checkpoints = CheckpointDirectory(Path(folder), Saver(None, asynchronous=True), keep=1, warn=print)
+        checkpoints = CheckpointSaver(Path(folder), asynchronous=True, keep=1, warn=print)
         for number in range(arguments.rounds + 1):
             started = time.perf_counter()
             cloned = {name: tensor.clone() for name, tensor in state.tensors().items()}

@@ -25,8 +25,7 @@ from torch.nn.functional import cross_entropy
 from torchvision.models import resnet18
 
 from benchmarks import common
-from lockstep.checkpoint import dcp
-from lockstep.checkpoint.directory import CheckpointDirectory
+from lockstep.checkpoint import dcp, saver
 from lockstep.checkpoint.state import TrainingState
 
 TRAINING = ("-m", "recipes.ddp", "model=resnet18", "nproc=2", "global_batch_size=96", "epochs=1000", "eval_every=0")
@@ -73,15 +72,15 @@ def taken_apart(folder: Path, rounds: int) -> common.Row:
     optimizer.step()
     state = TrainingState(model, optimizer, {}, rank=0, device=torch.device("cpu"), owns_buffers=True)
     parts = Parts()
-    parts.watch(dcp.HostCopy, "of", "copy")
-    parts.watch(dcp.Saver, "_save", "background")
+    parts.watch(saver.HostCopy, "of", "copy")
+    parts.watch(saver.CheckpointSaver, "_write", "background")
     parts.watch(dcp.Writer, "write_data", "all writing")
     parts.watch(dcp.HashedFile, "write", "hash and write")
     parts.watch(dcp.HashedFile, "sync", "flush")
     parts.watch(dcp.Writer, "finish", "seal and rename")
     found: dict[str, list[float]] = {}
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
-    checkpoints = CheckpointDirectory(folder, dcp.Saver(None, asynchronous=True), keep=1, warn=print)
+    checkpoints = saver.CheckpointSaver(folder, asynchronous=True, keep=1, warn=print)
     for number in range(rounds + 1):
         parts.seconds.clear()
         started = time.thread_time()

@@ -14,7 +14,7 @@ bit the same, something was forgotten, and with `forget=` you can see what each 
 
 It saves tensors and plain values only, so that nothing is unpickled that could run code, and from one process only,
 into a temporary file that is renamed when it is complete. The other recipes do the same and more, without being asked
-(lockstep.checkpoint.layout): all ranks write, beside training, with hashes, and any other number of ranks can go on.
+(lockstep.checkpoint.directory): all ranks write, beside training, with hashes, and any other number of ranks can go on.
 
     python -m recipes.checkpoint_resume
     python -m recipes.checkpoint_resume forget=optimizer

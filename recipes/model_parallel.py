@@ -30,8 +30,8 @@ from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import check_cut, choose_cuts, split
-from lockstep.parallel.stage_clock import StageClock
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.stage_clock import StageClock
 
 
 @dataclass

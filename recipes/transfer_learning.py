@@ -34,10 +34,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
+from lockstep.checkpoint.backbone import backbone
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.parameters import count_parameters
-from lockstep.models.pretrained import backbone
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
 

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from torch.optim import Optimizer
 
 from lockstep.callbacks.instruments import Instruments
+from lockstep.checkpoint.backbone import backbone
 from lockstep.checkpoint.manager import CheckpointManager, export
 from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.types import Engine, Stateful
@@ -41,10 +42,9 @@ from lockstep.loggers.console import ConsoleReport
 from lockstep.memory.tracker import held_bytes, state_bytes
 from lockstep.memory.usage import peak_memory_bytes, process_bytes
 from lockstep.models.parameters import count_parameters
-from lockstep.models.pretrained import backbone
-from lockstep.parallel.ddp_buckets import settle_buckets
 from lockstep.training import timing
 from lockstep.training.auto import choose_for_hardware
+from lockstep.training.ddp_buckets import settle_buckets
 from lockstep.training.evaluate import Evaluation, evaluate, sync_buffers
 from lockstep.training.local_gradients import LocalGradients
 from lockstep.training.optim import lr_factor
@@ -120,7 +120,7 @@ class Run(Generic[ConfigT]):
         self._timer = timing.Stopwatch(self.device)
         self._instruments = Instruments(self)
         self._agreement: Agreement | None = None
-        self._keeper = CheckpointManager(recipe, config, world, out, self.report)
+        self._keeper = CheckpointManager(recipe, config, world, out, self.report.line)
         self._train_loss: float | None = None
         self._unlogged: Callable[[], None] | None = None  # ends the logging of a step
         self._evaluation: Evaluation | None = None

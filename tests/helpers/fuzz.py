@@ -41,7 +41,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torchvision.models import resnet
 
-from lockstep.checkpoint.layout import UNFINISHED, digest, names
+from lockstep.checkpoint.directory import UNFINISHED, list_checkpoints, manifest_digest
 from lockstep.config import run_directory
 from lockstep.config.run_directory import freeze
 from lockstep.data import datasets
@@ -434,7 +434,7 @@ def inflict(damage: Damage, folder: Path) -> tuple[str, str]:
     Returns:
         What was done, and the name of the checkpoint that is not intact any more; both may be empty.
     """
-    listed = names(folder)
+    listed = list_checkpoints(folder)
     if not listed:
         return "", ""
     newest = listed[0]
@@ -468,14 +468,14 @@ def flipped(content: bytes, at: int, bit: int = 0) -> bytes:
 
 def same_manifest(before: bytes, after: bytes) -> bool:
     try:
-        return digest(json.loads(before)) == digest(json.loads(after))
+        return manifest_digest(json.loads(before)) == manifest_digest(json.loads(after))
     except ValueError:
         return False
 
 
 def state_of(folder: Path, damaged: set[str]) -> dict[Path, tuple[int, int, int]]:
     """What would show that a file of an intact checkpoint was written again."""
-    intact = [path for path in names(folder) if path.name not in damaged]
+    intact = [path for path in list_checkpoints(folder) if path.name not in damaged]
     found = {}
     for path in intact:
         for file in filter(Path.is_file, path.rglob("*")):
@@ -519,7 +519,7 @@ def result_of(out: Path, seconds: float = 0.0) -> Result:
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     log = [tuple(line.get(name) for name in LOGGED) for line in lines]
-    listed = names(out / run_directory.CHECKPOINTS)
+    listed = list_checkpoints(out / run_directory.CHECKPOINTS)
     return Result(weights("model.pt"), weights("best.pt"), log, tensors_of(listed[0]) if listed else {}, seconds)
 
 
@@ -592,8 +592,14 @@ def play(plan: Plan, folder: Path) -> Outcome:
     sizes = plan.sizes or (setup.ranks,) * (len(plan.faults) + 1)
     for fault, damage, ranks in zip((*plan.faults, Fault()), (*plan.damages, None), sizes, strict=True):
         before = state_of(out / run_directory.CHECKPOINTS, damaged)
-        wanted = next((path for path in names(out / run_directory.CHECKPOINTS) if path.name not in damaged), None)
-        newer = {path.name for path in names(out / run_directory.CHECKPOINTS) if not wanted or path.name > wanted.name}
+        wanted = next(
+            (path for path in list_checkpoints(out / run_directory.CHECKPOINTS) if path.name not in damaged), None
+        )
+        newer = {
+            path.name
+            for path in list_checkpoints(out / run_directory.CHECKPOINTS)
+            if not wanted or path.name > wanted.name
+        }
         log = out / "ranks" / "0.log"
         read = log.stat().st_size if log.exists() else 0
         ended = start(replace(setup, ranks=ranks), out, fault, expected.seconds)
@@ -606,7 +612,7 @@ def play(plan: Plan, folder: Path) -> Outcome:
             or judge_resume(wanted, newer, resumed, words)
             or judge_files(before, state_of(out / run_directory.CHECKPOINTS, set()))
         )
-        damaged -= {path.name for path in names(out / run_directory.CHECKPOINTS)} if words else set()
+        damaged -= {path.name for path in list_checkpoints(out / run_directory.CHECKPOINTS)} if words else set()
         if outcome.wrong or run_directory.read_result(out).get("status") == "finished":
             break
         if damage:
@@ -666,7 +672,7 @@ def judge_preempted(out: Path) -> str:
     result = run_directory.read_result(out)
     if result.get("status") != "preempted":
         return f"preempted, and result.json says {result.get('status')}"
-    saved = [path.name for path in names(out / run_directory.CHECKPOINTS)] or ["step-0"]
+    saved = [path.name for path in list_checkpoints(out / run_directory.CHECKPOINTS)] or ["step-0"]
     if int(saved[0].removeprefix("step-")) != result["steps"]:
         return f"preempted after step {result['steps']}, and the newest checkpoint is {saved[0]}"
     return ""

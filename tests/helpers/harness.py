@@ -159,7 +159,7 @@ def assert_equal(mine: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Everything in a checkpoint: weights, buffers, optimizer state, every rank's generators, an engine's tensors."""
-    entries = dcp.described(checkpoint).items()
+    entries = dcp.tensor_metadata(checkpoint).items()
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
     dcp.load_tensors(checkpoint, found, alone=True)
     if (checkpoint / "deepspeed").is_dir():  # in its files each rank has a slice of one long vector

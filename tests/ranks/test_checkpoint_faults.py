@@ -25,9 +25,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.checkpoint.dcp import Saver, load_tensors, read_metadata
-from lockstep.checkpoint.directory import CheckpointDirectory
-from lockstep.checkpoint.layout import UNFINISHED, fingerprint, folder_name, named, names, newest, seal, tidy
+from lockstep.checkpoint.dcp import load_tensors, read_metadata
+from lockstep.checkpoint.directory import (
+    UNFINISHED,
+    find_newest,
+    fingerprint,
+    folder_name,
+    list_checkpoints,
+    read_pointer,
+    repair,
+    seal_manifest,
+)
+from lockstep.checkpoint.saver import CheckpointSaver
 from lockstep.config.run_directory import freeze, read_result
 from lockstep.distributed.process_group import join
 from lockstep.errors import UserError
@@ -76,7 +85,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 4, 8, 12 and 16."""
     out = tmp_path_factory.mktemp("finished") / "out"
     assert start(RUN, out).codes == [0, 0]
-    assert [path.name for path in names(out / "checkpoints")] == [folder_name(step) for step in (16, 12, 8, 4)]
+    assert [path.name for path in list_checkpoints(out / "checkpoints")] == [
+        folder_name(step) for step in (16, 12, 8, 4)
+    ]
     return out
 
 
@@ -123,7 +134,7 @@ def flip_a_number(path: Path) -> None:
 
 
 def newer_format(path: Path) -> None:
-    path.write_text(seal(json.loads(path.read_text()) | {"format": 2}))
+    path.write_text(seal_manifest(json.loads(path.read_text()) | {"format": 2}))
 
 
 HARMS: dict[str, tuple[str, Callable[[Path], None], str]] = {
@@ -162,7 +173,7 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(harm: str, cut_off: Path, w
     assert compare(result_of(cut_off), whole, best=False) == ""
     assert contents(folder, (4, 8, 12)) == intact, "a checkpoint that is intact is never written again"
     assert (folder / "broken-step-00000016").is_dir(), "what is broken is set aside, not deleted"
-    assert named(folder, "LATEST") == folder / folder_name(16), "written anew"
+    assert read_pointer(folder, "LATEST") == folder / folder_name(16), "written anew"
 
 
 def contents(folder: Path, steps: tuple[int, ...]) -> dict[str, tuple[str, int, int]]:
@@ -242,9 +253,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     best = max(accuracy, key=lambda step: accuracy[step])  # the first of equals
     assert best < 15, "or the best would be among the newest, and this no test"
     folder = out / "checkpoints"
-    assert {path.name for path in names(folder)} == {folder_name(step) for step in (16, 15, best)}
+    assert {path.name for path in list_checkpoints(folder)} == {folder_name(step) for step in (16, 15, best)}
     assert sorted(path.name for path in folder.iterdir() if not path.name.startswith("step-")) == ["BEST", "LATEST"]
-    assert named(folder, "BEST") == folder / folder_name(best)
+    assert read_pointer(folder, "BEST") == folder / folder_name(best)
     tensors = tensors_of(folder / folder_name(best))
     kept = {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
     assert first_difference(torch.load(out / "best.pt", weights_only=True), kept) == ""
@@ -260,7 +271,7 @@ def test_a_best_checkpoint_that_broke_costs_best_pt_and_is_named(
     out = tmp_path / "out"
     setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=3", "checkpoint.keep=1", "checkpoint.best=true"))
     again(out, setup)
-    best = named(out / "checkpoints", "BEST")
+    best = read_pointer(out / "checkpoints", "BEST")
     assert best is not None
     assert best.name != folder_name(16)
     damage(best / "__0_0.distcp")
@@ -312,7 +323,7 @@ def test_a_run_that_stopped_early_and_was_killed_then_stays_stopped(tmp_path: Pa
 def save_steps(folder: Path, steps: tuple[int, ...], fault: Fault, hit: Any) -> None:
     """On one rank: save under these step numbers, the best among them, and have the fault strike in the last save."""
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-    checkpoints = CheckpointDirectory(folder / "checkpoints", Saver(None, asynchronous=False), keep=1, warn=print)
+    checkpoints = CheckpointSaver(folder / "checkpoints", asynchronous=False, keep=1, warn=print)
     for step in steps:
         if step == steps[-1]:
             strike_at_call(fault, folder / "checkpoints", hit)
@@ -321,9 +332,9 @@ def save_steps(folder: Path, steps: tuple[int, ...], fault: Fault, hit: Any) -> 
 
 def find(folder: Path) -> tuple[int, Tensor, list[str]]:
     """As a start does: the step found, the tensor in it, and what is left in the folder when it is tidy."""
-    found = newest(folder / "checkpoints")
+    found = find_newest(folder / "checkpoints")
     assert found.path is not None
-    tidy(folder / "checkpoints", found)
+    repair(folder / "checkpoints", found)
     weights = torch.zeros(1000)
     load_tensors(found.path, {"weights": weights})
     return found.facts["step"], weights, sorted(os.listdir(folder / "checkpoints"))
@@ -546,14 +557,14 @@ def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(
     tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=2", "checkpoint.keep=2"))
-    save = CheckpointDirectory.save
+    save = CheckpointSaver.save
 
     def body(disk: Path) -> None:
         out = tmp_path / "out"
         lay_out(out, setup)
         (out / "checkpoints").symlink_to(disk)
 
-        def close_and_save(self: CheckpointDirectory, tensors: Any, facts: Any, **more: Any) -> None:
+        def close_and_save(self: CheckpointSaver, tensors: Any, facts: Any, **more: Any) -> None:
             if facts["step"] == 6 and dist.get_rank() == 0:
                 self.wait()
                 while True:
@@ -564,13 +575,13 @@ def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(
                         time.sleep(0.002)
             save(self, tensors, facts, **more)
 
-        monkeypatch.setattr(CheckpointDirectory, "save", close_and_save)
+        monkeypatch.setattr(CheckpointSaver, "save", close_and_save)
         ended = again(out, setup)
         assert "not saved ([Errno 30] Read-only file system" in ended.said
         assert "Traceback" not in ended.said
         assert read_result(out)["checkpoints_failed"] > 0
         assert first_difference(torch.load(out / "model.pt", weights_only=True), whole.weights) == ""
-        left = names(disk)
+        left = list_checkpoints(disk)
         assert left
         assert left[0].name < folder_name(STEPS)
         before = state_of(disk, set())
@@ -642,7 +653,7 @@ def rewrite(checkpoint: Path, content: bytes) -> None:
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][".metadata"] = fingerprint(checkpoint / ".metadata")
     del manifest["seal"]
-    (checkpoint / "manifest.json").write_text(seal(manifest))
+    (checkpoint / "manifest.json").write_text(seal_manifest(manifest))
 
 
 @pytest.mark.parametrize("how", HOSTILE)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lockstep.checkpoint import dcp
-from lockstep.checkpoint.layout import fingerprint, names, seal
+from lockstep.checkpoint.directory import fingerprint, list_checkpoints, seal_manifest
 from lockstep.verify.trace import difference
 from recipes import ddp, deepspeed_zero
 from tests.helpers.harness import command, lines, preload, result, train
@@ -123,7 +123,7 @@ def test_other_ranks_go_on(stage: int, fit: Fit, tmp_path: Path) -> None:
 def test_deepspeed_s_own_converter_makes_a_universal_checkpoint_of_it(fit: Fit, tmp_path: Path) -> None:
     """As its users call it: for AdamW, the one optimizer it knows."""
     weights, out = fit(deepspeed_zero.train, *stage_words(2))
-    folder = names(out / "checkpoints")[0] / "deepspeed"
+    folder = list_checkpoints(out / "checkpoints")[0] / "deepspeed"
     words = ["--inject_missing_state", "--input_folder", str(folder), "--output_folder", str(tmp_path / "universal")]
     done = command("-m", "deepspeed.checkpoint.ds_to_universal", *words, "--num_merge_workers=1")
     assert done.returncode == 0, done.stderr
@@ -140,7 +140,7 @@ def test_deepspeed_s_own_converter_makes_a_universal_checkpoint_of_it(fit: Fit, 
 def test_a_run_goes_on_in_another_stage(fit: Fit, tmp_path: Path) -> None:
     """With the moments: weights alone would not do."""
     expected, theirs = fit(deepspeed_zero.train, *stage_words(3))
-    source = f"resume={names(theirs / 'checkpoints')[1]}"
+    source = f"resume={list_checkpoints(theirs / 'checkpoints')[1]}"
     for stage in (0, 1):
         out = tmp_path / str(stage)
         found = train(deepspeed_zero.train, out, 2, *WORDS, "optim=sgd", f"stage={stage}", source)
@@ -165,7 +165,7 @@ def test_the_best_is_exported_and_deepspeed_s_own_tool_reads_the_same(stage: int
     final = train(deepspeed_zero.train, out, 2, *words)
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as consolidate
 
-    newest = names(out / "checkpoints")[0]
+    newest = list_checkpoints(out / "checkpoints")[0]
     best = (out / "checkpoints" / "BEST").read_text().strip()
     assert same(consolidate(str(newest), tag="deepspeed"), final)
     found = torch.load(out / "best.pt", weights_only=True)
@@ -186,14 +186,14 @@ def test_a_file_that_would_run_code_is_refused(fit: Fit, tmp_path: Path) -> None
     """Also where somebody has sealed it: a manifest can be forged."""
     out = tmp_path / "run"
     train(deepspeed_zero.train, out, 2, *WORDS, "max_steps=4")
-    checkpoint = names(out / "checkpoints")[0]
+    checkpoint = list_checkpoints(out / "checkpoints")[0]
     name = "deepspeed/zero_pp_rank_1_mp_rank_00_optim_states.pt"
     buffer = io.BytesIO()
     torch.save({"optimizer_state_dict": Trap(tmp_path / "trace")}, buffer)
     (checkpoint / name).write_bytes(buffer.getvalue())
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     manifest["files"][name] = fingerprint(checkpoint / name)
-    (checkpoint / "manifest.json").write_text(seal(manifest))
+    (checkpoint / "manifest.json").write_text(seal_manifest(manifest))
     with pytest.raises(AssertionError, match=r"refused, for it holds more than DeepSpeed's tensors"):
         train(deepspeed_zero.train, out, 2, *WORDS, "max_steps=5", "timeout_seconds=10")
     assert not (tmp_path / "trace").exists()
@@ -213,7 +213,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     monkeypatch.setattr(dcp, "write_atomically", full)
     found = train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, *stage_words(2))
     assert result(tmp_path / "run")["checkpoints_failed"] == 1
-    assert [path.name for path in names(tmp_path / "run" / "checkpoints")] == ["step-00000008"]
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-00000008"]
     assert same(found, fit(ddp.train, "optim=adamw")[0])
 
 

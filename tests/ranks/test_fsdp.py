@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
-from lockstep.checkpoint.dcp import described
-from lockstep.checkpoint.layout import names
+from lockstep.checkpoint.dcp import tensor_metadata
+from lockstep.checkpoint.directory import list_checkpoints
 from lockstep.config.run_directory import freeze
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
@@ -203,7 +203,7 @@ def test_shards_go_on_as_other_shards_and_as_whole_tensors(tmp_path: Path) -> No
     assert len(found) == 8
     assert found == pytest.approx(expected, rel=1e-10)
     assert difference(weights, torch.load(tmp_path / "whole" / "model.pt", weights_only=True)) <= 1e-8
-    mine, theirs = described(newest(tmp_path / "end")), described(newest(tmp_path / "whole"))
+    mine, theirs = tensor_metadata(newest(tmp_path / "end")), tensor_metadata(newest(tmp_path / "whole"))
     shapes = [{n: tuple(e.size) for n, e in each.items() if not n.startswith("rng.")} for each in (mine, theirs)]
     assert shapes[0] == shapes[1], "the same tensors under the same names, whoever saves"
 
@@ -214,7 +214,7 @@ def test_a_file_of_weights_is_where_a_sharded_model_starts_and_what_its_best_one
     end = train(fsdp.train, tmp_path / "run", 3, *words, f"resume={tmp_path / 'single' / 'model.pt'}")
     assert_identical(end, start)
     assert_identical(torch.load(tmp_path / "run" / "best.pt", weights_only=True), start)
-    assert len(names(tmp_path / "run" / "checkpoints")) == 1
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
 
 
 # Mistakes ---------------------------------------------------------------------------------------------------------

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep.checkpoint import layout
-from lockstep.checkpoint.directory import CheckpointDirectory
-from lockstep.checkpoint.layout import folder_name
+from lockstep.checkpoint import directory
+from lockstep.checkpoint.directory import folder_name
+from lockstep.checkpoint.saver import CheckpointSaver
 from lockstep.checkpoint.state import TrainingState
 from lockstep.data import sampler as order
 from lockstep.distributed.signals import SIGNALS, Agreement
@@ -149,7 +149,7 @@ def test_a_restore_that_forgets_is_reported(
 
 
 def test_a_damaged_checkpoint_that_is_taken_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.setattr(layout, "whats_wrong", lambda *_: "")
+    monkeypatch.setattr(directory, "find_damage", lambda *_: "")
     plan = killed_in_the_third_save(damage=Damage("flip", file=0.5, place=0.5))
     outcome = play(plan, tmp_path)
     assert outcome.counts["damages"] == 1
@@ -158,7 +158,7 @@ def test_a_damaged_checkpoint_that_is_taken_is_reported(tmp_path: Path, monkeypa
 
 def test_a_save_that_is_not_atomic_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
     """Written under the final name, a half-saved checkpoint looks like one that broke."""
-    monkeypatch.setattr(CheckpointDirectory, "_temporary", lambda self, step: self.folder / folder_name(step))
+    monkeypatch.setattr(CheckpointSaver, "_temporary", lambda self, step: self.folder / folder_name(step))
     plan = killed_in_the_third_save()
     early = Fault(signal.SIGKILL, 0, call=1, at="fsync step-00000012/.metadata")
     outcome = play(Plan(plan.setup, (early,), plan.damages), tmp_path)

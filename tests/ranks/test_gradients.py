@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from lockstep.callbacks import gradient_stats
-from lockstep.checkpoint import layout
+from lockstep.checkpoint.directory import list_checkpoints
 from lockstep.distributed.process_group import World
 from lockstep.run import Run
 from recipes import ddp, deepspeed_zero, single
@@ -166,7 +166,7 @@ def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, mo
     with pytest.raises(AssertionError, match=said):
         execute(train, tmp_path / "run", ranks, *words, *pieces)
     assert [line["step"] for line in numbers(tmp_path / "run")] == list(range(1, step))
-    assert layout.names(tmp_path / "run" / "checkpoints")[0].name == f"step-{step - 1:08d}"
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == f"step-{step - 1:08d}"
     assert not (tmp_path / "run" / "model.pt").exists()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lockstep.checkpoint.layout import names
+from lockstep.checkpoint.directory import list_checkpoints
 from lockstep.config.run_directory import freeze
 from lockstep.config.schema import to_yaml
 from lockstep.distributed import signals
@@ -124,7 +124,7 @@ def test_signals_stop_all_ranks_together_and_lose_nothing(tmp_path: Path, monkey
         out = freeze(config, TRAINER.name)
         assert run_ranks(interrupted, 2, TRAINER.target, config, str(out), rank, step) == ["SIGTERM"] * 2
         assert (result(tmp_path / "run")["status"], result(tmp_path / "run")["steps"]) == ("preempted", step)
-        saved = [path.name for path in names(tmp_path / "run" / "checkpoints")]
+        saved = [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
         assert saved[:1] == ([f"step-{step:08d}"] if step else [])
     execute(TRAINER, tmp_path / "run", 2, *words)
     execute(TRAINER, tmp_path / "whole", 2, *SHORT, "checkpoint.every=null", "eval_every=2")
@@ -176,7 +176,7 @@ def test_it_ends_early_keeps_the_best_and_has_nothing_left_to_train(tmp_path: Pa
     assert all(0 < share < 1 for share in result(run)["data_wait_share_by_rank"]), "Lightning fetches, and waits"
     assert all(0 < main <= cores for main, cores in zip(*busy(run), strict=True))
     assert (run / "checkpoints" / "BEST").read_text() == "step-00000004\n"
-    assert [path.name for path in names(run / "checkpoints")] == [f"step-{step:08d}" for step in (12, 8, 4)]
+    assert [path.name for path in list_checkpoints(run / "checkpoints")] == [f"step-{step:08d}" for step in (12, 8, 4)]
     best, last = weights(run, "best.pt"), weights(run)
     assert best.keys() == last.keys()
     assert all(torch.equal(best[name], last[name]) for name in last), "at lr=0 they are the same"
@@ -191,7 +191,7 @@ def test_it_ends_early_keeps_the_best_and_has_nothing_left_to_train(tmp_path: Pa
 
 def test_a_checkpoint_is_lightning_s_and_another_recipe_says_so(tmp_path: Path) -> None:
     execute(TRAINER, tmp_path / "run", 1, *SHORT, "max_steps=6")
-    folder = names(tmp_path / "run" / "checkpoints")[0]
+    folder = list_checkpoints(tmp_path / "run" / "checkpoints")[0]
     saved = torch.load(folder / "lightning" / "trainer.ckpt", weights_only=True)
     assert (saved["global_step"], saved["epoch"]) == (6, 1)
     final = weights(tmp_path / "run")

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
-from lockstep.checkpoint.layout import names
+from lockstep.checkpoint.directory import list_checkpoints
 from lockstep.config.run_directory import freeze
 from lockstep.data.datasets import Batch
 from lockstep.data.loader import Samples
@@ -74,7 +74,7 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
 
 
 def newest(out: Path) -> Path:
-    return names(out / "checkpoints")[0]
+    return list_checkpoints(out / "checkpoints")[0]
 
 
 def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
@@ -165,7 +165,9 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     else:
         assert ends == ["SIGTERM"] * 2
         assert (result(out)["status"], result(out)["steps"]) == ("preempted", step)  # type: ignore[arg-type]
-        assert [path.name for path in names(tmp_path / "run" / "checkpoints")] == ([f"step-{step:08d}"] if step else [])
+        assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == (
+            [f"step-{step:08d}"] if step else []
+        )
         execute(ddp.train, tmp_path / "run", 2, *words)
     assert lines(tmp_path / "run") == lines(tmp_path / "whole")
     assert_same(
@@ -183,7 +185,7 @@ def test_without_every_it_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest
     validate(config, ddp.train, 2)
     out = freeze(config, "ddp")
     assert run_ranks(interrupted, 2, ddp.train.target, config, str(out), 0, 99) == ["finished"] * 2
-    assert len(names(tmp_path / "run" / "checkpoints")) > STEPS // 2
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) > STEPS // 2
     off = compose_config(ddp.train, *words, f"out={tmp_path / 'off'}", "checkpoint.minutes=0")
     validate(off, ddp.train, 2)
     run_ranks(interrupted, 2, ddp.train.target, off, str(freeze(off, "ddp")), 0, 99)
@@ -304,7 +306,7 @@ def test_the_last_k_and_the_best_are_kept_and_the_best_is_exported(tmp_path: Pat
     evaluations = {line["step"]: line["eval_accuracy"] for line in lines(tmp_path / "run") if "eval_loss" in line}
     best = max(evaluations, key=evaluations.__getitem__)
     assert best < STEPS - 1, "else this would show nothing; choose another learning rate"
-    assert [path.name for path in names(folder)] == [f"step-{step:08d}" for step in (12, 11, best)]
+    assert [path.name for path in list_checkpoints(folder)] == [f"step-{step:08d}" for step in (12, 11, best)]
     assert (folder / "BEST").read_text() == f"step-{best:08d}\n"
     assert (folder / "LATEST").read_text() == f"step-{STEPS:08d}\n"
     saved = tensors_of(folder / f"step-{best:08d}")

@@ -15,9 +15,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from lockstep.checkpoint import dcp as storage
-from lockstep.checkpoint.dcp import HashedFile, HostCopy, Saver
-from lockstep.checkpoint.directory import CheckpointDirectory
-from lockstep.checkpoint.layout import fingerprint, folder_name, whats_wrong
+from lockstep.checkpoint.dcp import HashedFile
+from lockstep.checkpoint.directory import find_damage, fingerprint, folder_name
+from lockstep.checkpoint.saver import CheckpointSaver, HostCopy
 from lockstep.distributed.process_group import World
 from tests.helpers.harness import run_ranks
 
@@ -74,24 +74,23 @@ def test_a_copy_is_out_of_training_s_reach_and_always_in_the_same_memory() -> No
 
 def write(world: World, folder: str, asynchronous: bool) -> dict[str, Any]:
     """Two saves by every rank, of states that it then overwrites."""
-    saver = Saver(world.control, asynchronous=asynchronous)
+    saver = CheckpointSaver(Path(folder), world.control, asynchronous=asynchronous, keep=2, warn=print)
     seen: dict[str, Any] = {"mine": os.getpriority(os.PRIO_PROCESS, threading.get_native_id())}
-    save = saver._save
+    write_all = saver._write
 
     def spied(*arguments: Any) -> None:
         seen["writer's"] = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
         time.sleep(0.1)  # the state is overwritten before anything is written
-        save(*arguments)
+        write_all(*arguments)
 
-    saver._save = spied  # type: ignore[method-assign]
-    checkpoints = CheckpointDirectory(Path(folder), saver, keep=2, warn=print)
+    saver._write = spied  # type: ignore[method-assign]
     for step in (1, 2):
         state = some_state(step) | {f"rank {world.rank}": torch.tensor(world.rank)}
-        checkpoints.save(state, {"step": step})
+        saver.save(state, {"step": step})
         for tensor in state.values():
             with torch.no_grad():
                 tensor.zero_()
-    checkpoints.wait()
+    saver.wait()
     return seen
 
 
@@ -103,7 +102,7 @@ def test_torch_alone_reads_what_ranks_wrote_behind_training_s_back(asynchronous:
         assert seen["writer's"] == (min(19, seen["mine"] + 5) if asynchronous else seen["mine"])
     for step in (1, 2):
         path = tmp_path / folder_name(step)
-        assert not whats_wrong(path)
+        assert not find_damage(path)
         files = json.loads((path / "manifest.json").read_text())["files"]
         assert set(files) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
         assert all(entry == fingerprint(path / name) for name, entry in files.items())

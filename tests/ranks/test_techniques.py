@@ -29,9 +29,9 @@ from lockstep.memory.tracker import saved_bytes
 from lockstep.models.resnet import build_model
 from lockstep.parallel import partition
 from lockstep.parallel.partition import balance, blocks, check_cut, choose_cuts, measure, split, units
-from lockstep.parallel.stage_clock import StageClock
 from lockstep.training import timing
 from lockstep.training.accumulate import MicroBatch, micro_batches
+from lockstep.training.stage_clock import StageClock
 from lockstep.verify.trace import difference
 from recipes import (
     data_parallel,

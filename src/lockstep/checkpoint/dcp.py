@@ -1,121 +1,33 @@
 """Tensors of all ranks in one folder, through torch.distributed.checkpoint.
 
-Apart from lockstep.checkpoint.layout because importing torch's part takes a second, which a run that neither saves nor
+Apart from lockstep.checkpoint.directory because importing torch's part takes a second, which a run that neither saves nor
 loads need not wait for. Source: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import os
 import pickle
-import threading
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException, FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint import load as dcp_load
-from torch.distributed.checkpoint import save as dcp_save
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.utils.serialization import config
 
-from lockstep.checkpoint.layout import Files, commit, fingerprint
-from lockstep.distributed.dtensor import is_sharded, local_shard
+from lockstep.checkpoint.directory import FileContents, commit, fingerprint
+from lockstep.distributed.dtensor import is_sharded
 from lockstep.errors import UserError
 from lockstep.utils.files import sync_folder, write_atomically
-
-
-class Saver:
-    """Writes this rank's tensors, and with all other ranks' makes them a checkpoint.
-
-    Args:
-        group: a gloo group of all ranks that nothing else uses: a background thread talks in it.
-    """
-
-    def __init__(self, group: dist.ProcessGroup | None, *, asynchronous: bool) -> None:
-        self.group, self.asynchronous = group, asynchronous
-        self._copy = HostCopy()
-        self._thread: ThreadPoolExecutor | None = None
-
-    def start(
-        self, tensors: dict[str, Tensor], files: Files, temporary: Path, facts: dict[str, Any], keep: int, best: bool
-    ) -> Future[Any]:
-        """Begin to write; the tensors may change when this returns. The result of the Future is that all is on disk."""
-        writer = Writer(temporary, self._copy.of(tensors) if self.asynchronous else tensors, files, facts, keep, best)
-        if self.asynchronous:
-            self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
-            return self._thread.submit(self._save, writer)
-        done: Future[Any] = Future()
-        try:
-            self._save(writer)
-            done.set_result(None)
-        except CheckpointException as error:
-            done.set_exception(error)
-        return done
-
-    def _save(self, writer: Writer) -> None:
-        # The files' SHA-256 says all that torch's CRC of each tensor could; this thread alone leaves it out.
-        with cast(Any, config).patch({"save.compute_crc32": False}):
-            dcp_save(dict(writer.tensors), storage_writer=writer, process_group=self.group)
-
-
-def give_way() -> None:
-    """Put this thread behind those that train: where all cores are busy, it takes a third of what they take."""
-    mine = threading.get_native_id()
-    with contextlib.suppress(OSError):
-        os.setpriority(os.PRIO_PROCESS, mine, min(19, os.getpriority(os.PRIO_PROCESS, mine) + 5))
-
-
-class HostCopy:
-    """The state in host memory, always in the same buffers, pinned where a GPU is the source."""
-
-    def __init__(self) -> None:
-        self._stager: DefaultStager | None = None
-        self._layout: list[Any] = []
-        self._held: dict[str, Tensor] = {}
-
-    def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A copy of the tensors, valid until the next call."""
-        cuda = any(tensor.is_cuda for tensor in tensors.values())
-        layout = [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items()]
-        if layout != self._layout:  # the first copy, or the optimizer has come to hold more
-            self._stager = self._stager or make_stager(cuda)
-            self._held, self._layout = cast(dict[str, Tensor], self._stager.stage(tensors)), layout
-        else:  # one call instead of a walk over all objects, which takes as long as the copy
-            with torch.no_grad():
-                mine = [local_shard(tensor) for tensor in self._held.values()]
-                torch._foreach_copy_(mine, [local_shard(tensor) for tensor in tensors.values()], non_blocking=cuda)
-            if cuda:
-                torch.cuda.current_stream().synchronize()
-        return self._held
-
-
-def disk_failure(error: BaseException) -> str:
-    """What the disk said, where a save failed of nothing else; empty: it was not the disk."""
-    if not isinstance(error, CheckpointException):
-        return ""
-    causes = [wrapped[0] for wrapped in error.failures.values()]
-    return str(causes[0]) if all(isinstance(cause, OSError) for cause in causes) else ""
-
-
-def make_stager(cuda: bool) -> DefaultStager:
-    """What allocates the buffers and fills them for the first time."""
-    return DefaultStager(
-        StagingOptions(
-            use_pinned_memory=cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda
-        )
-    )
 
 
 class HashedFile(io.RawIOBase):
@@ -156,7 +68,13 @@ class Writer(FileSystemWriter):
     """torch's writer, which in the end seals the folder with a manifest and gives it its name."""
 
     def __init__(
-        self, temporary: Path, tensors: dict[str, Tensor], files: Files, facts: dict[str, Any], keep: int, best: bool
+        self,
+        temporary: Path,
+        tensors: dict[str, Tensor],
+        files: FileContents,
+        facts: dict[str, Any],
+        keep: int,
+        best: bool,
     ) -> None:
         super().__init__(temporary, single_file_per_rank=True, sync_files=True, overwrite=False)
         self.tensors = tensors
@@ -227,7 +145,7 @@ class Reader(FileSystemReader):
         return read_metadata(Path(self.path))
 
 
-def described(path: Path) -> dict[str, TensorStorageMetadata]:
+def tensor_metadata(path: Path) -> dict[str, TensorStorageMetadata]:
     """What tensors a checkpoint holds: {name: shape, dtype and the pieces it is stored in}."""
     entries = read_metadata(path).state_dict_metadata
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}

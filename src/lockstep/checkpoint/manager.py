@@ -8,41 +8,42 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lockstep.checkpoint import layout
-from lockstep.checkpoint.directory import CheckpointDirectory
-from lockstep.checkpoint.layout import Found
+from lockstep.checkpoint import directory
+from lockstep.checkpoint.directory import FoundCheckpoint
 from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.weights import check_weights, read_weights
 from lockstep.config.run_directory import CHECKPOINTS, checkpoint_folder
 from lockstep.config.schema import Config, to_yaml
 from lockstep.distributed.process_group import World, make_group
 from lockstep.errors import UserError
-from lockstep.loggers.console import ConsoleReport
 from lockstep.training.evaluate import Evaluation
 from lockstep.utils.files import write_atomically
 from lockstep.utils.text import short
 
+if TYPE_CHECKING:
+    from lockstep.checkpoint.saver import CheckpointSaver
+
 
 class CheckpointManager:
-    """Keeps what a run is to go on from.
+    """Keeps what a run resumes from.
 
     Attributes:
-        resumed_from: the checkpoint, or whatever else, that this start went on from; None: nothing.
+        resumed_from: the checkpoint, or whatever else, that this start resumed from; None: nothing.
         started_at: the step of that checkpoint.
         saved_step: steps done when the last checkpoint was taken.
         waited: evaluations since the best one.
     """
 
-    def __init__(self, recipe: str, config: Config, world: World, out: Path, report: ConsoleReport) -> None:
-        self._recipe, self._config, self._world, self._report = recipe, config, world, report
+    def __init__(self, recipe: str, config: Config, world: World, out: Path, say: Callable[[str], None]) -> None:
+        self._recipe, self._config, self._world, self._say = recipe, config, world, say
         self._folder = out / CHECKPOINTS
-        self._checkpoints: CheckpointDirectory | None = None
+        self._checkpoints: CheckpointSaver | None = None
         self._group: dist.ProcessGroup | None = None
         self.resumed_from: str | None = None
         self.started_at = self.saved_step = self.waited = 0
@@ -75,7 +76,7 @@ class CheckpointManager:
         """
         found = self._newest(self._folder)
         if self._world.rank == 0 and self._folder.is_dir():
-            layout.tidy(self._folder, found)
+            directory.repair(self._folder, found)
         dist.barrier(self._world.control)
         source = self._config.resume
         if found.path is None and weights and source not in ("auto", "never"):
@@ -92,10 +93,10 @@ class CheckpointManager:
         self._restore(found.path, found.facts, state, last, before)
         return found.facts
 
-    def _newest(self, folder: Path, only: str = "") -> Found:
-        found = layout.newest(folder, self._world.control, only=only)
+    def _newest(self, folder: Path, only: str = "") -> FoundCheckpoint:
+        found = directory.find_newest(folder, self._world.control, only=only)
         for line in found.skipped:
-            self._report.line(f"skipped {line}")
+            self._say(f"skipped {line}")
         return found
 
     def _load(self, path: Path, state: TrainingState, whole: Callable[[], nn.Module]) -> None:
@@ -105,7 +106,7 @@ class CheckpointManager:
         check_weights(path, weights, mine)
         state.load(weights)
         self.resumed_from = self._config.resume
-        self._report.line(f"starting from the weights in {self._config.resume}")
+        self._say(f"starting from the weights in {self._config.resume}")
 
     def _restore(
         self, path: Path, facts: dict[str, Any], state: TrainingState, last: int, before: Callable[[], None]
@@ -126,7 +127,7 @@ class CheckpointManager:
         self.started_at = self.saved_step = step
         self.resumed_from = os.path.relpath(path, self._folder.parent)
         end = step if self.is_out_of_patience else last
-        self._report.line(f"resuming from {short(path)}, at step {step} of {end}")
+        self._say(f"resuming from {short(path)}, at step {step} of {end}")
 
     # Between two steps
 
@@ -153,7 +154,7 @@ class CheckpointManager:
     def save(self, state: TrainingState, step: int, **facts: Any) -> None:
         """Have the checkpoint of a step written."""
         if self._checkpoints is None:
-            from lockstep.checkpoint.dcp import Saver  # a second to import, which not every run needs
+            from lockstep.checkpoint.saver import CheckpointSaver  # a second to import, which not every run needs
 
             self._text = to_yaml(self._config)
             if self._world.rank == 0:
@@ -161,8 +162,9 @@ class CheckpointManager:
             config = self._config.checkpoint
             if self._group is None:
                 self.connect()
-            saver = Saver(self._group, asynchronous=config.asynchronous)
-            self._checkpoints = CheckpointDirectory(self._folder, saver, keep=config.keep, warn=self._report.line)
+            self._checkpoints = CheckpointSaver(
+                self._folder, self._group, asynchronous=config.asynchronous, keep=config.keep, warn=self._say
+            )
         if self._best_is_new:
             self._best_step = step
         facts |= {
@@ -217,15 +219,15 @@ class CheckpointManager:
 
     def export_best(self, state: TrainingState, last: Mapping[str, Tensor]) -> None:
         """Write best.pt, from the checkpoint that BEST names, on rank 0; the last weights say what it consists of."""
-        best = layout.named(self._folder, "BEST")
+        best = directory.read_pointer(self._folder, "BEST")
         if best is None:
             return
-        problem = layout.whats_wrong(best)
+        problem = directory.find_damage(best)
         if problem:
-            self._report.line(f"best.pt not written: {best.name}: {problem}")
+            self._say(f"best.pt not written: {best.name}: {problem}")
             return
-        if best.name != layout.folder_name(self._best_step or 0):
-            self._report.line(f"best.pt is {best.name}'s: step {self._best_step} was better and could not be saved")
+        if best.name != directory.folder_name(self._best_step or 0):
+            self._say(f"best.pt is {best.name}'s: step {self._best_step} was better and could not be saved")
         if state.engine:
             weights = state.engine.weights(best / state.engine.name)
         else:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lockstep.checkpoint.layout import Files
+from lockstep.checkpoint.directory import FileContents
 from lockstep.errors import UserError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class TrainingState:
         # In the order in which the optimizer numbers them in its own state_dict.
         self.trained = [(names[id(p)], p) for group in groups for p in group["params"]]
 
-    def files(self) -> Files:
+    def files(self) -> FileContents:
         """What the engine's own files are to hold, by their paths in the checkpoint."""
         return {f"{self.engine.name}/{name}": data for name, data in self.engine.files().items()} if self.engine else {}
 
@@ -106,7 +106,7 @@ class TrainingState:
                 f"{path}: holds {there or 'lockstep'}'s files, and this recipe reads {here or 'lockstep'}'s; "
                 f"go on with recipes.{facts['recipe']}, or take the weights alone, with resume=RUN/model.pt"
             )
-        saved = dcp.described(path)
+        saved = dcp.tensor_metadata(path)
         wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self._model().items()}
         for name, tensor in wanted.items():
             shape = tuple(saved[name].size) if name in saved else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lockstep.checkpoint.layout import Files
+from lockstep.checkpoint.directory import FileContents
 
 if TYPE_CHECKING:
     from lockstep.training.local_gradients import LocalGradients
@@ -37,7 +37,7 @@ class Engine(Protocol):
 
     name: str
 
-    def files(self) -> Files:
+    def files(self) -> FileContents:
         """{file name: content}: what this rank holds of the state, copied."""
         ...
 

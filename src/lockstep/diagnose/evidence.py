@@ -26,7 +26,7 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
-from lockstep.checkpoint import layout
+from lockstep.checkpoint import directory
 from lockstep.config.run_directory import CHECKPOINTS, read_result
 from lockstep.config.schema import Config, shared_part
 from lockstep.diagnose.stacks import VERDICT_MARK, crash_place
@@ -189,10 +189,10 @@ def error_in(lines: list[str]) -> tuple[str, str]:
 
 def checkpoints(folder: Path) -> Facts:
     """The newest checkpoint that is intact, what is wrong with the newer ones, and what a killed save has left."""
-    found: Facts = {"names": [path.name for path in layout.names(folder)], "wrong": {}, "intact": None}
-    found["unfinished"] = [path.name for path in folder.glob(f"{layout.UNFINISHED}*")]
-    for path in layout.names(folder):
-        wrong = layout.whats_wrong(path)
+    found: Facts = {"names": [path.name for path in directory.list_checkpoints(folder)], "wrong": {}, "intact": None}
+    found["unfinished"] = [path.name for path in folder.glob(f"{directory.UNFINISHED}*")]
+    for path in directory.list_checkpoints(folder):
+        wrong = directory.find_damage(path)
         if not wrong:
             manifest = json.loads((path / "manifest.json").read_text())
             found["intact"] = {"name": path.name, "step": manifest["step"], "saved": modified(path / "manifest.json")}
