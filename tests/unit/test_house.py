@@ -1,19 +1,15 @@
-"""Rules of the house: who may import whom, recipes that differ by their technique alone, a README that runs."""
+"""Rules of the house: who may import whom, recipes that differ by their technique alone."""
 
 from __future__ import annotations
 
 import ast
 import re
-import shlex
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.helpers.harness import ROOT, clean_environment, command
-from tests.ranks.test_transfer import COMMANDS
+from tests.conftest import NO_SUCH_CASE
+from tests.helpers.harness import ROOT, command
 
 HEAVY = set("deepspeed hydra lightning matplotlib ray sklearn tensorboard torchmetrics torchvision wandb".split())
 LOOP = [
@@ -99,8 +95,8 @@ def test_launchers_import_nothing_of_training() -> None:
     }
     for path in python_files("launchers"):
         assert not imports(path) & ({"recipes", "torch", "lightning", "submitit"} - own.get(path.name, set())), path
-        trained = re.findall(r"lockstep\.(run|data|models|metrics|app)", path.read_text())
-        assert not trained, path
+        known = set(re.findall(r"(?:from|import) lockstep\.(\w+)", path.read_text()))
+        assert known <= {"errors", "utils", "config", "distributed", "launch", "diagnose"}, path
 
 
 def test_the_library_imports_neither() -> None:
@@ -116,13 +112,88 @@ def test_a_recipe_loads_no_heavy_package_before_it_needs_one() -> None:
     assert said.stdout.strip() == "[]", said.stdout + said.stderr
 
 
+# src/lockstep ---------------------------------------------------------------------------------------------------------
+
+SOURCE = ROOT / "src"
+Graph = dict[str, set[str]]
+
+
+def import_graph() -> Graph:
+    """Which module of lockstep imports which: at the top, inside functions, and for type checkers alone."""
+    modules = {
+        ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in python_files("src/lockstep")
+    }
+    graph: Graph = {}
+    for name, path in modules.items():
+        found = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module, f"{path}: a relative import hides what it imports"
+                for alias in node.names:  # `from package import module` imports the module
+                    module = f"{node.module}.{alias.name}"
+                    found.add(module if module in modules else node.module)
+        graph[name] = (found & modules.keys()) - {name}
+    return graph
+
+
+def room(module: str) -> str:
+    """The sub-package that a module belongs to, or the module itself where it stands beside them."""
+    return ".".join(module.split(".")[:2])
+
+
+def rooms(graph: Graph) -> Graph:
+    found: Graph = {}
+    for module, imported in graph.items():
+        found.setdefault(room(module), set()).update({room(each) for each in imported} - {room(module)})
+    return found
+
+
+def circle(graph: Graph) -> list[str]:
+    """A way from a node back to itself, or nothing where there is none."""
+    done: set[str] = set()
+
+    def search(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node not in done:
+            for following in sorted(graph[node]):
+                if found := search(following, [*way, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next(filter(None, (search(node, []) for node in sorted(graph))), [])
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"b"}}) == ["b", "d", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    graph = import_graph()
+    assert "lockstep.config.schema" in graph["lockstep.run"]
+    assert "lockstep.config" in rooms(graph)["lockstep.run"]
+
+
+def test_the_lower_floors_know_nothing_of_the_tools() -> None:
+    tools = {f"lockstep.{name}" for name in ("diagnose", "compare", "plan", "tune", "verify", "integrations")}
+    for module, imported in import_graph().items():
+        if room(module) in ("lockstep.config", "lockstep.data", "lockstep.distributed"):
+            assert not {room(each) for each in imported} & tools, f"{module} imports {sorted(imported)}"
+
+
+# Recipes ----------------------------------------------------------------------------------------------------------------
+
+
 def code_lines(name: str) -> list[str]:
     """A recipe's lines of code, unparsed, so that comments and layout do not count."""
     tree = ast.parse((ROOT / "recipes" / f"{name}.py").read_text())
     body = tree.body[1:] if ast.get_docstring(tree) else tree.body
     # An import of more names is still the import that single.py has.
     statements = [node for node in body if not isinstance(node, ast.Import | ast.ImportFrom)]
-    lines = [line.strip() for node in statements for line in ast.unparse(node).splitlines()]
+    code = re.sub(r"Run\[\w+\]", "Run", "\n".join(map(ast.unparse, statements)))  # with keys of its own or without
+    lines = [line.strip() for line in code.splitlines()]
     return [line for line in lines if line and not line.startswith("@recipe")]
 
 
@@ -151,62 +222,45 @@ def test_every_recipe_opens_with_command_expectation_and_source() -> None:
             assert part in doc, f"{path.name} lacks {part!r}"
 
 
-def readme_commands() -> list[str]:
-    """Every command of the README's console blocks; `#` starts a comment."""
-    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    return [shlex.join(shlex.split(line[2:], comments=True)) for line in lines if line.startswith("$ ")]
+# Tests ------------------------------------------------------------------------------------------------------------------
 
-
-TRAINS = "-m recipes."
-SHORT = ["max_steps=2", "data.augment=false"]  # a README command trains for a minute; that it starts and ends is tested
-
-
-# What every change is tried on; the other commands that train are `slow`: their techniques have tests of their own, and
-# so has torchrun (tests/ranks/test_start_paths.py).
-QUICK = {
-    "python -m recipes.ddp",
-    "python -m recipes.checkpoint_resume forget=optimizer",
-    "python -m recipes.ddp +cluster=lightning",
+# `make test` takes minutes and yet goes through everything once: what, and a test of it of which a case is not slow.
+EVERYTHING = {
+    "a real Slurm job": "cluster/test_slurm.py::test_two_nodes_of_two_ranks_train_what_this_machine_trains",
+    "the cluster itself": "cluster/test_box.py::test_srun_reaches_two_hosts",
+    "README's commands": "docs/test_readme.py::test_every_command_of_the_readme_runs",
+    "torchrun": "ranks/test_start_paths.py::test_every_start_gives_the_same_run",
+    "DDP": "ranks/test_same_training.py::test_ddp_has_the_loss_curve_of_one_process",
+    "verify": "ranks/test_verify.py::test_on_other_numbers_of_ranks",
+    "verify of something broken": "ranks/test_verify.py::test_a_broken_recipe_is_named",
+    "DeepSpeed": "ranks/test_deepspeed.py::test_every_stage_trains_what_ddp_does_to_the_last_bit",
+    "Fabric": "ranks/test_fabric.py::test_fabric_trains_what_ddp_trains_to_the_last_bit",
+    "Lightning's Trainer": "ranks/test_lightning_trainer.py::test_the_bits_are_those_of_the_same_technique",
+    "Ray": "ranks/test_tune.py::test_a_search_ends_with_a_table_and_the_best_settings_as_a_command",
+    "resuming": "ranks/test_resume.py::test_a_run_in_three_parts_is_the_run_in_one",
+    "resuming on other ranks": "ranks/test_resume.py::test_one_four_two_three_ranks_train_as_one",
+    "a kill and a restart": "ranks/test_preemption.py::test_a_rank_that_dies_is_started_again_from_the_last_checkpoint",
+    "kills in a save": "ranks/test_fuzz.py::test_nothing_is_lost",
+    "a damaged checkpoint": "ranks/test_checkpoint_faults.py::test_a_damaged_checkpoint_is_passed_over_by_name",
+    "a hang": "ranks/test_hang.py::test_one_message_says_who_and_where",
+    "a crash": "ranks/test_failures.py::test_an_exception_is_shown_once_from_the_rank_that_raised_it",
+    "the doctor before a run": "ranks/test_preflight.py::test_this_machine_passes",
+    "the doctor after a run": "ranks/test_postmortem.py::test_a_run_that_died_is_read",
+    "compare": "ranks/test_compare.py::test_runs_take_turns",
+    "compare's page in a browser": "ranks/test_compare.py::test_the_page_opens_in_a_browser_without_a_network",
+    "out of memory": "ranks/test_fit.py::test_out_of_memory_ends_with_one_page",
 }
-# What goes together, or is minutes of work: tests/ranks/test_verify.py and tests/ranks/test_transfer.py run the very same.
-ELSEWHERE = {"python -m recipes.verify"} | {shlex.join(shlex.split(line)) for line in COMMANDS}
 
 
-def test_the_commands_named_here_are_in_the_readme() -> None:
-    assert set(readme_commands()) >= ELSEWHERE | QUICK
+def test_the_default_tests_go_through_everything() -> None:
+    for what, test in EVERYTHING.items():
+        file, _, name = test.partition("::")
+        body = ast.parse((ROOT / "tests" / file).read_text()).body
+        found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
+        assert found, f"{what}: there is no {test}"
+        assert "pytest.mark.slow" not in map(ast.unparse, found[0].decorator_list), f"{what}: {test} is slow"
 
 
-def readme_cases() -> list[Any]:
-    lines = [line for line in readme_commands() if not line.startswith("make ") and line not in ELSEWHERE]
-    trains = [TRAINS in line and "--help" not in line and "--cfg" not in line for line in lines]
-    return [
-        pytest.param(line, marks=pytest.mark.slow if slow and line not in QUICK else [])
-        for line, slow in zip(lines, trains, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("line", readme_cases())
-def test_every_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
-    words = shlex.split(line)
-    if TRAINS in line and "--help" not in words and "--cfg" not in words:
-        words += SHORT
-    if words[0] == "python":
-        done = command(*words[1:], cwd=tmp_path, timeout=240)
-    else:
-        if words[0] == "slurm/box":
-            words[0] = str(ROOT / words[0])
-        environment = clean_environment()
-        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # an activated environment
-        done = subprocess.run(
-            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
-        )
-    assert done.returncode == 0, done.stderr
-
-
-def test_the_readme_s_make_targets_exist() -> None:
-    makes = [line.split()[1] for line in readme_commands() if line.startswith("make ")]
-    makefile = (ROOT / "Makefile").read_text()
-    assert {"demo", "test"} <= set(makes)
-    for target in makes:
-        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
+def test_the_cases_that_slow_except_names_are_there(pytestconfig: pytest.Config) -> None:
+    """Of the files that run with this one. A case that was renamed would be left out of `make test` in silence."""
+    assert pytestconfig.stash.get(NO_SUCH_CASE, []) == []

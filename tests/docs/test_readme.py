@@ -1,0 +1,71 @@
+"""Every command that the README shows runs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.harness import ROOT, clean_environment, command
+from tests.ranks.test_transfer import COMMANDS
+
+
+def readme_commands() -> list[str]:
+    """Every command of the README's console blocks; `#` starts a comment."""
+    blocks = re.findall(r"```console\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [shlex.join(shlex.split(line[2:], comments=True)) for line in lines if line.startswith("$ ")]
+
+
+TRAINS = "-m recipes."
+SHORT = ["max_steps=2", "data.augment=false"]  # a README command trains for a minute; that it starts and ends is tested
+
+# The other commands that train are `slow`: their techniques have tests of their own, and so has torchrun
+# (tests/ranks/test_start_paths.py).
+QUICK = {"python -m recipes.ddp", "python -m recipes.ddp +cluster=lightning"}
+# What goes together, or is minutes of work: test_verify.py and test_transfer.py in tests/ranks run the very same.
+ELSEWHERE = {"python -m recipes.verify"} | {shlex.join(shlex.split(line)) for line in COMMANDS}
+
+
+def test_the_commands_named_here_are_in_the_readme() -> None:
+    assert set(readme_commands()) >= ELSEWHERE | QUICK
+
+
+def readme_cases() -> list[Any]:
+    lines = [line for line in readme_commands() if not line.startswith("make ") and line not in ELSEWHERE]
+    trains = [TRAINS in line and "--help" not in line and "--cfg" not in line for line in lines]
+    return [
+        pytest.param(line, marks=pytest.mark.slow if slow and line not in QUICK else [])
+        for line, slow in zip(lines, trains, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("line", readme_cases())
+def test_every_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
+    words = shlex.split(line)
+    if TRAINS in line and "--help" not in words and "--cfg" not in words:
+        words += SHORT
+    if words[0] == "python":
+        done = command(*words[1:], cwd=tmp_path, timeout=240)
+    else:
+        if words[0] == "slurm/box":
+            words[0] = str(ROOT / words[0])
+        environment = clean_environment()
+        environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"  # an activated environment
+        done = subprocess.run(
+            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240, check=False
+        )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_readme_s_make_targets_exist() -> None:
+    makes = [line.split()[1] for line in readme_commands() if line.startswith("make ")]
+    makefile = (ROOT / "Makefile").read_text()
+    assert {"demo", "test"} <= set(makes)
+    for target in makes:
+        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
