@@ -143,10 +143,10 @@ def train(run: Run[ZeroConfig]) -> None:
             return model
         with torch.device("meta"):  # memory only when the weights come, and no random number drawn
             plain = build_model(run.config.model)
-        return zero.gather(model, plain)
+        return zero.gather_module(model, plain)
 
-    files = zero.ZeroFiles(engine, scaler)
-    for batch in run.steps(model=engine, optimizer=optimizer, whole=whole, engine=files):
+    zero_engine = zero.ZeroEngine(run, engine, scaler)
+    for batch in run.steps(model=engine, optimizer=optimizer, whole=whole, engine=zero_engine):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
                 loss = cross_entropy(engine(micro.images), micro.labels)
@@ -154,11 +154,11 @@ def train(run: Run[ZeroConfig]) -> None:
             run.record(loss=loss, weight=micro.weight)
             engine.step()  # the update, after the last of them
 
-    held = {name: gather_numbers(size, run.device) for name, size in files.held_bytes().items()}
+    held = {name: gather_numbers(size, run.device) for name, size in zero_engine.held_bytes().items()}
     run.note(
         f"held: {', '.join(f'{max(sizes) / 2**20:,.1f} MiB {name}' for name, sizes in held.items())}, by a rank",
         state_bytes_by_rank=[int(sum(sizes)) for sizes in zip(*held.values(), strict=True)],
-        state_bytes_unsharded=files.unsharded_bytes(),
+        state_bytes_unsharded=zero_engine.unsharded_bytes(),
         **{f"held_{name}_bytes": [int(size) for size in sizes] for name, sizes in held.items()},
     )
 

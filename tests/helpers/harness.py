@@ -163,9 +163,9 @@ def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries}
     dcp.load_tensors(checkpoint, found, alone=True)
     if (checkpoint / "deepspeed").is_dir():  # in its files each rank has a slice of one long vector
-        from lockstep.integrations.deepspeed import assemble
+        from lockstep.integrations.deepspeed_files import load_checkpoint
 
-        weights, states = assemble(checkpoint / "deepspeed")
+        weights, states = load_checkpoint(checkpoint / "deepspeed")
         return found | weights | tensors_in(states, "deepspeed")
     for file in sorted(checkpoint.glob("*/*")):
         found |= tensors_in(torch.load(file, weights_only=True), f"{file.parent.name}/{file.name}")

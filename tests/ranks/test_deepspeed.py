@@ -127,9 +127,9 @@ def test_deepspeed_s_own_converter_makes_a_universal_checkpoint_of_it(fit: Fit, 
     words = ["--inject_missing_state", "--input_folder", str(folder), "--output_folder", str(tmp_path / "universal")]
     done = command("-m", "deepspeed.checkpoint.ds_to_universal", *words, "--num_merge_workers=1")
     assert done.returncode == 0, done.stderr
-    from lockstep.integrations import deepspeed
+    from lockstep.integrations.deepspeed_files import load_checkpoint
 
-    _, moments = deepspeed.assembleemble(folder)
+    _, moments = load_checkpoint(folder)
     for name, states in moments.items():
         made = {file.stem: torch.load(file) for file in (tmp_path / "universal" / "zero" / name).glob("*.pt")}
         assert torch.equal(made["fp32"]["param"].flatten(), weights[name].flatten()), name
@@ -221,14 +221,14 @@ def test_its_collectives_wait_as_long_as_lockstep_s(tmp_path: Path, monkeypatch:
     preload(deepspeed_zero.train)
     from lockstep.integrations import deepspeed
 
-    make = deepspeed.ZeroFiles.__init__
+    make = deepspeed.ZeroEngine.__init__
 
-    def noting(files: Any, engine: Any, *more: Any) -> None:
-        make(files, engine, *more)
+    def noting(zero: Any, run: Any, engine: Any, *more: Any) -> None:
+        make(zero, run, engine, *more)
         options = engine.data_parallel_group._get_backend(torch.device("cpu")).options
         (tmp_path / "seconds").write_text(str(options._timeout.total_seconds()))
 
-    monkeypatch.setattr(deepspeed.ZeroFiles, "__init__", noting)
+    monkeypatch.setattr(deepspeed.ZeroEngine, "__init__", noting)
     train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, "max_steps=1", "timeout_seconds=77")
     assert (tmp_path / "seconds").read_text() == "77.0"
 

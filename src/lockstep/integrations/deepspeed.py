@@ -1,42 +1,37 @@
 """DeepSpeed among lockstep's ranks: on their process group, quiet, and with its files inside lockstep's checkpoints.
 
-Imported by the recipe that uses DeepSpeed, and nowhere else. DeepSpeed's files are pickles. They are read only after
-their hashes have been checked, and by torch's `weights_only` reader, which resolves nothing but tensors and the three
-classes named here.
+Imported by the recipe that uses DeepSpeed, and nowhere else. What its files hold is lockstep.integrations.deepspeed_files'
+matter.
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib
-import io
 import os
-import pickle
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler, torch_autocast
-from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import logger, safe_get_full_grad, safe_set_full_grad
-from deepspeed.utils.tensor_fragment import fragment_address
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lockstep.distributed.process_group import patience
-from lockstep.errors import UserError
+from lockstep.integrations.deepspeed_files import (
+    CheckpointBuffers,
+    TensorsByName,
+    load_checkpoint,
+    load_first_file,
+    section_places,
+)
 from lockstep.run import Run
 from lockstep.training.local_gradients import LocalGradients
 from lockstep.training.precision import Scaler
-
-TensorsByName = dict[str, Tensor]
 
 
 @contextlib.contextmanager
@@ -51,117 +46,21 @@ def prepared(run: Run) -> Iterator[None]:
     # all-reduce within a host, while the ranks wait: half a minute, and a toolchain that many machines lack. Told that
     # none can, it leaves the tensors to gloo and the update to torch's optimizer.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
-    # Its collectives go through a group of its own, which would wait half an hour for a rank that hangs.
-    new_group = functools.partial(dist.new_group, timeout=patience(run.config.timeout_seconds, run.world.backend))
     vars(torch_autocast)["TORCH_AUTOCAST_INITIALIZED"] = False  # by an earlier run in this process
-    with contextlib.redirect_stdout(run.report.log), mock.patch.object(dist, "new_group", new_group):
+    with contextlib.redirect_stdout(run.report.log):
         # When it looks whether an optimizer is Muon, it has that one's functions compiled: 3 s in each rank.
-        with mock.patch.object(compiler, "compile", return_value=lambda function: function):
+        compiled, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
+        try:
             importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+        finally:
+            compiler.compile = compiled
         yield
 
 
-# Its files --------------------------------------------------------------------------------------------------------
+# The engine ---------------------------------------------------------------------------------------------------------
 
 
-class CheckpointBuffers(CheckpointEngine):
-    """What writes and reads for DeepSpeed: it keeps what is to be saved, and unpickles no code.
-
-    Attributes:
-        kept: {file name: content} of the last save.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.kept: dict[str, memoryview] = {}
-
-    def create(self, info: Any) -> None:
-        self.kept = {}
-
-    def makedirs(self, path: Any, exist_ok: bool = False) -> None:
-        pass
-
-    def save(self, state_dict: Any, path: Any) -> None:
-        buffer = io.BytesIO()
-        torch.save(state_dict, buffer)
-        self.kept[Path(path).name] = buffer.getbuffer()
-
-    def load(self, path: Any, map_location: Any = None) -> Any:
-        return read(Path(path))
-
-    def commit(self, info: Any) -> bool:
-        return True
-
-
-def read(path: Path) -> Any:
-    """What is in a file of DeepSpeed's, on the CPU; of tensors only those parts are read that are used.
-
-    Raises:
-        UserError: reading it would run code.
-    """
-    try:
-        with torch.serialization.safe_globals([fragment_address, LossScaler, ZeroStageEnum]):
-            return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-    except pickle.UnpicklingError as error:
-        said = str(error).splitlines()[0]
-        raise UserError(f"{path}: refused, for it holds more than DeepSpeed's tensors ({said})") from None
-
-
-def first_file(folder: Path) -> dict[str, Any]:
-    """What rank 0 saved besides its part of the optimizer."""
-    found: dict[str, Any] = read(sorted(folder.glob("*_model_states.pt"))[0])
-    return found
-
-
-def assemble(folder: Path) -> tuple[TensorsByName, dict[str, TensorsByName]]:
-    """All that DeepSpeed saved, by any number of ranks in any stage: (the state_dict, {parameter: optimizer state}).
-
-    In stage 1 and 2 each rank saves a section of one long vector of all parameters, and where in it each parameter
-    lies; in stage 3 its section of each parameter, one after the other.
-    """
-    first = first_file(folder)
-    module, stage = first["module"], first["ds_config"]["zero_optimization"]["stage"]
-    if stage == 0:
-        names = [name for name in module if name not in first["buffer_names"]]
-        return dict(module), {names[number]: state for number, state in first["optimizer"]["state"].items()}
-    ranks, shapes = first["dp_world_size"], first["param_shapes"]
-    parts: dict[str, dict[str, list[Tensor]]] = {}
-    for rank in range(ranks):
-        saved = read(folder / f"zero_pp_rank_{rank}_mp_rank_00_optim_states.pt")["optimizer_state_dict"]
-        if stage == 3:
-            flats, states = saved["fp32_flat_groups"], saved["optimizer_state_dict"]["state"]
-            places = [sections(group, ranks) for group in shapes]
-        else:
-            flats, states = saved["single_partition_of_fp32_groups"], saved["base_optimizer_state"]["state"]
-            places = [
-                {name: (at.start, at.numel) for name, at in group.items()} for group in saved["param_slice_mappings"]
-            ]
-        for number, place in enumerate(places):
-            for name, (start, size) in place.items():
-                for key, value in {"": flats[number], **states.get(number, {})}.items():
-                    part = value[start : start + size] if value.dim() else value  # Adam's step is one number
-                    parts.setdefault(name, {}).setdefault(key, []).append(part)
-    shape = {name: size for group in shapes for name, size in group.items()}
-    whole = {name: {key: join(some, shape[name]) for key, some in entries.items()} for name, entries in parts.items()}
-    weights = {name: whole[name].pop("") if name in whole else tensor for name, tensor in module.items()}
-    return weights, whole
-
-
-def sections(shapes: dict[str, torch.Size], ranks: int) -> dict[str, tuple[int, int]]:
-    """Stage 3: {parameter: (start, size)} of its sections in a rank's vector; the last rank's may be padded."""
-    found, start = {}, 0
-    for name, shape in shapes.items():
-        size = -(-shape.numel() // ranks)
-        found[name] = (start, size)
-        start += size
-    return found
-
-
-def join(parts: list[Tensor], shape: torch.Size) -> Tensor:
-    return torch.cat(parts)[: shape.numel()].view(shape) if parts[0].dim() else parts[0]
-
-
-class ZeroFiles:
+class ZeroEngine:
     """DeepSpeed's state as an Engine of lockstep's checkpoints (lockstep.checkpoint.state).
 
     On as many ranks as saved it, DeepSpeed itself restores it. On others, or in another stage, it is assembled from
@@ -170,7 +69,9 @@ class ZeroFiles:
 
     name = "deepspeed"
 
-    def __init__(self, engine: Any, scaler: Scaler) -> None:
+    def __init__(self, run: Run, engine: Any, scaler: Scaler) -> None:
+        # Its collectives have a group of their own, in which a rank would wait half an hour for one that hangs.
+        engine.data_parallel_group.set_timeout(patience(run.config.timeout_seconds, run.world.backend))
         self.engine, self.module, self.optimizer = engine, engine.module, engine.basic_optimizer
         self.stage = engine.zero_optimization_stage()
         self.names = {id(parameter): name for name, parameter in self.module.named_parameters()}
@@ -189,11 +90,11 @@ class ZeroFiles:
     def restore(self, folder: Path, same_ranks: bool) -> None:
         # Its optimizer's settings come from the config, as they do everywhere else, and not from the checkpoint.
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        first = first_file(folder)
+        first = load_first_file(folder)
         if same_ranks and first["ds_config"] == self.engine.config:
             self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
         else:
-            weights, moments = assemble(folder)
+            weights, moments = load_checkpoint(folder)
             self.load(weights)
             self._load_moments(moments)
         for group, own in zip(self.optimizer.param_groups, settings, strict=True):
@@ -205,13 +106,13 @@ class ZeroFiles:
             return
         with torch.no_grad():
             for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
-                with whole(tensor, writes=True):
+                with gathered(tensor, writes=True):
                     if tensor.shape == weights[name].shape:
                         tensor.copy_(weights[name])
         self.engine.optimizer.refresh_fp32_params()
 
     def weights(self, folder: Path) -> TensorsByName:
-        return assemble(folder)[0]
+        return load_checkpoint(folder)[0]
 
     def keep_gradients(self, into: TensorsByName) -> None:
         def keep() -> None:
@@ -254,13 +155,15 @@ class ZeroFiles:
         Buffers in which gradients or weights travel are not counted.
         """
         zero, parameters = self.engine.optimizer, list(self.module.parameters())
-        weights = stored([*(p.data for p in parameters), *(getattr(p, "ds_tensor", None) for p in parameters)])
+        weights = storage_bytes([*(p.data for p in parameters), *(getattr(p, "ds_tensor", None) for p in parameters)])
         if self.stage == 0:
             masters = []
         else:
             masters = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
         states = [value for state in self.optimizer.state.values() for value in state.values()]
-        others = {address: size for address, size in stored([*masters, *states]).items() if address not in weights}
+        others = {
+            address: size for address, size in storage_bytes([*masters, *states]).items() if address not in weights
+        }
         return {
             "weights": sum(weights.values()),
             "gradients": self.gradient_bytes,
@@ -275,10 +178,10 @@ class ZeroFiles:
 
     def _measure(self) -> None:
         if not self.gradient_bytes:
-            gradient_stats = [parameter.grad for parameter in self.module.parameters()]
+            gradients = [parameter.grad for parameter in self.module.parameters()]
             averaged = getattr(self.engine.optimizer, "averaged_gradients", {})  # stage 1 to 3
             parts = [part for group in averaged.values() for part in group or []]
-            self.gradient_bytes = sum(stored([*gradient_stats, *parts]).values())
+            self.gradient_bytes = sum(storage_bytes([*gradients, *parts]).values())
 
     @property
     def scale(self) -> float:
@@ -329,7 +232,7 @@ class ZeroFiles:
             rank, ranks = dist.get_rank(), dist.get_world_size()
             for group, flat in zip(zero.fp16_groups, zero.fp32_partitioned_groups_flat, strict=True):
                 shapes = {self.names[id(parameter)]: parameter.ds_shape for parameter in group}
-                for name, (at, size) in sections(shapes, ranks).items():
+                for name, (at, size) in section_places(shapes, ranks).items():
                     yield flat, name, at, rank * size, max(0, min(size, shapes[name].numel() - rank * size))
             return
         for group, flat in zip(zero.bit16_groups, zero.single_partition_of_fp32_groups, strict=True):
@@ -348,19 +251,19 @@ class ZeroGradients(LocalGradients):
 
     clips_norm = True  # gradient_clipping does, in the update
 
-    def __init__(self, files: ZeroFiles) -> None:
-        super().__init__(files.module, files.optimizer, owns=dist.get_rank() == 0, differ=True)
-        self._files = files
+    def __init__(self, zero: ZeroEngine) -> None:
+        super().__init__(zero.module, zero.optimizer, owns=dist.get_rank() == 0, differ=True)
+        self._zero = zero
 
     def before_update(self, call: Callable[[], None]) -> None:
-        self._files.before_update(call)
+        self._zero.before_update(call)
 
     def after_update(self, call: Callable[[], None]) -> None:
-        self._files.after_update(call)
+        self._zero.after_update(call)
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         found: Tensor | None = safe_get_full_grad(parameter)
-        return found if found is None or self._files.scale == 1 else found / self._files.scale
+        return found if found is None or self._zero.scale == 1 else found / self._zero.scale
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         section = getattr(parameter, "ds_tensor", None)
@@ -372,7 +275,7 @@ class ZeroGradients(LocalGradients):
     def clamp(self, parameter: nn.Parameter, limit: float) -> None:
         found = safe_get_full_grad(parameter)
         if found is not None:
-            safe_set_full_grad(parameter, found.clamp(-limit * self._files.scale, limit * self._files.scale))
+            safe_set_full_grad(parameter, found.clamp(-limit * self._zero.scale, limit * self._zero.scale))
 
     def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
         return self._owns or (not gradient and hasattr(parameter, "ds_tensor"))
@@ -381,7 +284,7 @@ class ZeroGradients(LocalGradients):
 # Stage 3 ----------------------------------------------------------------------------------------------------------
 
 
-def whole(tensor: Tensor, writes: bool = False) -> Any:
+def gathered(tensor: Tensor, writes: bool = False) -> Any:
     """A context in which a partitioned parameter is there in full, on every rank; others are anyway.
 
     Args:
@@ -392,19 +295,19 @@ def whole(tensor: Tensor, writes: bool = False) -> Any:
     return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if writes else None)
 
 
-def stored(tensors: list[Any]) -> dict[int, int]:
+def storage_bytes(tensors: list[Any]) -> dict[int, int]:
     """{address: bytes} of the memory behind tensors, each block once however many tensors look into it."""
     blocks = [tensor.untyped_storage() for tensor in tensors if isinstance(tensor, Tensor)]
     return {block.data_ptr(): block.nbytes() for block in blocks if block.nbytes()}
 
 
-def gather(module: nn.Module, into: nn.Module) -> nn.Module:
+def gather_module(module: nn.Module, into: nn.Module) -> nn.Module:
     """Copy a partitioned module into a plain one on the meta device, a parameter at a time. All ranks call it."""
     tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     some = next(module.parameters())
     into.to(some.dtype).to_empty(device=some.device)
     with torch.no_grad():
         for name, tensor in into.state_dict().items():
-            with whole(tensors[name]):
+            with gathered(tensors[name]):
                 tensor.copy_(tensors[name])
     return into
