@@ -25,7 +25,6 @@ Source: https://docs.pytorch.org/tutorials/recipes/recipes/saving_and_loading_a_
 """
 
 import io
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,14 +34,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep import Run, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.errors import CheckFailed
 from lockstep.models.resnet import build_model
+from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.utils.files import write_atomically, write_json
 
 
@@ -64,15 +62,9 @@ class Training:
         # Dropout draws random numbers in each step.
         model.avgpool = nn.Sequential(model.get_submodule("avgpool"), nn.Dropout(0.5))
         model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
-        optim = run.config.optim
-        if optim.name == "sgd":
-            optimizer: Optimizer = SGD(
-                model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-            )
-        else:
-            optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-        self.model, self.optimizer, self.scaler = model, optimizer, run.scaler()
-        self.schedule = LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / run.total_steps)))
+        self.model, self.scaler = model, run.scaler()
+        self.optimizer = build_optimizer(run.config.optim, model)
+        self.scheduler = build_scheduler(run.config.optim, self.optimizer, run.total_steps)
         self.step = 0
         self.losses: list[float] = []
         torch.manual_seed(seed + run.world.rank)  # the same weights on all ranks, but not the same dropout
@@ -86,8 +78,8 @@ class Training:
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            self.scheduler.step()
             self.optimizer.zero_grad()
-            self.schedule.step()
             self.step += 1
             self.losses.append(loss.item())
 
@@ -98,7 +90,7 @@ class Training:
         return {
             "model": self.model.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            "schedule": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),  # empty, unless precision=fp16
             "step": self.step,
             "random": random,
@@ -115,7 +107,7 @@ class Training:
         if forget != "optimizer":
             self.optimizer.load_state_dict(state["optimizer"])
         if forget != "schedule":
-            self.schedule.load_state_dict(state["schedule"])
+            self.scheduler.load_state_dict(state["schedule"])
         if forget != "scaler":
             self.scaler.load_state_dict(state["scaler"])
         if forget != "step":

@@ -40,7 +40,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -48,6 +47,7 @@ from lockstep.config.schema import AUTO, Config
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.precision import AUTOCAST
 
 
@@ -127,13 +127,8 @@ def train(run: Run[ZeroConfig]) -> None:
     from lockstep.integrations import deepspeed as zero
 
     model = run.place(build_model(run.config.model))
-    optim = run.config.optim
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(
-            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-    else:
-        optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    optimizer = build_optimizer(run.config.optim, model)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     with zero.prepared(run):
         engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=deepspeed_config(run))
     scaler = run.scaler()  # precision=fp16: in DeepSpeed's backward and step, in place of its own
@@ -146,13 +141,14 @@ def train(run: Run[ZeroConfig]) -> None:
         return zero.gather_module(model, plain)
 
     zero_engine = zero.ZeroEngine(run, engine, scaler)
-    for batch in run.steps(model=engine, optimizer=optimizer, whole=whole, engine=zero_engine):
+    for batch in run.steps(model=engine, optimizer=optimizer, scheduler=scheduler, whole=whole, engine=zero_engine):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
                 loss = cross_entropy(engine(micro.images), micro.labels)
             engine.backward(loss * micro.weight, scale_wrt_gas=False)  # else it divides by the number of micro-batches
             run.record(loss=loss, weight=micro.weight)
             engine.step()  # the update, after the last of them
+        scheduler.step()
 
     held = {name: gather_numbers(size, run.device) for name, size in zero_engine.held_bytes().items()}
     run.note(

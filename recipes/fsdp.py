@@ -38,13 +38,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.precision import AUTOCAST, DTYPES
 
 
@@ -148,16 +148,12 @@ def train(run: Run[FsdpConfig]) -> None:
     shard(model, make_mesh(run), run)
     deal(model, whole, run)
     del whole
-    optim = run.config.optim  # from here on: an optimizer made before fully_shard would hold the tensors it replaced
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(
-            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-    else:
-        optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    # Not before: fully_shard replaces the parameters, and an optimizer would hold on to the old ones.
+    optimizer = build_optimizer(run.config.optim, model)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
-    for batch in run.steps(model=model, optimizer=optimizer):
+    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             # Not averaged yet, gradients stay whole on each rank, as much memory as DDP's: the price of sending less.
             model.set_requires_gradient_sync(micro.last or run.config.sync == "every")
@@ -166,6 +162,7 @@ def train(run: Run[FsdpConfig]) -> None:
             run.record(loss=loss, weight=micro.weight)
         scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
         scaler.update()
+        scheduler.step()
         optimizer.zero_grad()
 
 

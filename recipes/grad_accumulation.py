@@ -20,7 +20,6 @@ from dataclasses import dataclass
 
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -28,6 +27,7 @@ from lockstep.config.schema import Config
 from lockstep.data.datasets import Batch
 from lockstep.memory.tracker import saved_bytes
 from lockstep.models.resnet import build_model
+from lockstep.training.optim import build_optimizer, build_scheduler
 
 
 @dataclass
@@ -66,16 +66,11 @@ def check(config: AccumulationConfig, share: int) -> None:
 def train(run: Run[AccumulationConfig]) -> None:
     model = run.place(build_model(run.config.model))
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
-    optim = run.config.optim
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(
-            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-    else:
-        optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    optimizer = build_optimizer(run.config.optim, model)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
-    for batch in run.steps(model=model, optimizer=optimizer):
+    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         pieces = cut(batch, run.config.accumulate, run.config.accumulate_by)
         for number, micro in enumerate(pieces):
             weight = len(micro.labels) / len(batch.labels)
@@ -88,6 +83,7 @@ def train(run: Run[AccumulationConfig]) -> None:
             run.record(loss=loss, weight=weight)
         scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
         scaler.update()
+        scheduler.step()
         optimizer.zero_grad()
 
     piece, whole = saved_bytes(model.module, pieces[0].images), saved_bytes(model.module, batch.images)

@@ -21,7 +21,6 @@ Source: https://lightning.ai/docs/fabric/stable/
 from dataclasses import dataclass
 
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -29,6 +28,7 @@ from lockstep.config.schema import Config
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.optim import build_optimizer, build_scheduler
 
 
 @dataclass
@@ -66,16 +66,11 @@ def train(run: Run[FabricConfig]) -> None:
     model = run.place(build_model(run.config.model))
     if synchronised:
         model = convert_sync_batchnorm(model)
-    optim = run.config.optim
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(
-            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-    else:
-        optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    optimizer = build_optimizer(run.config.optim, model)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     model, optimizer = fabric.setup(model, optimizer)
 
-    for batch in run.steps(model=model, optimizer=optimizer):
+    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         pieces = list(micro_batches(batch, run.config.accumulate, model))
         for number, micro in enumerate(pieces):
             # The forward belongs inside as well: it arms the hooks with which backward synchronises.
@@ -86,6 +81,7 @@ def train(run: Run[FabricConfig]) -> None:
                 fabric.backward(loss * micro.weight)
             run.record(loss=loss, weight=micro.weight)
         optimizer.step()
+        scheduler.step()
         optimizer.zero_grad()
 
 

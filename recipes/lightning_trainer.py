@@ -27,8 +27,6 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -37,6 +35,7 @@ from lockstep.data.datasets import Batch
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import MicroBatch
 from lockstep.training.evaluate import Tally
+from lockstep.training.optim import build_optimizer, build_scheduler
 
 
 @dataclass
@@ -66,7 +65,6 @@ def train(run: Run[TrainerConfig]) -> None:
     from lockstep.integrations.lightning_trainer import DDP, EvalBatches, RunHooks, SyncBatchNormPlugin, TrainBatches
 
     model = run.place(build_model(run.config.model))
-    optim = run.config.optim
 
     class Classifier(LightningModule):
         def __init__(self) -> None:
@@ -78,14 +76,9 @@ def train(run: Run[TrainerConfig]) -> None:
             return logits
 
         def configure_optimizers(self) -> Any:
-            if optim.name == "sgd":
-                optimizer: Optimizer = SGD(
-                    model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-                )
-            else:
-                optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
-            schedule = {"scheduler": LambdaLR(optimizer, run.lr_factor), "interval": "step"}
-            return {"optimizer": optimizer, "lr_scheduler": schedule}
+            optimizer = build_optimizer(run.config.optim, model)
+            scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
         def training_step(self, micro: MicroBatch) -> Tensor:
             loss = cross_entropy(self(micro.images), micro.labels)

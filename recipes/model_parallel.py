@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -31,6 +30,7 @@ from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import check_cut, choose_cuts, split
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.stage_clock import StageClock
 
 
@@ -100,16 +100,11 @@ def train(run: Run[ModelParallelConfig]) -> None:
     images = torch.zeros(run.config.global_batch_size // run.config.micro_batches, 3, run.image_size, run.image_size)
     firsts = choose_cuts(model, run.config.cut, len(devices), run.to_model(images))
     model = ModelParallel(model, firsts, devices, run.config.micro_batches)
-    optim = run.config.optim
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(
-            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-    else:
-        optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    optimizer = build_optimizer(run.config.optim, model)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
-    for batch in run.steps(model=model, optimizer=optimizer):
+    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
                 logits = model(micro.images)
@@ -118,6 +113,7 @@ def train(run: Run[ModelParallelConfig]) -> None:
             run.record(loss=loss, weight=micro.weight)
         scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
         scaler.update()
+        scheduler.step()
         optimizer.zero_grad()
 
     shares = model.clock.idle_shares()

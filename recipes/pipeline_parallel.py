@@ -36,7 +36,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -44,6 +43,7 @@ from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import Part, blocks, check_cut, choose_cuts, split
+from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.timing import Stopwatch
 
 
@@ -219,13 +219,8 @@ def train(run: Run[PipelineConfig]) -> None:
     first, last = stages[0].is_first, stages[-1].is_last
     every = blocks(model)
     mine = Part({name: every[name] for stage in stages for name in names[stage.stage_index]})
-    optim = run.config.optim
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(
-            mine.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-    else:
-        optimizer = AdamW(mine.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    optimizer = build_optimizer(run.config.optim, mine)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     def whole() -> nn.Module:
@@ -236,7 +231,7 @@ def train(run: Run[PipelineConfig]) -> None:
 
     schedule = build_schedule(run, stages, scaled_loss)
     clock = Stopwatch(run.device)
-    for batch in run.steps(model=mine, optimizer=optimizer, whole=whole):
+    for batch in run.steps(model=mine, optimizer=optimizer, scheduler=scheduler, whole=whole):
         images = (batch.images,) if first else ()
         losses: list[Tensor] = []
         clock.start()
@@ -248,6 +243,7 @@ def train(run: Run[PipelineConfig]) -> None:
         average_gradients(mine, data_group)
         scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
         scaler.update()
+        scheduler.step()
         optimizer.zero_grad()
 
     busy = sum(stage.watch.total() for stage in stages)

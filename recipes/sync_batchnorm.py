@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from rich.table import Table
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -28,6 +27,7 @@ from lockstep.config.schema import Config, with_values
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.verify.trace import difference, trace
 
 
@@ -57,16 +57,11 @@ def train(run: Run[SyncBatchNormConfig]) -> None:
     model = convert_sync_batchnorm(model)  # before the wrap: DDP hooks the parameters it finds
     # The running statistics are equal on all ranks already: rank 0 need not broadcast them before every forward.
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True, **NO_BUFFER_SYNC)
-    optim = run.config.optim
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(
-            model.parameters(), lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay
-        )
-    else:
-        optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)
+    optimizer = build_optimizer(run.config.optim, model)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
-    for batch in run.steps(model=model, optimizer=optimizer):
+    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
                 loss = cross_entropy(model(micro.images), micro.labels)
@@ -74,6 +69,7 @@ def train(run: Run[SyncBatchNormConfig]) -> None:
             run.record(loss=loss, weight=micro.weight)
         scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
         scaler.update()
+        scheduler.step()
         optimizer.zero_grad()
 
 

@@ -31,7 +31,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import SGD, AdamW, Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.checkpoint.backbone import backbone
@@ -40,6 +39,7 @@ from lockstep.config.schema import Config
 from lockstep.models.parameters import count_parameters
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.optim import build_optimizer, build_scheduler
 
 
 @dataclass
@@ -135,19 +135,16 @@ def train(run: Run[TransferConfig]) -> None:
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    optim = run.config.optim
     groups: list[dict[str, Any]] = [{"params": trained}]
     unfreeze_at = (run.config.unfreeze_epoch or run.config.epochs) * run.steps_per_epoch
     if run.config.unfreeze_epoch is not None:
         # In the optimizer from the start, and in its schedule: it passes over what has no gradient.
-        groups.append({"params": frozen, "lr": run.config.unfreeze_lr or optim.lr / 10})
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(groups, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-    else:
-        optimizer = AdamW(groups, lr=optim.lr, weight_decay=optim.weight_decay)
+        groups.append({"params": frozen, "lr": run.config.unfreeze_lr or run.config.optim.lr / 10})
+    optimizer = build_optimizer(run.config.optim, groups)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
-    for batch in run.steps(model=model, optimizer=optimizer):
+    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         if frozen and run.step >= unfreeze_at:  # at that step, or in a run that goes on from a later one
             unfreeze(model.module)
             # A new wrapper averages all of them from now on.
@@ -163,6 +160,7 @@ def train(run: Run[TransferConfig]) -> None:
             run.record(loss=loss, weight=micro.weight)
         scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
         scaler.update()
+        scheduler.step()
         optimizer.zero_grad()
 
     kept = sum(parameter.numel() for parameter in frozen)

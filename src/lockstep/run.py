@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from lockstep.callbacks.instruments import Instruments
 from lockstep.checkpoint.backbone import backbone
@@ -47,7 +48,7 @@ from lockstep.training.auto import choose_for_hardware
 from lockstep.training.ddp_buckets import settle_buckets
 from lockstep.training.evaluate import Evaluation, evaluate, sync_buffers
 from lockstep.training.local_gradients import LocalGradients
-from lockstep.training.optim import lr_factor
+from lockstep.training.optim import SchedulerState, WarmupLR
 from lockstep.training.precision import AUTOCAST, DTYPES, Scaler
 from lockstep.training.random_state import seed_generators
 from lockstep.utils.files import write_json
@@ -67,6 +68,8 @@ class Run(Generic[ConfigT]):
         out: the run directory, the same on all ranks.
         shards: in how many equal shares a global batch is cut: one a rank, or one a pipeline.
         shard: which of them is this rank's.
+        scheduled_steps: steps of all epochs, which the learning rate is planned over.
+        total_steps: steps that this run takes; fewer where max_steps ends it earlier.
     """
 
     def __init__(
@@ -98,9 +101,8 @@ class Run(Generic[ConfigT]):
         self.train_set, self.eval_set = load_data(config.data, self.image_size, config.seed)
         self._normalise = Normalise(config.data.mean, config.data.std)
         self.steps_per_epoch = len(self.train_set) // config.global_batch_size
-        self.total_steps = config.epochs * self.steps_per_epoch
-        if config.max_steps is not None:
-            self.total_steps = min(self.total_steps, config.max_steps)
+        self.scheduled_steps = config.epochs * self.steps_per_epoch
+        self.total_steps = min(self.scheduled_steps, config.max_steps or self.scheduled_steps)
         self.step = 0  # optimizer updates done
         self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.quiet, self.listener = quiet, listener
@@ -202,19 +204,27 @@ class Run(Generic[ConfigT]):
         *,
         model: nn.Module,
         optimizer: Optimizer,
+        scheduler: LRScheduler | None = None,
         whole: Callable[[], nn.Module] | None = None,
         keep: Mapping[str, Stateful] | None = None,
         engine: Engine | None = None,
     ) -> Iterator[Batch]:
         """Yield this rank's share of every global batch, on its device, until training is over.
 
-        Before the first batch it takes the run up where an earlier start was cut off. Between two batches it sets
-        the learning rate, logs, evaluates at the end of an epoch, saves checkpoints, keeps time, and leaves when the
-        run is preempted or no longer gets better.
+        Before the first batch it takes the run up where an earlier start was cut off. Between two batches it logs,
+        evaluates at the end of an epoch, saves checkpoints, keeps time, and leaves when the run is preempted or no
+        longer gets better. What decides the training is the recipe's: nothing here changes a weight, a gradient or a
+        learning rate.
+
+        The model is in training mode when the first batch comes. It is evaluated in evaluation mode, the whole of it on
+        each rank or in its shards, and is back in training mode before the next batch.
 
         Args:
             model: what is trained, wrapped or not.
-            optimizer: what updates it; its learning rate is set from here.
+            optimizer: what updates it.
+            scheduler: what sets the optimizer's learning rate, of any of torch's classes, where it is not constant; the
+                recipe calls its step(). Its state is part of the checkpoints, but that of `build_scheduler`'s, which
+                goes to the step at which the run resumes.
             whole: called on all ranks together, returns the complete model on each, for evaluation and export; needed
                 where a rank holds only some of its layers. A model sharded by fully_shard is evaluated as it is.
             keep: further objects that checkpoints are to hold, by name, such as an average of the weights.
@@ -226,8 +236,7 @@ class Run(Generic[ConfigT]):
         Raises:
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
-        state = self._take_up(model, optimizer, whole, keep, engine)
-        self._set_lr(optimizer)
+        state = self._take_up(model, optimizer, scheduler, whole, keep, engine)
         self._begin(optimizer, model)
         batches = self.batches(self.step, self.total_steps)
         model.train()
@@ -239,17 +248,10 @@ class Run(Generic[ConfigT]):
                     "or its sampler is shorter than that of other ranks"
                 )
             yield batch
-            evaluates = self._after_step()
-            self._set_lr(optimizer)
-            if evaluates:
+            if self._after_step():
                 model.eval()
                 self._evaluated(self._evaluate())
                 model.train()  # evaluation switched BatchNorm and dropout off: back on before the next batch
-
-    @property
-    def lr_factor(self) -> Callable[[int], float]:
-        """step → factor on optim.lr."""
-        return lr_factor(self.config.optim, self.config.epochs * self.steps_per_epoch)
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's shares of the global batches of steps start…stop − 1, as `steps` yields them."""
@@ -331,6 +333,7 @@ class Run(Generic[ConfigT]):
         self,
         model: nn.Module,
         optimizer: Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
         whole: Callable[[], nn.Module] | None = None,
         keep: Mapping[str, Stateful] | None = None,
         engine: Engine | None = None,
@@ -347,13 +350,13 @@ class Run(Generic[ConfigT]):
         elif self.keep_gradients and optimizer:
             optimizer.register_step_pre_hook(lambda *_: self._before_update(unwrap(model)))
         seed_generators(self.config.seed * 1_000_003 + self.world.rank)  # dropout and the like differ between ranks
-        for group in optimizer.param_groups if optimizer else []:
-            group.setdefault("initial_lr", group["lr"])
-        scaler = {"scaler": self._scaler} if self._scaler and self._scaler.is_enabled() else {}
+        own: dict[str, Stateful] = {"scaler": self._scaler} if self._scaler and self._scaler.is_enabled() else {}
+        if optimizer and scheduler and not isinstance(scheduler, WarmupLR):
+            own["scheduler"] = SchedulerState(scheduler, optimizer)
         self._state = TrainingState(
             unwrap(model),
             optimizer,
-            scaler | dict(keep or {}),
+            own | dict(keep or {}),
             rank=self.world.rank,
             device=self.device,
             owns_buffers=self.shard == 0,
@@ -362,6 +365,8 @@ class Run(Generic[ConfigT]):
         if not self.quiet:  # a tool's run is never continued
             self.heartbeat.enter("resuming")
             self._resume(model)
+        if isinstance(scheduler, WarmupLR):
+            scheduler.set_step(self.step)
         return self._state
 
     def _begin(self, optimizer: Optimizer, model: nn.Module) -> None:
@@ -538,12 +543,6 @@ class Run(Generic[ConfigT]):
         if self._scaler is None or not self._scaler.is_enabled():
             return {}
         return {"loss_scale": self._scaler.get_scale(), "skipped_steps": self._scaler.skipped}
-
-    def _set_lr(self, optimizer: Optimizer) -> None:
-        """For the step after `self.step`; what a checkpoint of this step holds."""
-        factor = self.lr_factor(self.step)
-        for group in optimizer.param_groups:
-            group["lr"] = group.setdefault("initial_lr", group["lr"]) * factor  # an engine's optimizer may be new
 
     def _next_lr(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])

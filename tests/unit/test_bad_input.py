@@ -82,7 +82,7 @@ DDP = {
     "data=mnist": ["data=mnist", "digits", "cifar10"],
     "tune=asha": ["tune", "only recipes.tune"],
     "tune.trials=3": ["tune.trials=3", "recipes.ddp does not use it"],
-    "optim=adam": ["optim=adam", "sgd", "adamw"],
+    "optim=adagrad": ["optim=adagrad", "sgd", "adamw"],
     "logger=tb": ["logger=tb", "csv", "tensorboard"],
     "+debug=all": ["debug=all", "smoke"],
     "+cluster=nowhere": ["cluster=nowhere", "slurm"],

@@ -48,12 +48,18 @@ class DataConfig:
     )
 
 
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW", "adam": "Adam", "lion": "Lion", "muon": "Muon"}  # of torch.optim
+
+
 @dataclass
 class OptimConfig:
-    name: str = key("sgd", "optimizer", ("sgd", "adamw"))
+    name: str = key("sgd", f"optimizer: {', '.join(OPTIMIZERS)}, or a class such as torch.optim.RMSprop")
     lr: float = key(0.02, "peak learning rate", minimum=0)
     momentum: float = key(0.9, "sgd: momentum", minimum=0)
+    nesterov: bool = key(False, "sgd: Nesterov's momentum")
     weight_decay: float = key(5e-4, "weight decay", minimum=0)
+    decay_norms_and_biases: bool = key(True, "weight decay for norms and biases too (parameters of one dim)")
+    arguments: dict[str, Any] = key({}, "further arguments of the optimizer's class, such as {betas: [0.9, 0.95]}")
     schedule: str = key("cosine", "learning rate after the warm-up", ("constant", "cosine"))
     warmup_steps: int = key(15, "steps in which the learning rate rises from 0 to optim.lr", minimum=0)
 
@@ -237,6 +243,11 @@ def check_values(config: Config) -> None:
     check_rules(config)
     if config.seed >= 2**32:
         raise UserError(f"seed={config.seed}: allowed are numbers from 0 to 2**32 − 1")
+    if config.optim.name not in OPTIMIZERS and not config.optim.name.startswith("torch.optim."):
+        raise UserError(
+            f"optim.name={config.optim.name}: allowed are {', '.join(OPTIMIZERS)}, and the classes of torch.optim, such "
+            "as torch.optim.RMSprop"
+        )
     check_limits(config.gradients)
     if config.profile > 100:
         raise UserError(f"profile={config.profile}: allowed are 0…100, for all that they do is kept in memory")

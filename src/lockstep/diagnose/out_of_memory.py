@@ -25,6 +25,7 @@ from lockstep.config.schema import Config, with_values
 from lockstep.errors import CheckFailed
 from lockstep.memory.tracker import foretell, sharded
 from lockstep.memory.usage import free_bytes
+from lockstep.training.optim import states_per_weight
 from lockstep.utils.files import write_json
 from lockstep.utils.text import mebibytes
 
@@ -208,8 +209,8 @@ def of_the_state(config: Config, recipe: str, ranks: int) -> list[Knob]:
         over = max(2, ranks)
         saves = whole - sharded(config, over)["fsdp"]["total"]
         found.append(Knob("recipes.fsdp", saves, f"parameters, gradients and optimizer cut over {over} ranks"))
-    if config.optim.name == "adamw":
-        lighter = with_values(config, {"optim.name": "sgd"})
+    if states_per_weight(config.optim)[0] > 1:
+        lighter = with_values(config, {"optim.name": "sgd", "optim.arguments": {}})
         saves = whole - sharded(lighter, ranks)["ddp"]["total"]
         found.append(
             Knob("optim=sgd", saves // (ranks if recipe == "fsdp" else 1), "one state a weight; another training")

@@ -32,6 +32,7 @@ from lockstep.run import Run
 from lockstep.training.accumulate import MicroBatch, micro_batches
 from lockstep.training.evaluate import sync_buffers
 from lockstep.training.local_gradients import LocalGradients
+from lockstep.training.optim import WarmupLR
 from lockstep.training.random_state import generators, set_generators
 
 TRAINER_FILE = "trainer.ckpt"
@@ -212,14 +213,11 @@ class RunHooks(Checkpoint):
         # Lightning would go on with the counts and the learning rates of the run that saved. Those of this run follow
         # from its step, with its own batch size, micro-batches, ranks and optim.*, which may be others.
         put_at_step(checkpoint["loops"]["fit_loop"], self._run.step, self._run.steps_per_epoch, self._pieces)
-        schedule: Any = trainer.lr_scheduler_configs[0].scheduler
-        rates = [rate * self._run.lr_factor(self._run.step) for rate in schedule.base_lrs]
-        groups = trainer.optimizers[0].state_dict()["param_groups"]
-        checkpoint["optimizer_states"][0]["param_groups"] = [
-            group | {"lr": rate} for group, rate in zip(groups, rates, strict=True)
-        ]
-        now = {"last_epoch": self._run.step, "base_lrs": schedule.base_lrs, "_last_lr": rates}
-        checkpoint["lr_schedulers"][0] |= now
+        scheduler = trainer.lr_scheduler_configs[0].scheduler
+        if isinstance(scheduler, WarmupLR):  # another's state is what it was
+            scheduler.set_step(self._run.step)
+            checkpoint["optimizer_states"][0]["param_groups"] = trainer.optimizers[0].state_dict()["param_groups"]
+            checkpoint["lr_schedulers"][0] = scheduler.state_dict()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ckpt_path:  # what this computes is overwritten with what is in there

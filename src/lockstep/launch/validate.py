@@ -17,6 +17,7 @@ from lockstep.data.image_files import check_data
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE, build_model
 from lockstep.training.clip import limits
+from lockstep.training.optim import check_optimizer
 from lockstep.training.timing import warm_up
 from lockstep.utils.text import count
 
@@ -36,6 +37,7 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     """
     check_package(recipe)
     check_values(config)
+    check_optimizer(config.optim)
     refuse_auto(config)
     if config.logger.wandb:
         require("wandb", "logger=wandb")

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from lockstep.config.schema import Config
 from lockstep.distributed.dtensor import local_shard
 from lockstep.memory.usage import process_bytes
 from lockstep.models.resnet import build_model
+from lockstep.training.optim import build_optimizer, states_per_weight
 from lockstep.training.precision import AUTOCAST, DTYPES
 
 LOSS = "(loss)"  # what is saved outside of every layer
@@ -288,7 +289,7 @@ def foretell(config: Config, images: int, device: str = "cpu") -> MemoryTracker:
 
 def _training(config: Config, images: int, device: str) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
     """A model, its optimizer, and a function that computes the loss of a batch."""
-    optim, side = config.optim, config.model.image_size or config.data.image_size
+    side = config.model.image_size or config.data.image_size
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[config.precision])  # a fake model cannot be moved: it is built where it belongs
     try:
@@ -298,10 +299,7 @@ def _training(config: Config, images: int, device: str) -> tuple[nn.Module, Opti
     finally:
         torch.set_default_dtype(before)
     labels = torch.empty(images, dtype=torch.int64, device=device)
-    if optim.name == "sgd":
-        optimizer: Optimizer = SGD(model.parameters(), lr=0.0, momentum=optim.momentum)
-    else:
-        optimizer = AdamW(model.parameters(), lr=0.0)
+    optimizer = build_optimizer(replace(config.optim, lr=0.0, weight_decay=0.0), model)
 
     def forward() -> Tensor:
         with torch.autocast(device, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
@@ -345,8 +343,8 @@ def sharded(config: Config, ranks: int) -> dict[str, dict[str, int]]:
     with torch.device("meta"):
         shapes = [tuple(parameter.shape) for parameter in build_model(config.model).parameters()]
     item = torch.empty((), dtype=DTYPES[config.precision]).element_size()
-    moments = 2 if config.optim.name == "adamw" else int(config.optim.momentum > 0)
-    counters = 4 * len(shapes) if config.optim.name == "adamw" else 0  # its steps, one a parameter
+    moments, others = states_per_weight(config.optim)
+    counters = 4 * others * len(shapes)  # its steps, one a parameter
     weights = item * sum(map(math.prod, shapes))
     tops = item * sum(math.ceil(shape[0] / ranks) * math.prod(shape[1:]) for shape in shapes)
     pieces = item * sum(numel if numel < 1000 else math.ceil(numel / ranks) for numel in map(math.prod, shapes))

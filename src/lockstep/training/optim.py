@@ -1,14 +1,173 @@
-"""optim."""
+"""What updates the weights, and with which learning rate: the optimizer and its schedule, built from `optim.*`."""
 
 from __future__ import annotations
 
+import base64
+import inspect
+import io
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, cast
 
-from lockstep.config.schema import OptimConfig
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+
+from lockstep.config.schema import OPTIMIZERS, OptimConfig
+from lockstep.errors import UserError
+
+OURS = ("params", "lr", "weight_decay", "momentum", "nesterov")  # arguments that have keys of their own, or none
+CLOSURE = ("LBFGS", "SparseAdam")  # need a closure, or sparse gradients, which no recipe has
+
+Trained = nn.Module | Iterable[nn.Module] | Iterable[dict[str, Any]]
 
 
-def lr_factor(config: OptimConfig, total_steps: int) -> Any:
+def build_optimizer(config: OptimConfig, model: Trained) -> Optimizer:
+    """The optimizer that `optim.*` describes, over a model's parameters.
+
+    `optim.name` is sgd, adamw, adam, lion or muon, or a class of torch.optim such as torch.optim.RMSprop. It gets
+    `optim.lr`, `optim.weight_decay` where it has one, sgd `optim.momentum` and `optim.nesterov`, and each what is in
+    `optim.arguments`. Muon is made for matrices: it updates the parameters of two dims, and AdamW all others.
+
+    Args:
+        model: a module, wrapped or not; several, such as the stages of one rank; or groups of parameters as torch's
+            optimizers take them, `{"params": [...], "lr": ...}`. Build the optimizer last: what wraps or shards a model
+            afterwards may replace its parameters.
+
+    Raises:
+        UserError: this torch has no such class, or the class has no such argument, or refuses its value.
+    """
+    groups = parameter_groups(model)
+    if not config.decay_norms_and_biases:
+        groups = [part for group in groups for part in _without_decay(group)]
+    cls, arguments = optimizer_class(config), optimizer_arguments(config)
+    try:
+        if cls.__name__ == "Muon":
+            return MuonAndAdamW(groups, arguments)
+        return cls(groups, **arguments)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"optim.name={config.name}: {error}; optim.* has its arguments") from None
+
+
+def parameter_groups(model: Trained) -> list[dict[str, Any]]:
+    """The parameters of one or more modules as one group, or groups as they are."""
+    if isinstance(model, nn.Module):
+        return [{"params": list(model.parameters())}]
+    found = list(model)
+    if found and isinstance(found[0], dict):
+        return [{**group, "params": list(group["params"])} for group in cast(list[dict[str, Any]], found)]
+    modules = cast(list[nn.Module], found)
+    return [{"params": [parameter for module in modules for parameter in module.parameters()]}]
+
+
+def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group in two, the second without weight decay: parameters of at most one dim, which are norms and biases."""
+    decayed = [parameter for parameter in group["params"] if parameter.dim() > 1]
+    others = [parameter for parameter in group["params"] if parameter.dim() <= 1]
+    parts = [{**group, "params": decayed}, {**group, "params": others, "weight_decay": 0.0}]
+    return [part for part in parts if part["params"]]
+
+
+def optimizer_class(config: OptimConfig) -> type[Any]:
+    """The class that `optim.name` names; raises UserError where this torch has none."""
+    name = OPTIMIZERS.get(config.name, config.name.removeprefix("torch.optim."))
+    cls = getattr(torch.optim, name, None)
+    if not (isinstance(cls, type) and issubclass(cls, Optimizer) and cls is not Optimizer) or name in CLOSURE:
+        every = (each for each, value in vars(torch.optim).items() if isinstance(value, type) and each not in CLOSURE)
+        allowed = ", ".join(sorted(each for each in every if each != "Optimizer"))
+        raise UserError(f"optim.name={config.name}: allowed of torch {torch.__version__}'s optimizers are {allowed}")
+    return cls
+
+
+def optimizer_arguments(config: OptimConfig) -> dict[str, Any]:
+    """What the class is called with besides the parameters; raises UserError where it has no such argument."""
+    cls = optimizer_class(config)
+    takes = inspect.signature(cls).parameters
+    allowed = [name for name in takes if name not in (OURS if cls is SGD else OURS[:3])]
+    for name, value in config.arguments.items():
+        if name not in allowed:
+            other = f"; set optim.{name}" if name in OURS[1:] else ""
+            raise UserError(
+                f"optim.arguments.{name}={value}: allowed for {config.name} are {', '.join(allowed)}{other}"
+            )
+    if config.nesterov and cls is not SGD:
+        raise UserError(f"optim.nesterov=true: optim.name={config.name} does not take it; sgd does")
+    found: dict[str, Any] = {"lr": config.lr}
+    if "weight_decay" in takes:
+        found["weight_decay"] = config.weight_decay
+    if cls is SGD:
+        found |= {"momentum": config.momentum, "nesterov": config.nesterov}
+    return found | config.arguments
+
+
+def check_optimizer(config: OptimConfig) -> None:
+    """Hold `optim.*` to what the optimizer's class takes; raises UserError."""
+    build_optimizer(config, [nn.Linear(1, 1)])
+
+
+def states_per_weight(config: OptimConfig) -> tuple[int, int]:
+    """(numbers that the optimizer keeps for each weight, numbers besides that it keeps for each parameter)."""
+    layer = nn.Linear(2, 2, bias=False)
+    optimizer = build_optimizer(replace(config, lr=0.0), layer)
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    states = [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor)]
+    return sum(value.dim() > 0 for value in states), sum(value.dim() == 0 for value in states)
+
+
+class MuonAndAdamW(Optimizer):
+    """Muon for the parameters of two dims, AdamW for all others, behind one optimizer's face.
+
+    Both get the same learning rate and weight decay: Muon's updates are scaled to the size that AdamW's have.
+    Source: https://kellerjordan.github.io/posts/muon/, https://arxiv.org/abs/2502.16982 (the scaling)
+
+    Args:
+        groups: of parameters, of any number of dims.
+        arguments: Muon's; AdamW gets the learning rate and the weight decay of them.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> None:
+        shared = {name: arguments[name] for name in ("lr", "weight_decay")}
+        split = []
+        for group in groups:
+            matrices = [parameter for parameter in group["params"] if parameter.dim() == 2]
+            others = [parameter for parameter in group["params"] if parameter.dim() != 2]
+            parts = [{**group, "params": matrices, "muon": True}, {**group, "params": others, "muon": False}]
+            split += [part for part in parts if part["params"]]
+        super().__init__(split, shared)
+        kinds: dict[bool, Any] = {
+            True: lambda own: torch.optim.Muon(own, **{"adjust_lr_fn": "match_rms_adamw"} | arguments),
+            False: lambda own: torch.optim.AdamW(own, **shared),
+        }
+        self._parts: dict[bool, Optimizer] = {}
+        for muon, build in kinds.items():
+            if own := [group for group in self.param_groups if group["muon"] == muon]:
+                self._parts[muon] = build(own)  # fills the rest of its arguments into the groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for muon, part in self._parts.items():
+            part.param_groups = [group for group in self.param_groups if group["muon"] == muon]
+            part.state = self.state
+            part.step()
+
+
+# The learning rate --------------------------------------------------------------------------------------------------
+
+
+def build_scheduler(config: OptimConfig, optimizer: Optimizer, steps: int) -> WarmupLR:
+    """The learning rate as `optim.schedule` and `optim.warmup_steps` say; call its step() after each update.
+
+    Args:
+        optimizer: each of its groups keeps its own peak learning rate.
+        steps: over which it falls: those of all epochs, `run.scheduled_steps`.
+    """
+    return WarmupLR(optimizer, lr_factor(config, steps))
+
+
+def lr_factor(config: OptimConfig, total_steps: int) -> Callable[[int], float]:
     """step → factor on optim.lr: a linear warm-up, then constant or a half cosine down to 0.
 
     It spans all epochs even where max_steps ends the run earlier, so that a shorter run is a prefix of the longer one.
@@ -24,3 +183,56 @@ def lr_factor(config: OptimConfig, total_steps: int) -> Any:
         return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
     return factor
+
+
+class WarmupLR(LambdaLR):
+    """A learning rate that follows from the step and the config alone.
+
+    So a run that resumes needs no state of it: with another batch size, or other `optim.*`, the rate is the one that
+    the present config has at that step.
+    """
+
+    def set_step(self, step: int) -> None:
+        """Go to the rate of the update after so many."""
+        self.last_epoch = step
+        self._last_lr = [base * factor(step) for base, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = rate
+
+
+class SchedulerState:
+    """A scheduler of any class as an entry of a checkpoint, with the optimizer's settings, which it may change.
+
+    Both are kept as text: a scheduler's state may be any nested plain value, and its tensors are the same on all ranks.
+
+    Raises:
+        UserError: the state holds more than plain values and tensors, and could not be read back.
+    """
+
+    def __init__(self, scheduler: LRScheduler, optimizer: Optimizer) -> None:
+        self._scheduler, self._optimizer = scheduler, optimizer
+        try:
+            _unpack(self.state_dict()["packed"])
+        except Exception as error:
+            said = str(error).splitlines()[0]
+            raise UserError(
+                f"scheduler: the state of {type(scheduler).__name__} holds more than plain values, and no checkpoint "
+                f"could keep it ({said})"
+            ) from None
+
+    def state_dict(self) -> dict[str, Any]:
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._optimizer.param_groups]
+        buffer = io.BytesIO()
+        torch.save({"scheduler": self._scheduler.state_dict(), "groups": groups}, buffer)
+        return {"packed": base64.b64encode(buffer.getvalue()).decode()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        saved = _unpack(state["packed"])
+        self._scheduler.load_state_dict(saved["scheduler"])
+        for group, settings in zip(self._optimizer.param_groups, saved["groups"], strict=True):
+            group.update(settings)
+
+
+def _unpack(text: str) -> dict[str, Any]:
+    found: dict[str, Any] = torch.load(io.BytesIO(base64.b64decode(text)), map_location="cpu", weights_only=True)
+    return found

@@ -9,6 +9,7 @@ Source: https://arxiv.org/abs/1710.03740, https://docs.pytorch.org/docs/stable/a
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Scaler(torch.amp.GradScaler):
         self.skipped = 0
         self.left_out = self._overflow = False
         if enabled:
+            # Where the first steps are left out, the scheduler's step() comes before the optimizer's, as it should.
+            warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
             self.scale(torch.zeros((), device=device))  # makes the scale, also where no loss comes by to be scaled
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
