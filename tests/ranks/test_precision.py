@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from lockstep import run
 from lockstep.errors import UserError
 from lockstep.run import Run
+from lockstep.training.optim import build_scheduler
 from lockstep.training.precision import Scaler
 from lockstep.verify.trace import angle
 from recipes import (
@@ -99,17 +100,19 @@ def test_gradients_are_unscaled_before_they_are_clipped(tmp_path: Path) -> None:
 def first_step_left_out(run: Run) -> tuple[list[str], list[float]]:
     model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
     optimizer, scaler = torch.optim.SGD(model.parameters(), lr=1.0), run.scaler()
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     rates = []
     with warnings.catch_warnings(record=True) as caught:
         if scaler.is_enabled():
             Scaler(run.device)  # it says so to the list of filters that is in force now
-        for batch in run.steps(model=model, optimizer=optimizer):
+        for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
             rates.append(optimizer.param_groups[0]["lr"])
             loss = cross_entropy(model(batch.images), batch.labels)
             scaler.scale(loss * (torch.inf if run.step == 0 and scaler.is_enabled() else 1)).backward()
             run.record(loss=loss)
             scaler.step(optimizer)
             scaler.update()
+            scheduler.step()
             optimizer.zero_grad()
     return [str(warning.message) for warning in caught], rates
 

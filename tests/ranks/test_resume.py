@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import lr_scheduler
 from torchvision.models import resnet
 
 from lockstep.checkpoint.directory import list_checkpoints
@@ -273,6 +274,69 @@ def test_generators_of_every_rank_and_objects_in_keep_go_on(tmp_path: Path) -> N
         assert first[rank][0] + second[rank][0] == whole[rank][0]
         assert second[rank][1:] == whole[rank][1:]
     assert whole[0][0] != whole[1][0], "each rank draws for itself"
+
+
+def scheduled(world: World, config: Any, out: str, name: str) -> list[tuple[float, float, float]]:
+    """A recipe with a scheduler of its own, or none; (learning rate, momentum, loss) of each step."""
+    run = Run("single", config, world, Path(out))
+    model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    scheduler = SCHEDULERS[name](optimizer)
+    found = []
+    try:
+        for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
+            loss = cross_entropy(model(batch.images), batch.labels)
+            loss.backward()
+            run.record(loss=loss)
+            settings = optimizer.param_groups[0]
+            optimizer.step()
+            found.append((settings["lr"], settings["momentum"], loss.item()))
+            if scheduler is not None:
+                scheduler.step()
+            optimizer.zero_grad()
+    except NothingLeft:
+        pass
+    run.finish()
+    return found
+
+
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "none": lambda optimizer: None,
+    "steps": lambda optimizer: lr_scheduler.StepLR(optimizer, 4, gamma=0.5),
+    "milestones": lambda optimizer: lr_scheduler.MultiStepLR(optimizer, [3, 7], gamma=0.1),  # kept in a Counter
+    "one cycle": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.2, total_steps=STEPS + 1),  # of momentum too
+    "in turn": lambda optimizer: lr_scheduler.SequentialLR(
+        optimizer,
+        [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=4), lr_scheduler.ExponentialLR(optimizer, 0.8)],
+        milestones=[4],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_a_scheduler_of_one_s_own_resumes_bit_by_bit(name: str, tmp_path: Path) -> None:
+    """Nothing sets another learning rate than the recipe: what it used is what is logged, before and after a resume."""
+
+    def start(out: str, *words: str) -> list[tuple[float, float, float]]:
+        config = compose_config(single.train, *SHORT, "log_every=1", f"out={tmp_path / out}", *words)
+        validate(config, single.train, 1)
+        found: list[Any] = run_ranks(scheduled, 1, config, str(freeze(config, "single")), name)
+        return found[0]
+
+    whole = start("whole")
+    assert len(whole) == STEPS
+    assert start("parts", "max_steps=5") + start("parts") == whole
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, momentum=0.9)
+    scheduler, rates = SCHEDULERS[name](optimizer), []
+    for _ in range(STEPS):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+    assert [rate for rate, _, _ in whole] == rates
+    assert [line["lr"] for line in lines(tmp_path / "parts") if "loss" in line] == rates
+    exported = [torch.load(tmp_path / run / "model.pt", weights_only=True) for run in ("whole", "parts")]
+    assert_same(*exported)
 
 
 def test_a_run_cut_off_before_its_result_has_nothing_left_to_train(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from lockstep.distributed.heartbeat import TRAINING, WAITING, Heartbeat
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.run import Run
-from lockstep.training.optim import lr_factor
+from lockstep.training.optim import build_scheduler, lr_factor
 from lockstep.training.timing import SAMPLE, StepTime, Stopwatch, percentile
 from recipes import ddp, single
 from tests.helpers.harness import compose_config, run_ranks, train, validate
@@ -130,12 +130,14 @@ def in_run(body: Any, tmp_path: Path, *overrides: str) -> Any:
 def modes_and_rates(run: Run) -> tuple[list[bool], list[float], list[tuple[int, ...]]]:
     model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(192, 10)))
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     modes, rates, shapes = [], [], []
-    for batch in run.steps(model=model, optimizer=optimizer):
+    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         modes.append(model.training)
         rates.append(optimizer.param_groups[0]["lr"])
         shapes.append(tuple(batch.images.shape))
         optimizer.step()
+        scheduler.step()
         run.record(loss=model(batch.images).sum())
     return modes, rates, shapes
 

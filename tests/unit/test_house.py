@@ -18,12 +18,14 @@ LOOP = [
     "run.record(loss=loss, weight=micro.weight)",
 ]
 LOSS = "loss = cross_entropy(model(micro.images), micro.labels)"
+OPTIMIZER = "optimizer = build_optimizer(run.config.optim, model)"
+STEPS = "for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):"
 SCALER = ["scaler.step(optimizer)", "scaler.update()"]
 # The lines of single.py that a technique replaces by its own; every other line of single.py stands in every recipe.
 REPLACES: dict[str, list[str]] = {
     "data_parallel": [],
     "deepspeed_zero": [
-        "for batch in run.steps(model=model, optimizer=optimizer):",
+        STEPS,
         LOSS,
         LOOP[1],
         *SCALER,
@@ -35,30 +37,25 @@ REPLACES: dict[str, list[str]] = {
     "lightning_fabric": ["scaler = run.scaler()", LOOP[0], "with run.autocast():", LOOP[1], *SCALER],
     "lightning_trainer": [
         "scaler = run.scaler()",
-        "for batch in run.steps(model=model, optimizer=optimizer):",
+        STEPS,
         LOOP[0],
         "with run.autocast():",
         LOSS,
         LOOP[1],
         *SCALER,
+        "scheduler.step()",
         "optimizer.zero_grad()",
     ],
     "model_parallel": [LOSS],
     "pipeline_parallel": [
-        "optimizer: Optimizer = SGD(model.parameters(), lr=optim.lr, momentum=optim.momentum, "
-        "weight_decay=optim.weight_decay)",
-        "optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)",
-        "for batch in run.steps(model=model, optimizer=optimizer):",
+        OPTIMIZER,
+        STEPS,
         LOOP[0],
         LOSS,
         *LOOP[1:],
     ],
     "sync_batchnorm": [],
-    "transfer_learning": [
-        "optimizer: Optimizer = SGD(model.parameters(), lr=optim.lr, momentum=optim.momentum, "
-        "weight_decay=optim.weight_decay)",
-        "optimizer = AdamW(model.parameters(), lr=optim.lr, weight_decay=optim.weight_decay)",
-    ],
+    "transfer_learning": [OPTIMIZER],
 }
 TOOLS = {"verify", "compare", "doctor", "tune"}
 DEMONSTRATIONS = {"checkpoint_resume"}  # single's loop several times over, taken apart
