@@ -26,7 +26,7 @@ import torch.multiprocessing
 from torch.distributed import TCPStore
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ErrorHandler, ProcessFailure
 
-from launchers.local import SIGNALS, Forwarded, show, show_cursor
+from lockstep.launchers.local import SIGNALS, Forwarded, show, show_cursor
 
 POLL_SECONDS = 0.1  # between two looks at who has ended
 NOTICE_SECONDS = 0.3  # in which ranks find out by themselves that another one is gone

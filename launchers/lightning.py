@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from launchers.local import MISTAKE, SIGNALS, attempts
+from lockstep.launchers.local import MISTAKE, SIGNALS, attempts
 
 if TYPE_CHECKING:
     from lockstep.config.schema import ClusterConfig
@@ -58,8 +58,8 @@ def launch(
         start: spawn, or fork.
     """
     nodes = cluster.nodes if cluster else 1
-    from launchers import lightning_start
-    from launchers.children import ranks
+    from lockstep.launchers import lightning_start
+    from lockstep.launchers.children import ranks
 
     before = dict(os.environ)
     os.environ.update(environment)
@@ -81,7 +81,7 @@ def check(cluster: ClusterConfig | None) -> None:
     from lockstep.errors import UserError
     from lockstep.launch.validate import require
 
-    require("lightning", "launchers.lightning")
+    require("lightning", "the launcher lightning")
     nodes = cluster.nodes if cluster else 1
     missing = [name for name in SEVERAL if name not in os.environ]
     if nodes > 1 and missing:
@@ -116,7 +116,7 @@ def adopt() -> None:
     variables["SLURM_NTASKS_PER_NODE"] = str(max(counts))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in a job called bash or interactive it doubts that srun was used
-        from launchers.lightning_start import under_slurm
+        from lockstep.launchers.lightning_start import under_slurm
 
         variables.update(under_slurm(max(counts)))
     if placed:  # Lightning knows of no nodes with unequal numbers of tasks
@@ -136,7 +136,7 @@ def become_a_rank(target: str) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(MISTAKE)
-    from launchers.children import run
+    from lockstep.launchers.children import run
 
     run(target)
 

@@ -11,7 +11,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment, LightningE
 from lightning.fabric.strategies import DDPStrategy
 from lightning.fabric.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
-from launchers import children
+from lockstep.launchers import children
 
 
 class Numbered(DDPStrategy):

@@ -3,7 +3,7 @@
 It plays three parts. On the login node `submit` and `follow` put the job into the queue and show its states and its
 log. On the job's first node submitit runs `Head`: it finds a free port, starts all ranks with one srun, and puts the
 job back into the queue when they leave with exit code 75, which asks for that. As each of srun's tasks, `python -m
-launchers.slurm` (or the module that `cluster.ranks` names) gives the rank torchrun's environment and becomes it.
+lockstep.launchers.slurm` (or what `cluster.ranks` names) gives the rank torchrun's environment and becomes it.
 
 Who does what with signals: Slurm announces the time limit, or a preemption, with SIGUSR1 to the ranks; theirs is
 lockstep's one listener (lockstep.distributed.signals), and nobody else acts on a signal.
@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from launchers.local import ASK_AGAIN, MISTAKE
+from lockstep.launchers.local import ASK_AGAIN, MISTAKE
 
 if TYPE_CHECKING:
     from lockstep.config.schema import ClusterConfig
@@ -132,12 +132,19 @@ def new_folder(parent: Path) -> Path:
 
 def shape(cluster: ClusterConfig) -> Shape:
     """The part of a cluster's settings that matters inside the job."""
+    from lockstep.launch.launcher import launcher_module
+
     # This interpreter's path means nothing inside a container.
     python = cluster.python or ("python" if cluster.container else sys.executable)
     before = shlex.split(cluster.container or "")
     tasks = cluster.tasks_per_node or 1
     return Shape(
-        tasks, cluster.cpus_per_task, [*before, python], list(cluster.srun), cluster.ranks, cluster.max_requeues
+        tasks,
+        cluster.cpus_per_task,
+        [*before, python],
+        list(cluster.srun),
+        launcher_module(cluster.ranks),
+        cluster.max_requeues,
     )
 
 

@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from launchers.local import attempts, show, show_cursor
+from lockstep.launchers.local import attempts, show, show_cursor
 
 STARTS = ("spawn", "fork")  # what config.start may say
 
@@ -36,7 +36,7 @@ def launch(
     """
     os.environ.update(environment)
     if start == "fork":
-        from launchers.children import ranks
+        from lockstep.launchers.children import ranks
 
         # Kept through all attempts: ranks started by hand note their run directory in it.
         with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
@@ -50,7 +50,7 @@ def launch(
 
 def copy(target: str, nproc: int, folder: str) -> int:
     """One attempt with copies of this process; return as `launch` does."""
-    from launchers import children
+    from lockstep.launchers import children
 
     store = children.open_store()
     code = children.attempt(lambda *whom: children.start(be_a_copy, (nproc, *whom), nproc, "fork"), target, folder)
@@ -60,7 +60,7 @@ def copy(target: str, nproc: int, folder: str) -> int:
 
 def be_a_copy(local_rank: int, nproc: int, *whom: Any) -> None:
     """In the copy: torchrun's variables on a single machine."""
-    from launchers import children
+    from lockstep.launchers import children
 
     number, count = str(local_rank), str(nproc)
     variables = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}

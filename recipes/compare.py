@@ -23,7 +23,6 @@ that opens anywhere. Exit code 1 where a recipe failed; the report is then about
 Source: https://arxiv.org/abs/2006.15704 (DataParallel against DistributedDataParallel)
 """
 
-import importlib
 import json
 import math
 import os
@@ -48,11 +47,11 @@ from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
 from lockstep.launch import recipe_process
 from lockstep.launch.validate import check_package, validate
+from lockstep.registry import choose, get_recipe
 from lockstep.training.timing import warm_up
 from lockstep.utils import files
 from lockstep.utils.environment import environment
 from lockstep.utils.text import count, interpreter, short
-from recipes import choose
 
 OURS = {"recipes", "nprocs", "rounds", "verify", "profile", "out", "nproc", "threads", "resume", "launcher"}
 REPLICATES = {"data_parallel"}  # one process, whose `replicas` the number of ranks is
@@ -78,7 +77,7 @@ def plan(config: CompareConfig) -> tuple[list[Case], list[str]]:
     profile = min(config.profile, max(0, int(steps) - warm_up(int(steps)) - 1))  # as many as a short run has
     cases, left_out = [], []
     for name in choose(config.recipes):
-        each = importlib.import_module(f"recipes.{name}").train
+        each = get_recipe(name)
         common = words(config, each) + ([f"threads={threads}"] if threads else [])
         key = "replicas" if name in REPLICATES else "nproc" if each.ranks is None else ""
         base: Config | None = None
@@ -171,7 +170,7 @@ def measure(run: Run[CompareConfig], case: Case, number: int, out: Path) -> Resu
     """The result.json of a case's run in round `number` and, as `start_seconds`, its way to step 1."""
     profiled = case.profile and (number > 1 or run.config.rounds == 1)
     told = [*case.words, *([f"profile={case.profile}"] if profiled else [])]
-    carry_out(run, f"recipes.{case.recipe}", told, out)
+    carry_out(run, f"lockstep.recipes.{case.recipe}", told, out)
     seconds = json.loads(out.with_name(f"{out.name}.json").read_text())["seconds"]
     result = json.loads((out / "result.json").read_text())
     return dict(result, start_seconds=seconds - result["wall_seconds"] + result["setup_seconds"])
@@ -180,19 +179,17 @@ def measure(run: Run[CompareConfig], case: Case, number: int, out: Path) -> Resu
 def verify(run: Run[CompareConfig], cases: list[Case]) -> tuple[list[dict[str, Any]], str]:
     """recipes.verify's rows of the same recipes, on the largest number of ranks; and what it says is wrong."""
     names = [name for name in dict.fromkeys(case.recipe for case in cases) if name != "single"]
-    proven = [name for name in names if importlib.import_module(f"recipes.{name}").train.proofs]
+    proven = [name for name in names if get_recipe(name).proofs]
     if not proven:
         return [], "none of the recipes declares what recipes.verify could hold it to"
     run.report.line(f"recipes.verify: {', '.join(proven)}")
     told = [
-        word
-        for word in words(run.asked, importlib.import_module("recipes.verify").train)
-        if word.partition("=")[0].partition(".")[0] in VERIFIES
+        word for word in words(run.asked, get_recipe("verify")) if word.partition("=")[0].partition(".")[0] in VERIFIES
     ]
     told += [typed("recipes", proven), f"nproc={max(case.number for case in cases)}"]
     out, problem = run.out / "runs" / "verify", ""
     try:
-        carry_out(run, "recipes.verify", told, out)
+        carry_out(run, "lockstep.recipes.verify", told, out)
     except recipe_process.Failed as error:
         problem = f"recipes.verify: {error}"
     file = out / "verify.json"

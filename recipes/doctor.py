@@ -35,7 +35,6 @@ https://docs.pytorch.org/tutorials/intermediate/autograd_saved_tensors_hooks_tut
 https://arxiv.org/abs/1910.02054 (ZeRO)
 """
 
-import importlib
 import json
 import shlex
 import traceback
@@ -63,12 +62,12 @@ from lockstep.launch.batch_size import cut_short
 from lockstep.launch.validate import validate
 from lockstep.memory.tracker import KINDS, Prediction, predict, sharded
 from lockstep.memory.usage import free_bytes, peak_from_now
+from lockstep.registry import choose, get_recipe
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, mebibytes, short
 from lockstep.verify.proofs import proof_config
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import trace
-from recipes import choose
 
 STEPS = 3
 PROVEN_STEPS = 5
@@ -79,8 +78,7 @@ def patient(config: DoctorConfig) -> Recipe:
     names = choose(config.recipes)
     if len(names) > 1:
         raise UserError(f"recipes=[{','.join(names)}]: recipes.doctor looks at one recipe at a time; name one")
-    found: Recipe = importlib.import_module(f"recipes.{names[0]}").train
-    return found
+    return get_recipe(names[0])
 
 
 def as_patient(config: DoctorConfig) -> Config:
@@ -217,7 +215,7 @@ def proven(run: Run[DoctorConfig]) -> Finding:
     row = VerifyRow(each.name, precision, run.world.world_size, PROVEN_STEPS)
     remedy = f"python -m recipes.verify recipes=[{each.name}]"
     try:
-        single = importlib.import_module("recipes.single").train
+        single = get_recipe("single")
         base = mine if proof.prepare else proof_config(run, single.config, precision, values)
         reference = trace(run, single, base, "single", proof.prepare)
         traced = trace(run, each, mine, each.name, proof.prepare)
@@ -253,7 +251,7 @@ def again(name: str, config: Config, out: Path) -> str:
         return f"the command that started {name}, with out={short(out)}"
     from lockstep.config.compose import overrides  # Hydra, which no rank needs
 
-    found: Recipe = importlib.import_module(f"recipes.{name}").train
+    found = get_recipe(name)
     return f"python -m recipes.{name} {shlex.join([*overrides(found, config, found, without=['out']), f'out={short(out)}'])}"
 
 

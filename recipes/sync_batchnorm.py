@@ -75,7 +75,7 @@ def train(run: Run[SyncBatchNormConfig]) -> None:
 
 def demonstrate(run: Run[SyncBatchNormConfig]) -> None:
     """2 images a rank, for 60 steps: one process on the whole batch, and the ranks with and without synchronising."""
-    from recipes import ddp, single
+    from lockstep.recipes import ddp, single
 
     values = {"global_batch_size": 2 * run.world.world_size, "max_steps": 60, "log_every": 1, "eval_every": 0}
     calm = {

@@ -25,7 +25,6 @@ same model to the last bit.
 Source: https://arxiv.org/abs/1810.05934 (ASHA)
 """
 
-import importlib
 import importlib.util
 import json
 import math
@@ -53,11 +52,11 @@ from lockstep.errors import CheckFailed
 from lockstep.integrations.ray import ray_for
 from lockstep.launch import recipe_process
 from lockstep.launch.validate import validate
+from lockstep.registry import choose, get_recipe
 from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import Space
 from lockstep.tune.standings import Watch, mode, results, table, write_results
 from lockstep.utils.text import count
-from recipes import choose
 
 OURS = {"tune", "out", "nproc", "threads", "resume", "launcher", "recipes", "rounds"}  # keys that mean this tool
 SAME = {"epochs", "max_steps", "eval_every", "metric", "patience"}  # trials of different lengths are not to be compared
@@ -76,8 +75,7 @@ def find(config: TuneConfig) -> Recipe:
     name, every = config.tune.recipe, choose(None)
     if name not in every:
         raise UserError(f"tune.recipe={name}: no such recipe; allowed are {', '.join(every)}")
-    found: Recipe = importlib.import_module(f"recipes.{name}").train
-    return found
+    return get_recipe(name)
 
 
 @dataclass(frozen=True)

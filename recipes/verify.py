@@ -19,7 +19,6 @@ exit code 1 if a row is off.
 Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 """
 
-import importlib
 import time
 from dataclasses import asdict
 
@@ -27,6 +26,7 @@ import torch.distributed as dist
 
 from lockstep import Recipe, Run, recipe
 from lockstep.errors import CheckFailed
+from lockstep.registry import choose, get_recipe
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count
 from lockstep.verify.config import VerifyConfig
@@ -34,7 +34,6 @@ from lockstep.verify.proofs import proof_cases, verify_case
 from lockstep.verify.report import progress_line, verdict_notes, verify_table
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import Trace
-from recipes import choose
 
 
 def recipes_with_proofs(names: list[str] | None) -> list[Recipe]:
@@ -43,7 +42,7 @@ def recipes_with_proofs(names: list[str] | None) -> list[Recipe]:
     Raises:
         UserError: a name is not one of them.
     """
-    found = [importlib.import_module(f"recipes.{name}").train for name in choose(names)]
+    found = [get_recipe(name) for name in choose(names)]
     return [each for each in found if each.proofs]
 
 
@@ -54,7 +53,7 @@ def check(config: VerifyConfig, share: int) -> None:
 
 @recipe(config=VerifyConfig, looks_at="recipes", single_training=False, check=check)
 def train(run: Run[VerifyConfig]) -> None:
-    single = importlib.import_module("recipes.single").train
+    single = get_recipe("single")
     cases = proof_cases(recipes_with_proofs(run.config.recipes), run.config, run.device.type)
     run.report.line(f"verify: {count(len(cases), 'row')}, on {count(run.world.world_size, 'rank')}")
     references: dict[str, Trace | None] = {}  # what `single` computed, by settings

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from lockstep.config.schema import Config
-from lockstep.run import NothingLeft, Run
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from lockstep.run import Run
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class Recipe:
         return (self.proof,) if isinstance(self.proof, Proof) else self.proof or ()
 
     def __call__(self, run: Run) -> None:
+        from lockstep.run import NothingLeft  # torch
+
         with contextlib.suppress(NothingLeft):  # it was cut off between its last step and its result
             self.train(run)
         run.finish()

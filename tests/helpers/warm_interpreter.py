@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LOADED = (
     "lockstep",
     "lockstep.config.compose",
-    "launchers.torchrun",
+    "lockstep.launchers.torchrun",
     "hydra.main",
     "sklearn.datasets",
     "torch._dynamo",

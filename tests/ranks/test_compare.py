@@ -197,7 +197,7 @@ class Stand:
         out.mkdir()
         (out / "words").write_text(" ".join(words))
         (out / "result.json").write_text(json.dumps(made_up(100.0 * number)))
-        if target == "recipes.verify":
+        if target == "lockstep.recipes.verify":
             row = {"recipe": "ddp", "precision": "fp64", "ranks": 2, "steps": 5, "tolerance": 1e-10, "verdict": "equal"}
             (out / "verify.json").write_text(json.dumps([row | dict.fromkeys(figures.VERIFIED, 1e-15)]))
 
@@ -259,7 +259,7 @@ def test_what_has_ended_is_not_run_again(stand: None, tmp_path: Path, monkeypatc
 def test_a_recipe_that_fails_is_named_and_the_report_is_about_the_others(
     stand: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("FAILS", "recipes.ddp")
+    monkeypatch.setenv("FAILS", "lockstep.recipes.ddp")
     with pytest.raises(AssertionError, match="CheckFailed: ddp on 2 ranks: error: it broke"):
         carry_out(tmp_path, *WORDS)
     assert asked(tmp_path) == ["single-1-1", "ddp-2-1", "single-1-2"], "not tried again in the second round"

@@ -22,7 +22,8 @@ from lockstep.memory import usage
 from lockstep.memory.tracker import KINDS, MemoryTracker, foretell, layers, predict, sharded, size
 from lockstep.memory.usage import group_bytes, process_bytes
 from lockstep.models.resnet import build_model
-from recipes import choose, doctor
+from lockstep.registry import list_recipes
+from recipes import doctor
 from tests.helpers.harness import execute, lines, result, run_ranks
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -39,7 +40,7 @@ def config_of(**values: Any) -> Config:
 
 
 QUICK = ("ddp", "deepspeed_zero", "fsdp", "lightning_trainer", "pipeline_parallel")
-EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in choose(None)]
+EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in list_recipes()]
 
 
 @pytest.mark.slow_except("ddp", "pipeline_parallel")

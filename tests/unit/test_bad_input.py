@@ -112,7 +112,14 @@ DDP = {
     "data=cifar10 data.root=.": ["data.root=.", "cifar-10-batches-bin", "data.download=true"],
     "data=imagefolder data.root=.": ["train", "no such folder", "data.root"],
     "out=/proc/nowhere/run": ["out=/proc/nowhere/run", "cannot be made"],
-    "launcher=launchers.magic": ["launcher=launchers.magic", "launchers.torchrun"],
+    "launcher=magic": [
+        "launcher=magic: no such module; allowed are lightning, slurm, torchrun, or a module of your own"
+    ],
+    "launcher=launchers.magic": ["launcher=launchers.magic: no such module"],
+    "launcher=torchrun.magic": ["launcher=torchrun.magic: no such module"],
+    "launcher=json": ["launcher=json: has neither launch nor submit; allowed are lightning, slurm, torchrun"],
+    "launcher=": ["launcher=: no such module"],
+    "+cluster=slurm cluster.launcher=pbs": ["cluster.launcher=pbs: no such module; allowed are lightning, slurm"],
     "global_batch_size=8,16": ["global_batch_size=8,16", "--multirun"],
     "global_batch_size": ["global_batch_size", "missing EQUAL"],
     "--config-dir=nowhere": ["nowhere", "not found"],

@@ -62,14 +62,14 @@ DEMONSTRATIONS = {"checkpoint_resume"}  # single's loop several times over, take
 
 
 def imports(path: Path) -> set[str]:
-    """The top-level names of all modules a file imports, inside functions too."""
+    """The top-level names of all modules a file imports, inside functions too; `recipes` for lockstep.recipes."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name.partition(".")[0] for alias in node.names}
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found.add(node.module.partition(".")[0])
-    return found
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {re.sub(r"^lockstep\.(?=(?:recipes|launchers|conf)\b)", "", name).partition(".")[0] for name in found}
 
 
 def python_files(folder: str) -> list[Path]:

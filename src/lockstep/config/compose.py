@@ -30,6 +30,7 @@ from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import ClusterConfig, Config, convert
 from lockstep.errors import UserError
+from lockstep.utils.places import folder
 
 
 def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
@@ -221,9 +222,7 @@ def config_source(recipe: CommandLine) -> tuple[Path, str]:
     for directory in (here / "conf", here.parent / "conf"):
         if (directory / f"{recipe.name}.yaml").is_file():
             return directory, recipe.name
-    import conf  # the installed package of YAML files
-
-    return Path(next(iter(conf.__path__))), "base"
+    return folder("conf"), "base"
 
 
 def to_config(composed: DictConfig, recipe: CommandLine, schema: type[Config]) -> Config:

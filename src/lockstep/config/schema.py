@@ -104,7 +104,7 @@ class GradientsConfig:
 
 @dataclass
 class ClusterConfig:
-    launcher: str = key("launchers.slurm", "module that starts the ranks")
+    launcher: str = key("slurm", "what starts the ranks: slurm, lightning, or a module of yours")
     nodes: int = key(1, "nodes", minimum=1)
     gpus_per_node: int = key(0, "GPUs on each node", minimum=0)
     tasks_per_node: int | None = key(None, "ranks on each node (null: one a GPU, 1 without GPUs)", minimum=1)
@@ -125,7 +125,7 @@ class ClusterConfig:
     setup: list[str] = key((), "shell lines before the ranks start, such as [module load cuda]")
     container: str | None = key(None, "command in front of each rank, such as apptainer exec --nv image.sif")
     python: str | None = key(None, "the ranks' interpreter (null: this one; in a container: python)")
-    ranks: str = key("launchers.slurm", "module that makes a rank of each of srun's tasks")
+    ranks: str = key("slurm", "what makes a rank of each of srun's tasks: slurm, lightning, or a module of yours")
     sbatch: dict[str, Any] = key({}, "further options of sbatch, such as {reservation: course}", open=True)
     srun: list[str] = key((), "further options of the srun that starts the ranks")
     follow: bool = key(True, "follow the job's log until it ends; false: return at once")

@@ -6,7 +6,6 @@ and has a launcher start the ranks; started by a launcher (RANK is set) it is on
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 import signal
@@ -27,6 +26,7 @@ from lockstep.distributed.environment import check_nproc, default_nproc, discove
 from lockstep.distributed.signals import PREEMPTED
 from lockstep.errors import UserError
 from lockstep.launch import batch_size, cluster, worker
+from lockstep.launch.launcher import load_launcher
 from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.run import Run
@@ -41,7 +41,7 @@ class Command(Recipe):
         """Be the command: exit with the run's exit code, 2 for a mistake of the user's."""
         signal.signal(signal.SIGINT, signal.default_int_handler)  # recipes/__init__.py had it end the process at once
         try:
-            cluster.adopt(self, load_launcher)
+            cluster.adopt(self)
             place = discover(os.environ)
             code = submit(self) if place is None else None
         except UserError as error:
@@ -58,11 +58,8 @@ class Command(Recipe):
         worker.work(self, place)
 
 
-def recipe(train: Callable[[Run], None] | None = None, **options: Any) -> Any:
-    """Make a recipe of a training function: `@recipe` or `@recipe(ranks=1)`, then `train.main()` under `__main__`.
-
-    The options are Recipe's attributes.
-    """
+def make_recipe(train: Callable[[Run], None] | None = None, **options: Any) -> Any:
+    """What `lockstep.recipe` does."""
 
     def make(function: Callable[[Run], None]) -> Command:
         spec = function.__globals__.get("__spec__")  # `python -m recipes.ddp` names the module here, not in __name__
@@ -97,7 +94,7 @@ def submit(recipe: Recipe) -> int:
             codes.append(code)
             return
         there = config.cluster
-        launcher = load_launcher(there.launcher if there else config.launcher)
+        launcher = load_launcher(*((there.launcher, "cluster.launcher") if there else (config.launcher,)))
         if hasattr(launcher, "check"):
             launcher.check(there)
         if there and hasattr(launcher, "submit"):
@@ -162,7 +159,7 @@ def submit(recipe: Recipe) -> int:
 
     compose(recipe, launch)
     if points:
-        codes.append(cluster.submit(recipe, points, load_launcher))
+        codes.append(cluster.submit(recipe, points))
     return max(codes)
 
 
@@ -174,7 +171,7 @@ def how_to_start(config: Config, device: str, launcher: ModuleType) -> dict[str,
     """
     ways = getattr(launcher, "STARTS", ("spawn",))
     if config.start not in ("auto", *ways):
-        raise UserError(f"start={config.start}: {launcher.__name__} cannot; allowed are auto, {', '.join(ways)}")
+        raise UserError(f"start={config.start}: {config.launcher} cannot; allowed are auto, {', '.join(ways)}")
     if config.start == "fork" and device == "cuda":
         raise UserError("start=fork: a copied process cannot use a GPU; set start=spawn, or device=cpu")
     # In a copy, OpenMP would wait for ever for threads that only the original has.
@@ -196,13 +193,3 @@ def again(recipe: Recipe, out: Path) -> str:
     program = recipe.target if recipe.target.endswith(".py") else f"-m {recipe.target}"
     words = [word for word in sys.argv[1:] if not word.startswith("out=")]
     return f"python {program} {shlex.join([*words, f'out={short(out)}'])}"
-
-
-def load_launcher(name: str) -> ModuleType:
-    """Import the module that a config names to start the ranks."""
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if not name.startswith(str(error.name)):
-            raise  # the launcher is there, and something it needs is not
-        raise UserError(f"launcher={name}: no such module; allowed are launchers.torchrun, or one of yours") from None

@@ -11,11 +11,10 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import groupby
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from lockstep.config import run_directory
@@ -24,6 +23,7 @@ from lockstep.config.schema import ClusterConfig, Config, check_values
 from lockstep.distributed import environment
 from lockstep.distributed.environment import in_a_step_of_many, resolve_device
 from lockstep.errors import UserError
+from lockstep.launch.launcher import load_launcher
 from lockstep.launch.validate import validate
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def check_here(config: Config) -> int | None:
     return there.tasks_per_node or config.nproc
 
 
-def adopt(recipe: Recipe, load_launcher: Callable[[str], ModuleType]) -> None:
+def adopt(recipe: Recipe) -> None:
     """In one of srun's tasks, have the launcher that `+cluster=` names say which rank this is, where it wants to.
 
     Raises:
@@ -110,12 +110,12 @@ def adopt(recipe: Recipe, load_launcher: Callable[[str], ModuleType]) -> None:
     finally:
         sys.argv = before
     assert found[0].cluster is not None
-    launcher = load_launcher(found[0].cluster.launcher)
+    launcher = load_launcher(found[0].cluster.launcher, "cluster.launcher")
     if hasattr(launcher, "adopt"):
         launcher.adopt()
 
 
-def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[str], ModuleType]) -> int:
+def submit(recipe: Recipe, configs: Sequence[Config]) -> int:
     """Freeze the runs, put them into the queue, follow them unless told not to; return the exit code.
 
     Raises:
@@ -138,7 +138,7 @@ def submit(recipe: Recipe, configs: Sequence[Config], load_launcher: Callable[[s
         for _, alike in groupby(runs, key=lambda run: (asdict(run[0]), run[1])):
             group = list(alike)
             there, max_restarts, _ = group[0]
-            launcher = load_launcher(there.launcher)
+            launcher = load_launcher(there.launcher, "cluster.launcher")
             wanted = [(out, {environment.RUN_DIRECTORY: str(out)}) for _, _, out in group]
             found = launcher.submit(recipe.target, wanted, there, name=recipe.name, max_restarts=max_restarts)
             launcher.announce(found, there)

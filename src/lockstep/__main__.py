@@ -1,0 +1,79 @@
+"""`python -m lockstep recipes` lists the recipes; `python -m lockstep new NAME` copies one to start from."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from lockstep.errors import UserError
+from lockstep.registry import first_lines
+from lockstep.utils.places import folder, shown
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help lists what is allowed")
+
+
+def show_recipes() -> None:
+    """Every recipe with the first line of its docstring."""
+    print(
+        shown(
+            "Run one with `python -m recipes.NAME`; `python -m recipes.NAME --help` explains it and lists its keys.\n"
+        )
+    )
+    for name, line in first_lines().items():
+        print(f"  {name:18} {line}")
+
+
+def copy_recipe(name: str, source: str) -> None:
+    """Write a recipe to NAME.py in the current folder; its own commands then start the copy.
+
+    Raises:
+        UserError: there is no such recipe, NAME cannot be used, or the file is there already.
+    """
+    every = list(first_lines())
+    if source not in every:
+        near = difflib.get_close_matches(source, every, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UserError(f"--from {source}: no such recipe; {hint}allowed are {', '.join(every)}")
+    name = name.removesuffix(".py")
+    file = Path(f"{name}.py")
+    if not name.isidentifier():
+        raise UserError(f"{name}: no name of a Python module; allowed are letters, digits and _, such as my_{source}")
+    if file.exists():
+        raise UserError(f"{file}: is there already, and is not overwritten; choose another name, or remove it")
+    if importlib.util.find_spec(name):
+        raise UserError(f"{name}: {file} would hide the module of that name; choose another, such as my_{source}")
+    text = (folder("recipes") / f"{source}.py").read_text()
+    with file.open("x") as stream:
+        stream.write(text.replace(f"-m recipes.{source}", f"{file}"))
+    print(f"{file}: a copy of recipes/{source}.py. Run it with: python {file}")
+
+
+def main() -> None:
+    parser = Parser("python -m lockstep", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
+    commands.add_parser("recipes", help="list the recipes")
+    new = commands.add_parser("new", help="copy a recipe to NAME.py in the current folder, to start from")
+    new.add_argument("name", metavar="NAME")
+    new.add_argument("--from", dest="source", metavar="RECIPE", default="ddp", help="the recipe to copy (ddp)")
+    try:
+        asked = parser.parse_args()
+        if asked.command == "recipes":
+            show_recipes()
+        else:
+            copy_recipe(asked.name, asked.source)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
