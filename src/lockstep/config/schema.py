@@ -221,7 +221,7 @@ class Config:
         free=True,
     )
     out: str | None = key(None, "run directory (null: outputs/<recipe>/<time>)", free=True)
-    launcher: str = key("launchers.torchrun", "module that starts the ranks where there is no cluster", free=True)
+    launcher: str = key("torchrun", "what starts the ranks where there is no cluster, or a module of yours", free=True)
     start: str = key(
         "auto",
         "ranks on this machine: spawn, an interpreter each, or fork, copies of this process (auto: on the CPU)",
