@@ -42,8 +42,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.config.keys import key
-from lockstep.config.schema import AUTO, Config
+from lockstep.config.keys import AUTO, key
+from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches

@@ -26,12 +26,10 @@ Source: https://arxiv.org/abs/1810.05934 (ASHA)
 """
 
 import importlib.util
-import json
 import math
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -386,14 +384,5 @@ def train(run: Run[TuneConfig]) -> None:
     run.report.line(f"best: trial {result['best']['number']}\n  {result['command']}")
 
 
-def quoted(word: str) -> str:
-    """`tune.space.KEY=choice(1, 2)` as Hydra takes it: parentheses are its own, and a key that is new needs pluses."""
-    key, equals, value = word.partition("=")
-    if not equals or not key.lstrip("+").startswith("tune.space.") or value[:1] in "\"'":
-        return word
-    return f"++{key.lstrip('+')}={json.dumps(value)}"
-
-
 if __name__ == "__main__":
-    sys.argv[1:] = map(quoted, sys.argv[1:])
     train.main()

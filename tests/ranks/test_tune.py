@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from lockstep import UserError
+from lockstep.config import compose
 from lockstep.config.keys import walk
 from lockstep.config.schema import Config
 from lockstep.launch import recipe_process
@@ -28,7 +30,11 @@ from recipes import ddp, tune
 from tests.helpers.harness import clean_environment, command, compose_config, result, validate
 from tests.helpers.processes import as_a_shell, wait_until
 
-SPACE = ["tune.space.global_batch_size=choice(12, 24)", "tune.space.optim.warmup_steps=sample_from(48 // batch_size)"]
+quoted = partial(compose.quoted, texts=("tune.space.",))
+SPACE = [
+    "tune.space.global_batch_size=choice(12, 24)",
+    "tune.space.optim.warmup_steps=sample_from(48 // global_batch_size)",
+]
 
 # The space --------------------------------------------------------------------------------------------------------
 
@@ -42,8 +48,9 @@ def test_every_word_of_a_space_draws_what_it_says() -> None:
             "model.norm": "choice(batch, group)",
             "patience": "choice(null, 3)",
             "global_batch_size": "sample_from(2 ** randint(4, 7) * accumulate)",
-            "seed": "sample_from(batch_size // 2 + max(1, -3))",
-        }
+            "seed": "sample_from(global_batch_size // 2 + max(1, -3))",
+        },
+        ddp.train,
     )
     found = [space.values(space.sample(0, number), Config(accumulate=3)) for number in range(200)]
     lr = sorted(each["optim.lr"] for each in found)
@@ -60,7 +67,7 @@ def test_every_word_of_a_space_draws_what_it_says() -> None:
 
 
 def test_a_trial_s_settings_depend_on_the_seed_and_its_number() -> None:
-    space = Space({"optim.lr": "loguniform(1e-4, 1e-1)", "global_batch_size": "choice(48, 96)"})
+    space = Space({"optim.lr": "loguniform(1e-4, 1e-1)", "global_batch_size": "choice(48, 96)"}, ddp.train)
     assert space.sample(3, 1) == space.sample(3, 1)
     assert len({str(space.sample(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
@@ -83,29 +90,34 @@ def test_a_trial_s_settings_depend_on_the_seed_and_its_number() -> None:
 )
 def test_what_is_not_a_space_is_refused_by_name(key: str, text: Any, said: str) -> None:
     with pytest.raises(UserError, match=r"tune\.space") as refused:
-        Space({key: text})
+        Space({key: text}, ddp.train)
     assert said in str(refused.value)
 
 
 def test_expressions_that_need_each_other_or_have_no_value_are_named() -> None:
-    around = Space({"global_batch_size": "sample_from(2 * accumulate)", "accumulate": "sample_from(batch_size // 2)"})
-    with pytest.raises(UserError, match="batch_size needs accumulate needs batch_size"):
+    around = Space(
+        {"global_batch_size": "sample_from(2 * accumulate)", "accumulate": "sample_from(global_batch_size // 2)"},
+        ddp.train,
+    )
+    with pytest.raises(UserError, match="global_batch_size needs accumulate needs global_batch_size"):
         around.values({}, Config())
     with pytest.raises(UserError, match="too large"):
-        Space({"seed": "sample_from(9 ** 9 ** 9)"}).values({}, Config())
+        Space({"seed": "sample_from(9 ** 9 ** 9)"}, ddp.train).values({}, Config())
     with pytest.raises(UserError, match="zero"):
-        Space({"seed": "sample_from(1 // seed)"} | {"seed": "sample_from(1 // (2 - 2))"}).values({}, Config())
+        Space({"seed": "sample_from(1 // seed)"} | {"seed": "sample_from(1 // (2 - 2))"}, ddp.train).values(
+            {}, Config()
+        )
 
 
 def test_the_shell_s_words_become_hydra_s() -> None:
-    assert tune.quoted("tune.space.optim.lr=uniform(0, 1)") == '++tune.space.optim.lr="uniform(0, 1)"'
-    assert tune.quoted(tune.quoted("tune.space.optim.lr=uniform(0, 1)")) == '++tune.space.optim.lr="uniform(0, 1)"'
-    assert tune.quoted("optim.lr=0.1") == "optim.lr=0.1"
-    assert tune.quoted("~tune.space.global_batch_size") == "~tune.space.global_batch_size"
+    assert quoted("tune.space.optim.lr=uniform(0, 1)") == '++tune.space.optim.lr="uniform(0, 1)"'
+    assert quoted(quoted("tune.space.optim.lr=uniform(0, 1)")) == '++tune.space.optim.lr="uniform(0, 1)"'
+    assert quoted("optim.lr=0.1") == "optim.lr=0.1"
+    assert quoted("~tune.space.global_batch_size") == "~tune.space.global_batch_size"
 
 
 def test_the_tuned_recipe_s_own_keys_can_be_set_and_drawn() -> None:
-    wanted = ["tune.recipe=pipeline_parallel", "schedule=gpipe", tune.quoted("tune.space.micro_batches=choice(2, 4)")]
+    wanted = ["tune.recipe=pipeline_parallel", "schedule=gpipe", quoted("tune.space.micro_batches=choice(2, 4)")]
     config = compose_config(tune.train, *wanted)
     validate(config, tune.train, 1)
     common = tune.words(config, tune.plan(config, tune.find(config), "cpu"))
@@ -128,14 +140,14 @@ def test_a_trial_s_command_composes_what_was_typed() -> None:
         "tune.concurrent=1",
         "threads=1",
         "model.norm=group",
-        *map(tune.quoted, SPACE),
+        *map(quoted, SPACE),
     )
     validate(config, tune.train, 1)
     common = tune.words(config, tune.plan(config, ddp.train, "cpu"))
     assert common[:3] == ["data=synthetic", "optim=adamw", "model.norm=group"]
     there = compose_config(ddp.train, *common, "global_batch_size=24")
     validate(there, ddp.train, 1)
-    drawn = set(Space(config.tune.space).texts)
+    drawn = set(Space(config.tune.space, ddp.train).texts)
     mine, theirs = (
         {name: value for name, value, _ in walk(each) if name not in drawn and not name.startswith("tune.")}
         for each in (config, there)
@@ -339,7 +351,7 @@ def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bi
     found = rows(tmp_path)
     assert [row["number"] for row in found] == [0, 1, 2, 3]
     assert {row["state"] for row in found} <= {"finished", "stopped"}
-    space = Space({"optim": {"lr": "loguniform(1e-4, 1e-1)"}, "global_batch_size": "choice(12, 24)"})
+    space = Space({"optim": {"lr": "loguniform(1e-4, 1e-1)"}, "global_batch_size": "choice(12, 24)"}, ddp.train)
     for row in found:
         drawn = space.values(space.sample(0, row["number"]), Config())
         assert {name: row["values"][name] for name in drawn} == drawn

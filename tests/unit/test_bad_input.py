@@ -35,7 +35,11 @@ from tests.helpers.harness import command
 NO_GPU = not torch.cuda.is_available()
 
 DDP = {
-    "bacth_size=3": ["unknown key bacth_size", "did you mean batch_size?"],
+    "bacth_size=3": ["unknown key bacth_size", "did you mean global_batch_size?"],
+    "batch_size=3": ["batch_size: is called global_batch_size now; write global_batch_size=3"],
+    "monitor=csv": ["monitor: is called logger now; write logger=csv"],
+    "fsdp.replicas=2": ["fsdp.replicas: is called replicate now; write replicate=2"],
+    "zero.stage=3": ["zero.stage: is called stage now; write stage=3"],
     "optim.lrr=3": ["unknown key optim.lrr", "did you mean optim.lr?"],
     "lr=0.1": ["unknown key lr", "optim.lr"],
     "+foo=1": ["unknown key foo", "--help"],
@@ -58,7 +62,7 @@ DDP = {
     "profile=7 max_steps=12": ["profile=7", "the run's 12 steps", "0…6"],
     "profile=1 max_steps=2": ["profile=1", "the run's 2 steps", "0…0"],
     "memory=report compile=true": ["memory=report", "compile=true"],
-    "recipes=[ddp]": ["recipes=['ddp']", "recipes.ddp does not use it", "doctor"],
+    "recipes=[ddp]": ["recipes=[ddp]", "recipes.ddp does not use it", "doctor"],
     "compile=maybe": ["compile=maybe", "bool"],
     "optim.lr=fast": ["optim.lr=fast", "Float"],
     "optim.lr=-1": ["optim.lr=-1", "from 0 up"],
@@ -75,12 +79,12 @@ DDP = {
     "data.image_size=16": ["data.image_size=16", "8 × 8", "model.image_size"],
     "global_batch_size=2": ["global_batch_size=2", "BatchNorm", "model.norm=group"],
     "accumulate=49": ["accumulate=49", "48 images", "1…48"],
-    "cut=layer2": ["cut=layer2", "recipes.ddp does not use it", "model_parallel and pipeline_parallel"],
+    "cut=layer2": ["cut=layer2", "recipes.ddp does not use it", "recipes.model_parallel and recipes.pipeline_parallel"],
     "stages=2": ["stages=2", "recipes.ddp does not use it", "pipeline_parallel"],
     "nproc=0": ["nproc=0", "from 1 up"],
     "model=resnet19": ["model=resnet19", "allowed are resnet18, resnet34, resnet50, resnet101, resnet152"],
     "data=mnist": ["data=mnist", "digits", "cifar10"],
-    "tune=asha": ["tune", "only recipes.tune"],
+    "tune=asha": ["tune=asha", "recipes.ddp does not use it; it belongs to recipes.tune"],
     "tune.trials=3": ["tune.trials=3", "recipes.ddp does not use it"],
     "optim=adagrad": ["optim=adagrad", "sgd", "adamw"],
     "logger=tb": ["logger=tb", "csv", "tensorboard"],
@@ -100,8 +104,8 @@ DDP = {
     "optim.schedule=step": ["optim.schedule=step", "constant, cosine"],
     "global_batch_size=33": ["global_batch_size=33", "2 ranks", "32, 34"],
     "nproc=5": ["global_batch_size=96", "5 ranks", "95, 100"],
-    "verify=true": ["verify=True", "recipes.ddp does not use it; compare do"],
-    "nprocs=[1,2]": ["nprocs=[1, 2]", "recipes.ddp does not use it; compare do"],
+    "verify=true": ["verify=true: recipes.ddp does not use it; it belongs to recipes.compare"],
+    "nprocs=[1,2]": ["nprocs=[1,2]: recipes.ddp does not use it; it belongs to recipes.compare"],
     "global_batch_size=2000": ["global_batch_size=2000", "1437"],
     "backend=nccl device=cpu": ["backend=nccl", "gloo"],
     "backend=mpi": ["backend=mpi", "gloo, nccl"],
@@ -157,10 +161,12 @@ DDP = {
     "schedule=gpipe": ["schedule=gpipe", "recipes.ddp does not use it", "pipeline_parallel"],
     "accumulate_by=unbind": ["accumulate_by=unbind", "grad_accumulation"],
     "recipes=[single]": ["recipes=", "recipes.ddp does not use it", "verify"],
-    "stage=3": ["stage=3: recipes.ddp does not use it; deepspeed_zero do"],
-    "offload=true": ["offload=True: recipes.ddp does not use it; fsdp and verify do"],
-    "sync_batchnorm=true": ["sync_batchnorm=True", "recipes.ddp does not use it", "lightning_fabric"],
-    "freeze=[fc.*]": ["recipes.ddp does not use it; transfer_learning do"],
+    "stage=3": ["stage=3: recipes.ddp does not use it; it belongs to recipes.deepspeed_zero"],
+    "offload=true": [
+        "offload=true: recipes.ddp does not use it; it belongs to recipes.deepspeed_zero and recipes.fsdp"
+    ],
+    "sync_batchnorm=true": ["sync_batchnorm=true", "recipes.ddp does not use it", "lightning_fabric"],
+    "freeze=[fc.*]": ["freeze=[fc.*]: recipes.ddp does not use it; it belongs to recipes.transfer_learning"],
     "+cluster=lightning cluster.partition=gpu": ["cluster.partition=gpu", "has no queue", "cluster.tasks_per_node"],
     "+cluster=lightning start=magic": ["start=magic", "spawn, fork"],
     "+cluster=lightning cluster.nodes=2": ["NODE_RANK, MASTER_ADDR, MASTER_PORT not set", "lightning_slurm"],
@@ -192,10 +198,10 @@ TUNE = {
     "tune.space.optim.lr=uniform(-1,1)": ["optim.lr=-1.0", "from 0 up"],
     "tune.space.model.norm=choice(batch,layer)": ["model.norm=layer", "batch, group"],
     "tune.space.global_batch_size=choice(48,49)": ["tune.space can draw", "global_batch_size=49", "2 ranks", "48, 50"],
-    "tune.space.eval_batch_size=choice(big)": ["global_batch_size=big", "Integer"],
+    "tune.space.eval_batch_size=choice(big)": ["eval_batch_size=big", "Integer"],
     "tune.space.epochs=choice(1,2)": ["tune.space.epochs", "same for all trials"],
     "tune.space.out=choice(a,b)": ["tune.space.out", "same for all trials"],
-    "tune.space.stages=choice(2)": ["stages=2", "recipes.ddp does not use it"],
+    "tune.space.stages=choice(2)": ["unknown key stages in tune.space", "recipes.ddp does not use it"],
     "~tune.space.optim ~tune.space.global_batch_size": ["tune.space", "is empty", "tune=asha"],
     "global_batch_size=auto": ["global_batch_size=auto", "set a number, or draw it with tune.space.global_batch_size"],
     "stage=3": ["stage=3", "recipes.tune does not use it"],
@@ -311,8 +317,7 @@ def assert_one_line(capfd: pytest.CaptureFixture[str], parts: list[str]) -> None
 )
 def test_bad_input_is_refused_in_one_line(recipe, words, parts, tmp_path, monkeypatch, capfd) -> None:  # type: ignore[no-untyped-def]
     monkeypatch.chdir(tmp_path)
-    quoted = tune.quoted if recipe is tune.train else str
-    assert run_main(recipe, [quoted(word) for word in words.split()], monkeypatch) == 2
+    assert run_main(recipe, words.split(), monkeypatch) == 2
     assert_one_line(capfd, parts)
     assert list(tmp_path.iterdir()) == [], "nothing may be created"
     assert "ray" not in sys.modules or "tests.ranks.test_tune" in sys.modules, "a search is refused before Ray starts"

@@ -51,10 +51,9 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
     if recipe.several:
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
-    opened = open_keys(schema)
-    words = [quoted(word, opened) for word in words]
+    words = [quoted(word, open_keys(schema, texts=True)) for word in words]
     sys.argv = [sys.argv[0], *words]
-    check_names(words)
+    check_names(words, recipe, schema)
     check_cluster_words(words)
     GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
     register(recipe, schema)
@@ -148,22 +147,22 @@ def in_plural(word: str, key: str) -> str:
     return f"{key}s=[{value.strip('[]')}]"
 
 
-def quoted(word: str, opened: tuple[str, ...]) -> str:
+def quoted(word: str, texts: tuple[str, ...]) -> str:
     """`tune.space.KEY=choice(1, 2)` as Hydra takes it: parentheses are its own, and a key that is new needs pluses.
 
     Args:
-        opened: what the keys begin with whose last part is the user's to name.
+        texts: what the keys begin with whose values are texts, under names of the user's.
     """
     name, equals, value = word.partition("=")
-    if not equals or "(" not in value or not name.lstrip("+").startswith(opened) or value[:1] in "\"'":
+    if not equals or not name.lstrip("+").startswith(texts) or value[:1] in "\"'":
         return word
     return f"++{name.lstrip('+')}={json.dumps(value)}"
 
 
-def open_keys(schema: type[Config]) -> tuple[str, ...]:
-    """What the keys begin with whose last part is the user's to name, such as `tune.space.`."""
+def open_keys(schema: type[Config], texts: bool = False) -> tuple[str, ...]:
+    """What the keys begin with whose last part is the user's to name, such as `tune.space.`; or those with `texts`."""
     keys = [*walk(schema()), *walk(ClusterConfig(), "cluster.")]
-    return tuple(f"{name}." for name, _, rule in keys if rule["open"])
+    return tuple(f"{name}." for name, _, rule in keys if rule["texts" if texts else "open"])
 
 
 def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: Collection[str] = ()) -> list[str]:

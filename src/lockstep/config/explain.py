@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
 from hydra.errors import MissingConfigException
@@ -68,29 +69,37 @@ def renamed(name: str) -> str:
     return ""
 
 
-def check_names(words: list[str]) -> None:
-    """Refuse a key by its name of before; raises UserError with the one it has now."""
+def check_names(words: list[str], recipe: CommandLine, schema: type[Config]) -> None:
+    """Refuse a key by its name of before, and one that is another recipe's own.
+
+    Raises:
+        UserError: with the name it has now, or the recipes that it belongs to.
+    """
+    known = {entry.name for entry in fields(schema)}
     for word in words:
         name = re.split("[=@]", word.lstrip("+~"))[0]
         if now := renamed(name):
             raise UserError(f"{name}: is called {now} now; write {word.replace(name, now, 1)}")
+        if name.partition(".")[0] not in known and (owners := owners_of(name, recipe)):
+            raise UserError(f"{word}: recipes.{recipe.name} does not use it; it belongs to {owners}")
+
+
+def owners_of(name: str, recipe: CommandLine) -> str:
+    """The recipes beside this one that have a key of their own of this name, as words."""
+    head = name.partition(".")[0]
+    having = [each.name for each in neighbours(recipe.path).values() if head in own_keys(each.config)]
+    return " and ".join(f"recipes.{each}" for each in having if each != recipe.name)
 
 
 def unknown_key(name: str, recipe: CommandLine, schema: type[Config], where: str = "") -> UserError:
     """Say what a key is called now, which recipe has it, or which keys that do exist are nearest."""
     if now := renamed(name):
         return UserError(f"unknown key {name}{where}: it is called {now} now")
-    keys = [key for key, _, _ in walk(schema())] + [f"cluster.{key}" for key, _, _ in walk(ClusterConfig())]
-    having = [
-        each.name
-        for each in neighbours(recipe.path).values()
-        if name.partition(".")[0] in own_keys(each.config) and each.name != recipe.name
-    ]
-    if having:
-        owners = " and ".join(f"recipes.{name}" for name in having)
+    if owners := owners_of(name, recipe):
         return UserError(f"unknown key {name}{where}: recipes.{recipe.name} does not use it; it belongs to {owners}")
-    near = difflib.get_close_matches(name, [*keys, *GROUPS], n=1, cutoff=0.5) or [
-        key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]
-    ]
+    keys = [key for key, _, _ in walk(schema())] + [f"cluster.{key}" for key, _, _ in walk(ClusterConfig())]
+    last = [key for key in keys if key.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = last or difflib.get_close_matches(name, [*keys, *GROUPS, *RENAMED], n=1, cutoff=0.5)
+    near = [renamed(each) or each for each in near]
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     return UserError(f"unknown key {name}{where}; {hint}--help all lists all keys")

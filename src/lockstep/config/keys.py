@@ -21,6 +21,7 @@ def key(
     minimum: float | None = None,
     free: bool = False,
     open: bool = False,
+    texts: bool = False,
 ) -> Any:
     """A config key, as the default of a dataclass field.
 
@@ -31,8 +32,16 @@ def key(
         minimum: the smallest number that is allowed.
         free: may change when a run is resumed; any other key would make it another training.
         open: its value is a dict whose own keys are the user's to name.
+        texts: and their values are texts, taken as they are typed.
     """
-    metadata = {"help": help, "choices": choices, "minimum": minimum, "free": free, "open": open}
+    metadata: dict[str, Any] = {
+        "help": help,
+        "choices": choices,
+        "minimum": minimum,
+        "free": free,
+        "open": open,
+        "texts": texts,
+    }
     if isinstance(default, tuple):
         return field(default_factory=lambda: list(default), metadata=metadata)
     if isinstance(default, dict):

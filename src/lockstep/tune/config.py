@@ -13,7 +13,10 @@ from lockstep.config.schema import Config
 class Search:
     recipe: str = key("ddp", "recipe whose settings are searched")
     space: dict[str, Any] = key(
-        {}, "config key: where its values come from, such as {optim: {lr: 'loguniform(1e-4, 1e-1)'}}", open=True
+        {},
+        "config key: where its values come from, such as {optim: {lr: 'loguniform(1e-4, 1e-1)'}}",
+        open=True,
+        texts=True,
     )
     trials: int = key(8, "settings that are tried", minimum=1)
     concurrent: int | None = key(
