@@ -50,7 +50,7 @@ from lockstep.launch.validate import check_package, validate
 from lockstep.registry import choose, get_recipe
 from lockstep.training.timing import warm_up
 from lockstep.utils import files
-from lockstep.utils.environment import environment
+from lockstep.utils.system import system_info
 from lockstep.utils.text import count, interpreter, short
 
 OURS = {"recipes", "nprocs", "rounds", "verify", "profile", "out", "nproc", "threads", "resume", "launcher"}
@@ -249,7 +249,7 @@ def train(run: Run[CompareConfig]) -> None:
         title=f"{config.model.name} on {config.data.name}: {count(len({case.recipe for case in cases}), 'recipe')}",
         about=about(run.config, run.device.type),
         rows=made,
-        environment=environment(run.world.hosts, str(run.device), run.world.backend),
+        environment=system_info(run.world.hosts, str(run.device), run.world.backend),
         config=to_yaml(replace(config, out=None)),
         command=again(config),
         out=str(run.out),

@@ -22,7 +22,7 @@ from lockstep.compare.figures import Case, Row, comparison_rows, verdicts
 from lockstep.distributed.signals import Preempted
 from lockstep.launch import recipe_process
 from lockstep.launch.validate import validate
-from lockstep.utils.environment import environment
+from lockstep.utils.system import system_info
 from recipes import compare
 from tests.helpers.browser import Browser
 from tests.helpers.harness import command, compose_config, execute, result
@@ -338,7 +338,7 @@ def facts(**more: Any) -> html_report.Facts:
         "title": f"resnet18 {HOSTILE}",
         "about": {"on": HOSTILE},
         "rows": made(),
-        "environment": environment(["node1"], "cpu", "gloo") | {"cpu": HOSTILE},
+        "environment": system_info(["node1"], "cpu", "gloo") | {"cpu": HOSTILE},
         "config": f"out: {HOSTILE}\n",
         "command": f"python -m recipes.compare out='{HOSTILE}'",
         "out": HOSTILE,

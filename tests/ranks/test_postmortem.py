@@ -15,17 +15,18 @@ import pytest
 from lockstep import Run
 from lockstep.config.declared import read_config
 from lockstep.config.run_directory import freeze
-from lockstep.config.schema import Config, to_yaml
+from lockstep.config.schema import to_yaml
 from lockstep.data.loader import Samples
-from lockstep.diagnose.evidence import collect, error_in
+from lockstep.diagnose.config import DoctorConfig
+from lockstep.diagnose.evidence import collect_evidence, error_in
 from lockstep.diagnose.findings import Finding
-from lockstep.diagnose.postmortem import judge
+from lockstep.diagnose.postmortem import judge_run
 from lockstep.diagnose.stacks import VERDICT_MARK
 from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, Heartbeat
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
-from recipes import ddp, doctor
+from recipes import ddp, doctor, fsdp
 from tests.helpers.harness import command, compose_config, execute, result, run_ranks
 from tests.helpers.processes import wait_until
 from tests.ranks.test_failures import CRASHING
@@ -37,7 +38,7 @@ SHORT = ["global_batch_size=24", "max_steps=4", "log_every=1", "eval_every=0", "
 def read(out: Path) -> dict[str, Finding]:
     """The first finding of each check."""
     found: dict[str, Finding] = {}
-    for each in judge(collect(out)):
+    for each in judge_run(collect_evidence(out)):
         found.setdefault(each.check, each)
     return found
 
@@ -79,7 +80,7 @@ def test_a_finished_run_and_one_that_is_under_way(tmp_path: Path, monkeypatch: p
     ("how", "words", "remedy"),
     [
         ("raise", "rank 1 (HOST): KeyError: 'the cause' at crash.py:LINE", "ranks/"),
-        ("kill", "rank 1 (HOST) left no word in step 2 (training), and rank 0 (HOST) waited in vain for it", "dmesg"),
+        ("kill", "rank 1 (HOST) left no error message in step 2 (training), and rank 0 (HOST) waited for it", "dmesg"),
     ],
 )
 def test_a_run_that_died_is_read(how: str, words: str, remedy: str, tmp_path: Path) -> None:
@@ -96,7 +97,7 @@ def test_a_run_that_died_is_read(how: str, words: str, remedy: str, tmp_path: Pa
     assert "step-00000001 is intact" in found["checkpoints"].figure
     done = command("-m", "recipes.doctor", "run=run", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "goes on from step 1" in done.stdout
+    assert "resumes at step 1" in done.stdout
 
 
 # Made up -------------------------------------------------------------------------------------------------------------
@@ -134,7 +135,7 @@ TRACE = ["Traceback (most recent call last):", '  File "/a/site-packages/torch/x
 
 def test_a_run_that_vanished(out: Path) -> None:
     found = read(out)
-    assert found["end"].figure.startswith("ended without a word")
+    assert found["end"].figure.startswith("ended without an error message")
     assert "error" not in found, "what an earlier start said is over"
     assert found["steps"].figure == "rank 0 logged step 40 last; in their logs rank 1 40, rank 2 40, rank 3 40"
     assert found["speed"].figure == "100 images/s (median of 40 logged lines)"
@@ -156,7 +157,7 @@ def test_what_earlier_attempts_said_is_told(out: Path) -> None:
     for number, (name, text) in enumerate(stacks.items()):
         (out / "ranks" / name).write_text(text)
         os.utime(out / "ranks" / name, (1000 + number, 1000 + number))
-    told = [each for each in judge(collect(out)) if each.check == "earlier"]
+    told = [each for each in judge_run(collect_evidence(out)) if each.check == "earlier"]
     assert [each.remedy for each in told] == [
         "ranks/0.stack.1, 2.stack.1 have the stacks",
         "ranks/1.stack.1 has the stacks",
@@ -176,7 +177,7 @@ def test_the_first_cause_is_not_the_rank_that_only_lost_another_one(out: Path) -
     found = read(out)
     assert (
         found["error"].figure
-        == "ranks 1 (node1), 2 (node2) left no word, and ranks 0 (node1), 3 (node2) waited in vain for them"
+        == "ranks 1 (node1), 2 (node2) left no error message, and ranks 0 (node1), 3 (node2) waited for them"
     )
     say(
         out,
@@ -233,7 +234,7 @@ def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
         beat["spent"] = {"training": 20 - waited, "waiting for data": waited}
         (out / "ranks" / f"{rank}.heartbeat").write_text(json.dumps(beat))
     found = read(out)
-    assert found["slowest"].figure == "rank 2 (h) computed for 400 ms a step, 58% more than the ranks' median"
+    assert found["slowest"].figure == "rank 2 (h) computed for 400 ms per step, 58% more than the ranks' median"
     assert found["data"].figure == "rank 3 (h) waited longest for data: 30% of its steps' time, the ranks' median 1%"
     assert found["slowest"].verdict == found["data"].verdict == "warning"
     assert "data.workers" in found["data"].remedy
@@ -320,7 +321,7 @@ def test_damaged_and_unfinished_checkpoints_are_named(tmp_path: Path) -> None:
     for words in (
         "step-00000002 is intact",
         "1 save was under way",
-        "2 steps are to be taken again",
+        "2 steps will be repeated",
         "step-00000004: __0_0.distcp has",
     ):
         assert words in found.figure
@@ -361,11 +362,15 @@ def test_an_error_is_found_in_a_log() -> None:
 def test_the_way_to_go_on_is_the_command(out: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     assert run_main(doctor.train, [f"run={out}"], monkeypatch) == 0
     report = json.loads((out / "postmortem.json").read_text())
-    assert report["next"] == f"python -m recipes.ddp optim.lr=0.3 max_steps=50 out={out}    begins again at step 0"
+    assert report["next"] == f"python -m recipes.ddp optim.lr=0.3 max_steps=50 out={out}    starts again at step 0"
     assert f"next: {report['next']}\n" in capfd.readouterr().out
     (out / "config.yaml").write_text((out / "config.yaml").read_text().replace("max_steps", "most_steps"))
     assert run_main(doctor.train, [f"run={out}"], monkeypatch) == 0, "of another version's config the rest is said"
     assert "the command that started it" in json.loads((out / "postmortem.json").read_text())["next"]
+    own = compose_config(fsdp.train, "replicate=2", "max_steps=50")
+    (out / "config.yaml").write_text(f"# recipe: fsdp\n{to_yaml(own)}")
+    assert run_main(doctor.train, [f"run={out}"], monkeypatch) == 0
+    assert "recipes.fsdp max_steps=50 replicate=2" in json.loads((out / "postmortem.json").read_text())["next"]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
@@ -395,4 +400,4 @@ def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_ranks_do_not_read_a_run() -> None:
     with pytest.raises(UserError, match="run=x: is read by one process"):
-        doctor.check(Config(run="x"), 48)
+        doctor.check(DoctorConfig(run="x"), 48)

@@ -18,11 +18,16 @@ import torch
 import torch.distributed as dist
 
 from lockstep import Run
-from lockstep.diagnose import bandwidth, probes
-from lockstep.diagnose.bandwidth import measure, plot, rounds
-from lockstep.diagnose.findings import failed
-from lockstep.diagnose.preflight import Asked, judge, minutes_left
-from lockstep.diagnose.probes import core_quota, kind_of, leaders, notice, unmet
+from lockstep.diagnose import bandwidth
+from lockstep.diagnose.bandwidth import bandwidth_plot, measure_bandwidth, pair_rounds
+from lockstep.diagnose.findings import Facts, failed_checks
+from lockstep.diagnose.preflight import Needs, judge_ranks
+from lockstep.diagnose.probes import determinism, machine, network, versions
+from lockstep.diagnose.probes import files as file_system
+from lockstep.diagnose.probes.machine import core_quota
+from lockstep.diagnose.probes.ranks import first_rank_of_hosts
+from lockstep.diagnose.probes.slurm import minutes_between, signal_option
+from lockstep.diagnose.probes.versions import unmet_requirements
 from lockstep.distributed.process_group import World
 from lockstep.memory.usage import control_groups
 from lockstep.utils import files
@@ -30,8 +35,7 @@ from recipes import ddp, doctor
 from tests.helpers.harness import command, execute, run_ranks
 from tests.helpers.slurm_box import Box
 
-ASKED = Asked(checkpoint_bytes=100 * 2**20, keep=2, gradient_bytes=50 * 2**20)
-Facts = dict[str, Any]
+NEEDS = Needs(checkpoint_bytes=100 * 2**20, keep=2, gradient_bytes=50 * 2**20)
 
 
 # Made up ------------------------------------------------------------------------------------------------------------
@@ -42,7 +46,7 @@ def machines(*hosts: str, gpu: bool = False) -> list[Facts]:
     found: list[Facts] = []
     for rank, host in enumerate(hosts):
         local = hosts[:rank].count(host)
-        ranks_here, first = hosts.count(host), rank in leaders(list(hosts))
+        ranks_here, first = hosts.count(host), rank in first_rank_of_hosts(list(hosts))
         device: Facts = {"type": "cpu", "name": "EPYC", "gpus_visible": 0, "gpus_present": 0}
         if gpu:
             device = {
@@ -110,7 +114,7 @@ def speeds(hosts: tuple[str, ...], slow: tuple[int, int] | None = None, between:
         rate = 8e9 if hosts[a] == hosts[b] else between
         rate /= 10 if (a, b) == slow else 1
         pairs.append({"ranks": (a, b), "hosts": [hosts[a], hosts[b]], "latency": 3e-5, "bandwidth": rate})
-    return {"collectives": dict.fromkeys(bandwidth.SHORT, rows), "pairs": pairs}
+    return {"collectives": dict.fromkeys(bandwidth.LABELS, rows), "pairs": pairs}
 
 
 FOUR = ("node1", "node1", "node2", "node2")
@@ -119,7 +123,7 @@ FOUR = ("node1", "node1", "node2", "node2")
 @pytest.mark.parametrize("hosts", [("box",), ("box", "box"), FOUR, ("a", "b", "c")])
 @pytest.mark.parametrize("gpu", [False, True])
 def test_sound_machines_are_called_so(hosts: tuple[str, ...], gpu: bool) -> None:
-    found = judge(machines(*hosts, gpu=gpu), speeds(hosts) if len(hosts) > 1 else {}, ASKED)
+    found = judge_ranks(machines(*hosts, gpu=gpu), speeds(hosts) if len(hosts) > 1 else {}, NEEDS)
     assert {each.verdict for each in found} == {"ok"}, found
     assert {each.remedy for each in found} == {""}
     expected = [
@@ -224,7 +228,7 @@ TROUBLES: dict[str, tuple[Callable[[list[Facts]], None], str, str, list[str]]] =
         put("device", uuid="node2-0"),
         "devices",
         "fails",
-        ["ranks 2, 3 share one GPU of node2", "one rank a GPU"],
+        ["ranks 2, 3 share one GPU of node2", "one rank per GPU"],
     ),
     "other GPUs": (put("device", (2, 3), name="T4"), "devices", "warning", ["H200 on node1; T4 on node2", "alike"]),
     "a GPU that is taken": (put("device", used_bytes=2**36), "devices", "warning", ["65,536 of 131,072", "nvidia-smi"]),
@@ -320,7 +324,12 @@ TROUBLES: dict[str, tuple[Callable[[list[Facts]], None], str, str, list[str]]] =
     "a disk soon full": (filesystem(free_bytes=250 * 2**20), "files", "warning", ["250 MiB free", "checkpoint.keep"]),
     "a wrong sum": (put("determinism", off=0.01), "determinism", "fails", ["wrong by 0.01 on rank 3 (node2)"]),
     "a sum that is no number": (put("determinism", off=float("nan")), "determinism", "fails", ["wrong by nan"]),
-    "other bits": (put("determinism", digests=["d1"] * 3 + ["d2"]), "determinism", "fails", ["rank 3", "would part"]),
+    "other bits": (
+        put("determinism", digests=["d1"] * 3 + ["d2"]),
+        "determinism",
+        "fails",
+        ["rank 3", "would diverge"],
+    ),
     "other bits each time": (
         put("determinism", (0, 1, 2, 3), digests=["d1", "d2", "d1", "d1"]),
         "determinism",
@@ -354,9 +363,9 @@ def test_trouble_is_named_with_a_remedy(name: str) -> None:
     change, check, verdict, words = TROUBLES[name]
     found = machines(*FOUR, gpu=True)
     change(found)
-    bad = [each for each in judge(found, speeds(FOUR), ASKED) if each.verdict != "ok"]
+    bad = [each for each in judge_ranks(found, speeds(FOUR), NEEDS) if each.verdict != "ok"]
     assert (check, verdict) in [(each.check, each.verdict) for each in bad], bad
-    assert verdict == "fails" or not failed(bad), "it works, and costs something"
+    assert verdict == "fails" or not failed_checks(bad), "it works, and costs something"
     said = " ".join(f"{each.figure} | {each.remedy}" for each in bad if each.check == check)
     assert all(word in said for word in words), said
     assert all(each.remedy for each in bad)
@@ -365,7 +374,7 @@ def test_trouble_is_named_with_a_remedy(name: str) -> None:
 def test_a_job_that_fits_is_called_so() -> None:
     found = machines(*FOUR, gpu=True)
     in_a_job(found)
-    rows = [each for each in judge(found, speeds(FOUR), ASKED) if each.check == "slurm"]
+    rows = [each for each in judge_ranks(found, speeds(FOUR), NEEDS) if each.check == "slurm"]
     assert [each.verdict for each in rows] == ["ok", "ok"], rows
     assert "60 minutes left" in rows[0].figure
     assert "USR1@120" in rows[0].figure
@@ -375,7 +384,7 @@ def test_eight_ranks_with_eight_threads_on_eight_cores() -> None:
     found = machines(*["big"] * 8)
     for each in found:
         each["cores"]["threads"] = 8
-    (row,) = [each for each in judge(found, {}, ASKED) if each.check == "cores"]
+    (row,) = [each for each in judge_ranks(found, {}, NEEDS) if each.check == "cores"]
     assert (row.verdict, row.remedy) == ("warning", "set threads=1")
     assert "8 ranks with 64 threads on 8 cores" in row.figure
 
@@ -384,7 +393,7 @@ def test_device_cpu_where_gpus_are_is_named() -> None:
     found = machines("box", "box")
     for each in found:
         each["device"]["gpus_visible"] = 2
-    (row,) = [each for each in judge(found, {}, ASKED) if each.check == "devices"]
+    (row,) = [each for each in judge_ranks(found, {}, NEEDS) if each.check == "devices"]
     assert (row.verdict, row.remedy) == ("warning", "set device=cuda")
 
 
@@ -392,18 +401,18 @@ def test_device_cpu_where_gpus_are_is_named() -> None:
 def test_gpus_that_torch_does_not_see_are_named(cuda: str | None, remedy: str) -> None:
     found = machines("box")
     found[0]["device"]["gpus_present"], found[0]["versions"]["cuda"] = 4, cuda
-    (row,) = [each for each in judge(found, {}, ASKED) if each.check == "devices"]
+    (row,) = [each for each in judge_ranks(found, {}, NEEDS) if each.check == "devices"]
     assert (row.verdict, row.figure) == ("warning", f"box has 4 GPUs, and torch (CUDA {cuda or 'none'}) sees none")
     assert remedy in row.remedy
 
 
 def test_slow_links_are_named() -> None:
     three = ("a", "b", "c")
-    rows = [each for each in judge(machines(*three), speeds(three, slow=(1, 2)), ASKED) if each.check == "links"]
+    rows = [each for each in judge_ranks(machines(*three), speeds(three, slow=(1, 2)), NEEDS) if each.check == "links"]
     assert [each.verdict for each in rows] == ["ok", "warning"]
     assert "slowest ranks 1 (b) and 2 (c) with 0.2 GB/s" in rows[1].figure
     assert rows[1].remedy.startswith(("leave out b", "leave out c"))
-    rows = [each for each in judge(machines(*three), speeds(three, between=1e7), ASKED) if each.check == "links"]
+    rows = [each for each in judge_ranks(machines(*three), speeds(three, between=1e7), NEEDS) if each.check == "links"]
     assert (rows[1].verdict, "GLOO_SOCKET_IFNAME" in rows[1].remedy) == ("warning", True)
 
 
@@ -413,7 +422,7 @@ SHAPES += [["a", "b", "b", "c"], [f"h{n // 8}" for n in range(128)]]
 
 @pytest.mark.parametrize("hosts", SHAPES, ids="-".join)
 def test_rounds_of_pairs_share_no_rank_and_leave_no_two_hosts_out(hosts: list[str]) -> None:
-    found = rounds(hosts)
+    found = pair_rounds(hosts)
     for pairs in found:
         ranks = [rank for pair in pairs for rank in pair]
         assert len(set(ranks)) == len(ranks)
@@ -433,7 +442,7 @@ def test_rounds_of_pairs_share_no_rank_and_leave_no_two_hosts_out(hosts: list[st
 def test_the_plot_is_read_from_its_numbers() -> None:
     rows = [{"bytes": size, "seconds": 1.0, "bandwidth": size} for size in (1e3, 1e6, 1e9)]
     flat = [{"bytes": size, "seconds": 1.0, "bandwidth": 1e3} for size in (1e3, 1e6, 1e9)]
-    lines = plot({"all_reduce": rows, "pair": flat}, height=7).splitlines()
+    lines = bandwidth_plot({"all_reduce": rows, "pair": flat}, height=7).splitlines()
     field = [line.partition("│")[2] for line in lines[:7]]
     columns = [[row[10 * column : 10 * column + 10].strip() for row in field] for column in range(3)]
     assert columns[0] == [""] * 6 + ["*"]
@@ -472,28 +481,28 @@ def test_requirements_that_are_not_met_are_found(monkeypatch: pytest.MonkeyPatch
         'windows-only; sys_platform == "win32"',
         'extra-only; extra == "gpu"',
     ]
-    monkeypatch.setattr(probes.metadata, "requires", lambda package: wanted)
-    first, second = unmet(["torchvision"])
+    monkeypatch.setattr(versions.metadata, "requires", lambda package: wanted)
+    first, second = unmet_requirements(["torchvision"])
     assert re.fullmatch(r"torchvision \S+ wants torch==1\.0, and \S+ is installed", first)
     assert second.endswith("wants nowhere>=2, which is not installed")
-    monkeypatch.setattr(probes.metadata, "requires", lambda package: None)
-    assert list(unmet(["torchvision"])) == []
+    monkeypatch.setattr(versions.metadata, "requires", lambda package: None)
+    assert list(unmet_requirements(["torchvision"])) == []
 
 
 def test_the_kind_of_a_file_system_is_its_innermost_mount_s(tmp_path: Path) -> None:
     mounts = tmp_path / "mounts"
     mounts.write_text(f"/dev/x / ext4 rw 0 0\nhost:/a {tmp_path}/a\\040b nfs4 rw 0 0\nt {tmp_path}/ab tmpfs rw 0 0\n")
-    assert kind_of(tmp_path / "a b" / "run", mounts) == "nfs4"
-    assert kind_of(tmp_path / "abc", mounts) == "ext4"
+    assert file_system.file_system_of(tmp_path / "a b" / "run", mounts) == "nfs4"
+    assert file_system.file_system_of(tmp_path / "abc", mounts) == "ext4"
 
 
 def test_a_job_s_words_are_read() -> None:
-    assert notice("#SBATCH --requeue --signal=USR1@120\n") == "USR1@120"
-    assert notice("#SBATCH --signal USR2@30\n# --signal=KILL\n") == "USR2@30"
-    assert notice("#SBATCH -s 'B:TERM@9'\n") == "B:TERM@9"
-    assert notice("#SBATCH --time=60\necho --signal=USR1\n") == notice("") == ""
-    assert minutes_left("2026-11-21T12:00:00", "2026-11-21T13:30:00") == 90
-    assert minutes_left("2026-11-21T12:00:00", "Unknown") is None
+    assert signal_option("#SBATCH --requeue --signal=USR1@120\n") == "USR1@120"
+    assert signal_option("#SBATCH --signal USR2@30\n# --signal=KILL\n") == "USR2@30"
+    assert signal_option("#SBATCH -s 'B:TERM@9'\n") == "B:TERM@9"
+    assert signal_option("#SBATCH --time=60\necho --signal=USR1\n") == signal_option("") == ""
+    assert minutes_between("2026-11-21T12:00:00", "2026-11-21T13:30:00") == 90
+    assert minutes_between("2026-11-21T12:00:00", "Unknown") is None
 
 
 # Real ranks ----------------------------------------------------------------------------------------------------------
@@ -501,7 +510,7 @@ def test_a_job_s_words_are_read() -> None:
 
 def test_links_of_real_ranks_are_measured_and_a_slow_pair_named() -> None:
     found = run_ranks(measured, 3)
-    assert found[0]["collectives"].keys() == bandwidth.SHORT.keys()
+    assert found[0]["collectives"].keys() == bandwidth.LABELS.keys()
     for name, rows in found[0]["collectives"].items():
         factor = {"all_reduce": 4 / 3, "pair": 1}.get(name, 2 / 3)
         for row, size in zip(rows, (2**12, 2**16), strict=True):
@@ -512,28 +521,28 @@ def test_links_of_real_ranks_are_measured_and_a_slow_pair_named() -> None:
     pairs = {tuple(pair["ranks"]): pair for pair in found[0]["pairs"]}
     assert sorted(pairs) == [(0, 1), (0, 2), (1, 2)]
     assert pairs[0, 2]["latency"] > 0.04 > pairs[0, 1]["latency"]
-    rows = [each for each in judge(machines("a", "a", "a"), found[0], ASKED) if each.check == "links"]
+    rows = [each for each in judge_ranks(machines("a", "a", "a"), found[0], NEEDS) if each.check == "links"]
     assert rows[1].verdict == "warning"
     assert re.search(r"slowest ranks 0 \(\S+\) and 2 \(\S+\)", rows[1].figure), rows[1]
 
 
 def measured(world: World) -> Facts:
     """With a link between ranks 0 and 2 that takes 50 ms, whatever it carries."""
-    carry = bandwidth.carry
+    transfer = bandwidth.transfer
 
-    def slowly(way: Any, parcel: torch.Tensor, peer: int) -> None:
+    def slowly(way: Any, message: torch.Tensor, peer: int) -> None:
         if {world.rank, peer} == {0, 2} and way is dist.isend:
             time.sleep(0.05)
-        carry(way, parcel, peer)
+        transfer(way, message, peer)
 
-    bandwidth.carry, bandwidth.TIMES, bandwidth.PINGS = slowly, 3, 2
+    bandwidth.transfer, bandwidth.SAMPLES, bandwidth.LATENCY_TRIPS = slowly, 3, 2
     bandwidth.PAIR_SIZES = {"cpu": 2**16}
-    return measure(world, (2**12, 2**16))
+    return measure_bandwidth(world, (2**12, 2**16))
 
 
 def looks(world: World, out: str, trouble: str) -> Facts:
     """What a rank finds of the others, with something that is really wrong."""
-    probes.PATIENCE_SECONDS, probes.SWAP_SECONDS, probes.BLOCK_BYTES = 0.5, 0.2, 2**20
+    file_system.PATIENCE_SECONDS, file_system.SWAP_SECONDS, file_system.BLOCK_BYTES = 0.5, 0.2, 2**20
     folder = Path(out)
     if trouble == "apart":
         folder = folder / str(world.rank)
@@ -547,7 +556,7 @@ def looks(world: World, out: str, trouble: str) -> Facts:
 
         files.write_atomically = write  # type: ignore[assignment]
     if trouble == "no lock":
-        probes.fcntl.lockf = lambda *_: None  # type: ignore[assignment]
+        file_system.fcntl.lockf = lambda *_: None  # type: ignore[assignment]
     reduce = dist.all_reduce
     if trouble in ("bits", "sum") and world.rank == 1:
 
@@ -559,16 +568,16 @@ def looks(world: World, out: str, trouble: str) -> Facts:
         dist.all_reduce = broken
     if trouble == "clock" and world.rank == 1:
         world.hosts[:] = ["here", "there"]
-        probes.time = type("Ahead", (), {"time": staticmethod(lambda: time.time() + 3)})  # type: ignore[assignment]
+        network.time = type("Ahead", (), {"time": staticmethod(lambda: time.time() + 3)})  # type: ignore[assignment]
     if trouble == "clock":
         world.hosts[:] = ["here", "there"]
-        return {"clock": probes.clock(world)}
+        return {"clock": network.probe_clock(world)}
     if trouble == "slow":
         product = torch.Tensor.__matmul__
         if world.rank == 1:
             torch.Tensor.__matmul__ = lambda a, b: (time.sleep(0.1), product(a, b))[1]  # type: ignore[method-assign]
-        return {"pace": probes.pace(world)}
-    return {"files": probes.shared_files(world, folder), "determinism": probes.determinism(world)}
+        return {"pace": machine.probe_pace(world)}
+    return {"files": file_system.probe_files(world, folder), "determinism": determinism.probe_determinism(world)}
 
 
 REAL = {
@@ -595,7 +604,7 @@ def test_real_ranks_find_what_is_wrong(trouble: str, tmp_path: Path) -> None:
             mine["files"]["disk"] = disk
         if mine["rank"] == 0 and trouble == "clock":
             mine["clock"] = {"b": real["clock"]["there"]}
-    bad = [each for each in judge(found, speeds(("a", "b")), ASKED) if each.verdict != "ok"]
+    bad = [each for each in judge_ranks(found, speeds(("a", "b")), NEEDS) if each.verdict != "ok"]
     assert {each.check: each.verdict for each in bad} == expected, bad
     said = " ".join(each.figure for each in bad)
     assert all(word in said for word in words), said
@@ -607,8 +616,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorter measurements, for this process and the ranks it forks."""
     monkeypatch.setattr(bandwidth, "SIZES", bandwidth.SIZES[:3])
     monkeypatch.setattr(bandwidth, "PAIR_SIZES", {"cpu": 2**12})
-    monkeypatch.setattr(probes, "SWAP_SECONDS", 0.1)
-    monkeypatch.setattr(probes, "BLOCK_BYTES", 2**20)
+    monkeypatch.setattr(file_system, "SWAP_SECONDS", 0.1)
+    monkeypatch.setattr(file_system, "BLOCK_BYTES", 2**20)
 
 
 @pytest.mark.usefixtures("narrow", "quick")
@@ -631,7 +640,7 @@ def test_this_machine_passes(ranks: int, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("narrow", "quick")
 def test_where_a_run_would_fail_the_exit_code_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(probes, "disk", lambda folder, rank: {"error": "OSError: No space left on device"})
+    monkeypatch.setattr(file_system, "probe_disk", lambda folder, rank: {"error": "OSError: No space left on device"})
     with pytest.raises(AssertionError, match="a run would fail here: files; see preflight"):
         execute(doctor.train, tmp_path / "run", 2)
     report = json.loads((tmp_path / "run" / "preflight.json").read_text())
@@ -641,7 +650,7 @@ def test_where_a_run_would_fail_the_exit_code_says_so(monkeypatch: pytest.Monkey
 @pytest.mark.usefixtures("narrow", "quick")
 def test_a_training_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "PROVEN_STEPS", 2)
-    monkeypatch.setattr(doctor.verify, "TOLERANCE", {"fp64": 0.0})
+    monkeypatch.setattr("lockstep.verify.rows.TOLERANCES", {"fp64": 0.0})
     with pytest.raises(AssertionError, match="a run would fail here: verify"):
         execute(doctor.train, tmp_path / "run", 2)
 
@@ -655,7 +664,7 @@ def test_a_recipe_that_breaks_on_a_rank_ends_the_look(monkeypatch: pytest.Monkey
 
     whole = ddp.train.train
     monkeypatch.setattr("recipes.ddp.train", replace(ddp.train, train=broken))
-    with pytest.raises(AssertionError, match="preflight: it broke: ddp in fp64: KeyError: 'the cause'"):
+    with pytest.raises(AssertionError, match="preflight: ddp in fp64: KeyError: 'the cause'"):
         execute(doctor.train, tmp_path / "run", 2)
 
 

@@ -97,11 +97,11 @@ def test_the_exported_weights_need_nothing_of_ours(out: Path) -> None:
 
 
 def test_environment_holds_versions_and_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lockstep.utils.environment import environment
+    from lockstep.utils.system import system_info
 
     monkeypatch.setenv("WANDB_API_KEY", "secret-token")
     monkeypatch.setenv("SLURM_JOB_ID", "17")
-    found = environment(["a", "b"], "cpu", "gloo")
+    found = system_info(["a", "b"], "cpu", "gloo")
     assert found["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert found["environment"]["SLURM_JOB_ID"] == "17"
     assert "secret-token" not in json.dumps(found)

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lockstep.distributed.collectives import agree, gather_objects
+from lockstep.distributed.collectives import broadcast_object, gather_objects
 from lockstep.utils.files import sync_folder, write_atomically
 
 FORMAT = 1
@@ -115,13 +115,13 @@ def find_newest(folder: Path, group: dist.ProcessGroup | None = None, only: str 
     found = FoundCheckpoint()
     listed = list_checkpoints(folder) if dist.get_rank(group) == 0 else []
     mine = [str(path) for path in listed if only in ("", path.name)]
-    for name in agree(mine, group):
+    for name in broadcast_object(mine, group):
         path = Path(name)
         mine_wrong = find_damage(path, dist.get_rank(group), dist.get_world_size(group))
         problems = [problem for problem in gather_objects(mine_wrong, group) if problem]
         if not problems:
-            manifests = [json.loads((path / "manifest.json").read_text())] if dist.get_rank(group) == 0 else [None]
-            found.path, found.facts = path, agree(manifests, group)[0]
+            manifest = json.loads((path / "manifest.json").read_text()) if dist.get_rank(group) == 0 else {}
+            found.path, found.facts = path, broadcast_object(manifest, group)
             break
         found.skipped.append(f"{path.name}: {problems[0]}")
     if (folder / "LATEST").is_file() and read_pointer(folder, "LATEST") is None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import re
 import shutil
 import time
@@ -107,9 +106,7 @@ def checkpoint_folder(path: Path) -> tuple[Path, str]:
 
 
 def read_result(out: Path) -> dict[str, Any]:
-    with contextlib.suppress(OSError, ValueError):
-        return dict(json.loads((out / "result.json").read_text()))
-    return {}
+    return files.read_json(out / "result.json")
 
 
 def note_failure(out: Path, recipe: str, world_size: int, wall_seconds: float) -> None:

@@ -1,8 +1,8 @@
-"""How fast the ranks are joined: collectives and pairs of ranks, their time and bandwidth against the message's size.
+"""Time and bandwidth of collectives, and of pairs of ranks, by the size of the message.
 
-Small messages cost a latency each, whatever their size; large ones are as fast as the link. Of the collectives the
-*bus* bandwidth is given, which is comparable with the link's own whatever the number of ranks n: an all-reduce of S
-bytes sends 2 S (n − 1) / n of them over each rank's link, an all-gather to, or a reduce-scatter of, S bytes half that.
+A small message costs a latency, whatever its size; a large one is as fast as the link. For collectives this is the *bus*
+bandwidth, as in nccl-tests, which can be compared with the link's own for any number of ranks n: an all-reduce of S
+bytes sends 2 S (n − 1) / n bytes over each rank's link, an all-gather to S bytes, or a reduce-scatter of them, half of that.
 Source: https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
 """
 
@@ -20,65 +20,72 @@ import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 
+from lockstep.diagnose.findings import Facts, Findings
 from lockstep.distributed.collectives import gather_objects
 from lockstep.distributed.process_group import World
+from lockstep.utils.text import mebibytes
 
 SIZES = tuple(2**10 * 4**power for power in range(8))  # 1 KiB … 16 MiB
 GPU_SIZES = (*SIZES, 2**26, 2**28)
 PAIR_SIZES = {"cpu": 2**22, "cuda": 2**26}  # bytes by which pairs are compared
-PINGS, PARCELS = 10, 1  # of a pair: small messages for its latency, large ones for its bandwidth
-TIMES = 5  # that each measurement is taken: their median is what counts
+LATENCY_TRIPS, BANDWIDTH_TRIPS = 10, 1  # of a pair: small messages for its latency, large ones for its bandwidth
+SAMPLES = 5  # of each measurement: their median counts
 SECONDS = 0.1  # about so long all of them take together
 ALL_INDICES = 64  # ranks up to which every two nodes try the links of all their ranks
-Row = dict[str, float]  # bytes, seconds, bandwidth in bytes a second
-SHORT = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "pair": "pair"}
+SLOW_PAIR = 3  # times slower than the median of its kind a pair must be to be called slow
+SLOW_NETWORK = 0.125e9  # bytes/s: what a network of 1 Gbit/s carries
+BandwidthRow = dict[str, float]  # bytes, seconds, bandwidth in bytes a second
+LABELS = {"all_reduce": "all-reduce", "all_gather": "all-gather", "reduce_scatter": "reduce-scatter", "pair": "pair"}
 
 
-def measure(world: World, sizes: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Try the links of all ranks; all call it together, and there must be two at least.
+def measure_bandwidth(world: World, sizes: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Measure the links of all ranks; all ranks call it together, and there must be at least two.
 
     Args:
         sizes: bytes of the messages; none: those that suit the device.
 
     Returns:
-        On every rank: `collectives`, {name: a Row for each size}, where `pair` is rank 0 with the first rank of another
+        On every rank: `collectives`, {name: a BandwidthRow for each size}, where `pair` is rank 0 with the first rank of another
         host, or with rank 1. On rank 0 also `pairs`: {ranks, hosts, latency in s, bandwidth in bytes/s}, each.
     """
-    where = carrier(world)
+    where = message_device(world)
     sizes = sizes or (GPU_SIZES if where.type == "cuda" else SIZES)
-    found = {name: [collective(world, name, size) for size in sizes] for name in list(SHORT)[:3]}
+    found = {name: [time_collective(world, name, size) for size in sizes] for name in list(LABELS)[:3]}
     away = next((rank for rank, host in enumerate(world.hosts) if host != world.hosts[0]), 1)
     found["pair"] = []
     for size in sizes:
-        seconds = slowest(world, ping_pong(world, (0, away), size, PARCELS))
+        seconds = slowest_time(world, ping_pong(world, (0, away), size, BANDWIDTH_TRIPS))
         found["pair"].append({"bytes": size, "seconds": seconds, "bandwidth": size / seconds})
     mine = []
-    for pairs in rounds(world.hosts):
+    for pairs in pair_rounds(world.hosts):
         dist.barrier(world.control)
         for pair in pairs:
             if world.rank in pair:
                 size = PAIR_SIZES[where.type]
-                latency, seconds = ping_pong(world, pair, 2**10, PINGS), ping_pong(world, pair, size, PARCELS)
+                latency, seconds = (
+                    ping_pong(world, pair, 2**10, LATENCY_TRIPS),
+                    ping_pong(world, pair, size, BANDWIDTH_TRIPS),
+                )
                 if world.rank == pair[0]:
                     hosts = [world.hosts[rank] for rank in pair]
                     mine.append({"ranks": pair, "hosts": hosts, "latency": latency, "bandwidth": size / seconds})
     return {"collectives": found, "pairs": [pair for some in gather_objects(mine, world.control) for pair in some]}
 
 
-def collective(world: World, name: str, size: int) -> Row:
+def time_collective(world: World, name: str, size: int) -> BandwidthRow:
     """Time one collective over all ranks; `size` bytes are what it reduces, gathers or scatters in all."""
     ranks = world.world_size
     piece = max(1, math.ceil(size / 4 / ranks))
-    whole, mine = (torch.zeros(length, device=carrier(world)) for length in (ranks * piece, piece))
+    whole, mine = (torch.zeros(length, device=message_device(world)) for length in (ranks * piece, piece))
     run: dict[str, Callable[[], Any]] = {
         "all_reduce": lambda: dist.all_reduce(whole),
         "all_gather": lambda: dist.all_gather_into_tensor(whole, mine),
         "reduce_scatter": lambda: dist.reduce_scatter_tensor(mine, whole),
     }
-    seconds = slowest(world, timed(world, run[name], 1))  # the first one also makes connections and buffers
-    seconds = slowest(world, timed(world, run[name], 1))
-    repeats = min(20, max(1, int(SECONDS / TIMES / seconds)))
-    seconds = statistics.median(slowest(world, timed(world, run[name], repeats)) for _ in range(TIMES))
+    seconds = slowest_time(world, timed(world, run[name], 1))  # the first one also makes connections and buffers
+    seconds = slowest_time(world, timed(world, run[name], 1))
+    repeats = min(20, max(1, int(SECONDS / SAMPLES / seconds)))
+    seconds = statistics.median(slowest_time(world, timed(world, run[name], repeats)) for _ in range(SAMPLES))
     sent = (2 if name == "all_reduce" else 1) * 4 * piece * (ranks - 1)
     return {"bytes": 4 * piece * ranks, "seconds": seconds, "bandwidth": sent / seconds}
 
@@ -86,26 +93,26 @@ def collective(world: World, name: str, size: int) -> Row:
 def timed(world: World, run: Callable[[], Any], repeats: int) -> float:
     """Seconds of one of `repeats` calls, begun by all ranks together."""
     dist.barrier(world.control)
-    settle_links(world)
+    synchronize(world)
     started = time.perf_counter()
     for _ in range(repeats):
         run()
-    settle_links(world)
+    synchronize(world)
     return (time.perf_counter() - started) / repeats
 
 
-def carrier(world: World) -> torch.device:
+def message_device(world: World) -> torch.device:
     """Where the messages lie: NCCL carries a GPU's memory, gloo the host's."""
     return world.device if world.backend == "nccl" else torch.device("cpu")
 
 
-def settle_links(world: World) -> None:
+def synchronize(world: World) -> None:
     """Wait until a GPU has done what it was given."""
     if world.device.type == "cuda":
         torch.cuda.synchronize(world.device)
 
 
-def slowest(world: World, seconds: float) -> float:
+def slowest_time(world: World, seconds: float) -> float:
     """The largest of all ranks' times, on all of them."""
     number = torch.tensor(seconds, dtype=torch.float64)
     dist.all_reduce(number, dist.ReduceOp.MAX, group=world.control)
@@ -121,26 +128,26 @@ def ping_pong(world: World, pair: tuple[int, int], size: int, times: int) -> flo
     if world.rank not in pair:
         return 0.0
     first, peer = world.rank == pair[0], pair[0] if world.rank == pair[1] else pair[1]
-    parcel = torch.zeros(max(1, size // 4), device=carrier(world))
+    message = torch.zeros(max(1, size // 4), device=message_device(world))
     taken = []
-    for _ in range(1 + TIMES):
-        settle_links(world)
+    for _ in range(1 + SAMPLES):
+        synchronize(world)
         started = time.perf_counter()
         for _ in range(times):
             for way in (dist.isend, dist.irecv) if first else (dist.irecv, dist.isend):
-                carry(way, parcel, peer)
-        settle_links(world)
+                transfer(way, message, peer)
+        synchronize(world)
         taken.append((time.perf_counter() - started) / times / 2)
     return statistics.median(taken[1:])  # the first one also makes the connection
 
 
-def carry(way: Any, parcel: Tensor, peer: int) -> None:
+def transfer(way: Any, message: Tensor, peer: int) -> None:
     """Send or receive. Batched: NCCL then takes the group's own connections, and makes none for each pair."""
-    for work in dist.batch_isend_irecv([dist.P2POp(way, parcel, peer)]):
+    for work in dist.batch_isend_irecv([dist.P2POp(way, message, peer)]):
         work.wait()
 
 
-def rounds(hosts: list[str]) -> list[list[tuple[int, int]]]:
+def pair_rounds(hosts: list[str]) -> list[list[tuple[int, int]]]:
     """Which ranks try their link at the same time, so that no two of them share one.
 
     First all pairs within a host, one at a time on each; then pairs of hosts, as in a tournament in which each plays
@@ -168,25 +175,76 @@ def rounds(hosts: list[str]) -> list[list[tuple[int, int]]]:
     return found
 
 
+# What it means ----------------------------------------------------------------------------------------------------
+
+
+def judge_links(links: Facts, gradient_bytes: int) -> Findings:
+    """What an all-reduce of the gradients takes, and which pair of ranks is slowest.
+
+    Args:
+        links: from measure_bandwidth; empty for a single rank.
+    """
+    found = Findings("links")
+    if not links:
+        found.ok("one rank: there are none")
+        return found
+    reduce = links["collectives"]["all_reduce"]
+    small, large = reduce[0], reduce[-1]
+    seconds = gradient_bytes * large["seconds"] / large["bytes"]
+    figure = f"all-reduce: {1e6 * small['seconds']:,.0f} µs for {message_size(small['bytes'])}, "
+    figure += f"{large['bandwidth'] / 1e9:.3g} GB/s for {message_size(large['bytes'])}; this model's gradients "
+    figure += f"({mebibytes(gradient_bytes)} MiB) in {1e3 * seconds:,.0f} ms"
+    found.ok(figure)
+    kinds = {"ranks of a host": False, "hosts": True}
+    for kind, between in kinds.items():
+        pairs = [pair for pair in links["pairs"] if (pair["hosts"][0] != pair["hosts"][1]) == between]
+        if not pairs:
+            continue
+        slow = min(pairs, key=lambda pair: pair["bandwidth"])
+        median = statistics.median(pair["bandwidth"] for pair in pairs)
+        late = statistics.median(pair["latency"] for pair in pairs)
+        (a, b), (here, there) = slow["ranks"], slow["hosts"]
+        figure = f"between {kind}: {median / 1e9:.3g} GB/s, {1e6 * late:,.0f} µs"
+        if len(pairs) > 1:
+            figure += f"; slowest ranks {a} ({here}) and {b} ({there}) with {slow['bandwidth'] / 1e9:.3g} GB/s"
+        if len(pairs) > 2 and slow["bandwidth"] < median / SLOW_PAIR:
+            remedy = (
+                f"leave out {slowest_host(pairs) if between else here}, or look at its network card, cable and switch"
+            )
+            found.warning(figure, remedy)
+        elif between and median < SLOW_NETWORK:
+            remedy = "if there is a faster network, name its interface: GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME"
+            found.warning(figure, remedy)
+        else:
+            found.ok(figure)
+    return found
+
+
+def slowest_host(pairs: list[Facts]) -> str:
+    """The host whose pairs are slowest."""
+    hosts = dict.fromkeys(host for pair in pairs for host in pair["hosts"])
+    return min(hosts, key=lambda host: statistics.median(pair["bandwidth"] for pair in pairs if host in pair["hosts"]))
+
+
 # For people ---------------------------------------------------------------------------------------------------------
 
 
-def grid(found: dict[str, list[Row]], ranks: int) -> Table:
+def bandwidth_table(found: dict[str, list[BandwidthRow]], ranks: int) -> Table:
     """Time and bus bandwidth of each collective, and of a pair, by the message's size."""
     made = Table(title=f"links of {ranks} ranks: milliseconds, and GB/s over a link", title_justify="left")
     made.add_column("message", justify="right")
     for name in found:
-        made.add_column(SHORT[name], justify="right")
+        made.add_column(LABELS[name], justify="right")
         made.add_column("", justify="right")
     for rows in zip(*found.values(), strict=True):
         cells = [cell for row in rows for cell in (f"{1e3 * row['seconds']:.3g}", f"{row['bandwidth'] / 1e9:.3g}")]
-        made.add_row(amount(rows[-1]["bytes"]), *cells)
+        made.add_row(message_size(rows[-1]["bytes"]), *cells)
     return made
 
 
-def plot(found: dict[str, list[Row]], height: int = 8) -> str:
+def bandwidth_plot(found: dict[str, list[BandwidthRow]], height: int = 8) -> str:
     """Bandwidth against the message's size, both logarithmic, as text: a letter a collective, `*` where they meet."""
-    letters = dict(zip(SHORT, "rgsp", strict=True))
+    letters = dict(zip(LABELS, "rgsp", strict=True))
     values = [row["bandwidth"] for rows in found.values() for row in rows]
     low, high = math.log10(min(values)), math.log10(max(values))
     columns = len(next(iter(found.values())))
@@ -200,11 +258,11 @@ def plot(found: dict[str, list[Row]], height: int = 8) -> str:
     for number, cells in enumerate(field):
         value = 10 ** (high - (high - low) * number / max(1, height - 1)) / 1e9
         lines.append(f"{value:9.3g} GB/s │" + "".join(f"{cell:^10}" for cell in cells))
-    sizes = "".join(f"{amount(row['bytes']):^10}" for row in list(found.values())[-1])
-    key = ", ".join(f"{letters[name]} {SHORT[name]}" for name in found)
+    sizes = "".join(f"{message_size(row['bytes']):^10}" for row in list(found.values())[-1])
+    key = ", ".join(f"{letters[name]} {LABELS[name]}" for name in found)
     return "\n".join([*lines, f"{'':15}└{'─' * 10 * columns}", f"{'':16}{sizes}", f"{'':16}{key}, * several"])
 
 
-def amount(size: float) -> str:
+def message_size(size: float) -> str:
     """`16 KiB`, `4 MiB`."""
     return f"{size / 2**20:.3g} MiB" if size >= 2**20 else f"{size / 2**10:.3g} KiB"

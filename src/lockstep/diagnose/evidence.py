@@ -4,12 +4,12 @@
     .lock                     held by rank 0 while it lives
     result.json               how it ended, where a rank or the launcher could still say so
     metrics.jsonl             what rank 0 logged: losses, speed, memory
-    ranks/<rank>.log          each rank's words, its traceback among them; a rank that was killed has no last ones
+    ranks/<rank>.log          each rank's output, its traceback included; a rank that was killed leaves none
     ranks/<rank>.heartbeat    where each rank was, how it ended, and what it spent its time on
                               (lockstep.distributed.heartbeat)
     ranks/<rank>.stack        where it crashed, or was when another rank waited for it; .1, .2, … of earlier attempts
-    checkpoints/              what can be gone on from
-    slurm/<n>/*_log.out       what a job's first process saw
+    checkpoints/              what a resume can start from
+    slurm/<n>/*_log.out       the output of a job's first process
 
 Nothing but the first has to be there, or whole.
 """
@@ -17,25 +17,21 @@ Nothing but the first has to be there, or whole.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-from omegaconf.errors import OmegaConfBaseException
 
 from lockstep.checkpoint import directory
 from lockstep.config.run_directory import CHECKPOINTS, read_result
-from lockstep.config.schema import Config, shared_part
+from lockstep.diagnose.findings import Facts
 from lockstep.diagnose.stacks import VERDICT_MARK, crash_place
 from lockstep.distributed.collective_errors import lost_a_peer
 from lockstep.distributed.heartbeat import FINISHED
 from lockstep.errors import UserError
+from lockstep.utils.files import is_locked, read_json
 from lockstep.utils.text import short
 
-Facts = dict[str, Any]
 REPORTS = {  # what a tool ends with, instead of a result.json
     "verify": ["verify.json"],
     "compare": ["compare.json"],
@@ -44,8 +40,8 @@ REPORTS = {  # what a tool ends with, instead of a result.json
 BEGUN = re.compile(r"^\d\d:\d\d:\d\d \S+: [\d,]+ ranks? on [\d,]+ host")  # Report.start's first line
 
 
-def collect(out: Path) -> Facts:
-    """All that the folder tells, as plain values but `config`; nothing is changed.
+def collect_evidence(out: Path) -> Facts:
+    """All that the folder tells, as plain values; nothing is changed.
 
     Raises:
         UserError: it is no run's folder.
@@ -53,40 +49,32 @@ def collect(out: Path) -> Facts:
     try:
         text = (out / "config.yaml").read_text(errors="replace")
     except OSError:
-        raise refused(out) from None
+        raise refuse_folder(out) from None
     named = re.match(r"# recipe: (\S+)\n", text)
     if named is None:
         raise UserError(f"run={out}: its config.yaml is not one that a run writes; name a run's folder")
-    config: Config | None = None
-    with contextlib.suppress(OmegaConfBaseException, ValueError):  # an older version's
-        config = shared_part(text)
-    started = modified(out / "config.yaml")
-    environment: Facts = {}
-    with contextlib.suppress(OSError, ValueError):
-        environment = dict(json.loads((out / "environment.json").read_text()))
-    ran_out: Facts = {}
-    with contextlib.suppress(OSError, ValueError):
-        ran_out = dict(json.loads((out / "out_of_memory.json").read_text()))
+    started = modified_at(out / "config.yaml")
+    environment = read_json(out / "environment.json")
     signs = [*out.glob("metrics.jsonl"), *out.glob("ranks/*"), *out.glob(f"{CHECKPOINTS}/*"), *out.glob("result.json")]
     return {
         "recipe": named[1],
-        "config": config,
+        "config": text,
         "started": started,
-        "last_sign": max(map(modified, signs), default=None),
+        "last_sign": max(map(modified_at, signs), default=None),
         "running": is_locked(out / ".lock"),
         "result": read_result(out),
-        "report": next((name for name in REPORTS.get(named[1], []) if modified(out / name) >= started), None),
+        "report": next((name for name in REPORTS.get(named[1], []) if modified_at(out / name) >= started), None),
         "environment": environment,
-        "out_of_memory": ran_out,
-        "metrics": list(objects(out / "metrics.jsonl")),
-        "ranks": ranks(out / "ranks", environment.get("hosts", [])),
-        "earlier": earlier(out / "ranks"),
-        "checkpoints": checkpoints(out / CHECKPOINTS),
+        "out_of_memory": read_json(out / "out_of_memory.json"),
+        "metrics": list(json_lines(out / "metrics.jsonl")),
+        "ranks": rank_records(out / "ranks", environment.get("hosts", [])),
+        "earlier": earlier_attempts(out / "ranks"),
+        "checkpoints": checkpoint_record(out / CHECKPOINTS),
         "job": job_log(out / "slurm"),
     }
 
 
-def refused(out: Path) -> UserError:
+def refuse_folder(out: Path) -> UserError:
     """Why a folder without a config.yaml is not read."""
     if not out.is_dir():
         return UserError(f"run={out}: no such folder; name a run's, such as outputs/ddp/2026-11-21_11-20-16")
@@ -95,25 +83,13 @@ def refused(out: Path) -> UserError:
     return UserError(f"run={out}: is not a run's folder; {hint}")
 
 
-def modified(path: Path) -> float:
+def modified_at(path: Path) -> float:
     with contextlib.suppress(OSError):
         return path.stat().st_mtime
     return 0.0
 
 
-def is_locked(path: Path) -> bool:
-    """Whether a process is training there, here or on another host."""
-    try:
-        with path.open("r+") as stream:
-            fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return False
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-
-
-def objects(path: Path) -> Iterator[Facts]:
+def json_lines(path: Path) -> Iterator[Facts]:
     """The JSON objects of a file, a line each; a line that its writer died in is left out."""
     with contextlib.suppress(OSError):
         for line in path.read_text(errors="replace").splitlines():
@@ -123,7 +99,7 @@ def objects(path: Path) -> Iterator[Facts]:
                     yield found
 
 
-def ranks(folder: Path, hosts: list[str]) -> list[Facts]:
+def rank_records(folder: Path, hosts: list[str]) -> list[Facts]:
     """Of each rank that left something: its host, its last step, its error, and its heartbeat."""
     numbers = {int(path.stem) for path in folder.glob("*.*") if path.stem.isdecimal()}
     found = []
@@ -134,7 +110,7 @@ def ranks(folder: Path, hosts: list[str]) -> list[Facts]:
         starts = [number for number, line in enumerate(lines) if BEGUN.match(line)]
         lines = lines[starts[-1] :] if starts else lines  # of the last start
         steps = [int(step) for line in lines for step in re.findall(r"^\d\d:\d\d:\d\d .*?step ([\d]+)/\d", line)]
-        heartbeat = next(objects(folder / f"{rank}.heartbeat"), {})
+        heartbeat = next(json_lines(folder / f"{rank}.heartbeat"), {})
         error, place = error_in(lines)
         end = str(heartbeat.get("end", ""))
         error = error or (end if end != FINISHED else "")
@@ -148,25 +124,25 @@ def ranks(folder: Path, hosts: list[str]) -> list[Facts]:
                 "error": error,
                 "place": place,
                 "secondary": bool(error) and lost_a_peer(RuntimeError(error)),
-                "log_modified": modified(folder / f"{rank}.log"),
+                "log_modified": modified_at(folder / f"{rank}.log"),
                 "heartbeat": heartbeat,
             }
         )
     return found
 
 
-def earlier(folder: Path) -> list[Facts]:
+def earlier_attempts(folder: Path) -> list[Facts]:
     """What the stack files of earlier attempts tell, oldest first: the verdict, else that rank's own crash or error."""
     found = []
-    for path in sorted(folder.glob("*.stack.*"), key=modified):
+    for path in sorted(folder.glob("*.stack.*"), key=modified_at):
         text = ""
         with contextlib.suppress(OSError):
             text = path.read_text(errors="replace")
         verdict = text.rpartition(VERDICT_MARK)[2].partition("\n")[0] if VERDICT_MARK in text else ""
         crash = crash_place(path)
-        words = f"crashed at {crash}" if crash else error_in(text.splitlines())[0] or "its stacks alone are left"
+        words = f"crashed at {crash}" if crash else error_in(text.splitlines())[0] or "only its stacks are left"
         rank = int(path.name.partition(".")[0])
-        found.append({"rank": rank, "file": path.name, "at": modified(path), "verdict": verdict, "words": words})
+        found.append({"rank": rank, "file": path.name, "at": modified_at(path), "verdict": verdict, "words": words})
     return found
 
 
@@ -187,7 +163,7 @@ def error_in(lines: list[str]) -> tuple[str, str]:
     return error, place
 
 
-def checkpoints(folder: Path) -> Facts:
+def checkpoint_record(folder: Path) -> Facts:
     """The newest checkpoint that is intact, what is wrong with the newer ones, and what a killed save has left."""
     found: Facts = {"names": [path.name for path in directory.list_checkpoints(folder)], "wrong": {}, "intact": None}
     found["unfinished"] = [path.name for path in folder.glob(f"{directory.UNFINISHED}*")]
@@ -195,7 +171,11 @@ def checkpoints(folder: Path) -> Facts:
         wrong = directory.find_damage(path)
         if not wrong:
             manifest = json.loads((path / "manifest.json").read_text())
-            found["intact"] = {"name": path.name, "step": manifest["step"], "saved": modified(path / "manifest.json")}
+            found["intact"] = {
+                "name": path.name,
+                "step": manifest["step"],
+                "saved": modified_at(path / "manifest.json"),
+            }
             break
         found["wrong"][path.name] = wrong
     return found
@@ -203,7 +183,7 @@ def checkpoints(folder: Path) -> Facts:
 
 def job_log(folder: Path) -> Facts:
     """The end of the newest log of a Slurm job's first process, and what in it tells of the end."""
-    logs = sorted(folder.glob("*/*_log.out"), key=modified)
+    logs = sorted(folder.glob("*/*_log.out"), key=modified_at)
     if not logs:
         return {}
     lines: list[str] = []

@@ -1,15 +1,16 @@
-"""What a look at something came to: a row of a table, with a verdict, a figure and what to do about it."""
+"""What a check has found: a row of a table, with a verdict, a figure and what to do about it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from rich.table import Table
 from rich.text import Text
 
 Verdict = Literal["ok", "warning", "fails"]
+Facts = dict[str, Any]  # what a probe has found, or a run has left: plain values, as JSON has them
 STYLES = {"ok": "green", "warning": "yellow", "fails": "red"}
 
 
@@ -30,20 +31,37 @@ class Finding:
     remedy: str = ""
 
 
-def failed(found: Iterable[Finding]) -> list[str]:
-    """The checks that fail, each once."""
+class Findings(list[Finding]):
+    """Those of one check."""
+
+    def __init__(self, check: str) -> None:
+        super().__init__()
+        self.check = check
+
+    def ok(self, figure: str, remedy: str = "") -> None:
+        self.append(Finding(self.check, "ok", figure, remedy))
+
+    def warning(self, figure: str, remedy: str = "") -> None:
+        self.append(Finding(self.check, "warning", figure, remedy))
+
+    def fails(self, figure: str, remedy: str = "") -> None:
+        self.append(Finding(self.check, "fails", figure, remedy))
+
+
+def failed_checks(found: Iterable[Finding]) -> list[str]:
+    """Each once."""
     return list(dict.fromkeys(each.check for each in found if each.verdict == "fails"))
 
 
-def table(found: Iterable[Finding], title: str) -> Table:
-    """Findings for people; of several of one check the first has its name."""
-    grid = Table(title=title, title_justify="left")
+def findings_table(found: Iterable[Finding], title: str) -> Table:
+    """Findings for people; of several findings of one check the first shows its name."""
+    table = Table(title=title, title_justify="left")
     for column in ("check", "verdict", "figure", "what to do"):
-        grid.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold")
     before = ""
     for each in found:
         name = "" if each.check == before else each.check
         before = each.check
         # Text: a path or an error may hold what looks like markup.
-        grid.add_row(name, Text(each.verdict, STYLES[each.verdict]), Text(each.figure), Text(each.remedy))
-    return grid
+        table.add_row(name, Text(each.verdict, STYLES[each.verdict]), Text(each.figure), Text(each.remedy))
+    return table

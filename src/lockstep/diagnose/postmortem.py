@@ -1,4 +1,4 @@
-"""What became of a run: pure judgement of what it has left behind (lockstep.diagnose.evidence), and what to do next."""
+"""What became of a run: judgement of what it has left (lockstep.diagnose.evidence), and what to do next."""
 
 from __future__ import annotations
 
@@ -11,25 +11,22 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
-from lockstep.config.schema import Config
-from lockstep.diagnose import findings
-from lockstep.diagnose.evidence import collect
-from lockstep.diagnose.findings import Finding
+from lockstep.diagnose.evidence import collect_evidence
+from lockstep.diagnose.findings import Facts, Finding, Verdict, findings_table
 from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, wait_share
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, mebibytes, short
 
-Facts = dict[str, Any]
 POSTMORTEM_FILE = "postmortem.json"
-SLOWER = 0.7  # of its earlier speed, from which a run is said to have slowed down
+SLOWED_DOWN = 0.7  # of its earlier speed, below which a run is said to have slowed down
 UNEVEN = 2.0  # times the median that the slowest twentieth of the steps may take
 FEW_STEPS = 5  # below which a rank's step times say nothing
-STRAGGLES = 1.2  # times the median that the slowest rank may compute
-EARLIER = 3  # attempts whose end is told
+STRAGGLER = 1.2  # times the median that the slowest rank may compute
+SHOWN_ATTEMPTS = 3  # earlier attempts whose end is shown
 GROWN = 1.3  # times its earlier peak, from which memory is said to grow
 REMEDIES = {  # what an error's words call for
     r"out of memory|bad_alloc|can't allocate memory": "see where memory goes: python -m recipes.doctor memory; or "
@@ -39,98 +36,93 @@ REMEDIES = {  # what an error's words call for
     r"did not join|could not reach": "look at the host that is named; python -m recipes.doctor, started the same way",
     r"[Tt]imed out|time-?out": "a rank was missing: compare the ranks' steps; python -m recipes.doctor tries the links",
     r"in use|EADDRINUSE": "set another MASTER_PORT",
-    r"DataLoader worker": "a worker was killed, most often for want of memory: set data.workers lower",
+    r"DataLoader worker": "a worker was killed, most often because memory ran out: set data.workers lower",
     r"CUDA error|NCCL error|ECC": "leave that host out; python -m recipes.doctor, started the same way, tries the rest",
 }
 
 
-def tell(out: Path, again: Callable[[str, Config, Path], str]) -> None:
-    """Print what became of the run in a folder, and write it down there where that can be.
+def explain_run(out: Path, resume_command: Callable[[str, str, Path], str]) -> None:
+    """Print what became of the run in a folder, and write postmortem.json there if possible.
 
     Args:
-        again: called with the recipe's name, its config and the folder: the command that would go on.
+        resume_command: called with the recipe's name, the text of its config and the folder.
 
     Raises:
         UserError: it is no run's folder.
     """
-    facts = collect(out)
-    found = judge(facts)
-    command = again(facts["recipe"], facts["config"], out) if facts["config"] else "the command that started it"
-    step = what_next(facts, command)
+    facts = collect_evidence(out)
+    found = judge_run(facts)
+    command = "the command that started it"
+    with contextlib.suppress(OmegaConfBaseException, ValueError):  # the config is another version's
+        command = resume_command(facts["recipe"], facts["config"], out)
+    step = next_command(facts, command)
     with contextlib.suppress(OSError):
         plain = {name: value for name, value in facts.items() if name not in ("config", "metrics")}
         write_json(out / POSTMORTEM_FILE, {"findings": [asdict(each) for each in found], "next": step, **plain})
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(findings.table(found, f"{short(out)}: a run of recipes.{facts['recipe']}"))
+    console.print(findings_table(found, f"{short(out)}: a run of recipes.{facts['recipe']}"))
     console.print(f"next: {step}", soft_wrap=True, markup=False)  # in one piece, to be copied
 
 
 # What it means -------------------------------------------------------------------------------------------------------
 
 
-def judge(facts: Facts) -> list[Finding]:
+def judge_run(facts: Facts) -> list[Finding]:
     """How it ended and why, how far it came, how well it went, and what is safe."""
-    found = [
-        ending(facts),
-        *causes(facts),
-        *earlier(facts),
-        *steps(facts),
-        *speed(facts),
-        *slowest(facts),
-        *data_wait(facts),
-    ]
-    return [*found, *memory(facts), *losses(facts), kept(facts)]
+    judges = [judge_errors, judge_earlier_attempts, judge_steps, judge_speed]
+    judges += [judge_slowest_rank, judge_data_wait, judge_memory, judge_loss]
+    return [judge_end(facts), *(each for judge in judges for each in judge(facts)), judge_checkpoints(facts)]
 
 
-def ending(facts: Facts) -> Finding:
+def judge_end(facts: Facts) -> Finding:
     """How it ended."""
     result, status = facts["result"], facts["result"].get("status")
-    begun = when(facts["started"])
-    last = when(facts["last_sign"]) if facts["last_sign"] else "never"
+    begun = format_time(facts["started"])
+    last = format_time(facts["last_sign"]) if facts["last_sign"] else "never"
     if facts["running"]:
-        return Finding("end", "ok", f"it is running: started {begun}, last sign of life {last}")
+        return Finding("end", "ok", f"it is running: started {begun}, last file written {last}")
     if facts["report"]:
-        verdict: findings.Verdict = "warning" if status == "failed" else "ok"
-        return Finding("end", verdict, f"came to its end, {last}", f"read {facts['report']}" if status else "")
+        verdict: Verdict = "warning" if status == "failed" else "ok"
+        return Finding("end", verdict, f"completed, {last}", f"read {facts['report']}" if status else "")
     if status == "finished":
         accuracy = result.get("eval_accuracy")
         score = f", accuracy {accuracy:.2%}" if accuracy is not None else ""
         return Finding("end", "ok", f"finished at step {result.get('steps')}{score}, {last}")
     if status == "preempted":
-        return Finding("end", "warning", f"asked to leave, and left after step {result.get('steps')}, {last}")
+        return Finding("end", "warning", f"stopped by a signal, after step {result.get('steps')}, {last}")
     if status == "failed":
-        return Finding("end", "fails", f"failed: started {begun}, last sign of life {last}")
+        return Finding("end", "fails", f"failed: started {begun}, last file written {last}")
     if not facts["ranks"] or facts["last_sign"] is None:
-        return Finding("end", "fails", f"no rank left a word: started {begun}", "look at what the launcher said")
-    figure = f"ended without a word: started {begun}, last sign of life {last}"
+        return Finding("end", "fails", f"no rank wrote anything: started {begun}", "look at what the launcher printed")
+    figure = f"ended without an error message: started {begun}, last file written {last}"
     remedy = "killed from outside, or its host was lost: look there with dmesg, uptime, or Slurm's sacct"
     return Finding("end", "fails", figure, remedy)
 
 
-def causes(facts: Facts) -> Iterator[Finding]:
-    """The first error: not one that only says that another rank has gone."""
+def judge_errors(facts: Facts) -> Iterator[Finding]:
+    """The first error: not one that only says that another rank is gone."""
     if facts["running"] or facts["report"] or facts["result"].get("status") in ("finished", "preempted"):
         return
     lacking = facts["out_of_memory"]
-    own = sorted((one for one in facts["ranks"] if one["error"] and not one["secondary"]), key=_first)
+    own = sorted((one for one in facts["ranks"] if one["error"] and not one["secondary"]), key=first_in_time)
     lost = [one for one in facts["ranks"] if one["secondary"] or (not one["error"] and one["heartbeat"].get("asked"))]
     silent = [one for one in facts["ranks"] if not one["error"] and one not in lost]
     if own:
         one, at = own[0], f" at {own[0]['place']}" if own[0]["place"] else ""
         more = f"; {count(len(own) - 1, 'other rank')} failed too" if len(own) > 1 else ""
-        words = shortened(one["error"])
-        yield Finding("error", "fails", f"{who([one])}: {words}{at}{more}", remedy_for(one["error"]))
+        words = shorten(one["error"])
+        yield Finding("error", "fails", f"{name_ranks([one])}: {words}{at}{more}", remedy_for(one["error"]))
     elif lost and silent:
         beat, them = silent[0]["heartbeat"], "it" if len(silent) == 1 else "them"
         where = f" in step {beat['step']} ({beat.get('phase', 'unknown')})" if "step" in beat else ""
-        figure = f"{who(silent)} left no word{where}, and {who(lost)} waited in vain for {them}"
+        figure = f"{name_ranks(silent)} left no error message{where}, and {name_ranks(lost)} waited for {them}"
         remedy = (
             "it was killed: most often by the kernel, out of memory (dmesg | grep -i oom); then global_batch_size=auto"
         )
         yield Finding("error", "fails", figure, remedy)
     elif lost:
-        words = shortened(lost[0]["error"]) or "waited in vain for the others"
-        yield Finding("error", "fails", f"{who(lost)}: {words}", "look at the network")
+        words = shorten(lost[0]["error"]) or "waited too long for the others"
+        yield Finding("error", "fails", f"{name_ranks(lost)}: {words}", "look at the network")
     if lacking:
         figure = f"out of memory on rank {lacking.get('rank')} in step {lacking.get('step')}"
         yield Finding("memory", "fails", figure, "out_of_memory.json says what was held, and what would help most")
@@ -138,30 +130,32 @@ def causes(facts: Facts) -> Iterator[Finding]:
         yield Finding("job", "warning", f"{facts['job']['log']}: {' / '.join(facts['job']['said'])}")
 
 
-def earlier(facts: Facts) -> Iterator[Finding]:
-    """What attempts before the last start said when they ended."""
+def judge_earlier_attempts(facts: Facts) -> Iterator[Finding]:
+    """How the attempts before the last start ended."""
     said: dict[str, list[Facts]] = {}
     for one in facts["earlier"]:
         host = next((known["host"] for known in facts["ranks"] if known["rank"] == one["rank"]), None)
-        words = one["verdict"] or f"{who([one | {'host': host}])}: {one['words']}"
+        words = one["verdict"] or f"{name_ranks([one | {'host': host}])}: {one['words']}"
         said.setdefault(words, []).append(one)
-    for words, some in list(said.items())[-EARLIER:]:
+    for words, some in list(said.items())[-SHOWN_ATTEMPTS:]:
         files = ", ".join(one["file"] for one in some)
         have = "has" if len(some) == 1 else "have"
-        yield Finding("earlier", "warning", f"{when(some[0]['at'])}: {words}", f"ranks/{files} {have} the stacks")
+        yield Finding(
+            "earlier", "warning", f"{format_time(some[0]['at'])}: {words}", f"ranks/{files} {have} the stacks"
+        )
 
 
-def _first(one: Facts) -> tuple[float, int]:
-    """Whose error came first: who had it wrote no more into its log."""
+def first_in_time(one: Facts) -> tuple[float, int]:
+    """By the time of the error: a rank that had one wrote no more into its log."""
     return one["log_modified"], one["rank"]
 
 
-def who(some: list[Facts]) -> str:
+def name_ranks(some: list[Facts]) -> str:
     words = [f"{one['rank']} ({one['host']})" if one["host"] else str(one["rank"]) for one in some]
     return f"rank{'s' if len(some) > 1 else ''} {', '.join(words[:4])}{' …' if len(words) > 4 else ''}"
 
 
-def shortened(text: str) -> str:
+def shorten(text: str) -> str:
     return text if len(text) <= 300 else text[:300] + " …"
 
 
@@ -172,7 +166,7 @@ def remedy_for(error: str) -> str:
     return "the whole traceback is in that rank's log in ranks/"
 
 
-def steps(facts: Facts) -> Iterator[Finding]:
+def judge_steps(facts: Facts) -> Iterator[Finding]:
     """How far each rank came."""
     beats = [one for one in facts["ranks"] if "step" in one["heartbeat"]]
     logged = [line["step"] for line in facts["metrics"] if isinstance(line.get("step"), int)]
@@ -185,10 +179,12 @@ def steps(facts: Facts) -> Iterator[Finding]:
         for one in beats:
             where = f"step {one['heartbeat']['step']} ({one['heartbeat'].get('phase', 'unknown')})"
             places.setdefault(where, []).append(one)
-        figure = "; ".join(f"{who(some)} in {where}" for where, some in places.items())
+        figure = "; ".join(f"{name_ranks(some)} in {where}" for where, some in places.items())
         done = facts["result"].get("status") == "finished"
         if behind and not done:
-            yield Finding("steps", "warning", figure, f"the others waited for {who(behind)}: look at its log and host")
+            yield Finding(
+                "steps", "warning", figure, f"the others waited for {name_ranks(behind)}: look at its log and host"
+            )
         else:
             yield Finding("steps", "ok", figure)
         return
@@ -200,7 +196,7 @@ def steps(facts: Facts) -> Iterator[Finding]:
     yield Finding("steps", "ok" if logged else "warning", figure)
 
 
-def speed(facts: Facts) -> Iterator[Finding]:
+def judge_speed(facts: Facts) -> Iterator[Finding]:
     """Whether it slowed down, and whether its steps were even."""
     rates = [line["images_per_second"] for line in facts["metrics"] if line.get("images_per_second")]
     if not rates:
@@ -210,7 +206,7 @@ def speed(facts: Facts) -> Iterator[Finding]:
     quarter = max(1, len(rates) // 4)
     if len(rates) >= 8:
         before, after = statistics.median(rates[quarter:-quarter]), statistics.median(rates[-quarter:])
-        if after < SLOWER * before:
+        if after < SLOWED_DOWN * before:
             figure += f"; {after:,.0f} in the last quarter, {before:,.0f} before"
             remedy = "another process on a host, a throttled device, or slower data: python -m recipes.doctor there"
             yield Finding("speed", "warning", figure, remedy)
@@ -223,7 +219,7 @@ def speed(facts: Facts) -> Iterator[Finding]:
     yield Finding("speed", "ok", figure)
 
 
-def slowest(facts: Facts) -> Iterator[Finding]:
+def judge_slowest_rank(facts: Facts) -> Iterator[Finding]:
     """Which rank keeps the others waiting: it computes longest in a step.
 
     Not of GPUs, whose hosts compute while they wait for them.
@@ -236,17 +232,15 @@ def slowest(facts: Facts) -> Iterator[Finding]:
         return
     median = statistics.median(seconds for seconds, _ in busy)
     most, late = max(busy, key=lambda pair: pair[0])
-    figure = (
-        f"{who([late])} computed for {1e3 * most:.3g} ms a step, {most / median - 1:.0%} more than the ranks' median"
-    )
-    if most > STRAGGLES * median:
+    figure = f"{name_ranks([late])} computed for {1e3 * most:.3g} ms per step, {most / median - 1:.0%} more than the ranks' median"
+    if most > STRAGGLER * median:
         remedy = "look at its host: other work, a throttled or another device; python -m recipes.doctor tries them all"
         yield Finding("slowest", "warning", figure, remedy)
     else:
         yield Finding("slowest", "ok", figure)
 
 
-def data_wait(facts: Facts) -> Iterator[Finding]:
+def judge_data_wait(facts: Facts) -> Iterator[Finding]:
     """How much of their steps' time the ranks waited for batches."""
     shares = []
     for one in facts["ranks"]:
@@ -255,7 +249,7 @@ def data_wait(facts: Facts) -> Iterator[Finding]:
     if not shares:
         return
     share, most = max(shares, key=lambda pair: pair[0])
-    figure = f"{who([most])} waited longest for data: {share:.0%} of its steps' time, the ranks' median "
+    figure = f"{name_ranks([most])} waited longest for data: {share:.0%} of its steps' time, the ranks' median "
     figure += f"{statistics.median(pair[0] for pair in shares):.0%}"
     if share > DATA_WAIT_SHARE:
         yield Finding("data", "warning", figure, "set data.workers higher, or data.root to a faster disk")
@@ -263,7 +257,7 @@ def data_wait(facts: Facts) -> Iterator[Finding]:
         yield Finding("data", "ok", figure)
 
 
-def memory(facts: Facts) -> Iterator[Finding]:
+def judge_memory(facts: Facts) -> Iterator[Finding]:
     """Whether memory grew."""
     peaks = [line["peak_memory_bytes"] for line in facts["metrics"] if line.get("peak_memory_bytes")]
     if len(peaks) < 8:
@@ -282,7 +276,7 @@ def memory(facts: Facts) -> Iterator[Finding]:
         yield Finding("memory", "ok", figure)
 
 
-def losses(facts: Facts) -> Iterator[Finding]:
+def judge_loss(facts: Facts) -> Iterator[Finding]:
     """Whether the loss stayed finite."""
     found = [(line["step"], line["loss"]) for line in facts["metrics"] if "loss" in line and "step" in line]
     if not found:
@@ -297,41 +291,41 @@ def losses(facts: Facts) -> Iterator[Finding]:
         )
 
 
-def kept(facts: Facts) -> Finding:
-    """What can be gone on from."""
+def judge_checkpoints(facts: Facts) -> Finding:
+    """What a resume can start from."""
     there = facts["checkpoints"]
     wrong = "; ".join(f"{name}: {why}" for name, why in there["wrong"].items())
     left = f"; {count(len(there['unfinished']), 'save')} was under way" if there["unfinished"] else ""
     intact = there["intact"]
     if intact is None and not wrong:
         done = facts["result"].get("status") == "finished" or facts["running"] or facts["report"]
-        verdict: findings.Verdict = "ok" if done else "warning"
+        verdict: Verdict = "ok" if done else "warning"
         return Finding(
             "checkpoints", verdict, f"none{left}", "" if done else "set checkpoint.every, or checkpoint.minutes"
         )
     if intact is None:
-        return Finding("checkpoints", "fails", f"none is intact: {wrong}", "look after the disk")
+        return Finding("checkpoints", "fails", f"none is intact: {wrong}", "check the disk")
     logged = [line["step"] for line in facts["metrics"] if isinstance(line.get("step"), int)]
     lost = max(logged, default=intact["step"]) - intact["step"]
-    figure = f"{intact['name']} is intact, {when(intact['saved'])}{left}"
-    figure += f"; {count(lost, 'step')} are to be taken again" if lost > 0 and not facts["running"] else ""
+    figure = f"{intact['name']} is intact, {format_time(intact['saved'])}{left}"
+    figure += f"; {count(lost, 'step')} will be repeated" if lost > 0 and not facts["running"] else ""
     if wrong:
-        return Finding("checkpoints", "warning", f"{figure}; passed over: {wrong}", "look after the disk")
+        return Finding("checkpoints", "warning", f"{figure}; passed over: {wrong}", "check the disk")
     return Finding("checkpoints", "ok", figure)
 
 
-def what_next(facts: Facts, command: str) -> str:
+def next_command(facts: Facts, command: str) -> str:
     """What to type."""
     if facts["running"]:
-        return "nothing to do: it is under way"
+        return "nothing to do: it is running"
     if facts["report"]:
         return f"nothing to do; {facts['report']} has what it found"
     if facts["result"].get("status") == "finished":
         return "nothing to do; raise max_steps, or epochs in a new run, to train on"
     intact = facts["checkpoints"]["intact"]
-    where = f"goes on from step {intact['step']}" if intact else "begins again at step 0"
+    where = f"resumes at step {intact['step']}" if intact else "starts again at step 0"
     return f"{command}    {where}"
 
 
-def when(moment: float) -> str:
+def format_time(moment: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment))

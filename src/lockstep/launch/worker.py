@@ -36,7 +36,7 @@ from lockstep.errors import Busy, UserError
 from lockstep.launch.validate import validate
 from lockstep.run import Run
 from lockstep.utils import files
-from lockstep.utils.environment import environment
+from lockstep.utils.system import system_info
 
 if TYPE_CHECKING:
     from lockstep.recipe import Recipe
@@ -179,7 +179,7 @@ def join_and_train(
         heartbeat=heartbeat,
     )
     if here.rank == 0:
-        files.write_json(out / "environment.json", environment(here.hosts, str(here.device), here.backend))
+        files.write_json(out / "environment.json", system_info(here.hosts, str(here.device), here.backend))
     carry_out(recipe, Run(recipe.name, config, here, out, recipe.next_command, listener=listener))
     del lock
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config, convert, with_values
+from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed, UserError
 from lockstep.launch.validate import check_batch, check_package
 from lockstep.recipe import Proof, Recipe
@@ -113,6 +114,8 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
         found = trace(run, each, mine, "-".join([each.name, *settings, *case.own_words]), case.proof.prepare)
         if found and (reference := references[key]):
             row.compare(found, reference, case.differs)
+    except Preempted:
+        raise
     except Exception as error:
         # The ranks may now be at different places, so no further row could be trusted.
         run.report.log.write(traceback.format_exc())

@@ -1,4 +1,4 @@
-"""environment."""
+"""What a run ran on: machine, packages and commit."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from typing import Any
 PACKAGES = "lockstep torch torchvision numpy hydra-core omegaconf torchmetrics lightning deepspeed ray".split()
 
 
-def environment(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
-    """What a run ran on. Variables are picked by name, because a dump of all of them would publish tokens."""
+def system_info(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
+    """A run directory's environment.json. Variables are picked by name, because a dump of all of them would publish tokens."""
     import torch
 
     keep = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "SLURM_JOB_ID", "SLURM_JOB_PARTITION", "SLURM_NTASKS")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "versions": versions(),
+        "versions": package_versions(),
         "cuda": torch.version.cuda,
         "git_commit": git_commit(),
         "hosts": hosts,
@@ -42,7 +42,7 @@ def cpu_name() -> str:
     return names[0] if names else platform.machine()
 
 
-def versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     """Of the packages that a run may use, those that are installed."""
     found = {}
     for package in PACKAGES:

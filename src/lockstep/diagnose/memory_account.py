@@ -1,0 +1,109 @@
+"""Where a step's memory goes: what a model needs by layer, what each rank really held, what sharding would make of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from rich.table import Table
+
+from lockstep.callbacks.memory_report import cell, in_a_line, table
+from lockstep.config.schema import Config
+from lockstep.data.datasets import FirstSamples
+from lockstep.distributed.collectives import gather_numbers
+from lockstep.memory.tracker import KINDS, Prediction, predict, sharded
+from lockstep.memory.usage import free_bytes, peak_from_now
+from lockstep.run import Run
+from lockstep.utils.files import write_json
+from lockstep.utils.text import mebibytes
+
+if TYPE_CHECKING:
+    from lockstep.recipe import Recipe
+
+PEAK_OF = {"cpu": "the process's resident memory", "cuda": "what torch's allocator gave out"}
+
+
+def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
+    """Print the tables and write memory.json; all ranks call it together.
+
+    Args:
+        recipe: takes the steps that are measured.
+        config: of these steps.
+    """
+    ranks, peaks = measure_steps(run, recipe, config)
+    if run.world.rank:
+        return
+    images = images_at_once(run.config, run.shards)
+    found = predict(run.config, images, run.device.type)
+    shards = sharded(run.config, run.world.world_size)
+    report = {
+        "images": images,
+        "total": found.sums(),
+        "layers": [asdict(layer) for layer in found.layers],
+        "expected_peak": found.peak,
+        "measured_peak_bytes_by_rank": peaks,
+        "ranks": ranks,
+        "sharded": shards,
+    }
+    write_json(run.out / "memory.json", report)
+    print_account(run, found, images)
+    line = run.report.line
+    line(f"held, MiB by rank    {in_a_line(ranks)} (recipes.{recipe.name}, {config.max_steps} steps)")
+    line(f"measured peak, MiB   {', '.join(map(mebibytes, peaks))} by rank: the rise of {PEAK_OF[run.device.type]}")
+    free, who = free_bytes(run.device)
+    line(f"free now, MiB        {mebibytes(free)}, says {who}")
+    run.report.console.print(sharding_table(shards, len(peaks)))
+
+
+def images_at_once(config: Config, shards: int) -> int:
+    """Images that go through the model at a time: a rank's share, or the largest micro-batch of it."""
+    return -(-config.global_batch_size // shards // max(config.accumulate, config.pipeline_micro_batches))
+
+
+class MeasuredSteps(Run[Any]):
+    """A run that notes by how much memory has risen when a step ends, before it evaluates and exports."""
+
+    risen: Callable[[], int]
+    rise = 0
+
+    def _after_step(self) -> bool:
+        self.rise = self.risen()
+        return super()._after_step()
+
+
+def measure_steps(run: Run[Any], recipe: Recipe, config: Config) -> tuple[list[dict[str, Any]], list[int]]:
+    """Take the recipe's steps: (on rank 0, what each rank held by layer; each rank's measured peak in bytes)."""
+    out = run.out / recipe.name
+    if run.world.rank == 0:
+        (out / "ranks").mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    inner = MeasuredSteps(recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True, listener=run.listener)
+    inner.eval_set = FirstSamples(inner.eval_set, config.eval_batch_size * run.world.world_size)
+    inner.risen = peak_from_now(run.device)
+    recipe(inner)
+    peaks = [int(size) for size in gather_numbers(inner.rise, run.device)]
+    dist.barrier()
+    return json.loads((out / "memory.json").read_text())["ranks"] if run.world.rank == 0 else [], peaks
+
+
+def print_account(run: Run[Any], found: Prediction, images: int) -> None:
+    """What the model needs by layer, and the peak to expect."""
+    config = run.config
+    what = f"{config.model.name}, {images} images at a time, {config.precision}, {config.optim.name}"
+    run.report.console.print(table(found.layers, f"{what}: MiB that one whole model holds during a step"))
+    peak = "; ".join(f"{kind} {mebibytes(size)}" for kind, size in found.peak.items())
+    run.report.line(f"expected peak, MiB   {mebibytes(sum(found.peak.values()))}: {peak}")
+
+
+def sharding_table(shards: dict[str, Any], ranks: int) -> Table:
+    """What DDP, ZeRO's stages and FSDP make of parameters, gradients and optimizer."""
+    found = Table(title=f"the same state on {ranks} ranks, by formula: MiB on the fullest", title_justify="left")
+    found.add_column("technique")
+    for column in (*KINDS[:3], "total"):
+        found.add_column(column, justify="right")
+    for technique, sizes in shards.items():
+        found.add_row(technique, *(cell(size) for size in sizes.values()))
+    return found
