@@ -169,7 +169,7 @@ import resource
 import sys
 
 from lockstep import Run, recipe
-from lockstep.machine import process_bytes
+from lockstep.memory.usage import process_bytes
 from recipes import ddp
 
 
@@ -239,9 +239,9 @@ def test_what_means_that_there_is_no_memory() -> None:
     cpu = torch.device("cpu")
     allocator = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9437184 bytes. Error code 12"
     for error in (MemoryError(), torch.OutOfMemoryError(CUDA), RuntimeError(allocator), RuntimeError("std::bad_alloc")):
-        assert out_of_memory.ran_out(error, cpu)
+        assert out_of_memory.is_out_of_memory(error, cpu)
     for other in (RuntimeError("shape '[2]' is invalid"), ValueError(allocator), KeyError("memory")):
-        assert not out_of_memory.ran_out(other, cpu)
+        assert not out_of_memory.is_out_of_memory(other, cpu)
     assert out_of_memory.asked_for(RuntimeError(allocator)) == 9437184
     assert out_of_memory.asked_for(torch.OutOfMemoryError(CUDA)) == int(2.5 * 2**30)
     assert out_of_memory.asked_for(MemoryError()) is None

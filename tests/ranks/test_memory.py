@@ -15,11 +15,12 @@ from torch.nn.functional import cross_entropy
 from torch.optim import SGD, AdamW
 
 from lockstep import Run
+from lockstep.callbacks import device_stats
 from lockstep.callbacks.device_stats import DeviceStats
 from lockstep.config.schema import Config
 from lockstep.distributed.process_group import World
-from lockstep.memory import usage
-from lockstep.memory.tracker import KINDS, MemoryTracker, foretell, layers, predict, sharded, size
+from lockstep.memory.predict import predict_activations, predict_memory, sharded_state_bytes
+from lockstep.memory.tracker import KINDS, MemoryTracker, local_bytes, memory_by_layer
 from lockstep.memory.usage import group_bytes, process_bytes
 from lockstep.models.resnet import build_model
 from lockstep.registry import list_recipes
@@ -66,7 +67,7 @@ def test_every_recipe_reports_what_its_ranks_hold_and_keeps_no_graph(name: str, 
 def test_the_progress_line_says_how_busy_the_device_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the CPU with clocks made up; a GPU's figures with the driver's words put in."""
     clocks = SimpleNamespace(perf_counter=iter((10.0, 12.0)).__next__, process_time=iter((5.0, 8.0)).__next__)
-    monkeypatch.setattr(usage, "time", clocks)
+    monkeypatch.setattr(device_stats, "time", clocks)
     words, figures = DeviceStats(torch.device("cpu")).read()
     busy, used = re.fullmatch(r"([\d.]+) cores busy, ([\d,]+) MiB", words).groups()  # type: ignore[union-attr]
     assert busy == "1.5"
@@ -105,16 +106,16 @@ def predicted_and_real(world: World) -> None:
     for precision, optim in CASES:
         config = config_of(precision=precision)
         config.optim.name = optim
-        expected = predict(config, 6)
+        expected = predict_memory(config, 6)
         dtype = torch.float64 if precision == "fp64" else torch.float32
         model = build_model(config.model).to(dtype)
         optimizer: Any = SGD(model.parameters(), momentum=0.9) if optim == "sgd" else AdamW(model.parameters())
-        ledger = MemoryTracker(model)
-        with ledger, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        tracker = MemoryTracker(model)
+        with tracker, torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
             cross_entropy(model(torch.randn(6, 3, 16, 16, dtype=dtype)), torch.zeros(6, dtype=torch.int64)).backward()
-        gradients = {name: size(parameter.grad) for name, parameter in model.named_parameters()}
+        gradients = {name: local_bytes(parameter.grad) for name, parameter in model.named_parameters()}
         optimizer.step()
-        real = {layer.name: layer for layer in layers(model, optimizer, gradients, ledger)}
+        real = {layer.name: layer for layer in memory_by_layer(model, optimizer, gradients, tracker)}
         assert {layer.name for layer in expected.layers} == set(real)
         for layer in expected.layers:
             mine = real[layer.name]
@@ -136,8 +137,10 @@ def test_activations_grow_with_the_images_and_nothing_else_does() -> None:
 
 
 def sums_of(world: World, sizes: tuple[int, ...]) -> list[dict[str, int]]:
-    found = [predict(config_of(), images, peak=False).sums() for images in sizes]
-    assert [foretell(config_of(), images).total for images in sizes] == [each["activations"] for each in found]
+    found = [predict_memory(config_of(), images, peak=False).sums() for images in sizes]
+    assert [predict_activations(config_of(), images).total for images in sizes] == [
+        each["activations"] for each in found
+    ]
     return found
 
 
@@ -156,7 +159,7 @@ def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], 
     execute(recipe, tmp_path / "run", 2, *SHORT, "max_steps=1", *words)
     config = config_of()
     config.model.image_size, config.optim.name = 8, "adamw" if "optim=adamw" in words else "sgd"
-    formula, found = sharded(config, 2)[technique], result(tmp_path / "run")
+    formula, found = sharded_state_bytes(config, 2)[technique], result(tmp_path / "run")
     if name == "deepspeed_zero":  # its gradients are cut where its buckets end, and measured after the cut
         assert max(found["held_weights_bytes"]) == pytest.approx(formula["parameters"], rel=0.02)
         assert max(found["held_optimizer_bytes"]) == pytest.approx(formula["optimizer"], rel=0.02)

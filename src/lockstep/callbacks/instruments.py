@@ -13,12 +13,12 @@ from torch.optim import Optimizer
 from lockstep.callbacks.device_stats import DeviceStats
 from lockstep.callbacks.gradient_stats import GradientStats, wanted
 from lockstep.callbacks.graph_leaks import GraphLeaks, warning
-from lockstep.callbacks.memory_report import MemoryReport, everyone, in_a_line
+from lockstep.callbacks.memory_report import MemoryReport, everyone, summarize_memory
 from lockstep.callbacks.unused_parameters import UnusedParameters, listed
 from lockstep.distributed.collectives import gather_numbers, gather_objects
 from lockstep.distributed.heartbeat import DATA_WAIT_SHARE
 from lockstep.loggers.base import Histogram
-from lockstep.memory.tracker import Layer
+from lockstep.memory.tracker import LayerMemory
 from lockstep.training.local_gradients import LocalGradients
 from lockstep.training.timing import StepTime, warm_up
 from lockstep.utils.files import write_json
@@ -204,10 +204,10 @@ class Instruments:
         self._load.leave_out(profiler.steps, self._profiled_since)
         run.pause(time.perf_counter() - began)
 
-    def _report_memory(self, layers: list[Layer]) -> None:
+    def _report_memory(self, layers: list[LayerMemory]) -> None:
         """Write down what each rank held in the step that has ended, the first one."""
         run = self._run
         ranks = everyone(layers, run.world.control)
-        run.note(f"held: {in_a_line(ranks)}, in MiB by rank; by layer in memory.json")
+        run.note(f"held: {summarize_memory(ranks)}, in MiB by rank; by layer in memory.json")
         if run.world.rank == 0:
             write_json(run.out / "memory.json", {"ranks": ranks})

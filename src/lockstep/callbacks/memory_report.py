@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lockstep.distributed.collectives import gather_objects
-from lockstep.memory.tracker import ENGINE, KINDS, Layer, MemoryTracker, layers, size
+from lockstep.memory.tracker import ENGINE, KINDS, LayerMemory, MemoryTracker, local_bytes, memory_by_layer
 from lockstep.utils.text import mebibytes
 
 
@@ -33,32 +33,32 @@ class MemoryReport:
         self._handle = self._optimizer.register_step_pre_hook(self._before_update)
         self._ledger.start()
 
-    def stop(self) -> list[Layer]:
+    def stop(self) -> list[LayerMemory]:
         """End it after the update, when the optimizer has its state; what each layer holds."""
         self._ledger.stop()
         self._handle.remove()
-        return layers(self._model, self._optimizer, self._gradients, self._ledger)
+        return memory_by_layer(self._model, self._optimizer, self._gradients, self._ledger)
 
     def _before_update(self, *_: Any) -> None:
-        named = {name: size(parameter.grad) for name, parameter in self._model.named_parameters()}
+        named = {name: local_bytes(parameter.grad) for name, parameter in self._model.named_parameters()}
         if not any(named.values()):  # an engine's vectors have them
             groups = self._optimizer.param_groups
-            named = {ENGINE: sum(size(parameter.grad) for group in groups for parameter in group["params"])}
+            named = {ENGINE: sum(local_bytes(parameter.grad) for group in groups for parameter in group["params"])}
         self._gradients = named
 
 
-def everyone(mine: list[Layer], group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
+def everyone(mine: list[LayerMemory], group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
     """What each rank holds, in rank order, as JSON: its layers and their sums. All ranks call it."""
     return gather_objects({"total": sums(mine), "layers": [asdict(layer) for layer in mine]}, group)
 
 
-def sums(found: Iterable[Layer]) -> dict[str, int]:
+def sums(found: Iterable[LayerMemory]) -> dict[str, int]:
     """Bytes over all layers, by kind."""
     found = list(found)
     return {kind: sum(getattr(layer, kind) for layer in found) for kind in KINDS}
 
 
-def table(found: list[Layer], title: str) -> Table:
+def memory_table(found: list[LayerMemory], title: str) -> Table:
     """Layers for people, in MiB."""
     grid = Table(title=title, title_justify="left")
     for column in ("layer", "kind", "output"):
@@ -79,6 +79,6 @@ def cell(figure: int) -> str:
     return mebibytes(figure, 2) if figure else ""
 
 
-def in_a_line(ranks: list[dict[str, Any]]) -> str:
+def summarize_memory(ranks: list[dict[str, Any]]) -> str:
     """The ranks' sums in the run's summary: `parameters 42.6, 42.6; …`."""
     return "; ".join(f"{kind} {', '.join(mebibytes(rank['total'][kind]) for rank in ranks)}" for kind in KINDS)

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from rich.table import Table
 
-from lockstep.callbacks.memory_report import cell, in_a_line, table
+from lockstep.callbacks.memory_report import cell, memory_table, summarize_memory
 from lockstep.config.schema import Config
 from lockstep.data.datasets import FirstSamples
 from lockstep.distributed.collectives import gather_numbers
-from lockstep.memory.tracker import KINDS, Prediction, predict, sharded
+from lockstep.memory.predict import MemoryPrediction, predict_memory, sharded_state_bytes
+from lockstep.memory.tracker import KINDS
 from lockstep.memory.usage import free_bytes, peak_from_now
 from lockstep.run import Run
 from lockstep.utils.files import write_json
@@ -37,8 +38,8 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     if run.world.rank:
         return
     images = images_at_once(run.config, run.shards)
-    found = predict(run.config, images, run.device.type)
-    shards = sharded(run.config, run.world.world_size)
+    found = predict_memory(run.config, images, run.device.type)
+    shards = sharded_state_bytes(run.config, run.world.world_size)
     report = {
         "images": images,
         "total": found.sums(),
@@ -51,7 +52,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     write_json(run.out / "memory.json", report)
     print_account(run, found, images)
     line = run.report.line
-    line(f"held, MiB by rank    {in_a_line(ranks)} (recipes.{recipe.name}, {config.max_steps} steps)")
+    line(f"held, MiB by rank    {summarize_memory(ranks)} (recipes.{recipe.name}, {config.max_steps} steps)")
     line(f"measured peak, MiB   {', '.join(map(mebibytes, peaks))} by rank: the rise of {PEAK_OF[run.device.type]}")
     free, who = free_bytes(run.device)
     line(f"free now, MiB        {mebibytes(free)}, says {who}")
@@ -89,11 +90,11 @@ def measure_steps(run: Run[Any], recipe: Recipe, config: Config) -> tuple[list[d
     return json.loads((out / "memory.json").read_text())["ranks"] if run.world.rank == 0 else [], peaks
 
 
-def print_account(run: Run[Any], found: Prediction, images: int) -> None:
+def print_account(run: Run[Any], found: MemoryPrediction, images: int) -> None:
     """What the model needs by layer, and the peak to expect."""
     config = run.config
     what = f"{config.model.name}, {images} images at a time, {config.precision}, {config.optim.name}"
-    run.report.console.print(table(found.layers, f"{what}: MiB that one whole model holds during a step"))
+    run.report.console.print(memory_table(found.layers, f"{what}: MiB that one whole model holds during a step"))
     peak = "; ".join(f"{kind} {mebibytes(size)}" for kind, size in found.peak.items())
     run.report.line(f"expected peak, MiB   {mebibytes(sum(found.peak.values()))}: {peak}")
 

@@ -23,7 +23,7 @@ from torch import nn
 
 from lockstep.config.schema import Config, with_values
 from lockstep.errors import CheckFailed
-from lockstep.memory.tracker import foretell, sharded
+from lockstep.memory.predict import predict_activations, sharded_state_bytes
 from lockstep.memory.usage import free_bytes
 from lockstep.training.optim import states_per_weight
 from lockstep.utils.files import write_json
@@ -69,7 +69,7 @@ class Knob:
     price: str
 
 
-def ran_out(error: BaseException, device: torch.device) -> bool:
+def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
     """Whether an exception means that there was no memory left."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
@@ -82,9 +82,9 @@ def ran_out(error: BaseException, device: torch.device) -> bool:
 
 
 def explain_out_of_memory(error: BaseException, run: Run) -> OutOfMemory:
-    """The page, for an exception that `ran_out`. Its figures go into out_of_memory.json, the traceback into the log."""
+    """The page, for an exception that `is_out_of_memory`. Its figures go into out_of_memory.json, the traceback into the log."""
     run.report.log.write("".join(traceback.format_exception(error)))
-    where = place(error.__traceback__, run._module)
+    where = locate(error.__traceback__, run._module)
     free, who = free_bytes(run.device)
     held = run.held_bytes()
     traceback.clear_frames(error.__traceback__)  # they hold what the step held: room for what follows
@@ -144,7 +144,7 @@ def asked_for(error: BaseException) -> int | None:
     return None
 
 
-def place(frames: TracebackType | None, model: nn.Module | None) -> dict[str, Any]:
+def locate(frames: TracebackType | None, model: nn.Module | None) -> dict[str, Any]:
     """Where it was: the `phase` of the training, the `layer` by its name in the model, the recipe's own `line`."""
     names = {id(module): name for name, module in model.named_modules()} if model is not None else {}
     phase, layer, line = "the recipe", "", ""
@@ -168,7 +168,7 @@ def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, devi
     at_once = -(-share // pieces)
 
     def kept(images: int, **values: Any) -> int:
-        return foretell(with_values(config, values), images, device).total
+        return predict_activations(with_values(config, values), images, device).total
 
     now = kept(at_once)
     found = []
@@ -188,30 +188,30 @@ def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, devi
     if config.precision in ("fp32", "fp64"):
         other = "bf16" if config.precision == "fp32" else "fp32"
         found.append(Knob(f"precision={other}", now - kept(at_once, precision=other), "activations of half the size"))
-    found += of_the_state(config, recipe, ranks)
+    found += state_knobs(config, recipe, ranks)
     if phase == "evaluation":  # without backward a block's input, result and shortcut are all that is alive
-        largest = max(math.prod(shape[1:]) for shape in foretell(config, 2, device).outputs.values())
+        largest = max(math.prod(shape[1:]) for shape in predict_activations(config, 2, device).outputs.values())
         half = config.eval_batch_size // 2
         found.append(Knob(f"eval_batch_size={half}", 3 * 4 * largest * half, "the same evaluation"))
     found = [knob for knob in found if knob.saves > 2**20]
     return sorted(found, key=lambda knob: -knob.saves)[:3]
 
 
-def of_the_state(config: Config, recipe: str, ranks: int) -> list[Knob]:
+def state_knobs(config: Config, recipe: str, ranks: int) -> list[Knob]:
     """What would make weights, gradients and optimizer smaller."""
     found = []
-    whole = sharded(config, ranks)["ddp"]["total"]
+    whole = sharded_state_bytes(config, ranks)["ddp"]["total"]
     if recipe == "deepspeed_zero" and (stage := getattr(config, "stage", 3)) < 3 and ranks > 1:
-        table = sharded(config, ranks)
+        table = sharded_state_bytes(config, ranks)
         now = table[f"deepspeed_zero stage={stage}"]["total"] if stage else whole
         found.append(Knob("stage=3", now - table["deepspeed_zero stage=3"]["total"], "half as much again to send"))
     elif recipe not in ("fsdp", "deepspeed_zero", "pipeline_parallel", "model_parallel"):
         over = max(2, ranks)
-        saves = whole - sharded(config, over)["fsdp"]["total"]
+        saves = whole - sharded_state_bytes(config, over)["fsdp"]["total"]
         found.append(Knob("recipes.fsdp", saves, f"parameters, gradients and optimizer cut over {over} ranks"))
     if states_per_weight(config.optim)[0] > 1:
         lighter = with_values(config, {"optim.name": "sgd", "optim.arguments": {}})
-        saves = whole - sharded(lighter, ranks)["ddp"]["total"]
+        saves = whole - sharded_state_bytes(lighter, ranks)["ddp"]["total"]
         found.append(
             Knob("optim=sgd", saves // (ranks if recipe == "fsdp" else 1), "one state a weight; another training")
         )

@@ -32,7 +32,7 @@ from lockstep.diagnose.probes.slurm import judge_slurm, probe_slurm
 from lockstep.diagnose.probes.versions import judge_versions, probe_versions
 from lockstep.distributed.collectives import broadcast_object, gather_objects
 from lockstep.errors import CheckFailed
-from lockstep.memory.tracker import sharded
+from lockstep.memory.predict import sharded_state_bytes
 from lockstep.run import Run
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count
@@ -119,7 +119,7 @@ def run_preflight(run: Run[Any], prove: Callable[[], Finding]) -> None:
     world = run.world
     ranks = probe_ranks(run)
     links = measure_bandwidth(world) if world.world_size > 1 else {}
-    whole = sharded(run.config, 1)["ddp"]
+    whole = sharded_state_bytes(run.config, 1)["ddp"]
     needs = Needs(whole["parameters"] + whole["optimizer"], run.config.checkpoint.keep, whole["gradients"])
     broken = ""
     try:

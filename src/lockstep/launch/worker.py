@@ -195,7 +195,7 @@ def carry_out(recipe: Recipe, run: Run) -> None:
     try:
         recipe(run)
     except (RuntimeError, MemoryError) as error:
-        if not out_of_memory.ran_out(error, run.device):
+        if not out_of_memory.is_out_of_memory(error, run.device):
             raise
         raise out_of_memory.explain_out_of_memory(error, run) from None
 

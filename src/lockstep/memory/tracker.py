@@ -1,35 +1,31 @@
-"""Where memory goes, counted instead of guessed."""
+"""What a training step holds, counted by layer and by kind.
+
+torch.distributed._tools.mem_tracker counts all memory while a module runs, but not which layer keeps how much for
+backward, and it sees every operation, which slows a step down; lockstep.memory.predict asks it for the peak alone.
+"""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from lockstep.config.schema import Config
 from lockstep.distributed.dtensor import local_shard
 from lockstep.memory.usage import process_bytes
-from lockstep.models.resnet import build_model
-from lockstep.training.optim import build_optimizer, states_per_weight
-from lockstep.training.precision import AUTOCAST, DTYPES
 
+KINDS = ("parameters", "gradients", "optimizer", "activations")
 LOSS = "(loss)"  # what is saved outside of every layer
 ENGINE = "(engine)"  # what is held for all layers in one piece
 
 
-# What a step holds ------------------------------------------------------------------------------------------------
-
-
 @dataclass
-class Layer:
+class LayerMemory:
     """What one layer holds during a step, in bytes; activations are what it keeps from forward for backward.
 
     A tensor that two layers keep is counted once, for the first of them.
@@ -150,12 +146,12 @@ def saved_bytes(model: nn.Module, images: Tensor) -> int:
     Counted on a copy of the model, without disturbing its BatchNorm statistics.
     """
     model = copy.deepcopy(model).train()
-    with MemoryTracker(model) as ledger:
+    with MemoryTracker(model) as tracker:
         model(images)
-    return ledger.total
+    return tracker.total
 
 
-def size(tensor: Tensor | None) -> int:
+def local_bytes(tensor: Tensor | None) -> int:
     """Bytes of the part of a tensor that this rank holds."""
     if not isinstance(tensor, Tensor):
         return 0
@@ -173,33 +169,37 @@ def state_bytes(optimizer: Optimizer) -> tuple[int, int]:
         for parameter in group["params"]:
             state = [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)]
             for tensor in (parameter, parameter, *state):
-                mine += size(tensor)
+                mine += local_bytes(tensor)
                 total += tensor.numel() * tensor.element_size()
     return mine, total
 
 
-def layers(model: nn.Module, optimizer: Optimizer, gradients: Mapping[str, int], ledger: MemoryTracker) -> list[Layer]:
+def memory_by_layer(
+    model: nn.Module, optimizer: Optimizer, gradients: Mapping[str, int], tracker: MemoryTracker
+) -> list[LayerMemory]:
     """What each layer holds on this rank, in the model's order; a layer without anything is left out.
 
     Args:
         gradients: bytes of each parameter's gradient, by its name, from the moment when they were there.
     """
-    found = {name: Layer(name or "(model)", type(module).__name__) for name, module in model.named_modules()}
+    found = {name: LayerMemory(name or "(model)", type(module).__name__) for name, module in model.named_modules()}
     for name, parameter in model.named_parameters():
         layer = found[name.rpartition(".")[0]]
-        layer.parameters += size(parameter) or size(getattr(parameter, "ds_tensor", None))  # DeepSpeed's part of it
+        layer.parameters += local_bytes(parameter) or local_bytes(
+            getattr(parameter, "ds_tensor", None)
+        )  # DeepSpeed's part of it
         layer.gradients += gradients.get(name, 0)
-        layer.optimizer += sum(map(size, optimizer.state.get(parameter, {}).values()))
+        layer.optimizer += sum(map(local_bytes, optimizer.state.get(parameter, {}).values()))
     mine = {id(parameter) for parameter in model.parameters()}
     others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in mine]
     if others:  # an engine's own vectors, cut across all layers: weights once more, and what goes with them
         states = [value for parameter in others for value in optimizer.state.get(parameter, {}).values()]
-        vectors = sum(map(size, [*others, *states]))
-        found[ENGINE] = Layer(ENGINE, "", gradients=gradients.get(ENGINE, 0), optimizer=vectors)
-    found[LOSS] = Layer(LOSS, "")
-    for name, kept in ledger.peak.items():
+        vectors = sum(map(local_bytes, [*others, *states]))
+        found[ENGINE] = LayerMemory(ENGINE, "", gradients=gradients.get(ENGINE, 0), optimizer=vectors)
+    found[LOSS] = LayerMemory(LOSS, "")
+    for name, kept in tracker.peak.items():
         found[name].activations += kept
-    for name, shape in ledger.outputs.items():
+    for name, shape in tracker.outputs.items():
         found[name].output = shape
     return [layer for layer in found.values() if layer.total]
 
@@ -215,9 +215,9 @@ def held_bytes(
     parameters = list(model.parameters()) if model is not None else []
     states = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
     found = {
-        "parameters": sum(map(size, parameters)),
-        "gradients": sum(size(parameter.grad) for parameter in parameters),
-        "optimizer": sum(map(size, states)),
+        "parameters": sum(map(local_bytes, parameters)),
+        "gradients": sum(local_bytes(parameter.grad) for parameter in parameters),
+        "optimizer": sum(map(local_bytes, states)),
     }
     if device.type == "cuda":
         total = torch.cuda.memory_allocated(device)
@@ -229,132 +229,3 @@ def held_bytes(
     found["activations and the rest"] = max(0, process_bytes("VmRSS") - before - sum(found.values()))
     found["interpreter, libraries, images"] = before
     return found
-
-
-# What a step would hold ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a training step of one rank holds, by layer, and what is there at its peak, in bytes by kind."""
-
-    layers: list[Layer]
-    peak: dict[str, int]
-
-    def sums(self) -> dict[str, int]:
-        """Bytes over all layers of parameters, gradients, optimizer and activations."""
-        return {kind: sum(getattr(layer, kind) for layer in self.layers) for kind in KINDS}
-
-
-KINDS = ("parameters", "gradients", "optimizer", "activations")
-
-
-def predict(config: Config, images: int, device: str = "cpu", peak: bool = True) -> Prediction:
-    """What two training steps of the whole model on `images` images would hold, found without any memory.
-
-    The model is built and trained on torch's fake tensors, which have shapes and storages but no bytes, so that a batch
-    that fits no machine can be asked about. Left out is what lies outside of torch's tensors: the interpreter, scratch
-    space of cuDNN or oneDNN, buffers in which ranks exchange gradients.
-
-    Args:
-        images: that go through the model at once: a rank's share, or a micro-batch of it.
-        peak: whether to find the peak too, which takes twice as long.
-    """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        model, optimizer, forward = _training(config, images, device)
-        ledger = MemoryTracker(model)
-        gradients: dict[str, int] = {}
-        optimizer.register_step_pre_hook(
-            lambda *_: gradients.update({name: size(p.grad) for name, p in model.named_parameters()})
-        )
-        with ledger:
-            _step(forward, optimizer)
-        by_layer = layers(model, optimizer, gradients, ledger)
-        most = _peak(config, images, device) if peak else {}
-    return Prediction(by_layer, most)
-
-
-def foretell(config: Config, images: int, device: str = "cpu") -> MemoryTracker:
-    """What one forward would keep for backward, found as `predict` does, but at once and without a thread."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        model, _, forward = _training(config, images, device)
-        with MemoryTracker(model) as ledger:
-            forward()
-    return ledger
-
-
-def _training(config: Config, images: int, device: str) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
-    """A model, its optimizer, and a function that computes the loss of a batch."""
-    side = config.model.image_size or config.data.image_size
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(DTYPES[config.precision])  # a fake model cannot be moved: it is built where it belongs
-    try:
-        with torch.device(device):
-            model = build_model(config.model).train()
-            batch = torch.empty(images, 3, side, side)
-    finally:
-        torch.set_default_dtype(before)
-    labels = torch.empty(images, dtype=torch.int64, device=device)
-    optimizer = build_optimizer(replace(config.optim, lr=0.0, weight_decay=0.0), model)
-
-    def forward() -> Tensor:
-        with torch.autocast(device, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
-            return cross_entropy(model(batch), labels)
-
-    return model, optimizer, forward
-
-
-def _step(forward: Callable[[], Tensor], optimizer: Optimizer) -> None:
-    forward().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def _peak(config: Config, images: int, device: str) -> dict[str, int]:
-    """Bytes by kind at the peak of the second step, when there is an optimizer state."""
-    from torch.distributed._tools.mem_tracker import MemTracker
-
-    model, optimizer, forward = _training(config, images, device)
-    tracker = MemTracker()
-    tracker.track_external(model, optimizer)
-    with tracker:
-        _step(forward, optimizer)
-        tracker.reset_mod_stats()
-        _step(forward, optimizer)
-    found = tracker.get_tracker_snapshot("peak")
-    snapshot = next(found[each] for each in found if each.type == torch.device(device).type)
-    names = {"Parameter": "parameters", "Gradient": "gradients", "Optstate": "optimizer", "Activation": "activations"}
-    kinds = {getattr(kind, "value", kind): count for kind, count in snapshot.items()}
-    peak = {ours: kinds[theirs] for theirs, ours in names.items()}
-    return peak | {"temporary": kinds["Total"] - sum(peak.values())}
-
-
-def sharded(config: Config, ranks: int) -> dict[str, dict[str, int]]:
-    """{technique: bytes of parameters, gradients and optimizer on the rank that holds most}, by formula.
-
-    W is the weights' size, k the optimizer's states a weight. DDP holds W + W + kW. ZeRO's optimizer keeps the weights
-    in fp32 besides, so its part is (1 + k)W / N from stage 1 on; stage 2 cuts the gradients, stage 3 the weights too,
-    but for parameters of less than 1,000 numbers. FSDP cuts each tensor along its first dim, rounded up.
-    """
-    with torch.device("meta"):
-        shapes = [tuple(parameter.shape) for parameter in build_model(config.model).parameters()]
-    item = torch.empty((), dtype=DTYPES[config.precision]).element_size()
-    moments, others = states_per_weight(config.optim)
-    counters = 4 * others * len(shapes)  # its steps, one a parameter
-    weights = item * sum(map(math.prod, shapes))
-    tops = item * sum(math.ceil(shape[0] / ranks) * math.prod(shape[1:]) for shape in shapes)
-    pieces = item * sum(numel if numel < 1000 else math.ceil(numel / ranks) for numel in map(math.prod, shapes))
-    part = math.ceil(weights / ranks)
-    master = (1 + moments) * part
-    table = {
-        "ddp": (weights, weights, moments * weights + counters),
-        "deepspeed_zero stage=1": (weights, weights, master),
-        "deepspeed_zero stage=2": (weights, part, master),
-        "deepspeed_zero stage=3": (pieces, part, master),
-        "fsdp": (tops, tops, moments * tops + counters),
-    }
-    return {name: dict(zip(KINDS, sizes, strict=False)) | {"total": sum(sizes)} for name, sizes in table.items()}
