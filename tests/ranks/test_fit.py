@@ -117,7 +117,7 @@ def test_a_trial_that_fails_of_something_else_is_no_answer(tmp_path: Path) -> No
 
 def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
     config = compose_config(ddp.train, "global_batch_size=auto", f"out={tmp_path}")
-    (tmp_path / "config.yaml").write_text("# recipe: ddp\nbatch_size: 44\n")
+    (tmp_path / "config.yaml").write_text("# recipe: ddp\nglobal_batch_size: 44\n")
     assert batch_size.find_batch_size(config, ddp.train, 2, lambda *_: 1) == 44
 
 
