@@ -161,12 +161,14 @@ def run(
     folder: Path | str = ROOT,
     environment: Mapping[str, str] | None = None,
     clock: tuple[int, int] | None = None,
+    expected: int = 0,
 ) -> Ran:
     """Run a command to its end.
 
     Args:
         words, folder, environment: as Command has them.
         clock: have every process that trains tell how long its steps take: (so many not counted, so many counted).
+        expected: the exit code that is no failure.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
@@ -176,7 +178,7 @@ def run(
         before, began = _spent_by_children(), time.perf_counter()
         code = command.start(said, Path(ticks) if clock else None).wait()
         seconds, cpu_seconds = time.perf_counter() - began, _spent_by_children() - before
-        if code:
+        if code != expected:
             raise command.failed(code, said)
         return Ran(seconds, cpu_seconds, began, read_ticks(Path(ticks)), clock or (0, 0))
 
