@@ -42,7 +42,7 @@ from lockstep.config import run_directory
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config, to_yaml, with_values
 from lockstep.data.image_files import check_data
-from lockstep.distributed.environment import check_nproc, default_nproc, resolve_device
+from lockstep.distributed.devices import check_nproc, default_nproc, resolve_device
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
 from lockstep.launch import recipe_process

@@ -43,8 +43,8 @@ from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config import run_directory
 from lockstep.config.keys import AUTO, typed
 from lockstep.data.image_files import check_data
-from lockstep.distributed.environment import check_nproc, default_nproc, resolve_device
-from lockstep.distributed.rendezvous import answers
+from lockstep.distributed.devices import check_nproc, default_nproc, resolve_device
+from lockstep.distributed.rendezvous import is_listening
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
 from lockstep.integrations.ray import ray_for
@@ -158,7 +158,7 @@ def check_address(address: str | None) -> None:
     host, _, port = str(address).rpartition(":")
     if not host or "/" in host or not port.isdecimal():
         raise UserError(f"tune.address={address}: allowed are auto, and HOST:PORT of a cluster's head node")
-    if not answers(host, int(port), 1):
+    if not is_listening(host, int(port), 1):
         raise UserError(f"tune.address={address}: nobody answers there; start it with ray start --head --port={port}")
 
 

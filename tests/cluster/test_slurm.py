@@ -18,7 +18,7 @@ import torch
 
 from launchers.slurm import exit_code
 from lockstep.distributed.environment import discover, nodes_of_tasks
-from lockstep.distributed.process_group import interface_towards
+from lockstep.distributed.interfaces import interface_towards
 from lockstep.errors import UserError
 from lockstep.launch.cluster import idle_nodes
 from lockstep.recipe import Recipe

@@ -27,7 +27,7 @@ from lockstep.config.compose import compose
 from lockstep.config.declared import read_config
 from lockstep.config.run_directory import freeze
 from lockstep.config.schema import Config, to_yaml
-from lockstep.distributed.process_group import World, join
+from lockstep.distributed.process_group import World, join_process_group
 from lockstep.launch.validate import validate
 from lockstep.launch.worker import carry_out
 from lockstep.recipe import Recipe
@@ -82,7 +82,7 @@ def renew_threads() -> None:
 def _rank(function: Any, rank: int, world_size: int, store: str, timeout: float, answers: Any, args: Any) -> None:
     renew_threads()
     try:
-        world = join(
+        world = join_process_group(
             dist.FileStore(store, world_size),
             rank,
             world_size,

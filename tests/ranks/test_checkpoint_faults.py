@@ -38,7 +38,7 @@ from lockstep.checkpoint.directory import (
 )
 from lockstep.checkpoint.saver import CheckpointSaver
 from lockstep.config.run_directory import freeze, read_result
-from lockstep.distributed.process_group import join
+from lockstep.distributed.process_group import join_process_group
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from recipes import single
@@ -347,7 +347,7 @@ def alone(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:
 
     def body() -> None:
         store = dist.HashStore()
-        join(store, 0, 1, device="cpu", backend="gloo", timeout_seconds=30, threads=1)
+        join_process_group(store, 0, 1, device="cpu", backend="gloo", timeout_seconds=30, threads=1)
         try:
             answer = (None, pickle.dumps(function(*args)))
         except BaseException:

@@ -23,7 +23,7 @@ from lockstep.config.run_directory import freeze
 from lockstep.diagnose.stacks import keep_stack
 from lockstep.diagnose.verdict import explain_wait
 from lockstep.diagnose.watchdog import Watchdog
-from lockstep.distributed import environment, process_group
+from lockstep.distributed import environment, interfaces
 from lockstep.distributed.heartbeat import FILE_BYTES, FINISHED, Beat, Heartbeat, read_heartbeat
 from lockstep.launch.validate import validate
 from tests.helpers import hanging
@@ -326,7 +326,7 @@ def test_a_link_that_is_lost_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The box pulls a real one, in test_slurm."""
     for name in ("lo", "nothing-there", "lo,eth0"):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
-        assert process_group.lost_link() == ""
+        assert interfaces.lost_link() == ""
 
 
 def test_a_full_disk_costs_the_heartbeat_and_not_the_run(tmp_path: Path) -> None:

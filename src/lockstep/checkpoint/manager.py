@@ -20,7 +20,7 @@ from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.weights import check_weights, read_weights
 from lockstep.config.run_directory import CHECKPOINTS, checkpoint_folder
 from lockstep.config.schema import Config, to_yaml
-from lockstep.distributed.process_group import World, make_group
+from lockstep.distributed.process_group import World, new_gloo_group
 from lockstep.errors import UserError
 from lockstep.training.evaluate import Evaluation
 from lockstep.utils.files import write_atomically
@@ -133,7 +133,7 @@ class CheckpointManager:
 
     def connect(self) -> None:
         """Make the group in which the ranks save."""
-        self._group = make_group(self._config.timeout_seconds)
+        self._group = new_gloo_group(self._config.timeout_seconds)
 
     def begin(self) -> None:
         """Start the clock by which checkpoints are due."""

@@ -11,7 +11,7 @@ from rich.text import Text
 
 Verdict = Literal["ok", "warning", "fails"]
 Facts = dict[str, Any]  # what a probe has found, or a run has left: plain values, as JSON has them
-STYLES = {"ok": "green", "warning": "yellow", "fails": "red"}
+VERDICT_STYLES = {"ok": "green", "warning": "yellow", "fails": "red"}
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,5 @@ def findings_table(found: Iterable[Finding], title: str) -> Table:
         name = "" if each.check == before else each.check
         before = each.check
         # Text: a path or an error may hold what looks like markup.
-        table.add_row(name, Text(each.verdict, STYLES[each.verdict]), Text(each.figure), Text(each.remedy))
+        table.add_row(name, Text(each.verdict, VERDICT_STYLES[each.verdict]), Text(each.figure), Text(each.remedy))
     return table

@@ -110,7 +110,7 @@ def judge_errors(facts: Facts) -> Iterator[Finding]:
     if own:
         one, at = own[0], f" at {own[0]['place']}" if own[0]["place"] else ""
         more = f"; {count(len(own) - 1, 'other rank')} failed too" if len(own) > 1 else ""
-        words = shorten(one["error"])
+        words = cut_to_length(one["error"])
         yield Finding("error", "fails", f"{name_ranks([one])}: {words}{at}{more}", remedy_for(one["error"]))
     elif lost and silent:
         beat, them = silent[0]["heartbeat"], "it" if len(silent) == 1 else "them"
@@ -121,7 +121,7 @@ def judge_errors(facts: Facts) -> Iterator[Finding]:
         )
         yield Finding("error", "fails", figure, remedy)
     elif lost:
-        words = shorten(lost[0]["error"]) or "waited too long for the others"
+        words = cut_to_length(lost[0]["error"]) or "waited too long for the others"
         yield Finding("error", "fails", f"{name_ranks(lost)}: {words}", "look at the network")
     if lacking:
         figure = f"out of memory on rank {lacking.get('rank')} in step {lacking.get('step')}"
@@ -155,7 +155,7 @@ def name_ranks(some: list[Facts]) -> str:
     return f"rank{'s' if len(some) > 1 else ''} {', '.join(words[:4])}{' …' if len(words) > 4 else ''}"
 
 
-def shorten(text: str) -> str:
+def cut_to_length(text: str) -> str:
     return text if len(text) <= 300 else text[:300] + " …"
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from lockstep.diagnose.stacks import crash_place, has_content
 from lockstep.distributed.heartbeat import FAILED, FINISHED, Beat, process_state, read_heartbeat
 
-SHOWN = 8  # ranks, or places, that a message lists
+MAX_LISTED = 8  # ranks, or places, that a message lists
 
 
 def rank_state(facts: Mapping[str, Any], answered: bool) -> str:
@@ -116,7 +116,7 @@ def rank_lines(everyone: list[Beat], states: list[str]) -> list[str]:
     for facts, what in zip(everyone, states, strict=True):
         places.setdefault(position(facts, what), []).append(facts)
     lines = [f"  {list_ranks(ranks)}: {place}" for place, ranks in places.items()]
-    return lines[:SHOWN] + ([f"  and {len(lines) - SHOWN} other places"] if len(lines) > SHOWN else [])
+    return lines[:MAX_LISTED] + ([f"  and {len(lines) - MAX_LISTED} other places"] if len(lines) > MAX_LISTED else [])
 
 
 def position(facts: Beat, what: str = "answered") -> str:
@@ -151,7 +151,7 @@ def list_ranks(ranks: list[Beat]) -> str:
 
 
 def join_words(words: list[str]) -> str:
-    return ", ".join(words[:SHOWN]) + (f" and {len(words) - SHOWN} more" if len(words) > SHOWN else "")
+    return ", ".join(words[:MAX_LISTED]) + (f" and {len(words) - MAX_LISTED} more" if len(words) > MAX_LISTED else "")
 
 
 def describe_failure(out: Path, rank: int, aborted: bool = False) -> tuple[str, list[str]]:

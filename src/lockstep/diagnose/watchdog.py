@@ -38,8 +38,8 @@ from lockstep.diagnose.flight_recorder import (
 from lockstep.diagnose.stacks import LOCKSTEP, VERDICT_MARK, Frame, has_content, keep_stack, source_line, user_line
 from lockstep.diagnose.verdict import explain_wait, position, rank_state
 from lockstep.distributed.heartbeat import FAILED, Beat, Heartbeat, read_heartbeat
-from lockstep.distributed.process_group import lost_link
-from lockstep.distributed.rendezvous import within
+from lockstep.distributed.interfaces import lost_link
+from lockstep.distributed.rendezvous import run_within
 from lockstep.distributed.signals import alone_under_srun
 from lockstep.errors import CheckFailed
 
@@ -243,7 +243,7 @@ class Watchdog:
         if self._store_lost:
             return None
         try:
-            return within(STORE_SECONDS, work)
+            return run_within(STORE_SECONDS, work)
         except (RuntimeError, TimeoutError):
             self._store_lost = True
             self.heartbeat.update(cut=True)

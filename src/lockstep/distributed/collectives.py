@@ -7,17 +7,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-T = TypeVar("T")
+AnyObject = TypeVar("AnyObject")
 
 
-def broadcast_object(mine: T, group: dist.ProcessGroup | None = None) -> T:
+def broadcast_object(mine: AnyObject, group: dist.ProcessGroup | None = None) -> AnyObject:
     """Rank 0's object, on every rank."""
     box = [mine]
     dist.broadcast_object_list(box, group=group, group_src=0)
     return box[0]
 
 
-def gather_objects(mine: T, group: dist.ProcessGroup | None = None) -> list[T]:
+def gather_objects(mine: AnyObject, group: dist.ProcessGroup | None = None) -> list[AnyObject]:
     """One object from every rank of a group, or of all, in rank order, on every rank."""
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)

@@ -1,29 +1,26 @@
-"""dtensor."""
+"""Tensors that may be DTensors: a rank's shard, the full tensor, and state dicts of full tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    pass
-
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether a tensor is a DTensor, of which a rank holds a part. (To import the class takes half a second.)"""
+    """Whether a tensor is a DTensor, of which a rank holds a shard. (To import the class takes half a second.)"""
     return hasattr(tensor, "full_tensor")
 
 
 def local_shard(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this rank holds."""
+    """This rank's shard of a tensor."""
     return cast(Any, tensor).to_local() if is_sharded(tensor) else tensor
 
 
 def full_tensor(tensor: Tensor, device: torch.device) -> Tensor:
-    """The complete tensor. Where it is sharded, all ranks call this together, and `device` is where they talk."""
+    """The complete tensor. Where it is sharded, all ranks call this together; `device` is where they communicate."""
     return cast(Any, tensor.to(device)).full_tensor() if is_sharded(tensor) else tensor
 
 
@@ -39,7 +36,7 @@ def full_state_dict(module: nn.Module, device: torch.device, keep: bool) -> dict
 
 
 def load_full_state_dict(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy complete weights, which this rank has, into a module; of a sharded tensor it takes its part."""
+    """Copy complete weights, which this rank has, into a module; of a sharded tensor it takes its shard."""
     for name, mine in module.state_dict().items():
         tensor = weights[name]
         if is_sharded(mine):

@@ -1,16 +1,8 @@
-"""Who am I among the ranks, and on which device: from the launcher's environment to a process group.
-
-Every launcher gives every rank torchrun's environment (https://docs.pytorch.org/docs/stable/elastic/run.html):
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Nothing else is needed to join. A bare `srun` gives its own
-variables instead, from which these follow.
-"""
+"""From a place among the ranks to a process group: bind the device, set threads and timeouts, connect."""
 
 from __future__ import annotations
 
-import fcntl
 import os
-import socket
-import struct
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -18,63 +10,29 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from lockstep.distributed.environment import check_nproc, resolve_device, share_of_cores
+from lockstep.distributed.devices import check_nproc, resolve_device, share_of_cores
 from lockstep.distributed.heartbeat import Heartbeat
+from lockstep.distributed.interfaces import interface_towards
 from lockstep.distributed.rendezvous import check_in
 
-NCCL_SPARE_SECONDS = 60  # what NCCL waits longer: it ends the process without a word (lockstep.diagnose.watchdog)
+NCCL_SPARE_SECONDS = 60  # that NCCL waits longer: it ends the process without a message (lockstep.diagnose.watchdog)
 
 
-def interface_towards(host: str) -> str | None:
-    """The network interface by which this machine reaches another; None where that cannot be said.
-
-    Gloo takes the one that this host's own name stands for, which is often loopback, or the wrong one of several.
-    """
-    SIOCGIFADDR = 0x8915  # linux/sockios.h
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((host, 9))  # sends nothing
-        except OSError:
-            return None
-        mine = socket.inet_aton(probe.getsockname()[0])
-        for _, name in socket.if_nameindex():
-            try:
-                request = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:
-                continue  # it has no IPv4 address
-            if request[20:24] == mine:
-                return name
-    return None
-
-
-def lost_link() -> str:
-    """The interface that this rank's gloo groups use where it has no link: a pulled cable, a dead switch; else
-    nothing."""
-    SIOCGIFFLAGS, IFF_RUNNING = 0x8913, 0x40  # linux/sockios.h, linux/if.h
-    name = os.environ.get("GLOO_SOCKET_IFNAME", "")
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            about = fcntl.ioctl(probe, SIOCGIFFLAGS, struct.pack("256s", name.encode()))
-        except OSError:
-            return ""  # none is set, or several are
-    return "" if struct.unpack_from("H", about, 16)[0] & IFF_RUNNING else name
-
-
-def patience(timeout_seconds: float, backend: str) -> timedelta:
-    """After which time a collective is to give up."""
+def collective_timeout(timeout_seconds: float, backend: str) -> timedelta:
+    """The time after which a collective gives up."""
     return timedelta(seconds=timeout_seconds + (NCCL_SPARE_SECONDS if backend == "nccl" else 0))
 
 
-def limit_waits(timeout_seconds: float) -> None:
-    """Give the groups that others make, such as a mesh's, this limit where torch's would be 10 or 30 minutes, and have
+def set_group_timeouts(timeout_seconds: float) -> None:
+    """Make this the default of later groups, such as a device mesh's, where torch's would be 10 or 30 minutes, and have
     torch's flight recorder keep their collectives."""
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
-    distributed_c10d.default_pg_timeout = patience(timeout_seconds, "gloo")
-    distributed_c10d.default_pg_nccl_timeout = patience(timeout_seconds, "nccl")
+    distributed_c10d.default_pg_timeout = collective_timeout(timeout_seconds, "gloo")
+    distributed_c10d.default_pg_nccl_timeout = collective_timeout(timeout_seconds, "nccl")
 
 
-def make_group(timeout_seconds: float) -> dist.ProcessGroup:
-    """A gloo group of all ranks: for the CPU's affairs, whatever the tensors travel by."""
+def new_gloo_group(timeout_seconds: float) -> dist.ProcessGroup:
+    """A gloo group of all ranks: for what the CPUs have to agree on, whatever carries the tensors."""
     group = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_seconds))
     assert isinstance(group, dist.ProcessGroup), "every rank is in it"
     return group
@@ -91,16 +49,16 @@ class World:
     device: torch.device
     backend: str
     threads: int
-    control: dist.ProcessGroup | None = None  # a gloo group, for what ranks say to each other about the CPU's affairs
-    heartbeat: Heartbeat = field(default_factory=Heartbeat)  # where this rank is, for whoever waits for it
+    control: dist.ProcessGroup | None = None  # a gloo group for objects and signals, where NCCL carries the tensors
+    heartbeat: Heartbeat = field(default_factory=Heartbeat)  # where this rank is, for those who wait for it
 
     @property
     def device_ids(self) -> list[int] | None:
-        """What DistributedDataParallel wants: this rank's device, or None on CPU."""
+        """For DistributedDataParallel: this rank's device, or None on CPU."""
         return [self.device.index] if self.device.type == "cuda" else None
 
 
-def join(
+def join_process_group(
     store: dist.Store,
     rank: int,
     world_size: int,
@@ -130,8 +88,8 @@ def join(
     threads = threads or share_of_cores(len(mine), os.environ)
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
-    timeout = patience(timeout_seconds, backend)
-    limit_waits(timeout_seconds)
+    timeout = collective_timeout(timeout_seconds, backend)
+    set_group_timeouts(timeout_seconds)
     group_store = dist.PrefixStore("group", store)
     away = [host for host in hosts if host != hosts[rank]]
     if away and (interface := interface_towards(away[0])):
@@ -151,5 +109,5 @@ def join(
     else:
         where = torch.device("cpu")
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
-    control = make_group(timeout_seconds) if backend != "gloo" else None
+    control = new_gloo_group(timeout_seconds) if backend != "gloo" else None
     return World(rank, world_size, local_rank, hosts, where, backend, threads, control, heartbeat or Heartbeat())

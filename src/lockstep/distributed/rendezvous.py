@@ -1,4 +1,4 @@
-"""rendezvous."""
+"""How ranks find each other: the store that rank 0 or torchrun's agent serves, and a round call of the ranks in it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,8 @@ import torch.distributed as dist
 from lockstep.distributed.environment import Place
 from lockstep.errors import UserError
 
-T = TypeVar("T")
-
-
-IMPATIENCE_SECONDS = 60.0  # after that, rank 0 says whom it is waiting for
+Returned = TypeVar("Returned")
+NOTICE_SECONDS = 60.0  # after that, rank 0 says which ranks it is waiting for
 
 
 def open_store(place: Place, timeout_seconds: float) -> dist.Store:
@@ -32,7 +30,7 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
     """
     serves = place.rank == 0 and not place.agent_store
     where = f"MASTER_ADDR={place.master_addr} MASTER_PORT={place.master_port}"
-    if not serves and not answers(place.master_addr, place.master_port, timeout_seconds):
+    if not serves and not is_listening(place.master_addr, place.master_port, timeout_seconds):
         raise UserError(
             f"rank {place.rank} could not reach rank 0 at {where} within {timeout_seconds:g} s: "
             "start rank 0, or correct the address, or raise timeout_seconds"
@@ -47,9 +45,9 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
             wait_for_workers=False,  # it would wait without saying who is missing; check_in names them
         )
 
-    # Before something that listens but is no store, TCPStore waits for ever, whatever its timeout.
+    # If something listens there that is no store, TCPStore waits for ever, whatever its timeout.
     try:
-        return dist.PrefixStore("lockstep", within(timeout_seconds, connect))
+        return dist.PrefixStore("lockstep", run_within(timeout_seconds, connect))
     except TimeoutError:
         raise UserError(f"{where}: something answers there that is no store; set a free MASTER_PORT") from None
     except (RuntimeError, ValueError) as error:  # DistNetworkError among them
@@ -59,13 +57,13 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
         raise UserError(f"{where}: no store there ({str(error).splitlines()[0]}); set another MASTER_PORT") from None
 
 
-def within(seconds: float, work: Callable[[], T]) -> T:
+def run_within(seconds: float, work: Callable[[], Returned]) -> Returned:
     """What `work` returns, or raises.
 
     Raises:
         TimeoutError: it takes longer; the thread it is in is left alone.
     """
-    done: Future[T] = Future()
+    done: Future[Returned] = Future()
 
     def call() -> None:
         try:
@@ -77,7 +75,7 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     return done.result(seconds)
 
 
-def answers(host: str, port: int, timeout_seconds: float) -> bool:
+def is_listening(host: str, port: int, timeout_seconds: float) -> bool:
     """Wait until something listens at host:port. TCPStore would wait too, and print a page of C++ when it gives up."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -90,7 +88,7 @@ def answers(host: str, port: int, timeout_seconds: float) -> bool:
             time.sleep(0.1)
 
 
-def wait_for(store: dist.Store, keys: list[str], timeout_seconds: float) -> bool:
+def wait_for_keys(store: dist.Store, keys: list[str], timeout_seconds: float) -> bool:
     """Whether all keys were set within the time. Asks again and again, because Store.wait logs C++ warnings."""
     deadline = time.monotonic() + timeout_seconds
     pause = 0.001
@@ -99,7 +97,7 @@ def wait_for(store: dist.Store, keys: list[str], timeout_seconds: float) -> bool
             if store.check(keys):
                 return True
         except dist.DistNetworkError:
-            return False  # whoever served the store has gone
+            return False  # the rank that served the store is gone
         if time.monotonic() > deadline:
             return False
         time.sleep(pause)
@@ -121,7 +119,7 @@ def check_in(
     round under a fresh name, and lists in the end who came to it; who is not in that list has read an older name.
 
     Args:
-        note: a word to all other ranks.
+        note: a text for all other ranks.
         nodes: where each rank should be, to say where to look for one that is missing.
 
     Raises:
@@ -135,22 +133,22 @@ def check_in(
         room.set("0", here)
         store.set("round", me)
         keys = [str(r) for r in range(world_size)]
-        if not wait_for(room, keys, min(timeout_seconds, IMPATIENCE_SECONDS)) and timeout_seconds > IMPATIENCE_SECONDS:
+        if not wait_for_keys(room, keys, min(timeout_seconds, NOTICE_SECONDS)) and timeout_seconds > NOTICE_SECONDS:
             late = [r for r, key in enumerate(keys) if not room.check([key])]
-            print(f"still waiting for {named(late, nodes)} of {world_size}", file=sys.stderr, flush=True)
-            wait_for(room, keys, timeout_seconds - IMPATIENCE_SECONDS)
+            print(f"still waiting for {describe_ranks(late, nodes)} of {world_size}", file=sys.stderr, flush=True)
+            wait_for_keys(room, keys, timeout_seconds - NOTICE_SECONDS)
         everyone = [json.loads(room.get(key)) if room.check([key]) else None for key in keys]
         room.set("list", json.dumps(everyone))
     else:
         # Rank 0 answers when its own wait is over; the others may have come a moment before it.
         deadline, seen = time.monotonic() + timeout_seconds + 30, ""
-        while everyone is None and wait_for(store, ["round"], deadline - time.monotonic()):
+        while everyone is None and wait_for_keys(store, ["round"], deadline - time.monotonic()):
             current = store.get("round").decode()
             room = dist.PrefixStore(current, store)
             if current != seen:
                 room.set(str(rank), here)
                 seen = current
-            if wait_for(room, ["list"], 0.2):
+            if wait_for_keys(room, ["list"], 0.2):
                 listed = json.loads(room.get("list"))
                 everyone = listed if listed[rank] and listed[rank][0] == me else None
             if everyone is None and time.monotonic() > deadline:
@@ -159,22 +157,22 @@ def check_in(
         raise UserError(f"rank 0 did not join within timeout_seconds={timeout_seconds:g}: start it, or look at its log")
     missing = [r for r, entry in enumerate(everyone) if entry is None]
     if missing:
-        farewell(room, rank, world_size - len(missing))
+        leave_store(room, rank, world_size - len(missing))
         raise UserError(
-            f"{named(missing, nodes)} of {world_size} did not join within timeout_seconds={timeout_seconds:g}: start "
+            f"{describe_ranks(missing, nodes)} of {world_size} did not join within timeout_seconds={timeout_seconds:g}: start "
             f"{'them' if len(missing) > 1 else 'it'}, or set WORLD_SIZE to the number of processes you start"
         )
     return room, [entry[1] for entry in everyone], [entry[2] for entry in everyone]
 
 
-def named(ranks: list[int], nodes: tuple[str, ...]) -> str:
+def describe_ranks(ranks: list[int], nodes: tuple[str, ...]) -> str:
     """`ranks 2 (node2), 3 (node2)`, without the nodes where nobody knows them."""
     words = [f"{rank} ({nodes[rank]})" if rank < len(nodes) else str(rank) for rank in ranks]
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(words)}"
 
 
-def farewell(store: dist.Store, rank: int, readers: int) -> None:
-    """Let rank 0, which may serve the store, outlive the moment in which the other readers read from it."""
+def leave_store(store: dist.Store, rank: int, readers: int) -> None:
+    """Leave after reading from a store: rank 0, which may serve it, waits until the other readers have read."""
     store.add("read", 1)
     if rank == 0:
         deadline = time.monotonic() + 5

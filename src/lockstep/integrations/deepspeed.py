@@ -21,7 +21,7 @@ from deepspeed.utils import logger, safe_get_full_grad, safe_set_full_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lockstep.distributed.process_group import patience
+from lockstep.distributed.process_group import collective_timeout
 from lockstep.integrations.deepspeed_files import (
     CheckpointBuffers,
     TensorsByName,
@@ -71,7 +71,7 @@ class ZeroEngine:
 
     def __init__(self, run: Run, engine: Any, scaler: Scaler) -> None:
         # Its collectives have a group of their own, in which a rank would wait half an hour for one that hangs.
-        engine.data_parallel_group.set_timeout(patience(run.config.timeout_seconds, run.world.backend))
+        engine.data_parallel_group.set_timeout(collective_timeout(run.config.timeout_seconds, run.world.backend))
         self.engine, self.module, self.optimizer = engine, engine.module, engine.basic_optimizer
         self.stage = engine.zero_optimization_stage()
         self.names = {id(parameter): name for name, parameter in self.module.named_parameters()}

@@ -30,7 +30,7 @@ from lockstep.config.schema import Config, LoggerConfig, check_values, shared_pa
 from lockstep.data.image_files import check_data
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed import environment
-from lockstep.distributed.environment import resolve_device
+from lockstep.distributed.devices import resolve_device
 from lockstep.errors import CheckFailed, UserError
 from lockstep.launch import worker
 from lockstep.launch.validate import check_batch, check_batchnorm, validate

@@ -22,7 +22,8 @@ from lockstep.config import run_directory
 from lockstep.config.keys import AUTO
 from lockstep.config.schema import ClusterConfig, Config
 from lockstep.distributed import environment
-from lockstep.distributed.environment import check_nproc, default_nproc, discover, resolve_device
+from lockstep.distributed.devices import check_nproc, default_nproc, resolve_device
+from lockstep.distributed.environment import discover
 from lockstep.distributed.signals import PREEMPTED
 from lockstep.errors import UserError
 from lockstep.launch import batch_size, cluster, worker

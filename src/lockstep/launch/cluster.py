@@ -21,7 +21,8 @@ from lockstep.config import run_directory
 from lockstep.config.keys import walk
 from lockstep.config.schema import ClusterConfig, Config, check_values
 from lockstep.distributed import environment
-from lockstep.distributed.environment import in_a_step_of_many, resolve_device
+from lockstep.distributed.devices import resolve_device
+from lockstep.distributed.environment import in_a_step_of_many
 from lockstep.errors import UserError
 from lockstep.launch.launcher import load_launcher
 from lockstep.launch.validate import validate

@@ -28,9 +28,10 @@ from lockstep.diagnose.verdict import describe_failure
 from lockstep.diagnose.watchdog import Watchdog, WatchdogTimeout
 from lockstep.distributed import process_group
 from lockstep.distributed.collective_errors import lost_a_peer, timed_out
-from lockstep.distributed.environment import LAUNCHER, RUN_DIRECTORY, TRIAL, Place, resolve_device
+from lockstep.distributed.devices import resolve_device
+from lockstep.distributed.environment import LAUNCHER, RUN_DIRECTORY, TRIAL, Place
 from lockstep.distributed.heartbeat import FINISHED, Heartbeat
-from lockstep.distributed.rendezvous import check_in, farewell, open_store, wait_for
+from lockstep.distributed.rendezvous import check_in, leave_store, open_store, wait_for_keys
 from lockstep.distributed.signals import PREEMPTED, Listener, Preempted, alone_under_srun, end_with_parent, unsaved
 from lockstep.errors import Busy, UserError
 from lockstep.launch.validate import validate
@@ -165,7 +166,7 @@ def join_and_train(
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     lock = run_directory.lock(out, config.timeout_seconds if requeued else 0) if place.rank == 0 else None
     local_rank = os.environ.get("LOCAL_RANK")
-    here = process_group.join(
+    here = process_group.join_process_group(
         store,
         place.rank,
         place.world_size,
@@ -237,13 +238,13 @@ def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Stor
             raise
         finally:
             store.set("run", json.dumps(told))
-    elif not wait_for(store, ["run"], COMPOSE_SECONDS):
+    elif not wait_for_keys(store, ["run"], COMPOSE_SECONDS):
         raise UserError("rank 0 ended before it had sent a config; its own words say why")
     told = json.loads(store.get("run"))
     if "config" in told:
         remember(told["out"])
         return read_config(recipe, told["config"]), Path(told["out"]), store, hosts
-    farewell(store, place.rank, place.world_size)
+    leave_store(store, place.rank, place.world_size)
     if "error" not in told:
         raise SystemExit(0)
     # Rank 0 says it; the others too where an agent shows one rank's words and picks the rank itself.

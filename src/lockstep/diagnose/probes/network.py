@@ -14,7 +14,8 @@ import torch.distributed as dist
 from lockstep.diagnose.findings import Facts, Findings
 from lockstep.diagnose.probes.ranks import differences, first_rank_of_hosts, ranks_by_host, value_or_error
 from lockstep.distributed.collectives import gather_objects
-from lockstep.distributed.process_group import World, interface_towards
+from lockstep.distributed.interfaces import interface_towards
+from lockstep.distributed.process_group import World
 from lockstep.utils.text import count
 
 CLOCK_PINGS = 10
