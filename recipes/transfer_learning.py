@@ -149,7 +149,7 @@ def train(run: Run[TransferConfig]) -> None:
             unfreeze(model.module)
             # A new wrapper averages all of them from now on.
             model = DistributedDataParallel(model.module, device_ids=run.device_ids, gradient_as_bucket_view=True)
-            run.settle(model, since=unfreeze_at)
+            run.restore_bucket_order(model, since=unfreeze_at)
             frozen = []
             run.note("", trainable_parameters=count_parameters(model)[1])
             run.report.line(f"unfrozen after step {unfreeze_at}: all parameters are trained from here on")

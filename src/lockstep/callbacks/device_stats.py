@@ -1,4 +1,4 @@
-"""device_stats."""
+"""How busy and how full rank 0's device is, for the progress display and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import time
 
 import torch
 
+from lockstep.callbacks.base import Callback, CallbackContext, LogRecord
 from lockstep.memory.usage import process_bytes
 from lockstep.utils.text import mebibytes
 
 MOMENT = 1.0  # seconds for which what a CPU is said to do stays said; to find it out takes as long as a small step
 
 
-class DeviceStats:
+class DeviceStats(Callback):
     """How busy a rank's device is and how full, since it was last asked; a line for people, and figures on a GPU.
 
     A GPU's figures are NVML's, other processes' work among them: the share of the last moment in which it computed. A
@@ -23,6 +24,10 @@ class DeviceStats:
         self._device = device
         self._before = (time.perf_counter(), time.process_time())
         self._words = ""
+
+    def on_log(self, context: CallbackContext, record: LogRecord) -> None:
+        record.usage, figures = self.read()
+        record.scalars |= figures
 
     def read(self) -> tuple[str, dict[str, float]]:
         """(words for the progress line, figures for metrics.jsonl)."""

@@ -26,30 +26,22 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from lockstep.callbacks.nan_guard import NanGuard
+from lockstep.callbacks.base import Callback, CallbackContext, LogRecord
 from lockstep.config.schema import Config
-from lockstep.distributed.collectives import gather_objects
-from lockstep.errors import CheckFailed
 from lockstep.loggers.base import Histogram
 from lockstep.training.clip import limits
-from lockstep.training.local_gradients import LocalGradients
 
 BINS = 64  # of a histogram
 WARN_STEPS = 100  # a layer is named at most once in so many steps
 
 
-def wanted(config: Config) -> bool:
+def wants_gradient_stats(config: Config) -> bool:
     """Whether there is anything to hook into."""
     asked = config.gradients
     return bool(
-        asked.log
-        or asked.warn_above
-        or asked.clip_norm
-        or asked.clip_value
-        or asked.stop_on_nan
-        or config.logger.histograms
+        asked.log or asked.warn_above or asked.clip_norm or asked.clip_value or config.logger.histograms
     )
 
 
@@ -58,44 +50,26 @@ def layer_of(parameter: str) -> str:
     return parameter.rpartition(".")[0] or parameter
 
 
-class GradientStats:
-    """What `gradients.*` and `logger.histograms` ask for, on one rank. All ranks make one, or none does.
+class GradientStats(Callback):
+    """What `gradients.*` and `logger.histograms` ask for, on one rank. All ranks make one, or none does."""
 
-    Args:
-        names: every parameter of the whole model, in the same order on all ranks.
-        module: what this rank holds of the model.
-        say: what prints a line.
-    """
-
-    def __init__(
-        self,
-        config: Config,
-        names: list[str],
-        module: nn.Module,
-        parts: LocalGradients,
-        *,
-        device: torch.device,
-        say: Callable[[str], None],
-    ) -> None:
-        self._asked, self._names, self._parts, self._device, self._say = config.gradients, names, parts, device, say
-        self._may_overflow = config.precision == "fp16"
-        self._limits = limits(config.gradients, names)
-        self._rows = {name: row for row, name in enumerate(names)}
-        self.layers = list(dict.fromkeys(layer_of(name) for name in names))
-        self._layer_of_row = torch.tensor([self.layers.index(layer_of(name)) for name in names], device=device)
+    def __init__(self, config: Config) -> None:
+        self._asked, self._config = config.gradients, config
         self._warned: dict[str, int] = {}
-        self._sentinel: NanGuard | None = None
-        if self._asked.stop_on_nan:
-            self._sentinel = NanGuard(
-                module,
-                outputs=not config.compile,
-                gradients=not self._may_overflow,
-                blind=config.model_parallel_size > 1,
-            )
-        self.prepare(0, logs=False, histograms=False)
-        parts.before_update(self._before_update)
-        if self._asked.log or config.logger.histograms:
-            parts.after_update(self._after_update)
+
+    def on_train_begin(self, context: CallbackContext) -> None:
+        self._names, self._parts, self._device = context.parameter_names, context.gradients, context.device
+        self._say = context.say
+        self._limits = limits(self._asked, list(self._names))
+        self._rows = {name: row for row, name in enumerate(self._names)}
+        self.layers = list(dict.fromkeys(layer_of(name) for name in self._names))
+        rows = [self.layers.index(layer_of(name)) for name in self._names]
+        self._layer_of_row = torch.tensor(rows, device=self._device)
+        context.columns.extend(self.columns)
+        self._forget(0, logs=False, draws=False)
+        self._parts.before_update(self._before_update)
+        if self._asked.log or self._config.logger.histograms:
+            self._parts.after_update(self._after_update)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -105,15 +79,22 @@ class GradientStats:
             return total
         return (*total, *(f"{kind}/{layer}" for kind in ("gradient_norm", "update_ratio") for layer in self.layers))
 
-    def prepare(self, step: int, *, logs: bool, histograms: bool) -> None:
-        """Forget the last step, and learn of the coming one: its number, and whether it is logged."""
-        self._step, self._logs, self._draws = step, logs, histograms
-        self._squares: Tensor | None = None
+    def on_step_begin(self, context: CallbackContext) -> None:
+        step, every = context.step + 1, self._config.logger.histograms
+        logs = context.is_logged(step)
+        self._forget(step, logs=logs, draws=logs and every > 0 and -(-step // self._config.log_every) % every == 0)
+
+    def on_log(self, context: CallbackContext, record: LogRecord) -> None:
+        if context.updated:
+            record.scalars |= self._scalars
+            record.histograms |= self._histograms
+
+    def _forget(self, step: int, *, logs: bool, draws: bool) -> None:
+        """Forget the last step, and learn of the coming one: its number, whether it is logged, with histograms."""
+        self._step, self._logs, self._draws = step, logs, draws
         self._before: dict[str, Tensor] = {}
-        self.scalars: dict[str, float] = {}
-        self.histograms: dict[str, Histogram] = {}
-        if self._sentinel:
-            self._sentinel.reset()
+        self._scalars: dict[str, float] = {}
+        self._histograms: dict[str, Histogram] = {}
 
     @torch.no_grad()
     def _before_update(self) -> None:
@@ -123,15 +104,15 @@ class GradientStats:
                 self._parts.clamp(parameters[name], limit)
         clips = asked.clip_norm is not None and not self._parts.clips_norm
         logs = self._logs and bool(self.columns)
-        if clips or logs or asked.warn_above is not None or asked.stop_on_nan:
-            self._squares = self._sum_of_squares(self._gradients())
-            norm = self._squares.sum().sqrt()
+        if clips or logs or asked.warn_above is not None:
+            squares = self._sum_of_squares(self._gradients())
+            norm = squares.sum().sqrt()
             if asked.warn_above is not None:
-                self._warn(asked.warn_above)
+                self._warn(squares, asked.warn_above)
             if logs:
-                self.scalars["gradient_norm"] = norm.item()
+                self._scalars["gradient_norm"] = norm.item()
             if logs and asked.log:
-                self.scalars |= {f"gradient_norm/{layer}": value for layer, value in self._by_layer(self._squares)}
+                self._scalars |= {f"gradient_norm/{layer}": value for layer, value in self._by_layer(squares)}
             if clips and asked.clip_norm is not None:
                 self._scale((asked.clip_norm / (norm + 1e-6)).clamp(max=1.0))  # torch's own formula
         if self._draws:
@@ -146,39 +127,10 @@ class GradientStats:
             moved_by = self._sum_of_squares((name, now[name] - old) for name, old in self._weights(before=True))
             length = self._sum_of_squares(self._weights(before=True))
             pairs = zip(self._by_layer(moved_by), self._by_layer(length), strict=True)
-            self.scalars |= {f"update_ratio/{layer}": a / b if b else 0.0 for (layer, a), (_, b) in pairs}
+            self._scalars |= {f"update_ratio/{layer}": a / b if b else 0.0 for (layer, a), (_, b) in pairs}
             self._before.clear()
         if self._draws:
             self._draw("weights", self._weights)
-
-    def check(self, rank: int, stopping: Callable[[], None]) -> None:
-        """End the run on all ranks together if in this step anything was not finite; all ranks call it in each step.
-
-        Args:
-            stopping: called before that.
-
-        Raises:
-            CheckFailed: naming the layer, the step and the rank where it came first.
-        """
-        if self._sentinel is None:
-            return
-        found, self._sentinel.blind = self._sentinel.found(), False
-        averaged = None if self._may_overflow else self._squares
-        if found is None and averaged is not None and not averaged.isfinite().all():
-            row = int((~averaged.isfinite()).nonzero()[-1])  # backward comes from the end
-            found = (2, f"the gradient of {self._names[row]}, averaged over the ranks,")
-        anyone = torch.tensor(float(found is not None), device=self._device)
-        dist.all_reduce(anyone)
-        if not anyone.item():
-            return
-        everyone = enumerate(gather_objects(found, None))
-        # Forward passes through a pipeline's ranks upwards, backward downwards.
-        first = min((each[0], -r if each[0] else r, each[1], r) for r, each in everyone if each is not None)
-        stopping()
-        raise CheckFailed(
-            f"gradients.stop_on_nan: in step {self._step}, {first[2]} is not finite, first on rank {first[3]}; "
-            "the step is not saved; lower optim.lr, set gradients.clip_norm, or look closer with +debug=anomaly"
-        )
 
     def _gradients(self) -> Iterator[tuple[str, Tensor]]:
         """(name, part) of what counts of this rank's gradients. All ranks go through it together."""
@@ -218,9 +170,8 @@ class GradientStats:
             if gradient is not None:
                 gradient.mul_(factor.to(gradient.device, gradient.dtype))
 
-    def _warn(self, limit: float) -> None:
-        assert self._squares is not None
-        for layer, norm in self._by_layer(self._squares):
+    def _warn(self, squares: Tensor, limit: float) -> None:
+        for layer, norm in self._by_layer(squares):
             if limit < norm < float("inf") and self._step >= self._warned.get(layer, -WARN_STEPS) + WARN_STEPS:
                 self._warned[layer] = self._step
                 self._say(f"step {self._step}: gradient norm {norm:.4g} of {layer} is above {limit:g}")
@@ -248,7 +199,7 @@ class GradientStats:
         for name, bound, row in zip(self._names, bounds, self._everyone(table).tolist(), strict=True):
             if any(row[:BINS]):
                 counts = [int(count) for count in row[:BINS]]
-                self.histograms[f"{kind}/{name}"] = Histogram(*bound, counts, row[BINS], row[BINS + 1])
+                self._histograms[f"{kind}/{name}"] = Histogram(*bound, counts, row[BINS], row[BINS + 1])
 
 
 def finite(tensor: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lockstep.callbacks.unused_parameters import listed
+from lockstep.callbacks.base import Callback, CallbackContext
+from lockstep.utils.text import some_of
 
 EVERY_STEP = 16  # of the first so many steps every graph is watched, later one in so many
 PATIENCE = 3  # steps a graph may outlive its own: a variable still holds the last one
@@ -23,15 +24,16 @@ class _GraphMark:
     """Lives as long as the graph node that it was put on."""
 
 
-class GraphLeaks:
+class GraphLeakWatch(Callback):
     """Watches the graphs of the losses that a run records, and says once when they pile up."""
 
     def __init__(self) -> None:
         self._marks: dict[int, weakref.ref[_GraphMark]] = {}  # by step
         self._over = False
 
-    def watch(self, loss: Tensor, step: int) -> None:
+    def on_loss(self, context: CallbackContext, loss: Tensor, weight: float) -> None:
         """Put a mark on a step's graph: on its very first node, which every output of the model leads back to."""
+        step = context.step
         if self._over or loss.grad_fn is None or step in self._marks or (step > EVERY_STEP and step % EVERY_STEP):
             return
         self._marks = {number: mark for number, mark in self._marks.items() if mark() is not None}
@@ -39,19 +41,24 @@ class GraphLeaks:
         first_node(loss.grad_fn).metadata["lockstep"] = mark  # a dict of the node's own, freed with it
         self._marks[step] = weakref.ref(mark)
 
-    def kept(self, step: int) -> list[int]:
-        """The steps whose graphs should have gone by `step` and have not; told once, and empty ever after."""
-        if self._over or len(self._old(step)) < PATIENCE:
-            return []
+    def on_step_end(self, context: CallbackContext) -> None:
+        if self._over or len(self._kept(context.step)) < PATIENCE:
+            return
         gc.collect()  # some may only wait for it, in a cycle of references
-        old = self._old(step)
-        if len(old) < PATIENCE:
-            return []
+        kept = self._kept(context.step)
+        if len(kept) < PATIENCE:
+            return
         self._over, self._marks = True, {}
-        return old
+        context.say(
+            f"memory leak: the graphs of steps {some_of([str(step) for step in kept])} are still held, so memory grows "
+            "with every step. Something keeps a loss or an output with its graph, as losses.append(loss) and "
+            "total += loss do: keep loss.item() or loss.detach() instead"
+        )
+        context.note("", graphs_kept=kept)
 
-    def _old(self, step: int) -> list[int]:
-        return [number for number, mark in self._marks.items() if number < step - PATIENCE and mark() is not None]
+    def _kept(self, done: int) -> list[int]:
+        """The steps, from 1 up, whose graphs should have gone when so many steps are done, and have not."""
+        return [step + 1 for step, mark in self._marks.items() if step < done - PATIENCE and mark() is not None]
 
 
 def first_node(node: Any) -> Any:
@@ -61,13 +68,3 @@ def first_node(node: Any) -> Any:
         if not before:
             return node
         node = before[0]
-
-
-def warning(steps: list[int]) -> str:
-    """What is said of them."""
-    numbers = listed([str(number + 1) for number in steps])
-    return (
-        f"memory leak: the graphs of steps {numbers} are still held, so memory grows with every step. Something "
-        "keeps a loss or an output with its graph, as losses.append(loss) and total += loss do: keep loss.item() or "
-        "loss.detach() instead"
-    )

@@ -6,38 +6,46 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-import torch.distributed as dist
 from rich.table import Table
-from torch import nn
-from torch.optim import Optimizer
 
+from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.distributed.collectives import gather_objects
 from lockstep.memory.tracker import ENGINE, KINDS, LayerMemory, MemoryTracker, local_bytes, memory_by_layer
+from lockstep.utils.files import write_json
 from lockstep.utils.text import mebibytes
 
 
-class MemoryReport:
-    """Counts one step of a training as the recipe takes it, sharded or cut as it is.
+class MemoryReport(Callback):
+    """Counts the first step of a start as the recipe takes it, sharded or cut as it is."""
 
-    Args:
-        model: what this rank holds of the model, unwrapped.
-        optimizer: what updates it.
-    """
-
-    def __init__(self, model: nn.Module, optimizer: Optimizer) -> None:
-        self._model, self._optimizer, self._ledger = model, optimizer, MemoryTracker(model)
+    def __init__(self) -> None:
+        self._done = False
         self._gradients: dict[str, int] = {}
 
-    def start(self) -> None:
-        """Begin to count, before the step's first forward."""
-        self._handle = self._optimizer.register_step_pre_hook(self._before_update)
-        self._ledger.start()
+    def on_train_begin(self, context: CallbackContext) -> None:
+        self._model, self._optimizer = context.module, context.optimizer
+        self._tracker = MemoryTracker(context.module)
 
-    def stop(self) -> list[LayerMemory]:
-        """End it after the update, when the optimizer has its state; what each layer holds."""
-        self._ledger.stop()
+    def on_step_begin(self, context: CallbackContext) -> None:
+        """Begin to count, before the step's first forward."""
+        if not self._done:
+            self._handle = self._optimizer.register_step_pre_hook(self._before_update)
+            self._tracker.start()
+
+    def on_step_end(self, context: CallbackContext) -> None:
+        """End it when the optimizer has its state; a step that was left out is counted again."""
+        if self._done:
+            return
+        self._tracker.stop()
         self._handle.remove()
-        return memory_by_layer(self._model, self._optimizer, self._gradients, self._ledger)
+        if not context.updated:
+            return
+        self._done = True
+        ranks = gather_layers(memory_by_layer(self._model, self._optimizer, self._gradients, self._tracker), context)
+        del self._model, self._optimizer, self._tracker
+        context.note(f"held: {summarize_memory(ranks)}, in MiB by rank; by layer in memory.json")
+        if context.rank == 0:
+            write_json(context.out / "memory.json", {"ranks": ranks})
 
     def _before_update(self, *_: Any) -> None:
         named = {name: local_bytes(parameter.grad) for name, parameter in self._model.named_parameters()}
@@ -47,12 +55,13 @@ class MemoryReport:
         self._gradients = named
 
 
-def everyone(mine: list[LayerMemory], group: dist.ProcessGroup | None) -> list[dict[str, Any]]:
+def gather_layers(mine: list[LayerMemory], context: CallbackContext) -> list[dict[str, Any]]:
     """What each rank holds, in rank order, as JSON: its layers and their sums. All ranks call it."""
-    return gather_objects({"total": sums(mine), "layers": [asdict(layer) for layer in mine]}, group)
+    facts = {"total": bytes_by_kind(mine), "layers": [asdict(layer) for layer in mine]}
+    return gather_objects(facts, context.world.control)
 
 
-def sums(found: Iterable[LayerMemory]) -> dict[str, int]:
+def bytes_by_kind(found: Iterable[LayerMemory]) -> dict[str, int]:
     """Bytes over all layers, by kind."""
     found = list(found)
     return {kind: sum(getattr(layer, kind) for layer in found) for kind in KINDS}
@@ -68,14 +77,15 @@ def memory_table(found: list[LayerMemory], title: str) -> Table:
     for layer in found:
         figures = [getattr(layer, kind) for kind in KINDS]
         shape = " × ".join(map(str, layer.output))
-        grid.add_row(layer.name, layer.kind, shape, *(cell(figure) for figure in [*figures, layer.total]))
-    total = sums(found)
+        grid.add_row(layer.name, layer.kind, shape, *(memory_cell(figure) for figure in [*figures, layer.total]))
+    total = bytes_by_kind(found)
     grid.add_section()
-    grid.add_row("all layers", "", "", *(cell(figure) for figure in [*total.values(), sum(total.values())]))
+    grid.add_row("all layers", "", "", *(memory_cell(figure) for figure in [*total.values(), sum(total.values())]))
     return grid
 
 
-def cell(figure: int) -> str:
+def memory_cell(figure: int) -> str:
+    """Bytes as MiB, nothing for none."""
     return mebibytes(figure, 2) if figure else ""
 
 

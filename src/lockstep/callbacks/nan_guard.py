@@ -1,4 +1,4 @@
-"""nan_guard."""
+"""`gradients.stop_on_nan`: ends the run at the first number that is not finite, and names layer, step and rank."""
 
 from __future__ import annotations
 
@@ -6,10 +6,71 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from lockstep.callbacks.base import Callback, CallbackContext
+from lockstep.config.schema import Config
+from lockstep.distributed.collectives import gather_objects
+from lockstep.errors import CheckFailed
 
-class NanGuard:
+
+class NanGuard(Callback):
+    """Ends the run on all ranks together if anything in a step was not finite on any of them."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._may_overflow = config.precision == "fp16"
+        self._finite: dict[str, Tensor] = {}  # of each parameter, whether the gradient that is applied is
+
+    def on_train_begin(self, context: CallbackContext) -> None:
+        self._hooks = NonFiniteHooks(
+            context.module,
+            outputs=not self._config.compile,
+            gradients=not self._may_overflow,
+            blind=self._config.model_parallel_size > 1,
+        )
+        self._gradients = context.gradients
+        if not self._may_overflow:
+            self._gradients.before_update(self._before_update)
+
+    def on_step_begin(self, context: CallbackContext) -> None:
+        self._hooks.reset()
+        self._finite.clear()
+
+    def on_step_end(self, context: CallbackContext) -> None:
+        """Compare what the ranks have found.
+
+        Raises:
+            CheckFailed: naming the layer, the step and the rank where it came first.
+        """
+        found, self._hooks.blind = self._hooks.found(), False
+        if found is None and self._finite:
+            flags = torch.stack([finite.to(context.device) for finite in self._finite.values()]).tolist()
+            bad = [name for name, finite in zip(self._finite, flags, strict=True) if not finite]
+            if bad:  # backward comes from the end
+                found = (2, f"the gradient of {bad[-1]}, averaged over the ranks,")
+        anyone = torch.tensor(float(found is not None), device=context.device)
+        dist.all_reduce(anyone)
+        if not anyone.item():
+            return
+        everyone = enumerate(gather_objects(found, None))
+        # Forward passes through a pipeline's ranks upwards, backward downwards.
+        first = min((each[0], -r if each[0] else r, each[1], r) for r, each in everyone if each is not None)
+        raise CheckFailed(
+            f"gradients.stop_on_nan: in step {context.step}, {first[2]} is not finite, first on rank {first[3]}; "
+            "the step is not saved; lower optim.lr, set gradients.clip_norm, or look closer with +debug=anomaly"
+        )
+
+    @torch.no_grad()
+    def _before_update(self) -> None:
+        for name, parameter in self._gradients.parameters.items():
+            gradient = self._gradients.gradient(parameter)
+            if gradient is not None:
+                self._finite[name] = gradient.isfinite().all()
+
+
+class NonFiniteHooks:
     """Notes the first thing in a step that is not finite on this rank: hooks of modules, and of tensors.
 
     A hook on each layer's forward looks at its output, and hangs a hook on that tensor, which sees the gradient that

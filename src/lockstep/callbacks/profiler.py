@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,13 @@ import torch
 from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
+from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.callbacks.communication import HOSTS, Event, Node, exposed, forest, is_work, length, union
+from lockstep.callbacks.step_time import StepTimeMonitor
+from lockstep.distributed.collectives import gather_objects
+from lockstep.training.timing import warm_up
+from lockstep.utils.files import write_json
+from lockstep.utils.text import count
 
 DATA = "lockstep: waiting for data"
 STEP = "ProfilerStep#"  # by which other tools know a step
@@ -83,10 +90,70 @@ class Profiler:
         return record_function(DATA)
 
     def report(self) -> dict[str, Any]:
-        """Write the trace, and say what this rank's steps were spent on, in seconds a step."""
+        """Write the trace, and say what this rank's steps were spent on, in seconds per step."""
         self._profile.export_chrome_trace(str(self.path))
         del self._profile
-        return account(read_trace(self.path))
+        return step_costs(read_trace(self.path))
+
+
+class ProfileSteps(Callback):
+    """Records `profile=N` steps after the warm-up; they do not count as steps of the run's speed.
+
+    Args:
+        step_time: what is not to count them either.
+    """
+
+    def __init__(self, steps: int, step_time: StepTimeMonitor) -> None:
+        self._steps, self._step_time = steps, step_time
+        self._profiler: Profiler | None = None
+
+    @property
+    def distorts_time(self) -> bool:  # type: ignore[override]
+        return self._profiler is not None and self._profiler.active
+
+    def on_train_begin(self, context: CallbackContext) -> None:
+        left = context.total_steps - context.step
+        if warm_up(left) + self._steps > left:
+            context.say(f"profile={self._steps}: left out, for only {count(left, 'step')} are left to take")
+            return
+        path = context.out / "ranks" / f"{context.rank}.trace.json"
+        self._profiler = Profiler(context.device, context.step + warm_up(left) + 1, self._steps, path)
+
+    def on_step_begin(self, context: CallbackContext) -> None:
+        if self._profiler:
+            if context.step + 1 == self._profiler.first:
+                self._since = self._step_time.now()
+            self._profiler.before_step(context.step + 1)
+
+    def on_fetch_begin(self, context: CallbackContext) -> None:
+        self._waiting = self._profiler.waiting() if self._profiler and self._profiler.active else nullcontext()
+        self._waiting.__enter__()
+
+    def on_fetch_end(self, context: CallbackContext) -> None:
+        self._waiting.__exit__(None, None, None)
+
+    def on_step_end(self, context: CallbackContext) -> None:
+        if self._profiler and self._profiler.after_step(context.step):
+            self._report(context, self._profiler)
+            self._profiler = None
+
+    def _report(self, context: CallbackContext, profiler: Profiler) -> None:
+        """Write down what the recorded steps were spent on, by rank."""
+        began = time.perf_counter()
+        ranks = gather_objects(profiler.report(), context.world.control)
+        context.note(
+            f"profile: {profile_summary(ranks)}",
+            profiled_steps=profiler.steps,
+            communication_seconds_by_rank=[each["communication"] for each in ranks],
+            exposed_communication_seconds_by_rank=[each["exposed"] for each in ranks],
+        )
+        if context.rank == 0:
+            operations = most_expensive(ranks)
+            shown = [{name: value for name, value in each.items() if name != "operations"} for each in ranks]
+            facts = {"steps": profiler.steps, "ranks": shown, "operations": operations}
+            write_json(context.out / "profile.json", facts)
+        self._step_time.leave_out(profiler.steps, self._since)
+        context.pause(time.perf_counter() - began)
 
 
 def read_trace(path: Path) -> list[Event]:
@@ -101,7 +168,7 @@ def read_trace(path: Path) -> list[Event]:
     return found
 
 
-def account(events: list[Event]) -> dict[str, Any]:
+def step_costs(events: list[Event]) -> dict[str, Any]:
     """What the recorded steps were spent on, in seconds a step.
 
     Returns:
@@ -194,7 +261,7 @@ def class_of(name: str) -> str:
     return next((kind for kind, pattern in CLASSES.items() if pattern.search(name)), "other")
 
 
-def worst(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def most_expensive(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The most expensive operations over all ranks: of each its cost on the rank where it costs most."""
     found: dict[str, dict[str, Any]] = {}
     for rank, each in enumerate(ranks):
@@ -212,7 +279,7 @@ def worst(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found.values(), key=lambda row: -float(row["seconds"]))[:ROWS]
 
 
-def in_a_line(ranks: list[dict[str, Any]]) -> str:
+def profile_summary(ranks: list[dict[str, Any]]) -> str:
     """What the profile says, for the summary."""
     most = max(ranks, key=lambda each: float(each["exposed"]))
     shares = {kind: sum(each["shares"][kind] for each in ranks) / len(ranks) for kind in ranks[0]["shares"]}

@@ -11,27 +11,28 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
+from lockstep.callbacks.base import Callback, CallbackContext
+from lockstep.distributed.collectives import gather_objects
 from lockstep.errors import UserError
+from lockstep.utils.text import some_of
 
-NAMED = 5  # so many names are enough to know what they belong to
 
+class UnusedParameters(Callback):
+    """Watches the gradients of this start's first step."""
 
-class UnusedParameters:
-    """Watches one step's gradients.
+    def __init__(self) -> None:
+        self._done = False
 
-    Args:
-        module: whose parameters are watched.
-        model: the same, wrapped or not.
+    def on_train_begin(self, context: CallbackContext) -> None:
+        """Hook into parameters and optimizer.
 
-    Raises:
-        UserError: DistributedDataParallel was built over other parameters than those that are trained now.
-    """
-
-    def __init__(self, module: nn.Module, model: nn.Module, optimizer: Optimizer) -> None:
-        trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
-        wrappers = (part for part in model.modules() if isinstance(part, DistributedDataParallel))
+        Raises:
+            UserError: DistributedDataParallel was built over other parameters than those that are trained now.
+        """
+        named = context.module.named_parameters()
+        trained = {name: parameter for name, parameter in named if parameter.requires_grad}
+        wrappers = (part for part in context.model.modules() if isinstance(part, DistributedDataParallel))
         self._wrapper = next(wrappers, None)
         if self._wrapper:
             wrapped = self._wrapper._get_ddp_logging_data().get("num_parameter_tensors", len(trained))
@@ -44,7 +45,24 @@ class UnusedParameters:
         self._hooks: list[Any] = [
             parameter.register_post_accumulate_grad_hook(self._seen(name)) for name, parameter in trained.items()
         ]
-        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self._look(trained)))
+        self._hooks.append(context.optimizer.register_step_pre_hook(lambda *_: self._look(trained)))
+
+    def on_step_end(self, context: CallbackContext) -> None:
+        """Say which parameters got no gradient, whichever rank has them; a step that was left out does not count.
+
+        Raises:
+            UserError: DistributedDataParallel was waiting for them.
+        """
+        if self._done or not context.updated:
+            return
+        self._done = True
+        mine = self._finish()
+        names = list(dict.fromkeys(name for some in gather_objects(mine, context.world.control) for name in some))
+        if names:
+            context.note("", parameters_without_gradient=names)
+            context.say(
+                f"warning: no gradient in the first step for {some_of(names)}: not trained; use them, or freeze them"
+            )
 
     def _seen(self, name: str) -> Any:
         def hook(_: Tensor) -> None:
@@ -58,25 +76,15 @@ class UnusedParameters:
             if parameter.grad is not None:
                 self._without.pop(name, None)
 
-    def finish(self) -> list[str]:
-        """After the step: the names of this rank's parameters without a gradient.
-
-        Raises:
-            UserError: DistributedDataParallel was waiting for them.
-        """
+    def _finish(self) -> list[str]:
+        """Remove the hooks; the names of this rank's parameters without a gradient."""
         for hook in self._hooks:
             hook.remove()
         names, wrapper = list(self._without), self._wrapper
         if names and wrapper and not (wrapper.find_unused_parameters or wrapper.static_graph):
             raise UserError(
-                f"no gradient in the first step for {listed(names)}: DistributedDataParallel waits for it, and does "
+                f"no gradient in the first step for {some_of(names)}: DistributedDataParallel waits for it, and does "
                 "not average others meanwhile; call requires_grad_(False) on what is not used before the wrap, or wrap "
                 "with find_unused_parameters=True"
             )
         return names
-
-
-def listed(names: list[str]) -> str:
-    """`a, b`, or the first few and how many more."""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return ", ".join(names[:NAMED]) + more

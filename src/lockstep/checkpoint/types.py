@@ -1,4 +1,4 @@
-"""types."""
+"""What checkpoints can hold: objects with a state_dict, and trainers that keep files of their own."""
 
 from __future__ import annotations
 
@@ -59,10 +59,6 @@ class Engine(Protocol):
 
     def parts(self, module: nn.Module, optimizer: Optimizer) -> LocalGradients:
         """Where this rank's gradients and weights are seen, in `module` and `optimizer`, those that `run.steps` has."""
-        ...
-
-    def keep_gradients(self, into: dict[str, Tensor]) -> None:
-        """Fill a dict with the first update's gradients, whole and by the model's names, when they are there."""
         ...
 
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from rich.table import Table
 
-from lockstep.callbacks.memory_report import cell, memory_table, summarize_memory
+from lockstep.callbacks.base import Callback, CallbackContext
+from lockstep.callbacks.memory_report import memory_cell, memory_table, summarize_memory
 from lockstep.config.schema import Config
-from lockstep.data.datasets import FirstSamples
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.memory.predict import MemoryPrediction, predict_memory, sharded_state_bytes
 from lockstep.memory.tracker import KINDS
@@ -64,15 +64,14 @@ def images_at_once(config: Config, shards: int) -> int:
     return -(-config.global_batch_size // shards // max(config.accumulate, config.pipeline_micro_batches))
 
 
-class MeasuredSteps(Run[Any]):
-    """A run that notes by how much memory has risen when a step ends, before it evaluates and exports."""
+class MemoryRise(Callback):
+    """Notes by how much memory has risen when a step ends, before the run evaluates and exports."""
 
-    risen: Callable[[], int]
-    rise = 0
+    def __init__(self, risen: Callable[[], int]) -> None:
+        self._risen, self.bytes = risen, 0
 
-    def _after_step(self) -> bool:
-        self.rise = self.risen()
-        return super()._after_step()
+    def on_step_end(self, context: CallbackContext) -> None:
+        self.bytes = self._risen()
 
 
 def measure_steps(run: Run[Any], recipe: Recipe, config: Config) -> tuple[list[dict[str, Any]], list[int]]:
@@ -81,11 +80,13 @@ def measure_steps(run: Run[Any], recipe: Recipe, config: Config) -> tuple[list[d
     if run.world.rank == 0:
         (out / "ranks").mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    inner = MeasuredSteps(recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True, listener=run.listener)
-    inner.eval_set = FirstSamples(inner.eval_set, config.eval_batch_size * run.world.world_size)
-    inner.risen = peak_from_now(run.device)
+    rise = MemoryRise(peak_from_now(run.device))
+    inner = Run(
+        recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True, listener=run.listener, callbacks=[rise]
+    )
+    inner.data.limit_evaluation()
     recipe(inner)
-    peaks = [int(size) for size in gather_numbers(inner.rise, run.device)]
+    peaks = [int(size) for size in gather_numbers(rise.bytes, run.device)]
     dist.barrier()
     return json.loads((out / "memory.json").read_text())["ranks"] if run.world.rank == 0 else [], peaks
 
@@ -106,5 +107,5 @@ def sharding_table(shards: dict[str, Any], ranks: int) -> Table:
     for column in (*KINDS[:3], "total"):
         found.add_column(column, justify="right")
     for technique, sizes in shards.items():
-        found.add_row(technique, *(cell(size) for size in sizes.values()))
+        found.add_row(technique, *(memory_cell(size) for size in sizes.values()))
     return found

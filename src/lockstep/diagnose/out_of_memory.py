@@ -46,7 +46,7 @@ SIGNS = (
 # What CUDA's libraries say when they cannot make their workspace; by itself it may mean something else.
 PERHAPS = ("CUBLAS_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_NOT_INITIALIZED", "CUDNN_STATUS_INTERNAL_ERROR")
 PHASES = {  # by the innermost function of such a name
-    "_evaluate": "evaluation",
+    "evaluate": "evaluation",
     "on_validation_start": "evaluation",
     "_save": "saving a checkpoint",
     "_resume": "resuming",
@@ -84,7 +84,7 @@ def is_out_of_memory(error: BaseException, device: torch.device) -> bool:
 def explain_out_of_memory(error: BaseException, run: Run) -> OutOfMemory:
     """The page, for an exception that `is_out_of_memory`. Its figures go into out_of_memory.json, the traceback into the log."""
     run.report.log.write("".join(traceback.format_exception(error)))
-    where = locate(error.__traceback__, run._module)
+    where = locate(error.__traceback__, run.loop.module)
     free, who = free_bytes(run.device)
     held = run.held_bytes()
     traceback.clear_frames(error.__traceback__)  # they hold what the step held: room for what follows

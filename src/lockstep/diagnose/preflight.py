@@ -60,7 +60,7 @@ def probe_ranks(run: Run[Any]) -> list[Facts]:
     alone: dict[str, Callable[[], Any]] = {
         "versions": probe_versions,
         "device": lambda: probe_device(world),
-        "cores": lambda: probe_cores(run._workers()),
+        "cores": lambda: probe_cores(run.data.workers),
         "network": lambda: probe_network(world),
         "slurm": lambda: probe_slurm(world.rank),
     }

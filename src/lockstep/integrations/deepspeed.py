@@ -114,14 +114,6 @@ class ZeroEngine:
     def weights(self, folder: Path) -> TensorsByName:
         return load_checkpoint(folder)[0]
 
-    def keep_gradients(self, into: TensorsByName) -> None:
-        def keep() -> None:
-            if not into:
-                named = self.module.named_parameters()
-                into.update({name: safe_get_full_grad(parameter).detach() / self.scale for name, parameter in named})
-
-        self.before_update(keep)
-
     def parts(self, module: nn.Module, optimizer: Optimizer) -> LocalGradients:
         return ZeroGradients(self) if self.stage else LocalGradients(module, optimizer)
 
@@ -264,6 +256,9 @@ class ZeroGradients(LocalGradients):
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         found: Tensor | None = safe_get_full_grad(parameter)
         return found if found is None or self._zero.scale == 1 else found / self._zero.scale
+
+    def full_gradient(self, parameter: nn.Parameter, device: torch.device) -> Tensor | None:
+        return self.gradient(parameter)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         section = getattr(parameter, "ds_tensor", None)

@@ -187,17 +187,17 @@ class RunHooks(Checkpoint):
     name = "lightning"
 
     def __init__(self, run: Run, module: LightningModule, batches: TrainBatches) -> None:
-        self._run, self._model, self._pieces = run, module.get_submodule("model"), batches.pieces
+        self._run, self._loop = run, run.loop
+        self._model, self._pieces = module.get_submodule("model"), batches.pieces
         self.ckpt_path: Path | None = None
         self.files_of_the_trainer = CheckpointBytes()
-        self._gradients: dict[str, Tensor] | None = None
         self._calls: list[Callable[[], None]] = []
-        self._state = run._take_up(self._model, engine=self)
+        self._loop.restore(self._model, engine=self)
         if self.ckpt_path and run.step >= run.total_steps:  # the Trainer would not even restore
             saved, configured = self.files_of_the_trainer.load_checkpoint(self.ckpt_path), module.configure_optimizers()
             module.load_state_dict(saved["state_dict"])
             configured["optimizer"].load_state_dict(saved["optimizer_states"][0])
-            run._begin(configured["optimizer"], self._model)
+            self._loop.begin(configured["optimizer"], self._model)
         self._generators = generators(run.device)
 
     # Between two steps
@@ -222,18 +222,15 @@ class RunHooks(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.ckpt_path:  # what this computes is overwritten with what is in there
             assert trainer.strategy.model is not None
-            self._run._settle_buckets(trainer.strategy.model)
+            self._loop.restore_bucket_order(trainer.strategy.model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         set_generators(self._generators, self._run.device)  # whatever Lightning has drawn since
         assert trainer.strategy.model is not None
-        self._run._begin(trainer.optimizers[0], trainer.strategy.model)
+        self._loop.begin(trainer.optimizers[0], trainer.strategy.model)
         self._before_step(trainer)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._gradients is not None and self._run.step == 0:
-            named = self._model.named_parameters()
-            self._gradients.update((name, p.grad.detach().clone()) for name, p in named if p.grad is not None)
         for call in self._calls:
             call()
 
@@ -242,7 +239,7 @@ class RunHooks(Checkpoint):
     ) -> None:
         if (batch_idx + 1) % trainer.accumulate_grad_batches:
             return
-        if self._run._after_step():
+        if self._loop.after_step():
             # It follows at once: val_check_interval says so, or that it is all over, which Lightning validates too.
             trainer.should_stop = self._run.step == self._run.total_steps
         else:
@@ -253,11 +250,11 @@ class RunHooks(Checkpoint):
             sync_buffers(self._model)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._run._evaluated(pl_module.evaluation)  # type: ignore[arg-type]
+        self._loop.evaluated(pl_module.evaluation)  # type: ignore[arg-type]
         self._before_step(trainer)
 
     def _before_step(self, trainer: Trainer) -> None:
-        trainer.should_stop = not self._run._before_step(self._state)
+        trainer.should_stop = not self._loop.before_step()
 
     # An Engine
 
@@ -278,6 +275,3 @@ class RunHooks(Checkpoint):
 
     def parts(self, module: nn.Module, optimizer: Optimizer) -> LocalGradients:
         return TrainerGradients(module, optimizer, self._calls)
-
-    def keep_gradients(self, into: dict[str, Tensor]) -> None:
-        self._gradients = into

@@ -22,7 +22,6 @@ import torch.distributed as dist
 from lockstep.config import run_directory
 from lockstep.config.declared import read_config
 from lockstep.config.schema import Config, to_yaml
-from lockstep.data.datasets import FirstSamples
 from lockstep.diagnose import out_of_memory
 from lockstep.diagnose.verdict import describe_failure
 from lockstep.diagnose.watchdog import Watchdog, WatchdogTimeout
@@ -204,7 +203,7 @@ def carry_out(recipe: Recipe, run: Run) -> None:
 def shorten(run: Run) -> None:
     """In a rank of a trial: evaluate one batch a rank, and take no more of a GPU than is allowed."""
     config = run.config
-    run.eval_set = FirstSamples(run.eval_set, config.eval_batch_size * run.world.world_size)
+    run.data.limit_evaluation()
     if run.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(run.device)
         room = int(config.memory_fraction * free)

@@ -1,4 +1,4 @@
-"""build."""
+"""Which loggers a run has: those that `logger=` names, and metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -58,6 +58,7 @@ class ConsoleReport:
         *,
         parameters: tuple[int, int],
         images: tuple[int, int],
+        shards: int,
         steps: tuple[int, int],
         chosen: list[str],
         first: int = 0,
@@ -66,7 +67,6 @@ class ConsoleReport:
         self.first_step = first
         config, world = self.config, self.world
         hosts = len(set(world.hosts))
-        shards = world.world_size // config.model_parallel_size
         frozen = f", {parameters[0] - parameters[1]:,} of them frozen" if parameters[0] != parameters[1] else ""
         self.line(
             f"{self.recipe}: {count(world.world_size, 'rank')} on {count(hosts, 'host')} · {world.device.type} · "

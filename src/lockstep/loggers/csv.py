@@ -1,4 +1,4 @@
-"""csv."""
+"""metrics.csv."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""jsonl."""
+"""metrics.jsonl, histograms.jsonl and misclassified.png: what every run has, whatever `logger=` names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tensorboard."""
+"""Event files for TensorBoard."""
 
 from __future__ import annotations
 

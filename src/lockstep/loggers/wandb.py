@@ -1,4 +1,4 @@
-"""wandb."""
+"""A run of Weights & Biases, offline where there is no account or no server."""
 
 from __future__ import annotations
 

@@ -1,19 +1,14 @@
-"""ddp_buckets."""
+"""DistributedDataParallel's buckets in a resumed run: the order in which they would be, had it not been cut off."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-if TYPE_CHECKING:
-    pass
-
 from lockstep.training.random_state import generators, set_generators
 
 
-def settle_buckets(model: nn.Module, images: Tensor) -> None:
+def restore_bucket_order(model: nn.Module, images: Tensor) -> None:
     """Bring DistributedDataParallel's buckets into the order they had when the training was cut off.
 
     After a process's first backward DDP sorts its buckets anew, by the order in which gradients became ready. From

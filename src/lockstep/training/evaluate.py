@@ -1,4 +1,4 @@
-"""evaluate."""
+"""Evaluation, exact over any number of ranks: every sample counts once, and all ranks get the same bits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.functional import cross_entropy
 
+from lockstep.config.schema import Config
+from lockstep.data.batches import BatchSource
 from lockstep.data.datasets import Batch
 from lockstep.data.sampler import EvalSampler
+from lockstep.distributed.parallel_dims import ParallelDims
+from lockstep.training.precision import autocast
 
 KEPT = 64  # wrong predictions that an evaluation remembers
 
@@ -134,6 +138,31 @@ def evaluate(
     if blank is not None and len(sampler) < sampler.rounds():
         forward(blank)
     return tally.result(device)
+
+
+class Evaluator:
+    """Evaluates a model on this rank's batches of the evaluation set; all ranks call it together."""
+
+    def __init__(self, config: Config, source: BatchSource, device: torch.device, dims: ParallelDims) -> None:
+        self._precision, self._source, self._device, self._dims = config.precision, source, device, dims
+
+    def evaluate(self, module: nn.Module, *, sharded: bool = False) -> Evaluation:
+        """Evaluate a complete model, and leave it in evaluation mode.
+
+        Args:
+            module: without DistributedDataParallel, whose forward communicates: ranks may have unequally many batches.
+            sharded: its forward communicates all the same, because no rank ever holds the whole model; and its own
+                policy says in which precision it computes.
+        """
+        module.eval()
+        if self._dims.shards > 1:
+            sync_buffers(module)
+        sampler = self._source.eval_sampler()
+        batches = self._source.eval_batches(sampler)
+        if sharded:
+            return evaluate(module, batches, sampler, self._device, self._source.blank_images(1))
+        with autocast(self._precision, self._device):
+            return evaluate(module, batches, sampler, self._device)
 
 
 def sync_buffers(module: nn.Module) -> None:

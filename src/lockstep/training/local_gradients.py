@@ -1,14 +1,15 @@
-"""local_gradients."""
+"""What one rank holds of gradients and weights, however they are sharded or cut."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lockstep.distributed.dtensor import is_sharded, local_shard
+from lockstep.distributed.dtensor import full_tensor, is_sharded, local_shard
 
 
 class LocalGradients:
@@ -40,6 +41,10 @@ class LocalGradients:
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's part of a gradient; to write to it is to change it."""
         return None if parameter.grad is None else local_shard(parameter.grad)
+
+    def full_gradient(self, parameter: nn.Parameter, device: torch.device) -> Tensor | None:
+        """A whole gradient. Where it is sharded, all ranks call this together, and `device` is where they talk."""
+        return None if parameter.grad is None else full_tensor(parameter.grad.detach(), device)
 
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of a parameter."""

@@ -1,4 +1,4 @@
-"""Loss scaling for fp16, on which all ranks agree.
+"""Autocast, and loss scaling for fp16 on which all ranks agree.
 
 fp16 has 5 bits for the exponent: gradients below 6e-8 become zero, and what is above 65504 infinite. So the loss is
 multiplied by a large number before backward, its gradients are divided by it in fp32 before the update, and where one
@@ -9,6 +9,7 @@ Source: https://arxiv.org/abs/1710.03740, https://docs.pytorch.org/docs/stable/a
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import Any
 
@@ -21,6 +22,13 @@ from lockstep.distributed.dtensor import local_shard
 from lockstep.errors import UserError
 
 GOOD_STEPS = 2000  # in a row, after which the scale is doubled
+DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """The context for forward and loss: bf16 or fp16 where the precision says so, else nothing."""
+    return torch.autocast(device.type, AUTOCAST[precision]) if precision in AUTOCAST else contextlib.nullcontext()
 
 
 class Scaler(torch.amp.GradScaler):
@@ -108,7 +116,3 @@ class Scaler(torch.amp.GradScaler):
         return {found_inf.device: found_inf}
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}  # of weights
-
-
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -1,4 +1,4 @@
-"""Numbers of a run: exact evaluation over any number of ranks, step times, peak memory."""
+"""How long steps take: a stopwatch for a CPU and for a GPU, and what is left out as warm-up."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import random
 import statistics
 import time
 from collections import deque
-from collections.abc import Sequence
 
 import torch
-
-from lockstep.distributed.heartbeat import Heartbeat
 
 WARM_UP = 5  # steps whose time says nothing yet
 SAMPLE = 4096  # step times that are remembered of a longer run
@@ -90,41 +87,6 @@ class Stopwatch:
 def warm_up(steps: int) -> int:
     """How many of so many steps are the warm-up: the first 5, or the first one of fewer than 10."""
     return WARM_UP if steps >= 2 * WARM_UP else min(1, max(0, steps - 1))
-
-
-class StepTime:
-    """What this rank's steps were spent on, without the warm-up: waiting for batches, computing, or neither.
-
-    Args:
-        heartbeat: whose clocks are read.
-    """
-
-    def __init__(self, heartbeat: Heartbeat) -> None:
-        self._heartbeat, self._steps = heartbeat, 0
-        self._marks: dict[int, Sequence[float]] = {0: heartbeat.of_steps()}  # where the steps after so many begin
-        self._left_out = [0.0] * 4
-
-    def before_step(self) -> None:
-        """Be told of each step, before it begins."""
-        if self._steps in (1, WARM_UP):
-            self._marks[self._steps] = self._heartbeat.of_steps()
-        self._steps += 1
-
-    def leave_out(self, steps: int, since: Sequence[float]) -> None:
-        """Not to count the last `steps` steps, which began at `since`, as `heartbeat.of_steps` said."""
-        self._steps -= steps
-        self._left_out = [out + more for out, more in zip(self._left_out, self._since(since), strict=True)]
-
-    def shares(self) -> dict[str, float]:
-        """Of a second of a step, by name; empty where no step was taken."""
-        passed = self._since(self._marks[warm_up(self._steps)])
-        wall, cpu, main, waited = (here - out for here, out in zip(passed, self._left_out, strict=True))
-        if wall <= 0:
-            return {}
-        return {"data_wait_share": waited / wall, "cores_busy": cpu / wall, "main_thread_busy": main / wall}
-
-    def _since(self, mark: Sequence[float]) -> list[float]:
-        return [after - before for after, before in zip(self._heartbeat.of_steps(), mark, strict=True)]
 
 
 def percentile(values: list[float], percent: int) -> float:

@@ -27,3 +27,9 @@ def short(path: Path) -> str:
 def mebibytes(size: float, digits: int = 1) -> str:
     """Bytes in MiB, without the unit."""
     return f"{size / 2**20:,.{digits}f}"
+
+
+def some_of(names: list[str], shown: int = 5) -> str:
+    """`a, b`, or the first few and how many more."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

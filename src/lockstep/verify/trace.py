@@ -12,9 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_objects
 from lockstep.run import Run
+from lockstep.training.local_gradients import LocalGradients
 
 if TYPE_CHECKING:
     from lockstep.recipe import Recipe
@@ -34,6 +36,28 @@ class Trace:
     result: dict[str, Any]
 
 
+class FirstGradients(Callback):
+    """Keeps the first update's gradients, whole, of the parameters that this rank holds.
+
+    Attributes:
+        found: by the parameters' names.
+    """
+
+    def __init__(self) -> None:
+        self.found: Tensors = {}
+
+    def on_train_begin(self, context: CallbackContext) -> None:
+        context.gradients.before_update(lambda: self._keep(context.gradients, context.device))
+
+    def _keep(self, gradients: LocalGradients, device: torch.device) -> None:
+        if self.found:
+            return
+        for name, parameter in gradients.parameters.items():
+            gradient = gradients.full_gradient(parameter, device)
+            if gradient is not None:
+                self.found[name] = gradient.detach().clone()
+
+
 def trace(
     run: Run, recipe: Recipe, config: Config, name: str, prepare: Callable[[Run, nn.Module], None] | None = None
 ) -> Trace | None:
@@ -48,23 +72,32 @@ def trace(
     if run.world.rank == 0:
         (out / "ranks").mkdir(parents=True, exist_ok=True)  # left by a start that was preempted
     dist.barrier()
-    inner = Run(recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True, listener=run.listener)
-    inner.keep_gradients = True
+    gradients = FirstGradients()
+    inner = Run(
+        recipe.name,
+        config,
+        run.world,
+        out,
+        shards=recipe.ranks,
+        quiet=True,
+        listener=run.listener,
+        callbacks=[gradients],
+    )
     if prepare:
         inner.prepare = partial(prepare, inner)
     recipe(inner)
-    parts = gather_objects({name: tensor.cpu() for name, tensor in inner.first_gradients.items()}, None)
+    parts = gather_objects({name: tensor.cpu() for name, tensor in gradients.found.items()}, None)
     dist.barrier()
     if run.world.rank:
         return None
-    gradients = {name: tensor for part in reversed(parts) for name, tensor in part.items()}
+    whole = {name: tensor for part in reversed(parts) for name, tensor in part.items()}
     state = torch.load(out / "model.pt", weights_only=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return Trace(
         losses=[line["loss"] for line in lines if "loss" in line],
-        gradients=gradients,
-        weights={name: tensor for name, tensor in state.items() if name in gradients},
-        buffers={name: tensor for name, tensor in state.items() if name not in gradients},
+        gradients=whole,
+        weights={name: tensor for name, tensor in state.items() if name in whole},
+        buffers={name: tensor for name, tensor in state.items() if name not in whole},
         result=json.loads((out / "result.json").read_text()),
     )
 

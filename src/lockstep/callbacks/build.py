@@ -1,0 +1,53 @@
+"""Which callbacks a run has: those that its config asks for, and no others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from lockstep.callbacks.base import Callback, CallbackList
+from lockstep.callbacks.device_stats import DeviceStats
+from lockstep.callbacks.gradient_stats import GradientStats, wants_gradient_stats
+from lockstep.callbacks.graph_leaks import GraphLeakWatch
+from lockstep.callbacks.memory_report import MemoryReport
+from lockstep.callbacks.metrics_logger import MetricsLogger
+from lockstep.callbacks.nan_guard import NanGuard
+from lockstep.callbacks.step_time import StepTimeMonitor
+from lockstep.callbacks.unused_parameters import UnusedParameters
+from lockstep.config.schema import Config
+from lockstep.distributed.process_group import World
+
+
+def build_callbacks(
+    config: Config,
+    world: World,
+    *,
+    workers: int,
+    eval_images: Callable[[Sequence[int]], Tensor],
+    first: Sequence[Callback] = (),
+) -> CallbackList:
+    """The callbacks of one start of a run, in the order in which they are called.
+
+    Args:
+        workers: processes that prepare this rank's images.
+        eval_images: gives images of the evaluation set by their numbers.
+        first: further ones, such as a tool's, which come before all others.
+    """
+    step_time = StepTimeMonitor(world.heartbeat, workers)
+    found: list[Callback] = [*first, step_time]
+    if config.profile:
+        from lockstep.callbacks.profiler import ProfileSteps  # torch.profiler: only who asks for it imports it
+
+        found.append(ProfileSteps(config.profile, step_time))
+    found.append(UnusedParameters())
+    if config.memory:
+        found.append(MemoryReport())
+    found.append(GraphLeakWatch())
+    if wants_gradient_stats(config):
+        found.append(GradientStats(config))
+    if config.gradients.stop_on_nan:
+        found.append(NanGuard(config))
+    if world.rank == 0:
+        found.append(DeviceStats(world.device))
+    return CallbackList([*found, MetricsLogger(eval_images)])
