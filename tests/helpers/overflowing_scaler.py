@@ -31,7 +31,7 @@ def overflowing() -> Iterator[None]:
     And fp16 is computed in bf16, ten times as fast on CPUs, except where Lightning computes it.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(run.AUTOCAST, "fp16", torch.bfloat16)
+        patch.setitem(precision.AUTOCAST, "fp16", torch.bfloat16)
         patch.setattr(precision, "GOOD_STEPS", 2)
         patch.setattr(run, "Scaler", Overflowing)
         yield

@@ -211,7 +211,7 @@ def keeping(world: World, out: str, config: Config, kept: str) -> list[int]:
         elif kept == "last":
             losses = [loss, logits]
     run.finish()
-    return list(run._notes.get("graphs_kept", []))
+    return list(run.notes.get("graphs_kept", []))
 
 
 @pytest.mark.parametrize(("kept", "steps"), [("list", 3), ("sum", 3), ("output", 3), ("detached", 0), ("last", 0)])

@@ -38,7 +38,7 @@ import time
 from recipes import ddp
 
 def waits(run):
-    return not run._keeper.resumed_from and not run.listener.received
+    return not run.loop.checkpoints.resumed_from and not run.listener.received
 
 WAIT = (
     "        while run.world.rank == 1 and run.step == 8 and waits(run):\\n"

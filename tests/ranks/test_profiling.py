@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 
 from lockstep.callbacks.communication import BRIDGE, Event, Interval, common, exposed, forest, length, minus, union
-from lockstep.callbacks.profiler import DATA, STEP, Profiler, account, class_of, read_trace, worst
+from lockstep.callbacks.profiler import DATA, STEP, Profiler, class_of, most_expensive, read_trace, step_costs
+from lockstep.callbacks.step_time import StepTimeMonitor
 from lockstep.distributed.process_group import World
 from lockstep.run import Run
 from lockstep.training import timing
@@ -126,7 +127,7 @@ def test_shares_of_a_step_add_up_and_each_operation_is_counted_once() -> None:
         op("aten::_foreach_add_", 71, 77),
         op("aten::sum", 80, 81),
     ]
-    found = account(events)
+    found = step_costs(events)
     assert found["seconds"] == 100
     assert (found["communication"], found["exposed"]) == (10, 6)
     expected = {"data": 10, "optimizer": 8, "communication": 6, "normalisation": 5, "activation": 4, "convolution": 31}
@@ -151,7 +152,7 @@ def test_an_optimizer_that_runs_forward_and_backward_is_charged_for_its_update_a
         op(f"{STEP}7", 0, 100, kind="user_annotation"),
         op("Optimizer.step#SGD.step", 10, 70, kind="user_annotation"),
     ]
-    shares = account([*step, *inside])["shares"]
+    shares = step_costs([*step, *inside])["shares"]
     assert {name: round(100 * found) for name, found in shares.items() if found} == {
         "convolution": 24,
         "optimizer": 9,
@@ -160,7 +161,7 @@ def test_an_optimizer_that_runs_forward_and_backward_is_charged_for_its_update_a
     kernels = [Event("kernel", "kernel", at, at + 2, "stream 7", at) for at in (12, 22, 60)]
     launches = [Event(each.name, each.kind, each.start, each.end, "main", int(each.start)) for each in inside]
     launches[2] = Event("aten::convolution_backward", "cpu_op", 22, 38, "another", 22)
-    shares = account([*step, *launches, *kernels])["shares"]
+    shares = step_costs([*step, *launches, *kernels])["shares"]
     assert {name: round(100 * found) for name, found in shares.items() if found} == {
         "convolution": 4,
         "optimizer": 2,
@@ -183,7 +184,7 @@ def test_a_kernel_belongs_where_it_was_launched() -> None:
         kernel("triton_poi_fused__native_batch_norm_legit_functional_relu_3", 40, 4),
         kernel("unheard_of", 50, 5),
     ]
-    shares = account(events)["shares"]
+    shares = step_costs(events)["shares"]
     assert {name for name, found in shares.items() if found == pytest.approx(0.02)} == {
         "convolution",
         "optimizer",
@@ -208,7 +209,7 @@ def test_a_gpu_s_trace_is_read_as_it_is_written(tmp_path: Path) -> None:
     rows = [dict(zip(names, each, strict=False)) | numbered | {"args": {"External id": each[5]}} for each in events]
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": [*rows, {"ph": "s", "name": "ac2g", "ts": 7, "pid": 1, "tid": "main"}]}))
-    found = account(read_trace(path))
+    found = step_costs(read_trace(path))
     assert found["seconds"] == pytest.approx(100e-6)
     assert (found["communication"], found["exposed"]) == pytest.approx((20e-6, 10e-6))
     assert found["shares"]["convolution"] == pytest.approx(0.3)
@@ -241,7 +242,7 @@ def test_names_tell_what_an_operation_is_for(name: str, expected: str) -> None:
 def test_of_each_operation_the_worst_rank_is_shown() -> None:
     ranks = [{"seconds": 1.0, "operations": {"a": [0.2, 3.0], "b": [0.5, 1.0]}}]
     ranks += [{"seconds": 1.0, "operations": {"a": [0.7, 3.0], "c": [0.1, 1.0]}}]
-    assert [(row["name"], row["seconds"], row["rank"]) for row in worst(ranks)] == [
+    assert [(row["name"], row["seconds"], row["rank"]) for row in most_expensive(ranks)] == [
         ("a", 0.7, 1),
         ("b", 0.5, 0),
         ("c", 0.1, 1),
@@ -317,27 +318,28 @@ def test_every_engine_s_messages_are_seen(name: str, tmp_path: Path) -> None:
     assert "ms of communication a step on rank" in said
 
 
-def instruments(run: Run) -> list[bool]:
+def recorded_steps(run: Run) -> list[bool]:
     """Four steps, of which the recorded ones are slow; of each whether it was recorded, and what is left of them."""
     found: list[bool] = []
     timing.Stopwatch._now = lambda self: float(sum(found))  # type: ignore[method-assign]  # by which others take no time
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
     for batch in run.steps(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)):
-        found.append(run._instruments.profiling)
+        found.append(run.loop.callbacks.distorts_time)
         run.record(loss=model(batch.images).sum())
-        time.sleep(0.3 if run._instruments.profiling else 0)
+        time.sleep(0.3 if run.loop.callbacks.distorts_time else 0)
+    (step_time,) = (each for each in run.loop.callbacks.callbacks if isinstance(each, StepTimeMonitor))
     return [
         *found,
-        run._timer.count == 4 - sum(found),
-        run._timer.total() > 0,
-        run._instruments._load._left_out[0] > 0.3,
+        run.loop.timer.count == 4 - sum(found),
+        run.loop.timer.total() > 0,
+        step_time.seconds_left_out > 0.3,
     ]
 
 
 def test_recorded_steps_do_not_count_for_the_speed_and_none_is_recorded_unasked(tmp_path: Path) -> None:
-    recorded = in_run(instruments, tmp_path / "1", *TINY, "max_steps=4", "profile=1")
+    recorded = in_run(recorded_steps, tmp_path / "1", *TINY, "max_steps=4", "profile=1")
     assert recorded == [False, True, False, False, True, False, True]
-    assert in_run(instruments, tmp_path / "2", *TINY, "max_steps=4") == [False] * 4 + [True, False, False]
+    assert in_run(recorded_steps, tmp_path / "2", *TINY, "max_steps=4") == [False] * 4 + [True, False, False]
 
 
 def test_a_run_that_is_cut_short_says_so_instead(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from lockstep.distributed.process_group import World
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
+from lockstep.loop import NothingLeft
 from lockstep.recipe import Recipe
-from lockstep.run import NothingLeft, Run
+from lockstep.run import Run
 from lockstep.training.random_state import generators, set_generators
 from recipes import (
     data_parallel,

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lockstep.callbacks.instruments import LOAD, advice
+from lockstep.callbacks.step_time import STEP_SHARES, StepTimeMonitor, loader_advice
 from lockstep.config.schema import OptimConfig
 from lockstep.data.datasets import Batch
 from lockstep.distributed.heartbeat import TRAINING, WAITING, Heartbeat
@@ -23,7 +23,7 @@ from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.run import Run
 from lockstep.training.optim import build_scheduler, lr_factor
-from lockstep.training.timing import SAMPLE, StepTime, Stopwatch, percentile
+from lockstep.training.timing import SAMPLE, Stopwatch, percentile
 from recipes import ddp, single
 from tests.helpers.harness import compose_config, run_ranks, train, validate
 
@@ -56,7 +56,7 @@ def test_the_result_has_its_fields_and_they_agree(out: Path) -> None:
     assert result["step_seconds_p50"] <= result["step_seconds_p95"]
     assert result["peak_memory_bytes"] == max(result["peak_memory_bytes_by_rank"]) > 2**26
     assert result["train_loss"] == lines(out)[-2]["loss"]
-    for wait, cores, main in zip(*(result[f"{name}_by_rank"] for name in LOAD), strict=True):
+    for wait, cores, main in zip(*(result[f"{name}_by_rank"] for name in STEP_SHARES), strict=True):
         assert 0 < wait < 1
         assert 0 < main <= cores
 
@@ -250,7 +250,7 @@ def test_what_the_steps_were_spent_on_leaves_out_the_warm_up(
     clock = Clock(monkeypatch)
     heartbeat = Heartbeat()
     clock.go(99, 99, 99)
-    load = StepTime(heartbeat)
+    load = StepTimeMonitor(heartbeat)
     slow = {*range(min(steps - 1, 5 if steps > 9 else 1)), *range(6, 6 + profiled)}
     for step in range(steps):
         load.before_step()
@@ -289,6 +289,6 @@ def test_a_stopwatch_remembers_a_sample_of_a_long_run(monkeypatch: pytest.Monkey
 
 
 def test_a_long_wait_for_images_is_given_its_knob() -> None:
-    assert "data.workers=1" in advice(0, ranks=2, threads=1, cores=2)
-    assert advice(2, ranks=1, threads=1, cores=8) == "set data.workers=4"
-    assert advice(3, ranks=2, threads=1, cores=8).startswith("decoding shares 8 cores with the model")
+    assert "data.workers=1" in loader_advice(0, ranks=2, threads=1, cores=2)
+    assert loader_advice(2, ranks=1, threads=1, cores=8) == "set data.workers=4"
+    assert loader_advice(3, ranks=2, threads=1, cores=8).startswith("decoding shares 8 cores with the model")

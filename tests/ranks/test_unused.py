@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from lockstep.callbacks.unused_parameters import listed
 from lockstep.config.run_directory import freeze
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.run import Run
+from lockstep.utils.text import some_of
 from recipes import ddp
 from tests.helpers.harness import compose_config, result, run_ranks
 
@@ -99,4 +99,4 @@ def test_freezing_after_the_wrap_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_long_list_is_cut() -> None:
-    assert listed(list("abcdefgh")) == "a, b, c, d, e and 3 more"
+    assert some_of(list("abcdefgh")) == "a, b, c, d, e and 3 more"

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +122,7 @@ class LogRecord:
     usage: str = ""
 
 
-class Callback(Protocol):
+class Callback:
     """Derive from it and override what you need; every hook does nothing by default.
 
     All ranks have the same callbacks and call each hook together, so that a hook may communicate. `context` is the same

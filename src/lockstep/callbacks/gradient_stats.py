@@ -40,9 +40,7 @@ WARN_STEPS = 100  # a layer is named at most once in so many steps
 def wants_gradient_stats(config: Config) -> bool:
     """Whether there is anything to hook into."""
     asked = config.gradients
-    return bool(
-        asked.log or asked.warn_above or asked.clip_norm or asked.clip_value or config.logger.histograms
-    )
+    return bool(asked.log or asked.warn_above or asked.clip_norm or asked.clip_value or config.logger.histograms)
 
 
 def layer_of(parameter: str) -> str:

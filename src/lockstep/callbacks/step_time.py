@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.distributed.collectives import gather_numbers
-from lockstep.distributed.heartbeat import HUNGRY, Heartbeat
+from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, Heartbeat
 from lockstep.training.timing import WARM_UP, warm_up
 from lockstep.utils.text import count
 
@@ -28,9 +28,9 @@ class StepTimeMonitor(Callback):
         self._left_out = [0.0] * 4
 
     def on_step_begin(self, context: CallbackContext) -> None:
-        self.step_begins()
+        self.before_step()
 
-    def step_begins(self) -> None:
+    def before_step(self) -> None:
         """Be told of each step, before it begins."""
         if self._steps in (1, WARM_UP):
             self._marks[self._steps] = self._heartbeat.of_steps()
@@ -62,7 +62,7 @@ class StepTimeMonitor(Callback):
         shares = {name: gather_numbers(share, context.device) for name, share in self.shares().items()}
         context.note("", **{f"{name}_by_rank": shares.get(name) for name in STEP_SHARES})
         waits = shares.get("data_wait_share", [0.0])
-        if max(waits) > HUNGRY:
+        if max(waits) > DATA_WAIT_SHARE:
             longest = waits.index(max(waits))
             world, cores = context.world, len(os.sched_getaffinity(0))
             threads = world.threads if context.device.type == "cpu" else 1

@@ -114,5 +114,3 @@ class Scaler(torch.amp.GradScaler):
                 dist.all_reduce(found_inf, dist.ReduceOp.MAX)
         self._overflow = self._overflow or bool(found_inf.item())
         return {found_inf.device: found_inf}
-
-
