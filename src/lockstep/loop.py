@@ -40,8 +40,8 @@ from lockstep.errors import CheckFailed, UserError
 from lockstep.memory.tracker import state_bytes
 from lockstep.memory.usage import peak_memory_bytes
 from lockstep.models.parameters import count_parameters
-from lockstep.training.ddp_buckets import restore_bucket_order
 from lockstep.result import result_fields
+from lockstep.training.ddp_buckets import restore_bucket_order
 from lockstep.training.evaluate import Evaluation, Evaluator
 from lockstep.training.local_gradients import LocalGradients
 from lockstep.training.optim import SchedulerState, WarmupLR
