@@ -150,13 +150,10 @@ ENGINES: dict[str, list[str]] = {
     name: [] for name in ("deepspeed_zero", "fsdp", "lightning_fabric", "lightning_trainer")
 }
 ENGINES |= {"transfer_learning": ["weights=random"]}
-OFTEN = ("deepspeed_zero",)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [name if name in OFTEN else pytest.param(name, marks=pytest.mark.slow) for name in ENGINES]
-)
+@pytest.mark.parametrize("name", ENGINES)
 def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
     words = [*SHORT, *ENGINES[name]]
@@ -330,7 +327,7 @@ def test_a_lost_network_is_named_before_slurm_misses_the_node(folder: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("restarts", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("restarts", [0, 1])
 def test_a_killed_rank_is_named_and_started_again_only_if_asked(box: Box, folder: Path, restarts: int) -> None:
     words = ["ddp.py", *LONG, "out=run", "cluster.nodes=2", f"max_restarts={restarts}"]
     code, said = end(start(box, folder, *words, how="kill"))

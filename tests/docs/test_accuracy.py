@@ -24,9 +24,9 @@ def test_a_recipe_s_command_learns_the_digits(name: str, tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("switch", ["precision=fp32", "precision=auto", "precision=bf16", "comm=bf16"])
+@pytest.mark.parametrize("switch", ["precision=fp32", "precision=bf16", "comm=bf16"])
 def test_the_main_job_learns_the_digits(switch: str, tmp_path: Path) -> None:
-    """Also in what benchmarks are run in, and in 16 bits whatever this machine is fast at."""
+    """Also in 16 bits, whatever this machine is fast at, which is what precision=auto comes to where it is."""
     done = command("-m", "recipes.ddp", switch, "out=run", cwd=tmp_path, timeout=580)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.97

@@ -37,6 +37,7 @@ def begin(world: World, homes: list[Path], config: str) -> str:
     return ""
 
 
+@pytest.mark.slow_except("a name")
 @pytest.mark.usefixtures("narrow")
 @pytest.mark.parametrize(
     ("damage", "words"),

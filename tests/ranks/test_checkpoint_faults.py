@@ -262,7 +262,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     assert first_difference(torch.load(out / "model.pt", weights_only=True), kept) != ""
 
 
-@pytest.mark.slow_except("truncated")
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, flip, Path.unlink], ids=["truncated", "flipped", "missing"])
 def test_a_best_checkpoint_that_broke_costs_best_pt_and_is_named(
     damage: Callable[[Path], None], tmp_path: Path

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.usefixtures("narrow")
 SHORT = ("data=synthetic", "data.size=36", "data.image_size=8", "global_batch_size=12", "max_steps=8")
 
 
+@pytest.mark.slow_except("optimizer", "null-2")
 @pytest.mark.parametrize(
     ("forget", "ranks"),
     [("null", 2), ("null", 3), *((part, 2) for part in ("optimizer", "schedule", "step", "random")), ("buckets", 3)],

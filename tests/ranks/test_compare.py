@@ -307,6 +307,7 @@ def test_a_signal_ends_the_run_that_is_under_way(tmp_path: Path, monkeypatch: py
     assert not list(tmp_path.iterdir()), "it has not ended, and will be run again"
 
 
+@pytest.mark.slow
 def test_compare_reports_what_each_run_reported(tmp_path: Path) -> None:
     words = ["recipes=[data_parallel,model_parallel]", "max_steps=3", "global_batch_size=24", "rounds=1", "out=run"]
     done = command("-m", "recipes.compare", *words, cwd=tmp_path, timeout=300)

@@ -106,9 +106,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage", [pytest.param(stage, marks=pytest.mark.slow) if stage in (0, 2) else stage for stage in STAGES]
-)
+@pytest.mark.parametrize("stage", STAGES)
 def test_other_ranks_go_on(stage: int, fit: Fit, tmp_path: Path) -> None:
     """2 → 3 → 1 → 2 ranks: what DeepSpeed saved is cut anew, with either optimizer."""
     words = (*WORDS, "model.norm=group", *stage_words(stage))

@@ -91,9 +91,9 @@ def test_an_exception_is_shown_once_from_the_rank_that_raised_it(start: str, fol
     ("how", "code", "words"),
     [
         ("kill", 137, "rank 1 was killed by SIGKILL"),
-        pytest.param("exit", 7, "rank 1 ended with exit code 7 on ", marks=SLOW),
+        ("exit", 7, "rank 1 ended with exit code 7 on "),
         ("forget", 2, "error: crash: no loss to log; call run.record(loss=loss) in every step"),
-        pytest.param("break", 2, "error: crash left run.steps after step 0 of 50; run the loop to its end", marks=SLOW),
+        ("break", 2, "error: crash left run.steps after step 0 of 50; run the loop to its end"),
     ],
 )
 def test_a_rank_that_just_ends_is_named(how: str, code: int, words: str, folder: Path) -> None:
@@ -172,7 +172,7 @@ def test_who_tells_of_another_is_not_shown_for_it(tmp_path: Path, capfd: pytest.
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("start", ["fork", pytest.param("spawn", marks=SLOW)])
+@pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_a_killed_launcher_leaves_no_process(start: str, tmp_path: Path) -> None:
     process = as_a_shell([*LONG, f"start={start}"], tmp_path, stderr=subprocess.PIPE)
     wait_until(lambda: "step" in read(tmp_path / "run" / "metrics.jsonl"), 60)
@@ -222,6 +222,7 @@ def test_a_rank_alone_says_whom_it_could_not_reach(tmp_path: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_port_where_something_else_listens_is_named(tmp_path: Path) -> None:
     """TCPStore itself would wait there for ever."""
     with socket.socket() as other:

@@ -64,6 +64,7 @@ def test_a_seed_decides_all_that_is_drawn() -> None:
     assert 0.4 < len(in_saves) / len(faults) < 0.8, "deaths inside saving, committing and pruning must be common"
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_on_its_way_to_the_first_save_leaves_nobody_waiting(tmp_path: Path) -> None:
     setup = killed_in_the_third_save("ddp", 2).setup
     outcome = play(Plan(setup, (Fault(signal.SIGKILL, 0, call=1, at="mkdir ."),), (None,)), tmp_path)
@@ -190,6 +191,7 @@ def test_a_signal_that_only_one_rank_obeys_is_reported(tmp_path: Path, monkeypat
     assert outcome.wrong, outcome.events
 
 
+@pytest.mark.slow
 def test_a_hang_is_reported_with_the_line_where_it_stands(tmp_path: Path, monkeypatch: Patch) -> None:
     plan = killed_in_the_third_save("ddp", 2)
     fuzz.reference(Setup(plan.setup.recipe, plan.setup.ranks, plan.setup.words))  # while it does not hang

@@ -47,7 +47,7 @@ def session(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "nproc"), [pytest.param("spawn", 2, marks=pytest.mark.slow), ("fork", 4)])
+@pytest.mark.parametrize(("start", "nproc"), [("spawn", 2), ("fork", 4)])
 def test_it_is_the_run_that_torchrun_starts(start: str, nproc: int, tmp_path: Path) -> None:
     words = [*LIGHTNING, f"start={start}", f"nproc={nproc}", *SMOKE, "out=run"]
     done = command(*words, cwd=tmp_path)
@@ -97,14 +97,9 @@ def folder(tmp_path: Path) -> Path:
     ("how", "code", "words"),
     [
         ("raise", 1, "rank 1 failed on "),
-        pytest.param("kill", 137, "rank 1 was killed by SIGKILL on ", marks=pytest.mark.slow),
-        pytest.param("exit", 7, "rank 1 ended with exit code 7", marks=pytest.mark.slow),
-        pytest.param(
-            "forget",
-            2,
-            "error: crash: no loss to log; call run.record(loss=loss) in every step",
-            marks=pytest.mark.slow,
-        ),
+        ("kill", 137, "rank 1 was killed by SIGKILL on "),
+        ("exit", 7, "rank 1 ended with exit code 7"),
+        ("forget", 2, "error: crash: no loss to log; call run.record(loss=loss) in every step"),
     ],
 )
 def test_the_rank_that_broke_is_shown_once(how: str, code: int, words: str, folder: Path) -> None:
@@ -133,9 +128,7 @@ def begin(folder: Path, start: str) -> subprocess.Popen[str]:
     return as_a_shell(words, folder, stderr=subprocess.PIPE)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)], ids=["terminated", "Ctrl-C"]
-)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["terminated", "Ctrl-C"])
 @pytest.mark.slow
 def test_asked_to_leave_the_ranks_save_and_leave(number: signal.Signals, tmp_path: Path) -> None:
     process = begin(tmp_path, "fork")

@@ -113,6 +113,7 @@ def test_each_rank_goes_on_drawing_its_own_random_numbers(tmp_path: Path, monkey
 # Signals ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_signals_stop_all_ranks_together_and_lose_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the first step, where an epoch ends without an evaluation, within an epoch, and after an evaluation."""
     monkeypatch.setattr(signals, "AGREE_SECONDS", 0)  # these steps are so short that the run would be over

@@ -169,6 +169,7 @@ def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], 
         assert max(found["state_bytes_by_rank"]) == pytest.approx(formula["total"], rel=0.001)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_the_doctor_sets_the_measured_beside_the_sum(name: str, tmp_path: Path) -> None:
     execute(
@@ -214,6 +215,7 @@ def keeping(world: World, out: str, config: Config, kept: str) -> list[int]:
     return list(run.notes.get("graphs_kept", []))
 
 
+@pytest.mark.slow_except("sum", "detached")
 @pytest.mark.parametrize(("kept", "steps"), [("list", 3), ("sum", 3), ("output", 3), ("detached", 0), ("last", 0)])
 def test_a_loss_that_is_kept_with_its_graph_is_named_once(kept: str, steps: int, tmp_path: Path) -> None:
     config = config_of(max_steps=12, global_batch_size=8, eval_every=0)

@@ -190,9 +190,9 @@ class Alone(Poisoned):
     [
         (pipeline_parallel.train, 2, PIPELINE),
         (fsdp.train, 2, ()),
-        pytest.param(pipeline_parallel.train, 4, (*PIPELINE, "global_batch_size=8"), marks=pytest.mark.slow),
-        pytest.param(fsdp.train, 2, ("offload=true",), marks=pytest.mark.slow),
-        pytest.param(ddp.train, 2, (), marks=pytest.mark.slow),
+        (pipeline_parallel.train, 4, (*PIPELINE, "global_batch_size=8")),
+        (fsdp.train, 2, ("offload=true",)),
+        (ddp.train, 2, ()),
     ],
 )
 @pytest.mark.usefixtures("quick")
@@ -224,6 +224,7 @@ def test_stages_that_decide_each_for_itself_would_be_found_out(tmp_path: Path, m
 # In fp16 itself ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_it_computes_in_fp16_and_says_what_that_costs_on_a_cpu(tmp_path: Path) -> None:
     """A scale at which the first backward overflows, in fp16 only. The Trainer by itself would have taken bf16."""
     preload(lightning_trainer.train)
@@ -282,9 +283,9 @@ def test_verify_compares_it_in_every_recipe(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [
-        pytest.param(ddp.train, (), marks=pytest.mark.slow),
-        pytest.param(pipeline_parallel.train, PIPELINE, marks=pytest.mark.slow),
-        pytest.param(fsdp.train, (), marks=pytest.mark.slow),
+        (ddp.train, ()),
+        (pipeline_parallel.train, PIPELINE),
+        (fsdp.train, ()),
         (lightning_trainer.train, ("accumulate=2",)),
         (deepspeed_zero.train, ("stage=2",)),
     ],

@@ -113,7 +113,7 @@ def result_step(said: str) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("sign", "target"),
-    [(signal.SIGUSR1, "rank 1"), pytest.param(signal.SIGTERM, "launcher", marks=pytest.mark.slow)],
+    [(signal.SIGUSR1, "rank 1"), (signal.SIGTERM, "launcher")],
 )
 def test_a_scheduler_s_signal_to_one_process_preempts_all(sign: int, target: str, whole: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"

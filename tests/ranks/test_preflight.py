@@ -647,6 +647,7 @@ def test_where_a_run_would_fail_the_exit_code_says_so(monkeypatch: pytest.Monkey
     assert any(each["verdict"] == "fails" for each in report["findings"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow", "quick")
 def test_a_training_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "PROVEN_STEPS", 2)

@@ -93,16 +93,9 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert_same(tensors_of(newest(a)), tensors_of(newest(b)))
 
 
-# make test takes those that differ most in what they keep; make test-all all, and tests/helpers/fuzz.py draws from all.
-MORE = ("ddp", "ddp in fp16", "fsdp in copies", "data_parallel", "model_parallel", "pipeline_parallel")
-MORE += ("ddp of 3", "sync_batchnorm", "grad_accumulation", "lightning_fabric", "unfrozen while saved")
-MORE += ("unfrozen when resumed",)
-
-
-@pytest.mark.slow_except("single", "fsdp")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow) if name in MORE else name for name in RECIPES]
-)
+# make test takes one of them, make test-slow all others, and tests/helpers/fuzz.py draws from all.
+@pytest.mark.slow_except("single")
+@pytest.mark.parametrize("name", RECIPES)
 def test_a_run_in_three_parts_is_the_run_in_one(name: str, tmp_path: Path) -> None:
     """Cut within an epoch and right after an evaluation; weights, optimizer, generators and logs to the last bit."""
     recipe, ranks, words = RECIPES[name]

@@ -84,11 +84,11 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
     ("start", "nproc"),
     [
         (by_python, 2),
-        pytest.param(by_python, 4, marks=pytest.mark.slow),
+        (by_python, 4),
         (by_interpreters, 2),
         (by_torchrun, 2),
-        pytest.param(by_two_agents, 2, marks=pytest.mark.slow),
-        pytest.param(by_two_agents, 4, marks=pytest.mark.slow),
+        (by_two_agents, 2),
+        (by_two_agents, 4),
         (by_variables, 2),
     ],
 )
@@ -124,6 +124,7 @@ def test_a_sweep_is_one_run_a_point(tmp_path: Path) -> None:
     assert "lr: 0.02" in rates[1]
 
 
+@pytest.mark.slow
 def test_a_script_of_ones_own_runs_without_a_yaml(tmp_path: Path) -> None:
     """A recipe copied into another project, under another name."""
     (tmp_path / "mine.py").write_text((ROOT / "recipes" / "ddp.py").read_text())

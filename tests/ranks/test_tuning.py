@@ -72,7 +72,7 @@ def test_a_cpu_tells_by_its_flags(line: str, fast: str, tmp_path: Path) -> None:
     assert tuning.arithmetic(torch.device("cpu"), tmp_path / "none")[0] == "fp32"
 
 
-@pytest.mark.slow_except("bf16")
+@pytest.mark.slow
 @pytest.mark.parametrize("fast", ["fp32", "bf16"])
 def test_a_run_says_what_it_chose_and_keeps_its_precision(
     fast: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -357,6 +357,7 @@ def test_the_exit_code_is_the_process_s(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_ranks_started_by_hand_refuse_it_too(tmp_path: Path) -> None:
     words = ["--nproc-per-node=2", "--master-port=0", "-m", "recipes.ddp", "global_batch_size=33", "out=run"]
     done = command("-m", "torch.distributed.run", "--standalone", *words, cwd=tmp_path)

@@ -23,6 +23,7 @@ for step in range(6):
 """
 
 
+@pytest.mark.slow
 def test_the_clock_counts_any_programs_updates(tmp_path: Path) -> None:
     """Three steps of 200 ms are the warm-up, three of 20 ms count."""
     (tmp_path / "program.py").write_text(PROGRAM)

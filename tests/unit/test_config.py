@@ -36,6 +36,7 @@ def together() -> list[list[str]]:
     return [[option for option in options if option] for options in zip_longest(*groups.values())]
 
 
+@pytest.mark.slow_except("ddp", "tune")
 @pytest.mark.parametrize(
     ("name", "options"),
     [("ddp", [option]) for option in OPTIONS if not option.startswith("tune=")] + list(product(RECIPES, together())),

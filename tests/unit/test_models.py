@@ -17,6 +17,7 @@ def model(**changes) -> nn.Module:  # type: ignore[no-untyped-def]
     return build_model(ModelConfig(**({"num_classes": 10, "image_size": 32} | changes)))
 
 
+@pytest.mark.slow_except("resnet18", "resnet50")
 @pytest.mark.parametrize("name", ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"])
 def test_at_imagenet_size_the_state_dict_is_torchvision_s(name: str) -> None:
     ours = model(name=name, image_size=224, num_classes=1000)
