@@ -50,6 +50,7 @@ from lockstep.launch.validate import check_package, validate
 from lockstep.registry import choose, get_recipe
 from lockstep.training.timing import warm_up
 from lockstep.utils import files
+from lockstep.utils.places import as_installed
 from lockstep.utils.system import system_info
 from lockstep.utils.text import count, interpreter, short
 
@@ -202,7 +203,7 @@ def again(config: CompareConfig) -> str:
 
     typed_here = [word.replace("nprocs=[", "nproc=").rstrip("]") if word.startswith("nprocs=") else word
                   for word in overrides(train, config, train, {"out", "nproc"})]  # fmt: skip
-    return f"{interpreter()} -m recipes.compare {shlex.join(typed_here)}".strip()
+    return as_installed(f"{interpreter()} -m recipes.compare {shlex.join(typed_here)}".strip())
 
 
 def about(config: CompareConfig, device: str) -> dict[str, str]:

@@ -49,6 +49,7 @@ from lockstep.diagnose.preflight import run_preflight
 from lockstep.launch.batch_size import cut_short
 from lockstep.launch.validate import validate
 from lockstep.registry import choose, get_recipe
+from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, short
 from lockstep.verify.proofs import ProofCase, verify_case
 
@@ -112,7 +113,7 @@ def resume_command(name: str, config: str, out: Path) -> str:
 
     found = get_recipe(name)
     words = [*overrides(found, from_yaml(config, found.config), found, without=["out"]), f"out={short(out)}"]
-    return f"python -m recipes.{name} {shlex.join(words)}"
+    return as_installed(f"python -m recipes.{name} {shlex.join(words)}")
 
 
 def check(config: DoctorConfig, share: int) -> None:

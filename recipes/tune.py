@@ -164,11 +164,8 @@ def check_address(address: str | None) -> None:
 
 def trainable(run: Run[TuneConfig], each: Recipe) -> Any:
     """What Ray runs as an actor, one for each trial, where it finds room: it holds the command that trains."""
-    from ray import cloudpickle
     from ray.tune import Trainable
 
-    # By value, so that the worker does not import lockstep, and torch with it.
-    cloudpickle.register_pickle_by_value(recipe_process)
     config = run.config
     target, folder, metric = each.target, run.out / "trials", config.metric
     ends = {"step": config.max_steps, "epoch": config.epochs}  # of the last evaluation, one or the other

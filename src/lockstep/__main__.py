@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from lockstep.errors import UserError
 from lockstep.registry import first_lines
-from lockstep.utils.places import folder, shown
+from lockstep.utils.places import as_installed, folder
 
 
 class Parser(argparse.ArgumentParser):
@@ -24,7 +24,7 @@ class Parser(argparse.ArgumentParser):
 def show_recipes() -> None:
     """Every recipe with the first line of its docstring."""
     print(
-        shown(
+        as_installed(
             "Run one with `python -m recipes.NAME`; `python -m recipes.NAME --help` explains it and lists its keys.\n"
         )
     )
@@ -53,7 +53,7 @@ def copy_recipe(name: str, source: str) -> None:
         raise UserError(f"{name}: {file} would hide the module of that name; choose another, such as my_{source}")
     text = (folder("recipes") / f"{source}.py").read_text()
     with file.open("x") as stream:
-        stream.write(text.replace(f"-m recipes.{source}", f"{file}"))
+        stream.write(as_installed(text.replace(f"-m recipes.{source}", f"{file}")))
     print(f"{file}: a copy of recipes/{source}.py. Run it with: python {file}")
 
 

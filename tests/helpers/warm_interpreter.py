@@ -26,7 +26,7 @@ from typing import NoReturn
 
 ROOT = Path(__file__).resolve().parents[2]
 LOADED = (
-    "lockstep",
+    "lockstep.launch.cli",
     "lockstep.config.compose",
     "lockstep.launchers.torchrun",
     "hydra.main",

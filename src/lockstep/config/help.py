@@ -11,6 +11,7 @@ from lockstep.config.declared import CommandLine, own_keys
 from lockstep.config.explain import options
 from lockstep.config.keys import walk
 from lockstep.config.schema import ClusterConfig, Config
+from lockstep.utils.places import as_installed
 
 WIDTH = 80
 INDENT = 30  # where the help of a key begins
@@ -55,7 +56,7 @@ def text(recipe: CommandLine, schema: type[Config], folders: list[Path], everyth
         sections["cluster.*, with +cluster=…"] = [name for name in keys if name.startswith("cluster.")]
     else:
         sections |= {head: [name for name in names if name in keys or name in groups] for head, names in FIRST.items()}
-    lines = [recipe.doc.strip(), ""]
+    lines = [as_installed(recipe.doc.strip()), ""]
     if everything:
         lines += [
             "Groups, GROUP=OPTION:",

@@ -1,7 +1,8 @@
 """Every key a user can set, with its type, its default and what it does.
 
 Hydra composes `conf/` against these dataclasses: a misspelt key or a wrong type fails by name before anything starts.
-A rank reads the frozen `config.yaml` back through the same classes.
+A rank reads the frozen `config.yaml` back through the same classes. `import lockstep` imports this, so OmegaConf is
+imported only where it is used.
 """
 
 from __future__ import annotations
@@ -10,8 +11,6 @@ import copy
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
-
-from omegaconf import DictConfig, OmegaConf
 
 from lockstep.config.keys import AUTO, check_rules, key
 from lockstep.errors import UserError
@@ -271,6 +270,8 @@ def check_limits(config: GradientsConfig) -> None:
 
 def to_yaml(config: Config) -> str:
     """The frozen form of a config: plain YAML, nothing left to resolve."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -280,6 +281,8 @@ def from_yaml(text: str, schema: type[ConfigT]) -> ConfigT:
     Raises:
         omegaconf.errors.OmegaConfBaseException: a key or a type that the schema does not know.
     """
+    from omegaconf import OmegaConf
+
     merged = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.create(text))
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
 
@@ -290,6 +293,8 @@ def shared_part(text: str) -> Config:
     Raises:
         omegaconf.errors.OmegaConfBaseException: a type that the schema does not know.
     """
+    from omegaconf import DictConfig, OmegaConf
+
     content = OmegaConf.create(text)
     assert isinstance(content, DictConfig)
     known = {entry.name for entry in fields(Config)}

@@ -186,9 +186,7 @@ def list_image_folder(root: Path) -> tuple[list[str], list[int], list[str]]:
         names, labels = find_classes(root)
     except (FileNotFoundError, NotADirectoryError):
         what = "holds no class folders" if root.is_dir() else "no such folder"
-        raise UserError(
-            f"{root}: {what}; data.root must hold train/<class>/ and val/<class>/ with images"
-        ) from None
+        raise UserError(f"{root}: {what}; data.root must hold train/<class>/ and val/<class>/ with images") from None
     samples = make_dataset(root, labels, IMAGE_SUFFIXES, allow_empty=True)
     empty = set(labels.values()) - {label for _, label in samples}
     if empty:

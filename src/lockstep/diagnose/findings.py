@@ -9,6 +9,8 @@ from typing import Any, Literal
 from rich.table import Table
 from rich.text import Text
 
+from lockstep.utils.places import as_installed
+
 Verdict = Literal["ok", "warning", "fails"]
 Facts = dict[str, Any]  # what a probe has found, or a run has left: plain values, as JSON has them
 VERDICT_STYLES = {"ok": "green", "warning": "yellow", "fails": "red"}
@@ -63,5 +65,6 @@ def findings_table(found: Iterable[Finding], title: str) -> Table:
         name = "" if each.check == before else each.check
         before = each.check
         # Text: a path or an error may hold what looks like markup.
-        table.add_row(name, Text(each.verdict, VERDICT_STYLES[each.verdict]), Text(each.figure), Text(each.remedy))
+        remedy = as_installed(each.remedy)
+        table.add_row(name, Text(each.verdict, VERDICT_STYLES[each.verdict]), Text(each.figure), Text(remedy))
     return table

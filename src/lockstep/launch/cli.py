@@ -31,6 +31,7 @@ from lockstep.launch.launcher import load_launcher
 from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.run import Run
+from lockstep.utils.places import as_installed
 from lockstep.utils.text import short
 
 
@@ -72,7 +73,7 @@ def make_recipe(train: Callable[[Run], None] | None = None, **options: Any) -> A
 
 def complain(error: UserError) -> int:
     """Show a user's mistake as the one line it is; return the exit code for it."""
-    print(f"error: {error}", file=sys.stderr)
+    print(as_installed(f"error: {error}"), file=sys.stderr)
     return error.exit_code
 
 

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from lockstep.config.declared import declared
 from lockstep.errors import UserError
+from lockstep.utils.places import as_installed
 
 RANKS = ("RANK", "LOCKSTEP_LAUNCHER_PID", "SLURM_STEP_ID")  # variables of a process that is a rank, or might be one
 
@@ -38,7 +39,7 @@ def answer(folder: Path) -> None:
     try:
         compose(recipe, check_values)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(as_installed(f"error: {error}"), file=sys.stderr)
         leave(error.exit_code)
     except SystemExit:
         leave(0)

@@ -1,6 +1,6 @@
 """A recipe run as a command from within another process: started, followed by its metrics, asked to leave.
 
-Standard library only: it is sent to the workers of a cluster as it is, and they shall not load torch to hold a pipe.
+Standard library only: the workers of a Ray cluster import it, and need not import torch to hold a pipe.
 """
 
 from __future__ import annotations

@@ -36,6 +36,7 @@ from lockstep.errors import Busy, UserError
 from lockstep.launch.validate import validate
 from lockstep.run import Run
 from lockstep.utils import files
+from lockstep.utils.places import as_installed
 from lockstep.utils.system import system_info
 
 if TYPE_CHECKING:
@@ -350,7 +351,7 @@ def tell(error: BaseException, place: Place, out: Path | None, console: int, tol
     """
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
     mistake = isinstance(error, UserError) or full
-    text = f"error: {error}\n" if mistake else "".join(traceback.format_exception(error))
+    text = as_installed(f"error: {error}\n") if mistake else "".join(traceback.format_exception(error))
     if full:
         text = f"error: out={out}: {os.strerror(error.errno)}; make room, then start the same command again\n"  # type: ignore[attr-defined]
     if out is not None:

@@ -18,6 +18,7 @@ from rich.text import Text
 from lockstep.config.schema import Config
 from lockstep.distributed.process_group import World
 from lockstep.training.evaluate import Evaluation
+from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, interpreter, short
 
 PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of progress at most this often
@@ -144,7 +145,7 @@ class ConsoleReport:
             name, _, text = note.partition(": ")
             rows[name] = text
         if self.next_command:
-            rows["next"] = self.next_command.replace("python", interpreter(), 1)
+            rows["next"] = as_installed(self.next_command.replace("python", interpreter(), 1))
         self.log.write("".join(f"{name:9} {text}\n" for name, text in rows.items()))
         if self.console.is_terminal:
             table = Table.grid(padding=(0, 2))

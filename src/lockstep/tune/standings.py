@@ -24,6 +24,7 @@ from lockstep.run import Run
 from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import flat
 from lockstep.utils.files import write_json
+from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, interpreter
 
 
@@ -121,7 +122,7 @@ def again(run: Run[TuneConfig], row: dict[str, Any]) -> str:
     """The command that trains a trial's model again, to the last bit."""
     stop = [f"max_steps={row['steps']}"] if row["state"] != "finished" else []
     kept = [word for word in row["words"] if not (stop and word.startswith("max_steps="))]
-    return f"{interpreter()} -m recipes.{run.config.tune.recipe} {shlex.join([*kept, *stop])}"
+    return as_installed(f"{interpreter()} -m recipes.{run.config.tune.recipe} {shlex.join([*kept, *stop])}")
 
 
 def write_results(run: Run[TuneConfig], rows: list[dict[str, Any]], status: str) -> dict[str, Any]:

@@ -32,8 +32,8 @@ def sources(name: str) -> dict[str, ast.Module]:
     return {file.stem: ast.parse(file.read_text()) for file in sorted(folder(name).glob("[!_]*.py"))}
 
 
-def shown(text: str) -> str:
-    """A text with its `recipes.NAME` as they are typed here: `lockstep.recipes.NAME` where only that can be imported."""
+def as_installed(text: str) -> str:
+    """A text whose commands name recipes as they can be typed here: `-m lockstep.recipes.NAME` in an installed wheel."""
     return text if top_level("recipes") else text.replace("-m recipes.", "-m lockstep.recipes.")
 
 
