@@ -33,6 +33,11 @@ class Finding:
     remedy: str = ""
 
 
+def warning_if(check: str, bad: bool, figure: str, remedy: str) -> Finding:
+    """A warning with its remedy, or else ok."""
+    return Finding(check, "warning", figure, remedy) if bad else Finding(check, "ok", figure)
+
+
 class Findings(list[Finding]):
     """Those of one check."""
 

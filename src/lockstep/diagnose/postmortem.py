@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from lockstep.diagnose.evidence import collect_evidence
-from lockstep.diagnose.findings import Facts, Finding, Verdict, findings_table
+from lockstep.diagnose.findings import Facts, Finding, findings_table, warning_if
 from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, wait_share
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, mebibytes, short
@@ -82,8 +82,7 @@ def judge_end(facts: Facts) -> Finding:
     if facts["running"]:
         return Finding("end", "ok", f"it is running: started {begun}, last file written {last}")
     if facts["report"]:
-        verdict: Verdict = "warning" if status == "failed" else "ok"
-        return Finding("end", verdict, f"completed, {last}", f"read {facts['report']}" if status else "")
+        return warning_if("end", status == "failed", f"completed, {last}", f"read {facts['report']}")
     if status == "finished":
         accuracy = result.get("eval_accuracy")
         score = f", accuracy {accuracy:.2%}" if accuracy is not None else ""
@@ -116,9 +115,7 @@ def judge_errors(facts: Facts) -> Iterator[Finding]:
         beat, them = silent[0]["heartbeat"], "it" if len(silent) == 1 else "them"
         where = f" in step {beat['step']} ({beat.get('phase', 'unknown')})" if "step" in beat else ""
         figure = f"{name_ranks(silent)} left no error message{where}, and {name_ranks(lost)} waited for {them}"
-        remedy = (
-            "it was killed: most often by the kernel, out of memory (dmesg | grep -i oom); then global_batch_size=auto"
-        )
+        remedy = "it was killed, mostly by the kernel for lack of memory (dmesg | grep -i oom): global_batch_size=auto"
         yield Finding("error", "fails", figure, remedy)
     elif lost:
         words = cut_to_length(lost[0]["error"]) or "waited too long for the others"
@@ -140,9 +137,8 @@ def judge_earlier_attempts(facts: Facts) -> Iterator[Finding]:
     for words, some in list(said.items())[-SHOWN_ATTEMPTS:]:
         files = ", ".join(one["file"] for one in some)
         have = "has" if len(some) == 1 else "have"
-        yield Finding(
-            "earlier", "warning", f"{format_time(some[0]['at'])}: {words}", f"ranks/{files} {have} the stacks"
-        )
+        figure = f"{format_time(some[0]['at'])}: {words}"
+        yield Finding("earlier", "warning", figure, f"ranks/{files} {have} the stacks")
 
 
 def first_in_time(one: Facts) -> tuple[float, int]:
@@ -180,20 +176,16 @@ def judge_steps(facts: Facts) -> Iterator[Finding]:
             where = f"step {one['heartbeat']['step']} ({one['heartbeat'].get('phase', 'unknown')})"
             places.setdefault(where, []).append(one)
         figure = "; ".join(f"{name_ranks(some)} in {where}" for where, some in places.items())
-        done = facts["result"].get("status") == "finished"
-        if behind and not done:
-            yield Finding(
-                "steps", "warning", figure, f"the others waited for {name_ranks(behind)}: look at its log and host"
-            )
-        else:
-            yield Finding("steps", "ok", figure)
+        late = bool(behind) and facts["result"].get("status") != "finished"
+        remedy = f"the others waited for {name_ranks(behind)}: look at its log and host"
+        yield warning_if("steps", late, figure, remedy)
         return
     by_log = {one["rank"]: one["logged_step"] for one in facts["ranks"] if one["logged_step"] is not None}
     figure = f"rank 0 logged step {max(logged)} last" if logged else "no step was logged"
     others = [f"rank {rank} {step}" for rank, step in by_log.items() if rank]
     if others:
         figure += f"; in their logs {', '.join(others[:6])}"
-    yield Finding("steps", "ok" if logged else "warning", figure)
+    yield warning_if("steps", not logged, figure, "")
 
 
 def judge_speed(facts: Facts) -> Iterator[Finding]:
@@ -201,22 +193,17 @@ def judge_speed(facts: Facts) -> Iterator[Finding]:
     rates = [line["images_per_second"] for line in facts["metrics"] if line.get("images_per_second")]
     if not rates:
         return
-    median = statistics.median(rates)
-    figure = f"{median:,.0f} images/s (median of {count(len(rates), 'logged line')})"
-    quarter = max(1, len(rates) // 4)
-    if len(rates) >= 8:
-        before, after = statistics.median(rates[quarter:-quarter]), statistics.median(rates[-quarter:])
-        if after < SLOWED_DOWN * before:
-            figure += f"; {after:,.0f} in the last quarter, {before:,.0f} before"
-            remedy = "another process on a host, a throttled device, or slower data: python -m recipes.doctor there"
-            yield Finding("speed", "warning", figure, remedy)
-            return
+    figure = f"{statistics.median(rates):,.0f} images/s (median of {count(len(rates), 'logged line')})"
+    remedy, quarter = "", max(1, len(rates) // 4)
+    before, after = statistics.median(rates[quarter:-quarter] or rates), statistics.median(rates[-quarter:])
     middle, late = facts["result"].get("step_seconds_p50"), facts["result"].get("step_seconds_p95")
-    if middle and late and late > UNEVEN * middle:
+    if len(rates) >= 8 and after < SLOWED_DOWN * before:
+        figure += f"; {after:,.0f} in the last quarter, {before:,.0f} before"
+        remedy = "another process on a host, a throttled device, or slower data: python -m recipes.doctor there"
+    elif middle and late and late > UNEVEN * middle:
         figure += f"; a step takes {1e3 * middle:.0f} ms, one in twenty more than {1e3 * late:.0f}"
-        yield Finding("speed", "warning", figure, "data.workers higher, or other work on these hosts")
-        return
-    yield Finding("speed", "ok", figure)
+        remedy = "data.workers higher, or other work on these hosts"
+    yield warning_if("speed", bool(remedy), figure, remedy)
 
 
 def judge_slowest_rank(facts: Facts) -> Iterator[Finding]:
@@ -232,29 +219,21 @@ def judge_slowest_rank(facts: Facts) -> Iterator[Finding]:
         return
     median = statistics.median(seconds for seconds, _ in busy)
     most, late = max(busy, key=lambda pair: pair[0])
-    figure = f"{name_ranks([late])} computed for {1e3 * most:.3g} ms per step, {most / median - 1:.0%} more than the ranks' median"
-    if most > STRAGGLER * median:
-        remedy = "look at its host: other work, a throttled or another device; python -m recipes.doctor tries them all"
-        yield Finding("slowest", "warning", figure, remedy)
-    else:
-        yield Finding("slowest", "ok", figure)
+    figure = f"{name_ranks([late])} computed for {1e3 * most:.3g} ms per step, "
+    figure += f"{most / median - 1:.0%} more than the ranks' median"
+    remedy = "look at its host: other work, a throttled or another device; python -m recipes.doctor tries them all"
+    yield warning_if("slowest", most > STRAGGLER * median, figure, remedy)
 
 
 def judge_data_wait(facts: Facts) -> Iterator[Finding]:
     """How much of their steps' time the ranks waited for batches."""
-    shares = []
-    for one in facts["ranks"]:
-        if spent := one["heartbeat"].get("spent"):
-            shares.append((wait_share(spent), one))
+    shares = [(wait_share(spent), one) for one in facts["ranks"] if (spent := one["heartbeat"].get("spent"))]
     if not shares:
         return
     share, most = max(shares, key=lambda pair: pair[0])
     figure = f"{name_ranks([most])} waited longest for data: {share:.0%} of its steps' time, the ranks' median "
     figure += f"{statistics.median(pair[0] for pair in shares):.0%}"
-    if share > DATA_WAIT_SHARE:
-        yield Finding("data", "warning", figure, "set data.workers higher, or data.root to a faster disk")
-    else:
-        yield Finding("data", "ok", figure)
+    yield warning_if("data", share > DATA_WAIT_SHARE, figure, "set data.workers higher, or data.root to a faster disk")
 
 
 def judge_memory(facts: Facts) -> Iterator[Finding]:
@@ -264,16 +243,9 @@ def judge_memory(facts: Facts) -> Iterator[Finding]:
         return
     early, late = peaks[len(peaks) // 4], peaks[-1]
     figure = f"peak of the fullest rank {mebibytes(early, 0)} MiB early, {mebibytes(late, 0)} in the end"
-    kept_graphs = facts["result"].get("graphs_kept")
-    if kept_graphs or late > GROWN * early:
-        remedy = (
-            "keep loss.item(), not loss: a graph outlives its step"
-            if kept_graphs
-            else "python -m recipes.doctor memory"
-        )
-        yield Finding("memory", "warning", figure, remedy)
-    else:
-        yield Finding("memory", "ok", figure)
+    graphs = facts["result"].get("graphs_kept")
+    remedy = "keep loss.item(), not loss: a graph outlives its step" if graphs else "python -m recipes.doctor memory"
+    yield warning_if("memory", bool(graphs) or late > GROWN * early, figure, remedy)
 
 
 def judge_loss(facts: Facts) -> Iterator[Finding]:
@@ -286,9 +258,8 @@ def judge_loss(facts: Facts) -> Iterator[Finding]:
         remedy = "lower optim.lr, or set gradients.clip_norm; gradients.stop_on_nan=true names the layer"
         yield Finding("loss", "fails", f"not finite from step {wrong[0]} on", remedy)
     else:
-        yield Finding(
-            "loss", "ok", f"{found[0][1]:.4g} in step {found[0][0]}, {found[-1][1]:.4g} in step {found[-1][0]}"
-        )
+        (first, begun), (last, ended) = found[0], found[-1]
+        yield Finding("loss", "ok", f"{begun:.4g} in step {first}, {ended:.4g} in step {last}")
 
 
 def judge_checkpoints(facts: Facts) -> Finding:
@@ -299,19 +270,15 @@ def judge_checkpoints(facts: Facts) -> Finding:
     intact = there["intact"]
     if intact is None and not wrong:
         done = facts["result"].get("status") == "finished" or facts["running"] or facts["report"]
-        verdict: Verdict = "ok" if done else "warning"
-        return Finding(
-            "checkpoints", verdict, f"none{left}", "" if done else "set checkpoint.every, or checkpoint.minutes"
-        )
+        return warning_if("checkpoints", not done, f"none{left}", "set checkpoint.every, or checkpoint.minutes")
     if intact is None:
         return Finding("checkpoints", "fails", f"none is intact: {wrong}", "check the disk")
     logged = [line["step"] for line in facts["metrics"] if isinstance(line.get("step"), int)]
     lost = max(logged, default=intact["step"]) - intact["step"]
     figure = f"{intact['name']} is intact, {format_time(intact['saved'])}{left}"
     figure += f"; {count(lost, 'step')} will be repeated" if lost > 0 and not facts["running"] else ""
-    if wrong:
-        return Finding("checkpoints", "warning", f"{figure}; passed over: {wrong}", "check the disk")
-    return Finding("checkpoints", "ok", figure)
+    figure += f"; skipped: {wrong}" if wrong else ""
+    return warning_if("checkpoints", bool(wrong), figure, "check the disk")
 
 
 def next_command(facts: Facts, command: str) -> str:

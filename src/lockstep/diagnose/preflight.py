@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lockstep.diagnose.bandwidth import bandwidth_plot, bandwidth_table, judge_links, measure_bandwidth
-from lockstep.diagnose.findings import Facts, Finding, Findings, failed_checks, findings_table
+from lockstep.diagnose.findings import Facts, Finding, failed_checks, findings_table
 from lockstep.diagnose.probes.determinism import judge_determinism, probe_determinism
 from lockstep.diagnose.probes.files import judge_files, probe_files
 from lockstep.diagnose.probes.machine import (
@@ -82,7 +82,7 @@ def judge_ranks(ranks: list[Facts], links: Facts, needs: Needs) -> list[Finding]
         ranks: from probe_ranks.
         links: from measure_bandwidth; empty for a single rank.
     """
-    judges: dict[str, tuple[str, Callable[[list[Facts]], Findings]]] = {  # check: section of the facts, judge
+    judges: dict[str, tuple[str, Callable[[list[Facts]], list[Finding]]]] = {  # check: section of the facts, judge
         "versions": ("versions", judge_versions),
         "devices": ("device", judge_devices),
         "cores": ("cores", judge_cores),

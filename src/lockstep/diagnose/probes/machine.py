@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from lockstep.diagnose.findings import Facts, Findings
+from lockstep.diagnose.findings import Facts, Finding, Findings, warning_if
 from lockstep.diagnose.probes.ranks import differences, on_all, rank_and_host, ranks_by_host
 from lockstep.distributed.process_group import World
 from lockstep.memory.usage import control_groups
@@ -183,17 +183,15 @@ def probe_pace(world: World) -> Facts:
     return {"flops": 2 * size**3 / statistics.median(taken[1:])}  # the first one also wakes threads and libraries
 
 
-def judge_pace(ranks: list[Facts]) -> Findings:
+def judge_pace(ranks: list[Facts]) -> list[Finding]:
     """Whether all ranks compute equally fast; each step takes as long as the slowest one."""
-    found = Findings("pace")
     rates = [each["pace"]["flops"] for each in ranks]
     slow = min(ranks, key=lambda each: each["pace"]["flops"])
     median, least = statistics.median_high(rates), min(rates)
     figure = f"a matrix product at {median / 1e9:,.0f} GFLOP/s"
     if least < SLOW_RANK * median:
         figure += f"; {rank_and_host(slow)} at {least / 1e9:,.0f}"
-        remedy = "look there for other work, or a throttled device; else leave that host out: the others wait for it"
-        found.warning(figure, remedy)
-    else:
-        found.ok(figure + (f", the slowest {least / 1e9:,.0f}" if len(ranks) > 1 else ""))
-    return found
+    elif len(ranks) > 1:
+        figure += f", the slowest {least / 1e9:,.0f}"
+    remedy = "look there for other work, or a throttled device; else leave that host out: the others wait for it"
+    return [warning_if("pace", least < SLOW_RANK * median, figure, remedy)]
