@@ -1,11 +1,12 @@
-"""What a training must remember to go on as if it had never stopped, as named tensors and JSON.
+"""All that a training needs in order to resume as if it had never stopped, as named tensors and JSON.
 
 Weights and buffers, the optimizer's state, whatever else a recipe hands to `run.steps(keep=...)`, and every random
 number generator of every rank. The data order needs no state (lockstep.data.sampler), and the learning rate follows
 from the step.
 
 Tensors carry the names they have in the whole model (`model.fc.weight`, `optim.fc.weight.exp_avg`), whichever rank
-holds them, so that other ranks, or another number of them, find theirs again.
+holds them, so that other ranks, or another number of them, find theirs again. torch.distributed.checkpoint.state_dict
+has helpers for such names, but to read or set an optimizer's state they take a step with it, whose hooks would run.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,14 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lockstep.checkpoint.directory import FileContents
-from lockstep.errors import UserError
-
-if TYPE_CHECKING:
-    pass
-
 from lockstep.checkpoint.types import Engine, Stateful, require_tensor
 from lockstep.checkpoint.weights import check_shape
 from lockstep.distributed.dtensor import load_full_state_dict
+from lockstep.errors import UserError
 from lockstep.training.random_state import generators, set_generators
 
 
@@ -155,9 +152,3 @@ class TrainingState:
         if self.engine:
             return {}
         return {name: require_tensor(value, name) for name, value in self.module.state_dict().items()}
-
-
-# Tensors in shards ------------------------------------------------------------------------------------------------
-
-
-# Plain weights ----------------------------------------------------------------------------------------------------

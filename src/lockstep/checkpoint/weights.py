@@ -1,18 +1,14 @@
-"""weights."""
+"""Plain weights in a file of torch.save, and whether they fit a model."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lockstep.errors import UserError
-
-if TYPE_CHECKING:
-    pass
 
 
 def check_shape(path: Path, name: str, there: tuple[int, ...] | None, here: tuple[int, ...]) -> None:

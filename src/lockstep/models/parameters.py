@@ -1,4 +1,4 @@
-"""parameters."""
+"""How many parameters a model has."""
 
 from __future__ import annotations
 

@@ -68,6 +68,16 @@ class Scaler(torch.amp.GradScaler):
             UserError: not even a loss that is not scaled up has finite gradients. On all ranks.
         """
         super().update(new_scale)
+        self._count()
+
+    def leave_out(self) -> None:
+        """Halve the scale for a step that an engine of its own has left out, on all ranks."""
+        self._overflow = True
+        backed_off = {"scale": self.get_scale() * self.get_backoff_factor(), "_growth_tracker": 0}
+        self.load_state_dict(self.state_dict() | backed_off)
+        self._count()
+
+    def _count(self) -> None:
         self.left_out, self._overflow = self._overflow, False
         self.skipped += self.left_out
         if self.left_out and self.get_scale() < 1:
@@ -75,13 +85,6 @@ class Scaler(torch.amp.GradScaler):
                 f"precision=fp16: gradients are not finite, {self.skipped} steps left out, the loss scale is below 1; "
                 "the training has diverged: lower optim.lr, or set precision=bf16"
             )
-
-    def leave_out(self) -> None:
-        """Halve the scale for a step that an engine of its own has left out, on all ranks."""
-        assert self._scale is not None
-        self._overflow = True
-        self._per_optimizer_states[0]["found_inf_per_device"] = {self._scale.device: torch.ones_like(self._scale)}
-        self.update()
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | ({"skipped": self.skipped} if self.is_enabled() else {})
@@ -95,8 +98,8 @@ class Scaler(torch.amp.GradScaler):
     ) -> dict[torch.device, Tensor]:
         """Divide the gradients by the scale, in place; {device: 1 if any rank has found one that is not finite}.
 
-        Of gradients in shards each rank looks at its own part: torch would have every device mesh agree by itself, on
-        the device where the shards are, which with host offload is not one where the ranks of a mesh of GPUs can talk.
+        In place of torch's, also of ShardedGradScaler's: of DTensors each mesh would agree by itself, on the device that
+        holds the shards, and with host offload that is the CPU, where the ranks of a mesh of GPUs cannot communicate.
         """
         alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         with torch.no_grad():

@@ -1,16 +1,13 @@
-"""random_state."""
+"""The random number generators of this process (Python, NumPy, torch, CUDA): their states as tensors, and back."""
 
 from __future__ import annotations
 
 import random
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    pass
 
 
 def generators(device: torch.device) -> dict[str, Tensor]:
