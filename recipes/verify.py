@@ -31,7 +31,7 @@ from lockstep.utils.files import write_json
 from lockstep.utils.text import count
 from lockstep.verify.config import VerifyConfig
 from lockstep.verify.proofs import proof_cases, verify_case
-from lockstep.verify.report import progress_line, verdict_notes, verify_table
+from lockstep.verify.report import progress_line, verdict_notes, verify_tables
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import Trace
 
@@ -65,7 +65,7 @@ def train(run: Run[VerifyConfig]) -> None:
             run.report.line(progress_line(rows[-1], number, len(cases), time.perf_counter() - began))
     if run.world.rank == 0:
         write_json(run.out / "verify.json", [asdict(row) for row in rows])
-        run.report.console.print(verify_table(rows))
+        run.report.console.print(*verify_tables(rows), sep="\n")
         for note in verdict_notes(rows):
             run.report.line(note)
     off = [f"{row.recipe} in {row.precision}" + f" with {row.variant}" * bool(row.variant) for row in rows if row.fails]

@@ -17,13 +17,19 @@ import matplotlib.figure  # noqa: F401  once here, not once in every forked rank
 import pytest
 
 from lockstep import UserError
-from lockstep.compare import figures, html_report, plots
-from lockstep.compare.figures import Case, Row, comparison_rows, verdicts
+from lockstep.compare import plots, tables
+from lockstep.compare.cases import Case, common_words, plan_cases
+from lockstep.compare.figures import ComparisonRow, comparison_rows
+from lockstep.compare.html_report import html_report
+from lockstep.compare.measure import run_to_end
+from lockstep.compare.report import ComparisonReport
+from lockstep.compare.verdicts import verdicts
 from lockstep.distributed.signals import Preempted
 from lockstep.launch import recipe_process
 from lockstep.launch.validate import validate
 from lockstep.utils.system import system_info
-from recipes import compare
+from lockstep.verify.rows import COMPARED
+from recipes import compare, ddp
 from tests.helpers.browser import Browser
 from tests.helpers.harness import command, compose_config, execute, result
 
@@ -64,8 +70,13 @@ FOUND = {
 }
 
 
-def made() -> list[Row]:
-    return comparison_rows(FOUND, {case: [f"runs/{case.name}-{number}" for number in (1, 2, 3)] for case in FOUND})
+def made() -> list[ComparisonRow]:
+    return comparison_rows(
+        {
+            case: [run | {"folder": f"runs/{case.name}-{number}"} for number, run in enumerate(runs, start=1)]
+            for case, runs in FOUND.items()
+        }
+    )
 
 
 # Figures --------------------------------------------------------------------------------------------------------------
@@ -101,14 +112,14 @@ def test_memory_is_by_rank() -> None:
     pipeline = made()[2]
     assert pipeline.memory_bytes == [600 * MIB, 300 * MIB]
     profiled = [made_up(100), made_up(100, peak_memory_bytes_by_rank=[900 * MIB], profiled_steps=5)]
-    assert comparison_rows({SINGLE: profiled}, {})[0].memory_bytes == [700 * MIB], "a profile is no part of a recipe"
+    assert comparison_rows({SINGLE: profiled})[0].memory_bytes == [700 * MIB], "a profile is no part of a recipe"
     assert pipeline.memory_imbalance == pytest.approx(600 / 450)
 
 
 def test_without_single_a_recipe_is_set_against_its_fewest_ranks() -> None:
     found = {Case("ddp", number, number): [made_up(60.0 * number, number)] for number in (2, 4)}
     found[PIPELINE] = FOUND[PIPELINE][:1]
-    two, four, other = comparison_rows(found, {})
+    two, four, other = comparison_rows(found)
     assert (two.speedup, other.speedup) == (None, None)
     assert (four.against, four.speedup, four.efficiency) == ("ddp on 2 ranks", 2.0, 1.0)
 
@@ -132,13 +143,13 @@ def test_the_sentences_say_what_the_figures_mean() -> None:
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:
-    found = figures.filled(figures.TIME, comparison_rows({SINGLE: FOUND[SINGLE]}, {}))
+    found = tables.text_columns(tables.STEP_TIME, comparison_rows({SINGLE: FOUND[SINGLE]}))
     assert found == {}
-    found = figures.filled(figures.TIME, made())
+    found = tables.text_columns(tables.STEP_TIME, made())
     assert found["idle"] == ["", "", "10, 30 %", ""]
     assert {"recipe", "ranks", "exposed", "threads busy"} <= set(found)
-    everything = {name for columns in figures.TABLES.values() for name in columns}
-    assert everything | {"ranks"} == set(figures.MEANING), "each column is explained"
+    everything = {name for columns in tables.COLUMN_GROUPS.values() for name in columns}
+    assert everything | {"ranks"} == set(tables.MEANINGS), "each column is explained"
 
 
 # What is run ----------------------------------------------------------------------------------------------------------
@@ -157,7 +168,7 @@ def test_every_recipe_gets_the_number_in_its_own_way(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3})
     names = "recipes=[single,data_parallel,ddp,model_parallel,pipeline_parallel,transfer_learning]"
     config = compose_config(compare.train, names, "nproc=4,1", "max_steps=7", "device=cpu")
-    cases, left_out = compare.plan(config)
+    cases, left_out = plan_cases(config, compare.train, compare.chosen_recipes(config.recipes))
     assert [case.label for case in cases] == [
         "single",
         "data_parallel with 1 replica",
@@ -179,7 +190,8 @@ def test_every_recipe_gets_the_number_in_its_own_way(monkeypatch: pytest.MonkeyP
         f"transfer_learning on {ranks}: trains a part of a trained model, which is not the same work"
         for ranks in ("1 rank", "4 ranks")
     ]
-    alone, _ = compare.plan(compose_config(compare.train, "recipes=[single,ddp]", "nproc=2", "device=cpu"))
+    config = compose_config(compare.train, "recipes=[single,ddp]", "nproc=2", "device=cpu")
+    alone, _ = plan_cases(config, compare.train, compare.chosen_recipes(config.recipes))
     assert [case.devices for case in alone] == [4, 4], "of one number, each has the whole machine"
 
 
@@ -199,11 +211,11 @@ class Stand:
         (out / "result.json").write_text(json.dumps(made_up(100.0 * number)))
         if target == "lockstep.recipes.verify":
             row = {"recipe": "ddp", "precision": "fp64", "ranks": 2, "steps": 5, "tolerance": 1e-10, "verdict": "equal"}
-            (out / "verify.json").write_text(json.dumps([row | dict.fromkeys(figures.VERIFIED, 1e-15)]))
+            (out / "verify.json").write_text(json.dumps([row | dict.fromkeys(COMPARED, 1e-15)]))
 
     def ended(self, seconds: float) -> bool:
         if self.fails:
-            raise recipe_process.Failed("error: it broke")
+            raise recipe_process.RecipeFailed("error: it broke")
         return True
 
 
@@ -216,7 +228,7 @@ def asked(folder: Path) -> list[str]:
 
 @pytest.fixture
 def stand(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recipe_process, "Command", Stand)
+    monkeypatch.setattr(recipe_process, "RecipeProcess", Stand)
 
 
 def carry_out(folder: Path, *words: str) -> dict[str, Any]:
@@ -281,7 +293,8 @@ def test_an_end_that_was_set_differently_is_refused(stand: None, tmp_path: Path)
 
 def test_where_it_runs_is_not_handed_on_to_the_recipes() -> None:
     config = compose_config(compare.train, *WORDS, "+cluster=slurm", "cluster.nodes=2")
-    assert compare.words(config) == compare.words(compose_config(compare.train, *WORDS))
+    elsewhere = compose_config(compare.train, *WORDS)
+    assert common_words(config, compare.train, ddp.train) == common_words(elsewhere, compare.train, ddp.train)
 
 
 def test_a_signal_ends_the_run_that_is_under_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -294,15 +307,15 @@ def test_a_signal_ends_the_run_that_is_under_way(tmp_path: Path, monkeypatch: py
         def ended(self, seconds: float) -> bool:
             return False
 
-        def leaves(self) -> bool:
+        def stop(self) -> bool:
             left.append("asked to")
             return True
 
     listener = SimpleNamespace(received=0, announce=lambda number: left.append(signal.Signals(number).name))
-    monkeypatch.setattr(recipe_process, "Command", Endless)
+    monkeypatch.setattr(recipe_process, "RecipeProcess", Endless)
     run: Any = SimpleNamespace(listener=listener)
     with pytest.raises(Preempted, match="SIGTERM"):
-        compare.carry_out(run, "recipes.ddp", [], tmp_path / "ddp-2-1")
+        run_to_end(run, "recipes.ddp", [], tmp_path / "ddp-2-1")
     assert left == ["SIGTERM", "asked to"]
     assert not list(tmp_path.iterdir()), "it has not ended, and will be run again"
 
@@ -324,7 +337,13 @@ def test_compare_reports_what_each_run_reported(tmp_path: Path) -> None:
     assert 0 < found[0]["threads_busy"] <= 2.5
     assert len(found[1]["idle_shares"]) == 2
     assert "data_parallel" in done.stdout
-    assert max(map(len, done.stdout.splitlines()[2:8])) <= 140
+    cells = [
+        line
+        for line in done.stdout.splitlines()
+        if line.startswith(("data_parallel  ", "model_parallel  ", "recipe  "))
+    ]
+    assert len(cells) >= 9, "three tables"
+    assert max(map(len, cells)) <= 80
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -332,9 +351,9 @@ def test_compare_reports_what_each_run_reported(tmp_path: Path) -> None:
 HOSTILE = '<script>alert("1")</script> & <b>'
 
 
-def facts(**more: Any) -> html_report.Facts:
+def made_up_report(**more: Any) -> ComparisonReport:
     verified = {"recipe": "ddp", "precision": "fp64", "ranks": 2, "steps": 5, "tolerance": 1e-10, "variant": HOSTILE}
-    verified |= {"verdict": "OFF: loss", **dict.fromkeys(figures.VERIFIED, 1e-15)}
+    verified |= {"verdict": "OFF: loss", **dict.fromkeys(COMPARED, 1e-15)}
     given: dict[str, Any] = {
         "title": f"resnet18 {HOSTILE}",
         "about": {"on": HOSTILE},
@@ -348,7 +367,7 @@ def facts(**more: Any) -> html_report.Facts:
         "left_out": [HOSTILE],
         "failed": [HOSTILE],
     }
-    return html_report.Facts(**given | more)
+    return ComparisonReport(**given | more)
 
 
 class Outline(HTMLParser):
@@ -369,7 +388,7 @@ class Outline(HTMLParser):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = tmp_path_factory.mktemp("page") / "report.html"
-    file.write_text(html_report.html_report(facts(), plots.plots(made())))
+    file.write_text(html_report(made_up_report(), plots.make_plots(made())))
     return file
 
 
@@ -398,7 +417,7 @@ ADDRESSES = ("src", "srcset", "href")
 
 
 def test_a_page_without_a_single_run_is_still_one(tmp_path: Path) -> None:
-    text = html_report.html_report(facts(rows=[]), [])
+    text = html_report(made_up_report(rows=[]), [])
     assert "No run came to its end." in text
     assert not Outline(text).of("img")
 

@@ -25,8 +25,11 @@ from lockstep.config import compose
 from lockstep.config.keys import walk
 from lockstep.config.schema import Config
 from lockstep.launch import recipe_process
-from lockstep.tune.search_space import Space
-from recipes import ddp, tune
+from lockstep.tune.config import TuneConfig
+from lockstep.tune.search_space import SearchSpace
+from lockstep.tune.trial import make_trainable, plan_trials, trial_words
+from lockstep.tune.tuner import make_scheduler
+from recipes import ddp, pipeline_parallel, tune
 from tests.helpers.harness import clean_environment, command, compose_config, result, validate
 from tests.helpers.processes import as_a_shell, wait_until
 
@@ -40,7 +43,7 @@ SPACE = [
 
 
 def test_every_word_of_a_space_draws_what_it_says() -> None:
-    space = Space(
+    space = SearchSpace(
         {
             "optim": {"lr": "loguniform(1e-4, 1e-1)", "momentum": "uniform(0.8, 0.99)"},
             "optim.warmup_steps": "randint(2, 9)",
@@ -67,7 +70,7 @@ def test_every_word_of_a_space_draws_what_it_says() -> None:
 
 
 def test_a_trial_s_settings_depend_on_the_seed_and_its_number() -> None:
-    space = Space({"optim.lr": "loguniform(1e-4, 1e-1)", "global_batch_size": "choice(48, 96)"}, ddp.train)
+    space = SearchSpace({"optim.lr": "loguniform(1e-4, 1e-1)", "global_batch_size": "choice(48, 96)"}, ddp.train)
     assert space.sample(3, 1) == space.sample(3, 1)
     assert len({str(space.sample(seed, number)) for seed in range(3) for number in range(3)}) == 9
 
@@ -90,21 +93,21 @@ def test_a_trial_s_settings_depend_on_the_seed_and_its_number() -> None:
 )
 def test_what_is_not_a_space_is_refused_by_name(key: str, text: Any, said: str) -> None:
     with pytest.raises(UserError, match=r"tune\.space") as refused:
-        Space({key: text}, ddp.train)
+        SearchSpace({key: text}, ddp.train)
     assert said in str(refused.value)
 
 
 def test_expressions_that_need_each_other_or_have_no_value_are_named() -> None:
-    around = Space(
+    around = SearchSpace(
         {"global_batch_size": "sample_from(2 * accumulate)", "accumulate": "sample_from(global_batch_size // 2)"},
         ddp.train,
     )
     with pytest.raises(UserError, match="global_batch_size needs accumulate needs global_batch_size"):
         around.values({}, Config())
     with pytest.raises(UserError, match="too large"):
-        Space({"seed": "sample_from(9 ** 9 ** 9)"}, ddp.train).values({}, Config())
+        SearchSpace({"seed": "sample_from(9 ** 9 ** 9)"}, ddp.train).values({}, Config())
     with pytest.raises(UserError, match="zero"):
-        Space({"seed": "sample_from(1 // seed)"} | {"seed": "sample_from(1 // (2 - 2))"}, ddp.train).values(
+        SearchSpace({"seed": "sample_from(1 // seed)"} | {"seed": "sample_from(1 // (2 - 2))"}, ddp.train).values(
             {}, Config()
         )
 
@@ -120,7 +123,9 @@ def test_the_tuned_recipe_s_own_keys_can_be_set_and_drawn() -> None:
     wanted = ["tune.recipe=pipeline_parallel", "schedule=gpipe", quoted("tune.space.micro_batches=choice(2, 4)")]
     config = compose_config(tune.train, *wanted)
     validate(config, tune.train, 1)
-    common = tune.words(config, tune.plan(config, tune.find(config), "cpu"))
+    common = trial_words(
+        config, tune.train, pipeline_parallel.train, plan_trials(config, pipeline_parallel.train, "cpu")
+    )
     assert common == ["schedule=gpipe", "nproc=2", "threads=1"], "and nothing that the trial finds out by itself"
 
 
@@ -143,11 +148,11 @@ def test_a_trial_s_command_composes_what_was_typed() -> None:
         *map(quoted, SPACE),
     )
     validate(config, tune.train, 1)
-    common = tune.words(config, tune.plan(config, ddp.train, "cpu"))
+    common = trial_words(config, tune.train, ddp.train, plan_trials(config, ddp.train, "cpu"))
     assert common[:3] == ["data=synthetic", "optim=adamw", "model.norm=group"]
     there = compose_config(ddp.train, *common, "global_batch_size=24")
     validate(there, ddp.train, 1)
-    drawn = set(Space(config.tune.space, ddp.train).texts)
+    drawn = set(SearchSpace(config.tune.space, ddp.train).texts)
     mine, theirs = (
         {name: value for name, value, _ in walk(each) if name not in drawn and not name.startswith("tune.")}
         for each in (config, there)
@@ -188,7 +193,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     each: Any = SimpleNamespace(target="fake")
 
     def make(*words: str) -> Any:
-        return tune.trainable(run, each)({"number": 0, "words": list(words), "values": {}})
+        return make_trainable(run, each)({"number": 0, "words": list(words), "values": {}})
 
     return make
 
@@ -203,7 +208,7 @@ def test_a_trial_reports_each_evaluation_once_and_the_last_at_its_end(fake: Any,
     while not found[-1]["done"]:
         found.append(made.train())
         if found[-1]["evaluations"] == 3:
-            assert made.command.process.returncode == 0
+            assert made.process.process.returncode == 0
     counts = [each["evaluations"] for each in found if each["evaluations"]]
     assert sorted(set(counts)) == [1, 2, 3]
     assert counts == sorted(counts)
@@ -211,7 +216,7 @@ def test_a_trial_reports_each_evaluation_once_and_the_last_at_its_end(fake: Any,
     made.stop()
     assert record(tmp_path)["state"] == "finished"
     again = fake("sleep=2")
-    assert again.command is None, "what has ended is not run again"
+    assert again.process is None, "what has ended is not run again"
     assert [again.train()["evaluations"] for _ in range(3)] == [1, 2, 3]
 
 
@@ -221,7 +226,7 @@ def test_a_trial_that_is_stopped_is_asked_to_leave(fake: Any, tmp_path: Path) ->
     assert made.train()["done"] is False
     made.stop()
     assert (tmp_path / "trials" / "0" / "left").exists()
-    assert made.command.process.returncode == 75
+    assert made.process.process.returncode == 75
     assert record(tmp_path)["state"] == "stopped"
 
 
@@ -247,7 +252,7 @@ def test_what_ray_sets_for_its_workers_does_not_reach_the_ranks(
     fake: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    make = tune.trainable(SimpleNamespace(config=Config(epochs=3), out=tmp_path), SimpleNamespace(target="fake"))  # type: ignore[arg-type]
+    make = make_trainable(SimpleNamespace(config=Config(epochs=3), out=tmp_path), SimpleNamespace(target="fake"))  # type: ignore[arg-type]
     ours = {"OMP_NUM_THREADS": "1", "RAY_JOB_ID": "1", "RANK": "0", "LOCKSTEP_RUN_DIR": "x", "PYTHONBREAKPOINT": "ray"}
     for name, value in ours.items():
         monkeypatch.setenv(name, value)
@@ -261,7 +266,7 @@ def test_what_ray_sets_for_its_workers_does_not_reach_the_ranks(
 
 
 def hold(folder: Path) -> None:
-    recipe_process.Command("fake", ["sleep=60"], folder / "0", str(folder), {})
+    recipe_process.RecipeProcess("fake", ["sleep=60"], folder / "0", str(folder), {})
     time.sleep(60)
 
 
@@ -281,7 +286,7 @@ def test_asha_knows_after_a_restart_what_the_trials_had_logged(tmp_path: Path) -
         (tmp_path / "trials" / str(number)).mkdir(parents=True)
         line = json.dumps({"step": 5, "epoch": 1, "eval_accuracy": accuracy})
         (tmp_path / "trials" / str(number) / "metrics.jsonl").write_text(line + "\n")
-    asha = tune.scheduler(SimpleNamespace(config=Config(epochs=4), out=tmp_path))  # type: ignore[arg-type]
+    asha = make_scheduler(SimpleNamespace(config=TuneConfig(epochs=4), out=tmp_path))  # type: ignore[arg-type]
     asha.set_search_properties("eval_accuracy", "max")
     trials = [SimpleNamespace(trial_id=str(number), config={"number": number}) for number in range(4)]
     for each in trials:
@@ -345,13 +350,13 @@ def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bi
     second = command(*SINGLE, cwd=tmp_path, timeout=300)
     assert second.returncode == 0, second.stderr
     assert not ray_processes(tmp_path)
-    assert "going on with the search" in second.stdout
+    assert "resuming the search" in second.stdout
     for path, seconds in before.items():
         assert (path.with_suffix("") / "environment.json").stat().st_mtime_ns == seconds, "not run again"
     found = rows(tmp_path)
     assert [row["number"] for row in found] == [0, 1, 2, 3]
     assert {row["state"] for row in found} <= {"finished", "stopped"}
-    space = Space({"optim": {"lr": "loguniform(1e-4, 1e-1)"}, "global_batch_size": "choice(12, 24)"}, ddp.train)
+    space = SearchSpace({"optim": {"lr": "loguniform(1e-4, 1e-1)"}, "global_batch_size": "choice(12, 24)"}, ddp.train)
     for row in found:
         drawn = space.values(space.sample(0, row["number"]), Config())
         assert {name: row["values"][name] for name in drawn} == drawn

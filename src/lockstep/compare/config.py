@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lockstep.config.keys import key
-from lockstep.config.schema import Config
+from lockstep.config.schema import ToolConfig
 
 
 @dataclass
-class CompareConfig(Config):
+class CompareConfig(ToolConfig):
     recipes: list[str] | None = key(None, "recipes that are run (null: all)")
     rounds: int = key(3, "times that each recipe is run, in turn", minimum=1)
     nprocs: list[int] | None = key(

@@ -28,7 +28,7 @@ from lockstep.config import help
 from lockstep.config.declared import CommandLine, schema_of
 from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
-from lockstep.config.schema import ClusterConfig, Config, convert
+from lockstep.config.schema import ClusterConfig, Config
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
@@ -180,7 +180,8 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
         for group, name in names.items()
         if name != getattr(default, group).name and not {group, f"{group}.name"} & skip
     ]
-    plain = {name: value for name, value, _ in walk(convert(compose_another(tool, groups), recipe.config))}
+    # Keys of the recipes that a tool looks at have their defaults in its own config class, whatever each recipe's are.
+    plain = {name: value for name, value, _ in [*walk(type(config)()), *walk(compose_another(tool, groups))]}
     follows = {  # what `complete` fills in, and will fill in again
         "data.num_classes": config.data.name != "synthetic" or config.data.num_classes == 10,
         "model.num_classes": config.model.num_classes == config.data.num_classes,

@@ -229,6 +229,19 @@ class Config:
     )
 
 
+@dataclass
+class ToolConfig(Config):
+    """Of a tool that starts trainings: it may have the keys of a recipe that cuts its model, and cuts none itself."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        return 1
+
+    @property
+    def pipeline_micro_batches(self) -> int:
+        return 1
+
+
 def check_values(config: Config) -> None:
     """Hold every key to its own choices and minimum, and to what can be said of it alone.
 

@@ -13,11 +13,12 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from lockstep.distributed.rendezvous import is_listening
 from lockstep.distributed.signals import SIGNALS
 from lockstep.errors import UserError
 
 OBJECT_STORE = 200 * 2**20  # bytes; Ray would take a third of the memory, for objects that there are none of here
-QUIET = {
+RAY_SETTINGS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "SPT_NOENV": "1",  # else some give themselves a title where their environment is, by which the reaper knows them
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a trial without GPUs of Ray's sees what this process sees
@@ -56,7 +57,7 @@ shutil.rmtree(sys.argv[1], ignore_errors=True)
 
 
 @contextlib.contextmanager
-def ray_for(cpus: int, gpus: int, address: str | None) -> Iterator[None]:
+def ray_session(cpus: int, gpus: int, address: str | None) -> Iterator[None]:
     """Ray for as long as this lasts.
 
     Args:
@@ -67,7 +68,7 @@ def ray_for(cpus: int, gpus: int, address: str | None) -> Iterator[None]:
         UserError: the cluster refuses this process.
     """
     reaper = None
-    os.environ.update(QUIET)
+    os.environ.update(RAY_SETTINGS)
     if not address and "RAY_AUTH_MODE" not in os.environ:
         # Nobody else on this machine may use this Ray; left to itself it would keep a token in the home directory.
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
@@ -106,3 +107,14 @@ def ray_for(cpus: int, gpus: int, address: str | None) -> Iterator[None]:
         ray.shutdown()
         if reaper:
             reaper.communicate()
+
+
+def check_ray_address(address: str | None) -> None:
+    """Hold tune.address to what Ray can connect to."""
+    if address in (None, "auto"):
+        return
+    host, _, port = str(address).rpartition(":")
+    if not host or "/" in host or not port.isdecimal():
+        raise UserError(f"tune.address={address}: allowed are auto, and HOST:PORT of a cluster's head node")
+    if not is_listening(host, int(port), 1):
+        raise UserError(f"tune.address={address}: nothing answers there; start it with ray start --head --port={port}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep.config.keys import key
-from lockstep.config.schema import Config
+from lockstep.config.schema import ToolConfig
 
 
 @dataclass
@@ -31,5 +31,5 @@ class Search:
 
 
 @dataclass
-class TuneConfig(Config):
+class TuneConfig(ToolConfig):
     tune: Search = field(default_factory=Search)

@@ -13,32 +13,34 @@ import threading
 import time
 from typing import Any
 
+from rich.console import Group
 from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config
-from lockstep.launch import recipe_process
 from lockstep.run import Run
 from lockstep.tune.config import TuneConfig
-from lockstep.tune.search_space import flat
+from lockstep.tune.search_space import flat_keys
+from lockstep.tune.trial_record import evaluation_lines, read_metrics
 from lockstep.utils.files import write_json
 from lockstep.utils.places import as_installed
+from lockstep.utils.tables import terminal_tables
 from lockstep.utils.text import count, interpreter
 
 
-def mode(config: Config) -> str:
+def metric_mode(config: Config) -> str:
     """Whether the metric is the better the smaller, in Tune's words."""
     return "min" if config.metric == "eval_loss" else "max"
 
 
-def results(run: Run[TuneConfig]) -> list[dict[str, Any]]:
+def read_trials(run: Run[TuneConfig]) -> list[dict[str, Any]]:
     """A row a trial, the best first: those that were trained to the end, then those that were not, then the rest."""
     metric, rows = run.config.metric, []
     for file in (run.out / "trials").glob("[0-9]*.json"):
         row = json.loads(file.read_text())
-        lines = recipe_process.evaluations(recipe_process.metrics(file.with_suffix("")), metric)
+        lines = evaluation_lines(read_metrics(file.with_suffix("")), metric)
         latest = lines[-1] if lines else {}
         row["steps"], row["evaluations"] = latest.get("step", 0), len(lines)
         row |= {name: value for name, value in latest.items() if name.startswith("eval_")}
@@ -47,32 +49,29 @@ def results(run: Run[TuneConfig]) -> list[dict[str, Any]]:
     def order(row: dict[str, Any]) -> tuple[Any, ...]:
         value = row.get(metric, math.nan)
         there = not math.isnan(value) and row["state"] != "failed"
-        value = value if mode(run.config) == "min" else -value
+        value = value if metric_mode(run.config) == "min" else -value
         return (not there, row["state"] != "finished", value if there else 0, row["number"])
 
     return sorted(rows, key=order)
 
 
-def table(run: Run[TuneConfig], rows: list[dict[str, Any]]) -> Table:
-    """A line a trial: what was drawn, how far it came, its figures with the metric first, its state."""
-    keys = [key for key, _ in flat(run.config.tune.space)]
+def standings_tables(run: Run[TuneConfig], rows: list[dict[str, Any]]) -> list[Table]:
+    """A line per trial: what was drawn, how far it came, its figures with the metric first, its state."""
     metrics = sorted({name for row in rows for name in row if name.startswith("eval_")})
     metrics = sorted(metrics, key=lambda name: name != run.config.metric)
-    title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {run.config.metric}"
-    found = Table(title=title, title_justify="left")
-    for column in ("trial", *keys, "steps", *metrics, "state"):
-        found.add_column(column)
     styles = {"finished": "green", "failed": "red", "running": "cyan"}
-    for row in rows:
-        state = f"[{styles.get(row['state'], 'yellow')}]{row['state']}[/]"
-        problem = f" {escape(row['problem'])}" if row["problem"] else ""
-        figures = [f"{row[name]:.4f}" if name in row else "" for name in metrics]
-        values = [str(row["values"][key]) for key in keys]
-        found.add_row(str(row["number"]), *values, str(row["steps"]), *figures, state + problem)
-    return found
+    columns = {"trial": [str(row["number"]) for row in rows]}
+    columns["state"] = [f"[{styles.get(row['state'], 'yellow')}]{row['state']}[/]" for row in rows]
+    for key, _ in flat_keys(run.config.tune.space):
+        columns[key] = [escape(str(row["values"][key])) for row in rows]
+    columns["steps"] = [str(row["steps"]) for row in rows]
+    for name in metrics:
+        columns[name] = [f"{row[name]:.4f}" if name in row else "" for row in rows]
+    title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {run.config.metric}"
+    return terminal_tables(title, columns, text=("state",), repeated=2)
 
 
-class Watch(threading.Thread):
+class Standings(threading.Thread):
     """Shows the trials while Tune has this process's attention, and tells Tune of a signal."""
 
     def __init__(self, run: Run[TuneConfig]) -> None:
@@ -96,13 +95,13 @@ class Watch(threading.Thread):
                     told = True
                     self.run_.listener.announce(self.run_.listener.received)
                     os.kill(os.getpid(), signal.SIGUSR1)  # what Tune ends by, with its state saved
-                rows = results(self.run_)
+                rows = read_trials(self.run_)
                 if live:
-                    live.update(table(self.run_, rows))
+                    live.update(Group(*standings_tables(self.run_, rows)))
                 else:
                     self.say(rows)
         if not live:
-            self.say(results(self.run_))
+            self.say(read_trials(self.run_))
 
     def say(self, rows: list[dict[str, Any]]) -> None:
         """A line for each evaluation, and for each end of a trial."""
@@ -118,19 +117,23 @@ class Watch(threading.Thread):
             self.run_.report.line(f"trial {row['number']} {row['state']}{problem}{figure}  {values}")
 
 
-def again(run: Run[TuneConfig], row: dict[str, Any]) -> str:
+def retrain_command(run: Run[TuneConfig], row: dict[str, Any]) -> str:
     """The command that trains a trial's model again, to the last bit."""
     stop = [f"max_steps={row['steps']}"] if row["state"] != "finished" else []
     kept = [word for word in row["words"] if not (stop and word.startswith("max_steps="))]
     return as_installed(f"{interpreter()} -m recipes.{run.config.tune.recipe} {shlex.join([*kept, *stop])}")
 
 
-def write_results(run: Run[TuneConfig], rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
+def write_search_results(run: Run[TuneConfig], rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
     """result.json and trials.csv; returns what is in the former."""
     metric = run.config.metric
     good = [row for row in rows if metric in row and row["state"] != "failed"]
     result: dict[str, Any] = {"recipe": "tune", "status": status, "tuned": run.config.tune.recipe, "metric": metric}
-    result |= {"best": good[0] if good else None, "command": again(run, good[0]) if good else None, "trials": rows}
+    result |= {
+        "best": good[0] if good else None,
+        "command": retrain_command(run, good[0]) if good else None,
+        "trials": rows,
+    }
     write_json(run.out / "result.json", result | {"wall_seconds": time.perf_counter() - run.started})
     flat = [
         {name: value for name, value in row.items() if name not in ("words", "values")} | row["values"] for row in rows

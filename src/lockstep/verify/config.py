@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lockstep.config.keys import key
-from lockstep.config.schema import Config
+from lockstep.config.schema import ToolConfig
 
 
 @dataclass
-class VerifyConfig(Config):
+class VerifyConfig(ToolConfig):
     recipes: list[str] | None = key(None, "recipes that are held to recipes.single (null: all)")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rich.table import Table
 
-from lockstep.utils.tables import terminal_table
+from lockstep.utils.tables import terminal_tables
 from lockstep.utils.text import count
-from lockstep.verify.rows import COMPARED, VerifyRow
+from lockstep.verify.rows import VerifyRow
 
 HEADINGS = {"loss": "loss", "gradients": "grads", "weights": "weights", "buffers": "buffers", "evaluation": "eval"}
 STYLES = {"equal": "green", "OFF": "red"}
@@ -17,22 +17,27 @@ def progress_line(row: VerifyRow, number: int, total: int, seconds: float) -> st
     return f"{number:{len(str(total))}} of {total}: {row.label} in {row.precision}: {row.verdict}{weights} ({seconds:.0f} s)"
 
 
-def verify_table(rows: list[VerifyRow]) -> Table:
+def verify_tables(rows: list[VerifyRow]) -> list[Table]:
     """A line per row; why one differs or was not run is in `verdict_notes`."""
     allowed = {row.precision: (row.steps, row.tolerance) for row in rows}
     limits = "; ".join(f"{limit:.0e} after {steps} steps in {name}" for name, (steps, limit) in allowed.items())
-    title = f"each recipe against recipes.single, {count(rows[0].ranks, 'rank')}\nallowed: {limits}"
-    table = terminal_table(title, ["recipe", "in", *HEADINGS.values(), "verdict"], left=("recipe", "in", "verdict"))
-    for row in rows:
-        figures = [(name, getattr(row, name)) for name in COMPARED]
-        cells = [
-            "" if figure is None else f"[red]{figure:.0e}[/]" if row.fails and name in row.verdict else f"{figure:.0e}"
-            for name, figure in figures
-        ]
-        verdict = row.verdict.partition(":")[0]
-        name = "\n  ".join([row.recipe, *row.variant.split()])
-        table.add_row(name, row.precision, *cells, f"[{STYLES.get(verdict, 'yellow')}]{verdict}[/]")
-    return table
+    title = f"each recipe against recipes.single, {count(rows[0].ranks if rows else 0, 'rank')}\nallowed: {limits}"
+    columns = {
+        "recipe": ["\n  ".join([row.recipe, *row.variant.split()]) for row in rows],
+        "in": [row.precision for row in rows],
+    }
+    for name, heading in HEADINGS.items():
+        columns[heading] = [figure_cell(row, name) for row in rows]
+    words = [row.verdict.partition(":")[0] for row in rows]
+    columns["verdict"] = [f"[{STYLES.get(word, 'yellow')}]{word}[/]" for word in words]
+    return terminal_tables(title, columns, text=("recipe", "in", "verdict"))
+
+
+def figure_cell(row: VerifyRow, name: str) -> str:
+    figure = getattr(row, name)
+    if figure is None:
+        return ""
+    return f"[red]{figure:.0e}[/]" if row.fails and name in row.verdict else f"{figure:.0e}"
 
 
 def verdict_notes(rows: list[VerifyRow]) -> list[str]:
