@@ -28,7 +28,7 @@ from lockstep.errors import UserError
 from lockstep.memory.tracker import saved_bytes
 from lockstep.models.resnet import build_model
 from lockstep.parallel import partition
-from lockstep.parallel.partition import balance, blocks, check_cut, choose_cuts, measure, split, units
+from lockstep.parallel.partition import balance, blocks, check_cut, choose_cuts, measure_units, split, units
 from lockstep.training import timing
 from lockstep.training.accumulate import MicroBatch, micro_batches
 from lockstep.training.stage_clock import StageClock
@@ -186,7 +186,7 @@ def test_a_balanced_cut_is_measured_once_and_shared(fit: Fit, monkeypatch: pytes
         ranks_that_measured[rank] += 1
         return [100.0 if number == 3 + rank else 1.0 for number in range(len(units(model)))]
 
-    monkeypatch.setattr(partition, "measure", cost)
+    monkeypatch.setattr(partition, "measure_units", cost)
     words = (*PROOF, "cut=balanced", "micro_batches=2")
     found, result = fit(pipeline_parallel.train, 2, *words, fresh=True)
     assert result["cuts"] == ["layer2.1"], "of rank 0's costs: 1 1 1 100 | 1 1 1 1 1 1"
@@ -603,7 +603,7 @@ def test_measuring_costs_leaves_the_model_alone(norm: str) -> None:
     model = make_model(norm).eval()
     before = copy.deepcopy(model.state_dict())
     images = make_batch(4).images.float()
-    costs = measure(model, images, rounds=2)
+    costs = measure_units(model, images, rounds=2)
     assert len(costs) == len(units(model)) == 10
     assert min(costs) > 0
     assert not model.training
@@ -628,7 +628,7 @@ def test_a_dearer_block_costs_more() -> None:
     layer = model.get_submodule("layer2")
     assert isinstance(layer, nn.Sequential)
     layer[1] = nn.Sequential(layer[1], Slow())
-    costs = dict(zip(units(model), measure(model, make_batch(2).images.float(), rounds=3), strict=True))
+    costs = dict(zip(units(model), measure_units(model, make_batch(2).images.float(), rounds=3), strict=True))
     assert max(costs, key=lambda name: costs[name]) == "layer2.1"
 
 

@@ -20,7 +20,7 @@ FASTEST = {"device": "cpu", "fast": "bf16", "units": "AVX-512", "keeps_memory": 
 
 def chosen(recipe: str = "ddp", asked: dict[str, Any] | None = None, **hardware: Any) -> dict[str, Any]:
     config = Config(**(asked or {}))
-    return {choice.key: choice.value for choice in tuning.choose(config, recipe, **FASTEST | hardware)}
+    return {choice.key: choice.value for choice in tuning.make_choices(config, recipe, **FASTEST | hardware)}
 
 
 def test_everything_that_is_auto_is_decided_and_nothing_else() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lockstep.config.schema import Config
-from lockstep.data.datasets import Batch, FirstSamples, load_data
+from lockstep.data.datasets import Batch, ImageSubset, load_data
 from lockstep.data.loader import Samples, build_loader
 from lockstep.data.sampler import EvalSampler, StepSampler
 from lockstep.data.transforms import Normalise
@@ -60,7 +60,7 @@ class BatchSource:
 
     def limit_evaluation(self) -> None:
         """Evaluate one batch per rank from now on, where what an evaluation finds does not matter."""
-        self.eval_set = FirstSamples(self.eval_set, self._config.eval_batch_size * self._world.world_size)
+        self.eval_set = ImageSubset(self.eval_set, self._config.eval_batch_size * self._world.world_size)
 
     def to_model(self, images: Tensor) -> Tensor:
         """Floats of the dtype, device and memory format that the model takes."""

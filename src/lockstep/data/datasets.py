@@ -45,20 +45,6 @@ class ImageDataset(Protocol):
     def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch: ...
 
 
-class FirstSamples:
-    """The first samples of a set."""
-
-    def __init__(self, images: ImageDataset, size: int) -> None:
-        self._images, self._size, self.classes = images, min(size, len(images)), images.classes
-        self.labels = images.labels[: self._size]
-
-    def __len__(self) -> int:
-        return self._size
-
-    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
-        return self._images.fetch(samples, draws)
-
-
 DRAWS = 5  # random numbers a sample may use: area, aspect, two positions, flip
 
 
@@ -102,8 +88,8 @@ class ImageFiles:
 
     def __init__(self, root: Path, size: int) -> None:
         self.size = size
-        self.paths, labels, names = list_image_folder(root)
-        self.classes = len(names)
+        self.paths, labels, self.names = list_image_folder(root)
+        self.classes = len(self.names)
         self.labels = torch.tensor(labels)
 
     def __len__(self) -> int:
@@ -126,23 +112,25 @@ class ImageFiles:
         return image.flip(3) if draws[4] < 0.5 else image
 
 
-class ClassSubset:
-    """The samples of some classes of a set, relabelled 0…n − 1 in the order in which `chosen` has the old labels."""
+class ImageSubset:
+    """Some samples of a set; of some classes only where `chosen` has their labels, which become 0…n − 1 in its order."""
 
-    def __init__(self, images: ImageDataset, chosen: list[int]) -> None:
-        self.images, self.classes = images, len(chosen)
-        self._new = torch.full((images.classes,), -1)
-        self._new[chosen] = torch.arange(len(chosen))
-        everyone = self._new[images.labels]
-        self._samples = (everyone >= 0).nonzero().squeeze(1)
-        self.labels = everyone[self._samples]
+    def __init__(self, images: ImageDataset, size: int | None = None, chosen: list[int] | None = None) -> None:
+        self._images, self.classes = images, images.classes if chosen is None else len(chosen)
+        self._relabel = torch.arange(images.classes)
+        if chosen is not None:
+            self._relabel = torch.full_like(self._relabel, -1)
+            self._relabel[chosen] = torch.arange(len(chosen))
+        relabelled = self._relabel[images.labels]
+        self._samples = (relabelled >= 0).nonzero().squeeze(1)[:size]
+        self.labels = relabelled[self._samples]
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
-        batch = self.images.fetch(self._samples[samples], draws)
-        return Batch(batch.images, self._new[batch.labels])
+        batch = self._images.fetch(self._samples[samples], draws)
+        return Batch(batch.images, self._relabel[batch.labels])
 
 
 def load_data(config: DataConfig, image_size: int, seed: int) -> tuple[ImageDataset, ImageDataset]:
@@ -151,6 +139,7 @@ def load_data(config: DataConfig, image_size: int, seed: int) -> tuple[ImageData
     Raises:
         UserError: a folder or a file is not what its format says.
     """
+    names = DIGIT_CLASSES
     if config.name == "digits":
         sets = digits()
     elif config.name == "synthetic":
@@ -158,12 +147,12 @@ def load_data(config: DataConfig, image_size: int, seed: int) -> tuple[ImageData
     elif config.name == "cifar10":
         sets = cifar10(data_root(config))
     else:
-        sets = ImageFiles(data_root(config) / "train", image_size), ImageFiles(data_root(config) / "val", image_size)
+        train, val = (ImageFiles(data_root(config) / part, image_size) for part in ("train", "val"))
+        sets, names = (train, val), train.names
     if config.classes is None:
         return sets
-    names = list_image_folder(data_root(config) / "train")[2] if config.name == "imagefolder" else DIGIT_CLASSES
     chosen = chosen_classes(config, names)
-    return ClassSubset(sets[0], chosen), ClassSubset(sets[1], chosen)
+    return ImageSubset(sets[0], chosen=chosen), ImageSubset(sets[1], chosen=chosen)
 
 
 def digits() -> tuple[ImageDataset, ImageDataset]:

@@ -87,7 +87,7 @@ def choose_cuts(model: nn.Module, cut: Any, parts: int, images: Tensor) -> list[
             raise UserError(
                 f"cut=balanced: the model has {len(names)} blocks to cut between, too few for {parts} parts"
             )
-        return [names[start] for start in balance(measure(model, images), parts)[1:]]
+        return [names[start] for start in balance(measure_units(model, images), parts)[1:]]
     asked = list(cut) if isinstance(cut, list) else [str(cut)]
     firsts = [next((name for name in names[1:] if name == word or name.startswith(f"{word}.")), "") for word in asked]
     shown = f"[{','.join(map(str, asked))}]" if isinstance(cut, list) else asked[0]
@@ -114,7 +114,7 @@ def check_cut(config: ModelConfig, cut: Any, parts: int) -> None:
         raise UserError(f"cut=balanced: {config.name} has {len(units(model))} blocks, too few for {parts} parts")
 
 
-def measure(model: nn.Module, images: Tensor, rounds: int = 7) -> list[float]:
+def measure_units(model: nn.Module, images: Tensor, rounds: int = 7) -> list[float]:
     """Seconds of each unit's forward and backward: the median of several rounds, for a noisy one misplaces a cut."""
     model = copy.deepcopy(model).train()
     parts = split(model, list(units(model))[1:])

@@ -40,7 +40,7 @@ class Choice:
         return f"{self.key}={value} ({self.because})"
 
 
-def choose(config: Config, recipe: str, device: str, fast: str, units: str, keeps_memory: bool) -> list[Choice]:
+def make_choices(config: Config, recipe: str, device: str, fast: str, units: str, keeps_memory: bool) -> list[Choice]:
     """Decide every key that is `auto`.
 
     Args:
@@ -88,7 +88,7 @@ def choose_for_hardware(config: ConfigT, recipe: str, world: World, out: Path) -
             fast, units = slowest, "another rank's device"
         if kept:
             fast, units = kept, "the run began with it: this device"
-    choices = choose(config, recipe, world.device.type, fast, units, keeps_memory=hasattr(_libc(), "mallopt"))
+    choices = make_choices(config, recipe, world.device.type, fast, units, keeps_memory=hasattr(_libc(), "mallopt"))
     if config.precision == AUTO and world.rank == 0 and not kept:
         write_json(out / CHOSEN, {"precision": fast})
     settled = replace(config, **{choice.key: choice.value for choice in choices})
