@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from tests.helpers.harness import clean_environment
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
 
 def as_a_shell(
@@ -57,3 +62,26 @@ def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
     while not holds():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
+
+
+def free_port() -> int:
+    """Where nobody listens, and below the ports that the kernel hands out to whoever connects meanwhile."""
+    while True:
+        port = random.randrange(10000, 32000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
+
+
+def start_all(commands: list[list[str]], cwd: Path, variables: list[dict[str, str]] | None = None) -> None:
+    """Start commands side by side and wait for all; each must exit 0."""
+    extras = variables or [{} for _ in commands]
+    processes = [
+        subprocess.Popen(
+            words, cwd=cwd, env=clean_environment() | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for words, extra in zip(commands, extras, strict=True)
+    ]
+    for process in processes:
+        output, _ = process.communicate(timeout=120)
+        assert process.returncode == 0, output

@@ -17,8 +17,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from launchers.local import show
 from tests.helpers.harness import clean_environment, command
-from tests.helpers.processes import as_a_shell, processes_in, read, wait_until
-from tests.ranks.test_start_paths import TORCHRUN, free_port
+from tests.helpers.processes import TORCHRUN, as_a_shell, free_port, processes_in, read, wait_until
 
 CRASHING = '''
 """A recipe whose rank 1 ends in the way that the variable HOW says."""

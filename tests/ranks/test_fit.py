@@ -23,8 +23,7 @@ from lockstep.memory.usage import process_bytes
 from recipes import ddp
 from tests.helpers.harness import _train as train_in_a_rank
 from tests.helpers.harness import clean_environment, command, compose_config, run_ranks
-from tests.helpers.processes import processes_in, wait_until
-from tests.ranks.test_start_paths import TORCHRUN, free_port
+from tests.helpers.processes import TORCHRUN, free_port, processes_in, wait_until
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

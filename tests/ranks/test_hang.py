@@ -28,7 +28,7 @@ from lockstep.distributed.heartbeat import FILE_BYTES, FINISHED, Beat, Heartbeat
 from lockstep.launch.validate import validate
 from tests.helpers import hanging
 from tests.helpers.harness import compose_config, renew_threads
-from tests.ranks.test_start_paths import free_port
+from tests.helpers.processes import free_port
 
 HERE = socket.gethostname()
 LIMIT = 6

@@ -14,11 +14,10 @@ import torch
 
 from recipes import ddp
 from tests.helpers import harness
+from tests.helpers.command_line import run_main
 from tests.helpers.harness import command, train
-from tests.helpers.processes import as_a_shell, read, wait_until
+from tests.helpers.processes import as_a_shell, free_port, read, start_all, wait_until
 from tests.ranks.test_failures import CRASHING, WORDS
-from tests.ranks.test_start_paths import free_port, start_all
-from tests.unit.test_bad_input import run_main
 
 TINY = ["data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "log_every=1", "eval_every=0"]
 LIGHTNING = ["-m", "recipes.ddp", "+cluster=lightning"]

@@ -27,10 +27,10 @@ from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from recipes import ddp, doctor, fsdp
+from tests.helpers.command_line import run_main
 from tests.helpers.harness import command, compose_config, execute, result, run_ranks
 from tests.helpers.processes import wait_until
 from tests.ranks.test_failures import CRASHING
-from tests.unit.test_bad_input import run_main
 
 SHORT = ["global_batch_size=24", "max_steps=4", "log_every=1", "eval_every=0", "eval_batch_size=360"]
 

@@ -18,8 +18,7 @@ from lockstep.distributed.signals import Listener
 from recipes import ddp
 from tests.helpers import harness
 from tests.helpers.harness import clean_environment, command, lines, result, train
-from tests.helpers.processes import as_a_shell, children, processes_in, read, wait_until
-from tests.ranks.test_start_paths import TORCHRUN, free_port
+from tests.helpers.processes import TORCHRUN, as_a_shell, children, free_port, processes_in, read, wait_until
 
 RUN = [
     "data=synthetic",

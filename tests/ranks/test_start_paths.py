@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import socket
-import subprocess
 import sys
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -16,34 +12,11 @@ import pytest
 import torch
 
 from recipes import ddp
-from tests.helpers.harness import ROOT, clean_environment, command, train
+from tests.helpers.harness import ROOT, command, train
+from tests.helpers.processes import TORCHRUN, free_port, start_all
 
 in_an_interpreter = partial(command, fresh=True)  # its start is what is tested
 SMOKE = ["global_batch_size=24", "max_steps=3", "log_every=1"]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-
-
-def free_port() -> int:
-    """Where nobody listens, and below the ports that the kernel hands out to whoever connects meanwhile."""
-    while True:
-        port = random.randrange(10000, 32000)
-        with socket.socket() as listener, suppress(OSError):
-            listener.bind(("127.0.0.1", port))
-            return port
-
-
-def start_all(commands: list[list[str]], cwd: Path, variables: list[dict[str, str]] | None = None) -> None:
-    """Start commands side by side and wait for all; each must exit 0."""
-    extras = variables or [{} for _ in commands]
-    processes = [
-        subprocess.Popen(
-            words, cwd=cwd, env=clean_environment() | extra, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for words, extra in zip(commands, extras, strict=True)
-    ]
-    for process in processes:
-        output, _ = process.communicate(timeout=120)
-        assert process.returncode == 0, output
 
 
 def by_python(out: Path, cwd: Path, nproc: int, *words: str) -> None:

@@ -27,10 +27,10 @@ from lockstep.recipe import Recipe
 from lockstep.run import Run
 from lockstep.training.optim import lr_factor
 from recipes import ddp, transfer_learning
+from tests.helpers.command_line import assert_one_line, run_main
 from tests.helpers.harness import ROOT, assert_equal, command, compose_config, execute, lines, result, run_ranks
 from tests.helpers.http_site import Site, serving
 from tests.helpers.narrow_resnet import narrow_resnet18
-from tests.unit.test_bad_input import assert_one_line, run_main
 
 pytestmark = pytest.mark.usefixtures("narrow")
 

@@ -30,6 +30,7 @@ from recipes import (
     tune,
     verify,
 )
+from tests.helpers.command_line import assert_one_line, run_main
 from tests.helpers.harness import command
 
 NO_GPU = not torch.cuda.is_available()
@@ -292,24 +293,6 @@ TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
     (lightning_trainer.train, {"sync_batchnorm=true model.norm=group": ["holds no BatchNorm", *NO_BATCHNORM]}),
 ]
 ROWS = [(recipe, words, parts) for recipe, table in TABLE for words, parts in table.items()]
-
-
-def run_main(recipe, words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:  # type: ignore[no-untyped-def]
-    """The exit code of `python -m recipes.NAME WORDS`, in this process: it ends before any rank is started."""
-    monkeypatch.setattr(sys, "argv", [recipe.name, *words])
-    with pytest.raises(SystemExit) as leaving:
-        recipe.main()
-    return int(leaving.value.code)  # type: ignore[arg-type]
-
-
-def assert_one_line(capfd: pytest.CaptureFixture[str], parts: list[str]) -> None:
-    """What was said is an error in one line, with these parts in it."""
-    said = capfd.readouterr()
-    assert said.out == ""
-    assert said.err.startswith("error: ")
-    assert said.err.count("\n") == 1, said.err
-    for part in parts:
-        assert part in said.err
 
 
 @pytest.mark.parametrize(
