@@ -87,7 +87,7 @@ def train(run: Run[TrainerConfig]) -> None:
             return loss * micro.weight * self.trainer.accumulate_grad_batches
 
         def on_validation_epoch_start(self) -> None:
-            self.tally = Tally(run.eval_sampler())
+            self.tally = Tally(run.data.eval_sampler())
 
         def validation_step(self, batch: Batch) -> None:
             self.tally.add(self(batch.images), batch.labels)

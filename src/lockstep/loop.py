@@ -29,7 +29,7 @@ from lockstep.checkpoint.manager import CheckpointManager, export
 from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.types import Engine, Stateful
 from lockstep.data.batches import BatchSource
-from lockstep.data.datasets import Batch, checksum
+from lockstep.data.datasets import Batch
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.distributed.consistency import check_consistency
 from lockstep.distributed.dtensor import full_state_dict, is_sharded
@@ -172,7 +172,7 @@ class TrainingLoop:
         assert self._whole is not None
         assert self.module is not None
         self._optimizer = optimizer
-        self._check_consistency()
+        check_consistency(source.facts() | {"steps to take": context.total_steps}, source.where, context.world)
         if self._listener:
             if not context.quiet:
                 # Whose peer has died waits in here until its time is over, or until a signal ends it: as long as there
@@ -199,20 +199,6 @@ class TrainingLoop:
             self._heartbeat.enter("evaluating", context.step)
             self.evaluation = self._evaluate()
             raise NothingLeft
-
-    def _check_consistency(self) -> None:
-        source, data = self._source, self.context.config.data
-        check_consistency(
-            {
-                "images to train on": len(source.train_set),
-                "images to evaluate": len(source.eval_set),
-                "steps to take": self.context.total_steps,
-                "other images to train on": checksum(source.train_set),
-                "other images to evaluate": checksum(source.eval_set),
-            },
-            f"data.root={data.root}" if data.root else f"data={data.name}",
-            self.context.world,
-        )
 
     def _local_gradients(self, optimizer: Optimizer) -> LocalGradients:
         """What this rank holds of gradients and weights."""

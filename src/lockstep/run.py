@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic
@@ -20,7 +21,6 @@ from lockstep.checkpoint.types import Engine, Stateful
 from lockstep.config.schema import ConfigT
 from lockstep.data.batches import BatchSource
 from lockstep.data.datasets import Batch
-from lockstep.data.sampler import EvalSampler
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
 from lockstep.distributed.signals import Listener
@@ -47,6 +47,7 @@ class Run(Generic[ConfigT]):
         out: the run directory, the same on all ranks.
         shards: in how many equal shares a global batch is cut.
         shard: which of them is this rank's.
+        started: when, by time.perf_counter().
         scheduled_steps: steps of all epochs, which the learning rate is planned over.
         data: the data sets, and this rank's batches of them.
         loop: what happens around the steps, for a trainer that has a loop of its own.
@@ -66,7 +67,7 @@ class Run(Generic[ConfigT]):
         listener: Listener | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.recipe, self.world, self.out = recipe, world, out
+        self.recipe, self.world, self.out, self.started = recipe, world, out, time.perf_counter()
         self.asked = config  # what was typed: tools hand it on to runs that choose for themselves
         self.config, choices = choose_for_hardware(config, recipe, world, out)
         config = self.config
@@ -80,11 +81,11 @@ class Run(Generic[ConfigT]):
         self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.report = ConsoleReport(recipe, config, world, out, next_command, quiet)
         self.prepare: Callable[[nn.Module], None] | None = None
-        steps_per_epoch = len(self.data.train_set) // config.global_batch_size
-        self.scheduled_steps = config.epochs * steps_per_epoch
+        self.steps_per_epoch = len(self.data.train_set) // config.global_batch_size
+        self.scheduled_steps = config.epochs * self.steps_per_epoch
         total_steps = min(self.scheduled_steps, config.max_steps or self.scheduled_steps)
         self._context = CallbackContext(
-            recipe, config, world, out, quiet, self.report, steps_per_epoch=steps_per_epoch, total_steps=total_steps
+            recipe, config, world, out, quiet, self.report, self.started, self.steps_per_epoch, total_steps
         )
         self._callbacks = build_callbacks(
             config, world, workers=self.data.workers, eval_images=self.data.eval_images, first=callbacks
@@ -99,8 +100,6 @@ class Run(Generic[ConfigT]):
             listener=listener,
         )
 
-    # Where it is ------------------------------------------------------------------------------------------------
-
     @property
     def step(self) -> int:
         """Optimizer updates done."""
@@ -114,15 +113,6 @@ class Run(Generic[ConfigT]):
     @total_steps.setter
     def total_steps(self, steps: int) -> None:
         self._context.total_steps = steps
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return self._context.steps_per_epoch
-
-    @property
-    def started(self) -> float:
-        """When, by time.perf_counter()."""
-        return self._context.started
 
     @property
     def notes(self) -> dict[str, Any]:
@@ -179,8 +169,8 @@ class Run(Generic[ConfigT]):
 
         Its state becomes part of the checkpoints.
         """
-        scaler = Scaler(self.device, self.config.loss_scale, enabled=self.config.precision == "fp16")
-        self._context.scaler = scaler
+        fp16 = self.config.precision == "fp16"
+        self._context.scaler = scaler = Scaler(self.device, self.config.loss_scale, enabled=fp16)
         return scaler
 
     def record(self, *, loss: Tensor, weight: float = 1.0) -> None:
@@ -247,14 +237,6 @@ class Run(Generic[ConfigT]):
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's shares of the global batches of steps start…stop − 1, as `steps` yields them."""
         return self.loop.fetched(self.data.train_batches(start, stop))
-
-    def eval_sampler(self) -> EvalSampler:
-        """Which samples of the evaluation set are this rank's."""
-        return self.data.eval_sampler()
-
-    def eval_batches(self, sampler: EvalSampler) -> Iterator[Batch]:
-        """This rank's batches of the evaluation set, prepared as `batches` are, and not augmented."""
-        return self.data.eval_batches(sampler)
 
     def finish(self) -> None:
         """Export the weights and write result.json, when the recipe's function has returned."""

@@ -6,7 +6,6 @@ off is never constructed (lockstep.callbacks.build), so it costs nothing.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +33,7 @@ class CallbackContext:
         out: the run directory.
         quiet: the run belongs to a tool: nothing on the console, no checkpoints, never resumed.
         report: what a person reads.
+        started: when, by time.perf_counter().
         step: optimizer updates done, those that fp16's scaler left out included.
         steps_per_epoch, total_steps: how many there are; a run that stops early lowers `total_steps`.
         learning_rate: of the current step, in the first parameter group.
@@ -57,6 +57,7 @@ class CallbackContext:
     out: Path
     quiet: bool
     report: ConsoleReport
+    started: float
     steps_per_epoch: int
     total_steps: int
     step: int = 0
@@ -65,7 +66,6 @@ class CallbackContext:
     paused_seconds: float = 0.0
     train_loss: float | None = None
     scaler: Scaler | None = None
-    started: float = field(default_factory=time.perf_counter)
     notes: dict[str, Any] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
     parameter_names: Sequence[str] = ()

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lockstep.config.schema import Config
-from lockstep.data.datasets import Batch, ImageSubset, load_data
+from lockstep.data.datasets import Batch, ImageSubset, checksum, load_data
 from lockstep.data.loader import Samples, build_loader
 from lockstep.data.sampler import EvalSampler, StepSampler
 from lockstep.data.transforms import Normalise
@@ -57,6 +57,21 @@ class BatchSource:
     def eval_images(self, samples: Sequence[int]) -> Tensor:
         """Images of the evaluation set by their numbers: uint8 [N, 3, H, W]."""
         return self.eval_set.fetch(torch.tensor(samples), None).images
+
+    def facts(self) -> dict[str, int]:
+        """What all ranks must have alike (lockstep.distributed.consistency)."""
+        return {
+            "images to train on": len(self.train_set),
+            "images to evaluate": len(self.eval_set),
+            "other images to train on": checksum(self.train_set),
+            "other images to evaluate": checksum(self.eval_set),
+        }
+
+    @property
+    def where(self) -> str:
+        """The setting that says where the data lie."""
+        data = self._config.data
+        return f"data.root={data.root}" if data.root else f"data={data.name}"
 
     def limit_evaluation(self) -> None:
         """Evaluate one batch per rank from now on, where what an evaluation finds does not matter."""

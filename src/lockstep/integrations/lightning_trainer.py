@@ -106,7 +106,7 @@ class EvalBatches:
         self._run = run
 
     def __iter__(self) -> Iterator[Batch]:
-        return self._run.eval_batches(self._run.eval_sampler())
+        return self._run.data.eval_batches(self._run.data.eval_sampler())
 
 
 class CheckpointBytes(CheckpointIO):
