@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lockstep import run
+from lockstep import loop
 from lockstep.errors import UserError
+from lockstep.loop import TrainingLoop
 from lockstep.run import Run
 from lockstep.training.optim import build_scheduler
 from lockstep.training.precision import Scaler
@@ -353,13 +354,13 @@ def test_a_run_that_forgets_model_train_after_an_evaluation_is_caught(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The notes: validation switches it off, so it belongs inside the loop over epochs."""
-    source = textwrap.dedent(inspect.getsource(Run.steps))
-    line = next(line for line in source.splitlines() if "model.train()  # evaluation switched" in line)
+    source = textwrap.dedent(inspect.getsource(TrainingLoop.evaluate))
+    line = next(line for line in source.splitlines() if ".model.train()  #" in line)
     names: dict[str, Any] = {}
-    exec(source.replace(line, line.replace("model.train()", "pass")), vars(run), names)
+    exec(source.replace(line, line.replace("self.context.model.train()", "pass")), vars(loop), names)
     words = ("epochs=2", "eval_every=1")
     assert in_run(lambda run: trained(run, Noisy()), tmp_path / "as it is", *words) == "trained"
-    monkeypatch.setattr(Run, "steps", names["steps"])
+    monkeypatch.setattr(TrainingLoop, "evaluate", names["evaluate"])
     said = in_run(lambda run: trained(run, Noisy()), tmp_path / "broken", *words)
     assert said.startswith("test: step 15 left the model in evaluation mode"), "the first one after the evaluation"
 
