@@ -108,7 +108,7 @@ class Recipe:
         return (self.proof,) if isinstance(self.proof, Proof) else self.proof or ()
 
     def __call__(self, run: Run) -> None:
-        from lockstep.loop import NothingLeft  # torch
+        from lockstep.loop.training_loop import NothingLeft  # torch
 
         with contextlib.suppress(NothingLeft):  # it was cut off between its last step and its result
             self.train(run)

@@ -25,7 +25,7 @@ from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
 from lockstep.distributed.signals import Listener
 from lockstep.loggers.console import ConsoleReport
-from lockstep.loop import TrainingLoop
+from lockstep.loop.training_loop import TrainingLoop
 from lockstep.memory.tracker import held_bytes
 from lockstep.memory.usage import process_bytes
 from lockstep.training.auto import choose_for_hardware

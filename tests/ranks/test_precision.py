@@ -17,9 +17,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from lockstep import loop
+from lockstep import run
 from lockstep.errors import UserError
-from lockstep.loop import TrainingLoop
+from lockstep.loop import training_loop
+from lockstep.loop.training_loop import TrainingLoop
 from lockstep.run import Run
 from lockstep.training.optim import build_scheduler
 from lockstep.training.precision import Scaler
@@ -357,7 +358,7 @@ def test_a_run_that_forgets_model_train_after_an_evaluation_is_caught(
     source = textwrap.dedent(inspect.getsource(TrainingLoop.evaluate))
     line = next(line for line in source.splitlines() if ".model.train()  #" in line)
     names: dict[str, Any] = {}
-    exec(source.replace(line, line.replace("self.context.model.train()", "pass")), vars(loop), names)
+    exec(source.replace(line, line.replace("self.context.model.train()", "pass")), vars(training_loop), names)
     words = ("epochs=2", "eval_every=1")
     assert in_run(lambda run: trained(run, Noisy()), tmp_path / "as it is", *words) == "trained"
     monkeypatch.setattr(TrainingLoop, "evaluate", names["evaluate"])

@@ -27,7 +27,7 @@ from lockstep.distributed.process_group import World
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
-from lockstep.loop import NothingLeft
+from lockstep.loop.training_loop import NothingLeft
 from lockstep.recipe import Recipe
 from lockstep.run import Run
 from lockstep.training.random_state import generators, set_generators

@@ -37,10 +37,10 @@ from lockstep.distributed.heartbeat import TRAINING, WAITING
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.signals import Agreement, Listener, Preempted
 from lockstep.errors import CheckFailed, UserError
+from lockstep.loop.result import result_fields
 from lockstep.memory.tracker import state_bytes
 from lockstep.memory.usage import peak_memory_bytes
 from lockstep.models.parameters import count_parameters
-from lockstep.result import result_fields
 from lockstep.training.ddp_buckets import restore_bucket_order
 from lockstep.training.evaluate import Evaluation, Evaluator
 from lockstep.training.local_gradients import LocalGradients
