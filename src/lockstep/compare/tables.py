@@ -11,8 +11,8 @@ from rich.table import Table
 from lockstep.compare.figures import ComparisonRow
 from lockstep.utils.tables import terminal_tables
 from lockstep.utils.text import mebibytes
-from lockstep.verify.rows import COMPARED
 
+VERIFY_NUMBERS = ("loss", "gradients", "weights", "buffers", "evaluation")  # recipes.verify's relative differences
 LISTED_RANKS = 4  # whose figures are listed; of more, the least and the most
 
 
@@ -154,6 +154,6 @@ def verify_columns(rows: list[dict[str, Any]]) -> dict[str, list[str]]:
         "ranks": [str(row["ranks"]) for row in rows],
         "steps": [str(row["steps"]) for row in rows],
     }
-    columns |= {name: [figure(row[name], ".0e") for row in rows] for name in COMPARED}
+    columns |= {name: [figure(row[name], ".0e") for row in rows] for name in VERIFY_NUMBERS}
     columns["allowed"] = ["" if row["verdict"].startswith("differs") else f"{row['tolerance']:.0e}" for row in rows]
     return columns | {"verdict": [row["verdict"] for row in rows]}
