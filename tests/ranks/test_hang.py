@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from launchers import torchrun
 from lockstep.config.run_directory import freeze
-from lockstep.diagnose.stacks import keep_stack
+from lockstep.diagnose.stacks import LOCKSTEP, keep_stack, user_line
 from lockstep.diagnose.verdict import explain_wait
 from lockstep.diagnose.watchdog import Watchdog
 from lockstep.distributed import environment, interfaces
@@ -320,6 +320,12 @@ def test_what_an_earlier_attempt_left_is_kept(tmp_path: Path) -> None:
         "0.stack.2": "second",
         "0.stack": "",
     }
+
+
+def test_a_recipe_of_an_installed_wheel_is_the_user_s_code() -> None:
+    frames = [(f"{LOCKSTEP}launch/worker.py", 9), (f"{LOCKSTEP}recipes/ddp.py", 40), (f"{LOCKSTEP}run.py", 7)]
+    assert user_line(frames) == "ddp.py:40"
+    assert user_line([frames[0], frames[2]]).endswith("(run.py:7)")
 
 
 def test_a_link_that_is_lost_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

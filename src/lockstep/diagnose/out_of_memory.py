@@ -1,7 +1,7 @@
-"""The page with which a run ends that ran out of memory: what was asked for, what is held, and what would help.
+"""The page that a run ends with when memory runs out: what was asked for, what is held, and what would help.
 
-An out-of-memory error names the operation that happened to come last, and a traceback of forty frames leads to it. What
-one wants to know is elsewhere: how much was asked for, what the rest is held by, and which setting changes most.
+An out-of-memory error names the operation that happened to come last, and a traceback of forty frames leads to it. The
+page says instead how much was asked for, what holds the rest, and which setting would change most.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from lockstep.config.schema import Config, with_values
+from lockstep.diagnose.stacks import is_library
 from lockstep.errors import CheckFailed
 from lockstep.memory.predict import predict_activations, sharded_state_bytes
 from lockstep.memory.usage import free_bytes
@@ -128,7 +129,7 @@ def oom_report(figures: dict[str, Any], who: str, device: str, found: list[Knob]
         width = max(len(knob.setting) for knob in found)
         lines += [f"    {mebibytes(knob.saves):>10}  {knob.setting:{width}}  {knob.price}" for knob in found]
     else:
-        lines.append("  no memory was left for estimates; try accumulate=2, a smaller batch_size, precision=bf16")
+        lines.append("  no memory was left for estimates; try accumulate=2, a smaller global_batch_size, precision=bf16")
     lines.append(f"  the traceback is in ranks/{figures['rank']}.log; python -m recipes.doctor memory counts by layer")
     return "\n".join(lines)
 
@@ -154,7 +155,7 @@ def locate(frames: TracebackType | None, model: nn.Module | None) -> dict[str, A
         updates = code.co_name != "step" or "/optim/" in code.co_filename  # a pipeline's schedule has a step too
         if updates and not (phase == "evaluation" and code.co_name == "_call_impl"):
             phase = PHASES.get(code.co_name, phase)
-        if not re.search(r"/(lockstep|torch|site-packages)/", code.co_filename):
+        if not is_library(code.co_filename):
             text = linecache.getline(code.co_filename, frames.tb_lineno).strip()
             line = f"{Path(code.co_filename).name}:{frames.tb_lineno}  {text}"
         frames = frames.tb_next

@@ -14,6 +14,7 @@ from pathlib import Path
 
 LOCKSTEP = str(Path(__file__).parents[1]) + os.sep
 LAUNCH = os.path.join(LOCKSTEP, "launch", "")  # frames outside of its calls have only started the rank
+RECIPES = os.path.join(LOCKSTEP, "recipes", "")  # where an installed wheel has them
 LIBRARIES = (LOCKSTEP, "<", os.path.dirname(os.__file__) + os.sep)
 VERDICT_MARK = "the verdict: "  # before it, in a stack file
 
@@ -75,5 +76,5 @@ def source_line(file: str, line: int) -> str:
 
 
 def is_library(file: str) -> bool:
-    """Whether a file is lockstep's, Python's or a package's, and not the user's own."""
-    return file.startswith(LIBRARIES) or f"{os.sep}site-packages{os.sep}" in file
+    """Whether a file is lockstep's, Python's or a package's, and neither a recipe nor the user's own."""
+    return not file.startswith(RECIPES) and (file.startswith(LIBRARIES) or f"{os.sep}site-packages{os.sep}" in file)
