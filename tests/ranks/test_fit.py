@@ -172,7 +172,7 @@ from lockstep.memory.usage import process_bytes
 from recipes import ddp
 
 
-@recipe
+@recipe(config=ddp.train.config)
 def train(run: Run) -> None:
     if run.world.rank == 1:
         room = process_bytes("VmData") + 200 * 2**20
