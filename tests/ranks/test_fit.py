@@ -36,7 +36,7 @@ def test_the_search_ends_close_to_the_largest_that_fits(seed: int) -> None:
     """On a line with noise, and with or without a word of the peak of what did not fit."""
     draw = random.Random(seed)
     base, slope = draw.uniform(100, 2000), draw.uniform(0.1, 60)
-    room, most = int(draw.uniform(300, 40_000)), batch_size.tidy(draw.randint(1, 5000))
+    room, most = int(draw.uniform(300, 40_000)), batch_size.round_to_eight(draw.randint(1, 5000))
     smallest, first = draw.choice([1, 1, 2]), draw.choice([1, 4, 16])
     trials: dict[int, batch_size.Trial] = {}
 
@@ -55,7 +55,7 @@ def test_the_search_ends_close_to_the_largest_that_fits(seed: int) -> None:
         assert largest < smallest * 1.5
         return
     assert trials[found].fits
-    assert found == batch_size.tidy(found)
+    assert found == batch_size.round_to_eight(found)
     assert found >= min(most, 0.85 * largest - 8)
 
 

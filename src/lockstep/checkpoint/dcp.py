@@ -97,7 +97,7 @@ class Writer(FileSystemWriter):
             mine = [self.temporary / name for name in self.files]
             for path in [*self.temporary.glob(f"{prefix}*"), *mine]:  # a full disk is needed by others
                 path.unlink(missing_ok=True)
-            # Where the disk is full, torch's zip writer stumbles over its own position while the OSError is under way.
+            # Where the disk is full, torch's zip writer raises an error of its own while the OSError is being handled.
             cause = error.__cause__ or error.__context__
             if isinstance(cause, OSError):
                 raise cause from None

@@ -205,7 +205,7 @@ class CheckpointManager:
 
     @property
     def newest_step(self) -> int:
-        """The step that a run that is cut off now would go on from."""
+        """The step that a run that is cut off now would resume from."""
         return (self._checkpoints and self._checkpoints.saved_step) or self.started_at
 
     def result(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class CheckpointSaver:
             self.failed += 1
             if dist.get_rank() == 0:
                 shutil.rmtree(self._temporary(step), ignore_errors=True)
-            self.warn(f"checkpoint of step {step} not saved ({said}); training goes on, the one before is kept")
+            self.warn(f"checkpoint of step {step} not saved ({said}); training continues, the one before is kept")
         self.stall_seconds += time.perf_counter() - started
 
     def _temporary(self, step: int) -> Path:

@@ -101,7 +101,7 @@ class TrainingState:
         if there != here:
             raise UserError(
                 f"{path}: holds {there or 'lockstep'}'s files, and this recipe reads {here or 'lockstep'}'s; "
-                f"go on with recipes.{facts['recipe']}, or take the weights alone, with resume=RUN/model.pt"
+                f"resume it with recipes.{facts['recipe']}, or take the weights alone, with resume=RUN/model.pt"
             )
         saved = dcp.tensor_metadata(path)
         wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self._model().items()}

@@ -26,7 +26,7 @@ class Engine(Protocol):
     """A trainer from elsewhere that keeps weights and optimizer in files of its own, such as DeepSpeed.
 
     Its files become part of a checkpoint as if lockstep had written them: in the background, with their hashes in the
-    manifest, flushed, and under their final name only when all of them are complete. So it hands over bytes, and leaves
+    manifest, flushed, and under their final name only when all of them are complete. So it returns bytes, and leaves
     the disk alone: on a full one, one rank would fail and the others wait for it.
 
     All ranks call each method together, except `weights`.
@@ -45,7 +45,7 @@ class Engine(Protocol):
         """Take over the state in a folder of its files.
 
         Args:
-            same_ranks: as many ranks as now have saved it: then training must go on to the same bits.
+            same_ranks: as many ranks as now have saved it: then training must continue with the same bits.
         """
         ...
 

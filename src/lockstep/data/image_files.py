@@ -1,7 +1,9 @@
-"""Data sets as they lie on disk: what is there and whether it is what its format says, in NumPy and plain lists.
+"""Data sets on disk: what is there, and whether it is what its format says, in NumPy and plain lists.
 
-A command looks its data over with `check` before anything starts, in the process that ranks may become copies of.
-Counting with tensors would start torch's threads there, and a process that has threads is not copied.
+A command checks its data with `check_data` before anything starts, in the process that ranks may be forked from.
+Counting with tensors would start torch's threads there, and a process that has threads is not forked.
+
+CIFAR-10 is not read by torchvision.datasets: that runs whatever code a pickle holds, and knows no binary files.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ CIFAR_BINARIES = "cifar-10-batches-bin"
 
 
 def check_data(config: DataConfig) -> tuple[int, int]:
-    """Look a data set over before anything starts: (classes, training images).
+    """Check a data set before anything starts: (classes, training images).
 
     Raises:
         UserError: data.root is missing or does not hold the format.

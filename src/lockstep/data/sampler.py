@@ -1,8 +1,8 @@
 """The order of samples and their random numbers: pure functions of (seed, epoch) and of (seed, epoch, sample).
 
-An epoch's order is cut into global batches and those into equal slices, one a rank: step k takes global batch k, and
+An epoch's order is cut into global batches and those into equal slices, one per rank: step k takes global batch k, and
 rank r its r-th slice. So what the optimizer sees does not depend on the number of ranks, and one integer (steps done)
-says where to go on.
+says where to resume.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StepSampler(Sampler[tuple[int, Tensor]]):
     """Yields (epoch, this rank's sample numbers) for every step from `start` to `stop`, over all the epochs they span.
 
     The last size % batch_size samples of an epoch's order are dropped, which are different ones each epoch.
-    One sampler spans all epochs: DataLoader workers then go on working across the end of an epoch.
+    One sampler spans all epochs: DataLoader workers then keep working across the end of an epoch.
     """
 
     def __init__(

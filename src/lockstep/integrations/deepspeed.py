@@ -36,7 +36,7 @@ from lockstep.training.precision import Scaler
 
 @contextlib.contextmanager
 def prepared(run: Run) -> Iterator[None]:
-    """Where DeepSpeed can be initialised: it finds what it asks of its own launcher, and talks into the rank's log."""
+    """A context in which DeepSpeed can be initialised: with the variables of its own launcher, its output in the rank's log."""
     for handler in logger.handlers:  # it warns on stdout
         handler.setStream(run.report.log)
     # Its launcher would set it: the number of this rank's device.

@@ -89,7 +89,7 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
     each, shards = recipe.subject(config), max(1, ranks // config.model_parallel_size)
     unit = shards * config.pipeline_micro_batches  # a batch is a whole number of these
     short, smallest, images = first_allowed(config, recipe, ranks, unit)
-    most = tidy(images // unit)
+    most = round_to_eight(images // unit)
     device = resolve_device(config.device, config.backend)[0]
     room = int(config.memory_fraction * min([host_bytes(), *(size for size, _ in group_bytes())]) / ranks)
     trials: dict[int, Trial] = {}
@@ -162,7 +162,7 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
 
 def cut_short(config: Config, recipe: Recipe) -> Config:
     """The config of a trial: its batch, model and shards, and nothing of its length, checkpoints and curves."""
-    # A run that goes on holds no more memory than one that begins; a backbone is part of the model.
+    # A run that is resumed holds no more memory than one that begins; a backbone is part of the model.
     return with_values(config, SHORT if recipe.backbone else SHORT | {"resume": "never"})
 
 
@@ -178,7 +178,7 @@ def check_share(config: Config, recipe: Recipe, ranks: int) -> None:
         recipe.check(config, share)
 
 
-def tidy(count: int) -> int:
+def round_to_eight(count: int) -> int:
     """From 16 up a multiple of 8, which is what a GPU's matrix units like best."""
     return count - count % 8 if count >= 16 else count
 
@@ -190,7 +190,7 @@ def search(fits: Callable[[int], bool], trials: dict[int, Trial], smallest: int,
     since a step's activations are proportional to its images; between a size that fits and one that does not it halves.
     """
     good, bad = 0, most + 1
-    count = tidy(min(max(first, smallest), most))
+    count = round_to_eight(min(max(first, smallest), most))
     while True:
         if fits(count):
             good = count
@@ -199,8 +199,8 @@ def search(fits: Callable[[int], bool], trials: dict[int, Trial], smallest: int,
         if good == most or (good and bad - good <= max(1, good // CLOSE)) or bad <= smallest:
             return good or None
         count = guess(trials, good, bad) if good else smallest
-        count = tidy(min(max(count, good + 1), bad - 1))
-        if count <= good:  # what is left between the two is not tidy
+        count = round_to_eight(min(max(count, good + 1), bad - 1))
+        if count <= good:  # what is left between the two is not a multiple of 8
             return good
 
 

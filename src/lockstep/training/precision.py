@@ -35,15 +35,15 @@ class Scaler(torch.amp.GradScaler):
     """A GradScaler with which all ranks leave a step out, or none does.
 
     torch's decides for each process by the gradients it holds. Those of a pipeline's stage are that rank's alone: the
-    stages would go on with weights that do not belong together, and with different scales. So the ranks that have
+    stages would continue with weights that do not belong together, and with different scales. So the ranks that have
     found something not finite tell all others, in an all-reduce of one number a step.
 
-    A step that is left out is a step: its batch is used up and the learning rate goes on, so the order of the data
+    A step that is left out is a step: its batch is used up and the schedule advances, so the order of the data
     stays a function of the step alone. Weights and optimizer stay as they are, and hooks on the optimizer's step
     (where gradients are clipped, on values that are unscaled already) are not called.
 
     Args:
-        device: where the ranks talk.
+        device: where the ranks communicate.
         first: the scale to begin with.
         enabled: else `scale` gives back what it gets, `step` is the optimizer's and `update` does nothing.
 
