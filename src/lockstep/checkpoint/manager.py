@@ -116,7 +116,7 @@ class CheckpointManager:
         if rest:
             raise UserError(
                 f"global_batch_size={batch_size}: {path.name} was saved after {facts['samples_seen']} samples, which is no "
-                f"whole number of such batches; set global_batch_size={facts['global_batch_size']}"
+                f"whole number of such batches; set global_batch_size={facts['samples_seen'] // facts['step']}"
             )
         if facts["step"]:
             before()
