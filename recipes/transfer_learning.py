@@ -64,7 +64,7 @@ def is_frozen(name: str, patterns: list[str] | None) -> bool:
     return not name.startswith(HEAD) if patterns is None else any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def freeze(model: nn.Module, patterns: list[str] | None) -> None:
+def freeze_parameters(model: nn.Module, patterns: list[str] | None) -> None:
     """Exclude parameters from training, and a BatchNorm with all its parameters frozen from train mode."""
     for name, parameter in model.named_parameters():
         if is_frozen(name, patterns):
@@ -77,7 +77,7 @@ def freeze(model: nn.Module, patterns: list[str] | None) -> None:
 
 
 def unfreeze(model: nn.Module) -> None:
-    """Undo `freeze`."""
+    """Undo `freeze_parameters`."""
     model.requires_grad_(True)
     for layer in model.modules():
         vars(layer).pop("train", None)  # the class's own is back
@@ -89,7 +89,7 @@ def prepare(run: Run[TransferConfig], model: nn.Module) -> None:
     model.load_state_dict(
         run.backbone(model, HEAD, run.config.weights), strict=False
     )  # not strict: the head keeps its random weights
-    freeze(model, run.config.freeze)
+    freeze_parameters(model, run.config.freeze)
 
 
 def check(config: TransferConfig, share: int) -> None:

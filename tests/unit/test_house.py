@@ -191,6 +191,36 @@ def test_the_lower_floors_know_nothing_of_the_tools() -> None:
             assert not {room(each) for each in imported} & tools, f"{module} imports {sorted(imported)}"
 
 
+# Names with several definitions on purpose: {name: why}.
+SEVERAL: dict[str, str] = {}
+
+
+def definitions(path: Path) -> set[str]:
+    """The functions, classes and constants that a module defines at its top; TypeVars and __all__ are none."""
+    names: set[str] = set()
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign) and "TypeVar(" not in ast.unparse(node):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names |= {each.id for target in targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+    return names - {"__all__"}
+
+
+def test_a_name_has_one_meaning() -> None:
+    """No function, class or constant is defined in two modules of src/lockstep, or in one of them and a recipe."""
+    found: dict[str, list[str]] = {}
+    for path in [*python_files("src/lockstep"), *python_files("recipes")]:
+        for name in definitions(path):
+            found.setdefault(name, []).append(str(path.relative_to(ROOT)))
+    library = {name for name, places in found.items() if any(place.startswith("src/") for place in places)}
+    twice = {name: places for name, places in found.items() if len(places) > 1 and name in library}
+    assert not twice.keys() - SEVERAL.keys(), "\n".join(
+        f"{name}: {', '.join(twice[name])}" for name in sorted(twice.keys() - SEVERAL)
+    )
+    assert not SEVERAL.keys() - twice, "these have one definition each, and are no exceptions any more"
+
+
 # Recipes ----------------------------------------------------------------------------------------------------------------
 
 

@@ -45,7 +45,7 @@ class Command(Recipe):
         try:
             cluster.adopt(self)
             place = discover(os.environ)
-            code = submit(self) if place is None else None
+            code = launch_recipe(self) if place is None else None
         except UserError as error:
             code = complain(error)
         except KeyboardInterrupt:
@@ -80,7 +80,7 @@ def complain(error: UserError) -> int:
 # The submitting process -------------------------------------------------------------------------------------------
 
 
-def submit(recipe: Recipe) -> int:
+def launch_recipe(recipe: Recipe) -> int:
     """Compose, check, freeze and launch, once for every point of a sweep; return the exit code.
 
     Raises:
