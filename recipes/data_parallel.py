@@ -31,6 +31,7 @@ from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 
 
@@ -114,7 +115,8 @@ def train(run: Run[DataParallelConfig]) -> None:
                 loss = cross_entropy(model(micro.images), micro.labels)
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
-        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        clip_gradients(model, optimizer, scaler, run.config.gradients)
+        scaler.step(optimizer)  # unscales the gradients, unless that is done; if one is not finite, no rank updates
         scaler.update()
         scheduler.step()
         optimizer.zero_grad()

@@ -72,7 +72,7 @@ def deepspeed_config(run: Run[ZeroConfig]) -> dict[str, Any]:
     found: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": largest,
         "gradient_accumulation_steps": -(-share // largest),
-        # Its default is 1.0. In stage 0 the gradients are whole, and run.steps sees to it, as in every recipe.
+        # Its default is 1.0. In stage 0, clip_gradients below sees to it, as in every recipe.
         "gradient_clipping": (config.gradients.clip_norm or 0.0) if config.stage else 0.0,
         "torch_autocast": {
             "enabled": config.precision in AUTOCAST,
@@ -147,6 +147,8 @@ def train(run: Run[ZeroConfig]) -> None:
                 loss = cross_entropy(engine(micro.images), micro.labels)
             engine.backward(loss * micro.weight, scale_wrt_gas=False)  # else it divides by the number of micro-batches
             run.record(loss=loss, weight=micro.weight)
+            if micro.last:
+                zero_engine.clip_gradients(run.config.gradients)  # from stage 1 on by value: step() clips by the norm
             engine.step()  # the update, after the last of them
         scheduler.step()
 

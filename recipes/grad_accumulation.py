@@ -27,6 +27,7 @@ from lockstep.config.schema import Config
 from lockstep.data.datasets import Batch
 from lockstep.memory.tracker import saved_bytes
 from lockstep.models.resnet import build_model
+from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 
 
@@ -81,7 +82,8 @@ def train(run: Run[AccumulationConfig]) -> None:
                     loss = cross_entropy(model(micro.images), micro.labels)
                 scaler.scale(loss * weight).backward()
             run.record(loss=loss, weight=weight)
-        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        clip_gradients(model, optimizer, scaler, run.config.gradients)
+        scaler.step(optimizer)  # unscales the gradients, unless that is done; if one is not finite, no rank updates
         scaler.update()
         scheduler.step()
         optimizer.zero_grad()

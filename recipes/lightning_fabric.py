@@ -28,6 +28,7 @@ from lockstep.config.schema import Config
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 
 
@@ -59,7 +60,8 @@ def train(run: Run[FabricConfig]) -> None:
 
     synchronised = run.config.sync_batchnorm
     strategy = DDPStrategy(**joined(run.world), **(NO_BUFFER_SYNC if synchronised else {}))
-    plugins = loss_scaling(run, MixedPrecision)  # its backward and step then scale and unscale
+    scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
+    plugins = loss_scaling(run, scaler, MixedPrecision)  # Fabric's backward and step then scale and unscale
     fabric = Fabric(strategy=strategy, precision=PRECISION[run.config.precision], plugins=plugins)
     fabric.launch()  # the ranks are there: it starts none
 
@@ -80,6 +82,7 @@ def train(run: Run[FabricConfig]) -> None:
                     loss = cross_entropy(model(micro.images), micro.labels)
                 fabric.backward(loss * micro.weight)
             run.record(loss=loss, weight=micro.weight)
+        clip_gradients(model, optimizer.optimizer, scaler, run.config.gradients)  # the one that Fabric has wrapped
         optimizer.step()
         scheduler.step()
         optimizer.zero_grad()

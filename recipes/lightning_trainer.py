@@ -27,6 +27,7 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from torch.optim import Optimizer
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -34,6 +35,7 @@ from lockstep.config.schema import Config
 from lockstep.data.datasets import Batch
 from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import MicroBatch
+from lockstep.training.clip import clip_gradients
 from lockstep.training.evaluate import Tally
 from lockstep.training.optim import build_optimizer, build_scheduler
 
@@ -80,6 +82,9 @@ def train(run: Run[TrainerConfig]) -> None:
             scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+        def configure_gradient_clipping(self, optimizer: Optimizer, *limits: Any, **others: Any) -> None:
+            clip_gradients(model, optimizer, None, run.config.gradients)  # Lightning has unscaled them
+
         def training_step(self, micro: MicroBatch) -> Tensor:
             loss = cross_entropy(self(micro.images), micro.labels)
             run.record(loss=loss, weight=micro.weight)
@@ -96,7 +101,7 @@ def train(run: Run[TrainerConfig]) -> None:
             self.evaluation = self.tally.result(run.device)
 
     module, batches = Classifier(), TrainBatches(run)
-    scaling = loss_scaling(run, MixedPrecision)
+    scaling = loss_scaling(run, run.scaler(), MixedPrecision)
     hooks = RunHooks(run, module, batches)
     trainer = Trainer(
         strategy=DDP(run.world),

@@ -30,6 +30,7 @@ from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import check_cut, choose_cuts, split
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.stage_clock import StageClock
 
@@ -111,7 +112,8 @@ def train(run: Run[ModelParallelConfig]) -> None:
                 loss = cross_entropy(logits, micro.labels.to(logits.device))
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
-        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        clip_gradients(model, optimizer, scaler, run.config.gradients)
+        scaler.step(optimizer)  # unscales the gradients, unless that is done; if one is not finite, no rank updates
         scaler.update()
         scheduler.step()
         optimizer.zero_grad()

@@ -43,6 +43,7 @@ from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import Part, blocks, check_cut, choose_cuts, split
+from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.timing import Stopwatch
 
@@ -241,7 +242,8 @@ def train(run: Run[PipelineConfig]) -> None:
         if last:  # only here the model ends, and with it the loss is known
             run.record(loss=torch.stack(losses).mean() / scaler.get_scale())
         average_gradients(mine, data_group)
-        scaler.step(optimizer)  # unscales the gradients first; if one is not finite, no rank updates
+        clip_gradients(mine, optimizer, scaler, run.config.gradients, stage_group)
+        scaler.step(optimizer)  # unscales the gradients, unless that is done; if one is not finite, no rank updates
         scaler.update()
         scheduler.step()
         optimizer.zero_grad()

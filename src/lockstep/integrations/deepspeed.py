@@ -21,6 +21,7 @@ from deepspeed.utils import logger, safe_get_full_grad, safe_set_full_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lockstep.config.schema import GradientsConfig
 from lockstep.distributed.process_group import collective_timeout
 from lockstep.integrations.deepspeed_files import (
     CheckpointBuffers,
@@ -30,6 +31,7 @@ from lockstep.integrations.deepspeed_files import (
     section_places,
 )
 from lockstep.run import Run
+from lockstep.training.clip import clip_gradients, limits
 from lockstep.training.local_gradients import LocalGradients
 from lockstep.training.precision import Scaler
 
@@ -116,6 +118,22 @@ class ZeroEngine:
 
     def parts(self, module: nn.Module, optimizer: Optimizer) -> LocalGradients:
         return ZeroGradients(self) if self.stage else LocalGradients(module, optimizer)
+
+    def clip_gradients(self, config: GradientsConfig) -> None:
+        """What `clip_gradients` does in every recipe; to be called between the last backward and `engine.step`.
+
+        From stage 1 on it clips by value alone: by norm DeepSpeed does it (`gradient_clipping`), in its own step.
+        """
+        if self.stage == 0:
+            clip_gradients(self.module, self.optimizer, self.scaler, config)
+            return
+        found = limits(config, list(self.names.values())) if config.clip_value else {}
+        for name, parameter in self.module.named_parameters() if found else ():
+            gradient = safe_get_full_grad(parameter) if name in found else None
+            if gradient is not None:
+                limit = found[name] * self.scale
+                # An overflow stays one, for the step to be left out.
+                safe_set_full_grad(parameter, gradient.clamp(-limit, limit).where(gradient.isfinite(), gradient))
 
     def before_update(self, call: Callable[[], None]) -> None:
         """Have something called on all ranks in each step, between the last backward and the update."""
@@ -241,8 +259,6 @@ class ZeroGradients(LocalGradients):
     The sections of gradients are no parameters' own, so each one is put together on every rank, one after the other.
     """
 
-    clips_norm = True  # gradient_clipping does, in the update
-
     def __init__(self, zero: ZeroEngine) -> None:
         super().__init__(zero.module, zero.optimizer, owns=dist.get_rank() == 0, differ=True)
         self._zero = zero
@@ -266,11 +282,6 @@ class ZeroGradients(LocalGradients):
             return parameter.detach()
         size = section.numel()  # the last ranks' are padded
         return section.flatten()[: max(0, min(size, vars(parameter)["ds_numel"] - dist.get_rank() * size))].detach()
-
-    def clamp(self, parameter: nn.Parameter, limit: float) -> None:
-        found = safe_get_full_grad(parameter)
-        if found is not None:
-            safe_set_full_grad(parameter, found.clamp(-limit * self._zero.scale, limit * self._zero.scale))
 
     def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
         return self._owns or (not gradient and hasattr(parameter, "ds_tensor"))

@@ -17,6 +17,7 @@ from lightning.fabric.plugins.environments import ClusterEnvironment
 
 from lockstep.distributed.process_group import World
 from lockstep.run import Run
+from lockstep.training.precision import Scaler
 
 # Lightning's names. Asked for "16-mixed" on a CPU it would quietly take bf16, hence fp16's plugin below.
 PRECISION: dict[str, Any] = {"fp32": "32-true", "fp64": "64-true", "bf16": "bf16-mixed", "fp16": None}
@@ -83,6 +84,6 @@ def joined(world: World) -> dict[str, Any]:
     }
 
 
-def loss_scaling(run: Run, mixed: Any) -> list[Any]:
+def loss_scaling(run: Run, scaler: Scaler, mixed: Any) -> list[Any]:
     """What Fabric or the Trainer needs for fp16: `mixed`, which is its own MixedPrecision, with the run's scaler."""
-    return [mixed("16-mixed", run.device.type, run.scaler())] if run.config.precision == "fp16" else []
+    return [mixed("16-mixed", run.device.type, scaler)] if scaler.is_enabled() else []

@@ -61,6 +61,11 @@ class Scaler(torch.amp.GradScaler):
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
             self.scale(torch.zeros((), device=device))  # makes the scale, also where no loss comes by to be scaled
 
+    @property
+    def overflows(self) -> bool:
+        """Whether the gradients of this step, unscaled already, are not all finite: it is going to be left out."""
+        return self._overflow
+
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Halve the scale after a step that was left out, double it after many that were not.
 
