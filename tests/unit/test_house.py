@@ -21,6 +21,7 @@ LOOP = [
 LOSS = "loss = cross_entropy(model(micro.images), micro.labels)"
 OPTIMIZER = "optimizer = build_optimizer(run.config.optim, model)"
 STEPS = "for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):"
+CLIP = "clip_gradients(model, optimizer, scaler, run.config.gradients)"
 SCALER = ["scaler.step(optimizer)", "scaler.update()"]
 # The lines of single.py that a technique replaces by its own; every other line of single.py stands in every recipe.
 REPLACES: dict[str, list[str]] = {
@@ -29,13 +30,14 @@ REPLACES: dict[str, list[str]] = {
         STEPS,
         LOSS,
         LOOP[1],
+        CLIP,
         *SCALER,
         "optimizer.zero_grad()",
     ],
     "ddp": [],
     "fsdp": ["model = run.place(build_model(run.config.model))", "with run.autocast():"],
     "grad_accumulation": LOOP,
-    "lightning_fabric": ["scaler = run.scaler()", LOOP[0], "with run.autocast():", LOOP[1], *SCALER],
+    "lightning_fabric": ["scaler = run.scaler()", LOOP[0], "with run.autocast():", LOOP[1], CLIP, *SCALER],
     "lightning_trainer": [
         "scaler = run.scaler()",
         STEPS,
@@ -43,6 +45,7 @@ REPLACES: dict[str, list[str]] = {
         "with run.autocast():",
         LOSS,
         LOOP[1],
+        CLIP,
         *SCALER,
         "scheduler.step()",
         "optimizer.zero_grad()",

@@ -1,12 +1,11 @@
-"""Gradients seen, bounded and guarded by hooks, in every recipe and under every sharding.
+"""Gradients looked at, in every recipe and under every sharding; nothing here changes one.
 
 There are two moments at which to look. A tensor hook on a parameter (`tensor.register_hook`), and a module's backward
 hook, see what this rank has computed from one micro-batch, while backward runs: before micro-batches add up, before
-ranks average. That is the place to find out in which layer and on which rank a NaN appears, and the wrong one to clip:
-the mean of clipped gradients is not the clipped mean, so with two ranks or micro-batches it would be another training.
-What the optimizer is about to apply is there when its step begins: after the mean over ranks, and under fp16 unscaled,
-for GradScaler unscales before it calls the optimizer, and does not call it when a gradient has overflowed.
-`optimizer.register_step_pre_hook` is that moment, so norms, limits and histograms are taken there.
+ranks average. That is the place to find out in which layer and on which rank a NaN appears. What the optimizer is about
+to apply is there when its step begins: after the mean over ranks, and under fp16 unscaled, for GradScaler unscales
+before it calls the optimizer, and does not call it when a gradient has overflowed. `optimizer.register_step_pre_hook`
+is that moment; where the recipe clips by the norm, it is the one before, within `clip_gradients`.
 
 A rank may hold a part of a gradient (FSDP), or of some layers only (a pipeline), or the same as all others (DDP). Each
 writes the sums of squares of what it holds into its rows of a table with a row for every parameter of the model, and
@@ -15,8 +14,7 @@ norm over all, the same to the last bit. Who has the same as another rank writes
 
 Nothing asked for: no hook is registered, and nothing is computed.
 
-Source: https://docs.pytorch.org/docs/stable/notes/modules.html#module-hooks,
-https://arxiv.org/abs/1211.5063 (clipping by the norm)
+Source: https://docs.pytorch.org/docs/stable/notes/modules.html#module-hooks
 """
 
 from __future__ import annotations
@@ -31,7 +29,6 @@ from torch import Tensor
 from lockstep.callbacks.base import Callback, CallbackContext, LogRecord
 from lockstep.config.schema import Config
 from lockstep.loggers.base import Histogram
-from lockstep.training.clip import limits
 
 BINS = 64  # of a histogram
 WARN_STEPS = 100  # a layer is named at most once in so many steps
@@ -40,7 +37,7 @@ WARN_STEPS = 100  # a layer is named at most once in so many steps
 def wants_gradient_stats(config: Config) -> bool:
     """Whether there is anything to hook into."""
     asked = config.gradients
-    return bool(asked.log or asked.warn_above or asked.clip_norm or asked.clip_value or config.logger.histograms)
+    return bool(asked.log or asked.warn_above or asked.clip_norm or config.logger.histograms)
 
 
 def layer_of(parameter: str) -> str:
@@ -58,7 +55,6 @@ class GradientStats(Callback):
     def on_train_begin(self, context: CallbackContext) -> None:
         self._names, self._parts, self._device = context.parameter_names, context.gradients, context.device
         self._say = context.say
-        self._limits = limits(self._asked, list(self._names))
         self._rows = {name: row for row, name in enumerate(self._names)}
         self.layers = list(dict.fromkeys(layer_of(name) for name in self._names))
         rows = [self.layers.index(layer_of(name)) for name in self._names]
@@ -97,12 +93,8 @@ class GradientStats(Callback):
     @torch.no_grad()
     def _before_update(self) -> None:
         asked, parameters = self._asked, self._parts.parameters
-        for name, limit in self._limits.items():
-            if name in parameters:  # a pipeline's other ranks have the others
-                self._parts.clamp(parameters[name], limit)
-        clips = asked.clip_norm is not None and not self._parts.clips_norm
         logs = self._logs and bool(self.columns)
-        if clips or logs or asked.warn_above is not None:
+        if logs or asked.warn_above is not None:
             squares = self._sum_of_squares(self._gradients())
             norm = squares.sum().sqrt()
             if asked.warn_above is not None:
@@ -111,8 +103,6 @@ class GradientStats(Callback):
                 self._scalars["gradient_norm"] = norm.item()
             if logs and asked.log:
                 self._scalars |= {f"gradient_norm/{layer}": value for layer, value in self._by_layer(squares)}
-            if clips and asked.clip_norm is not None:
-                self._scale((asked.clip_norm / (norm + 1e-6)).clamp(max=1.0))  # torch's own formula
         if self._draws:
             self._draw("gradients", self._gradients)
         if self._logs and asked.log:
@@ -161,12 +151,6 @@ class GradientStats(Callback):
         """(layer, norm), for every layer."""
         sums = torch.zeros(len(self.layers), dtype=torch.float64, device=self._device)
         return list(zip(self.layers, sums.index_add_(0, self._layer_of_row, squares).sqrt().tolist(), strict=True))
-
-    def _scale(self, factor: Tensor) -> None:
-        for parameter in self._parts.parameters.values():
-            gradient = self._parts.gradient(parameter)
-            if gradient is not None:
-                gradient.mul_(factor.to(gradient.device, gradient.dtype))
 
     def _warn(self, squares: Tensor, limit: float) -> None:
         for layer, norm in self._by_layer(squares):

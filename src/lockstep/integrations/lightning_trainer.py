@@ -24,12 +24,14 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lockstep.config.schema import GradientsConfig
 from lockstep.data.datasets import Batch
 from lockstep.distributed.process_group import World
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.integrations.fabric import joined
 from lockstep.run import Run
 from lockstep.training.accumulate import MicroBatch, micro_batches
+from lockstep.training.clip import clips, register_clip_pre_hook
 from lockstep.training.evaluate import sync_buffers
 from lockstep.training.local_gradients import LocalGradients
 from lockstep.training.optim import WarmupLR
@@ -158,12 +160,17 @@ class TrainerGradients(LocalGradients):
         calls: what `on_before_optimizer_step` is to call, after backward and, under fp16, unscaling.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, calls: list[Callable[[], None]]) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, calls: list[Callable[[], None]], config: GradientsConfig
+    ) -> None:
         super().__init__(module, optimizer)
-        self._calls = calls
+        self._calls, self._config = calls, config
 
     def before_update(self, call: Callable[[], None]) -> None:
-        self._calls.append(call)
+        if clips(self._config):
+            register_clip_pre_hook(self._module, call)
+        else:
+            self._calls.append(call)
 
 
 class RunHooks(Checkpoint):
@@ -274,4 +281,4 @@ class RunHooks(Checkpoint):
         return {name.removeprefix("model."): tensor for name, tensor in saved.items()}
 
     def parts(self, module: nn.Module, optimizer: Optimizer) -> LocalGradients:
-        return TrainerGradients(module, optimizer, self._calls)
+        return TrainerGradients(module, optimizer, self._calls, self._run.config.gradients)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lockstep.distributed.dtensor import full_tensor, is_sharded, local_shard
+from lockstep.training.clip import register_clip_pre_hook
 
 
 class LocalGradients:
@@ -18,28 +19,40 @@ class LocalGradients:
     Args:
         owns: whether what this rank holds counts, where others may hold the same.
         differ: whether ranks hold different parts, so that their sums add up to the whole.
-
-    Attributes:
-        clips_norm: whether somebody else sees to gradients.clip_norm.
     """
 
-    clips_norm = False
-
     def __init__(self, module: nn.Module, optimizer: Optimizer, *, owns: bool = True, differ: bool = False) -> None:
-        self.parameters = dict(module.named_parameters())
+        self._module, self.parameters = module, dict(module.named_parameters())
         self._optimizer, self._owns = optimizer, owns
         self.differ = differ or any(is_sharded(parameter) for parameter in self.parameters.values())
 
     def before_update(self, call: Callable[[], None]) -> None:
-        """Have something called in each step when its gradients are complete, before the weights change."""
-        self._optimizer.register_step_pre_hook(lambda *_: call())
+        """Have something called in each step when its gradients are complete, before the weights change.
+
+        Where the recipe clips them by their norm, it is called before that.
+        """
+        called = False
+
+        def before_clipping() -> None:
+            nonlocal called
+            called = True
+            call()
+
+        def before_step(*_: Any) -> None:
+            nonlocal called
+            if not called:
+                call()
+            called = False
+
+        register_clip_pre_hook(self._module, before_clipping)
+        self._optimizer.register_step_pre_hook(before_step)
 
     def after_update(self, call: Callable[[], None]) -> None:
         """Have something called in each step when the weights have changed."""
         self._optimizer.register_step_post_hook(lambda *_: call())
 
     def gradient(self, parameter: nn.Parameter) -> Tensor | None:
-        """This rank's part of a gradient; to write to it is to change it."""
+        """This rank's part of a gradient."""
         return None if parameter.grad is None else local_shard(parameter.grad)
 
     def full_gradient(self, parameter: nn.Parameter, device: torch.device) -> Tensor | None:
@@ -49,12 +62,6 @@ class LocalGradients:
     def weight(self, parameter: nn.Parameter) -> Tensor:
         """This rank's part of a parameter."""
         return local_shard(parameter.detach())
-
-    def clamp(self, parameter: nn.Parameter, limit: float) -> None:
-        """Bring each number of a gradient into −limit…limit."""
-        gradient = self.gradient(parameter)
-        if gradient is not None:
-            gradient.clamp_(-limit, limit)
 
     def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
         """Whether this rank's part of a parameter, or of its gradient, belongs into the sum over ranks."""
