@@ -37,7 +37,7 @@ REPLACES: dict[str, list[str]] = {
     "ddp": [],
     "fsdp": ["model = run.place(build_model(run.config.model))", "with run.autocast():"],
     "grad_accumulation": LOOP,
-    "lightning_fabric": ["scaler = run.scaler()", LOOP[0], "with run.autocast():", LOOP[1], CLIP, *SCALER],
+    "lightning_fabric": [LOOP[0], "with run.autocast():", LOOP[1], CLIP, *SCALER],
     "lightning_trainer": [
         "scaler = run.scaler()",
         STEPS,
