@@ -59,17 +59,17 @@ def train(run: Run[FabricConfig]) -> None:
     from lockstep.integrations.fabric import PRECISION, joined, loss_scaling
 
     synchronised = run.config.sync_batchnorm
-    strategy = DDPStrategy(**joined(run.world), **(NO_BUFFER_SYNC if synchronised else {}))
-    scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
-    plugins = loss_scaling(run, scaler, MixedPrecision)  # Fabric's backward and step then scale and unscale
-    fabric = Fabric(strategy=strategy, precision=PRECISION[run.config.precision], plugins=plugins)
-    fabric.launch()  # the ranks are there: it starts none
-
     model = run.place(build_model(run.config.model))
     if synchronised:
         model = convert_sync_batchnorm(model)
     optimizer = build_optimizer(run.config.optim, model)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
+    scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
+
+    strategy = DDPStrategy(**joined(run.world), **(NO_BUFFER_SYNC if synchronised else {}))
+    plugins = loss_scaling(run, scaler, MixedPrecision)  # Fabric's backward and step then scale and unscale
+    fabric = Fabric(strategy=strategy, precision=PRECISION[run.config.precision], plugins=plugins)
+    fabric.launch()  # the ranks are there: it starts none
     model, optimizer = fabric.setup(model, optimizer)
 
     for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
