@@ -20,7 +20,9 @@ from torchvision.models import resnet
 from lockstep.callbacks import gradient_stats
 from lockstep.checkpoint.directory import list_checkpoints
 from lockstep.distributed.process_group import World
+from lockstep.errors import UserError
 from lockstep.run import Run
+from lockstep.training.clip import clip_gradients
 from recipes import ddp, deepspeed_zero, single
 from tests.helpers.harness import assert_equal, compose_config, execute, lines, result, run_ranks, train
 
@@ -224,8 +226,34 @@ def count_hooks(world: World, config: Any, out: str) -> int:
     loss = model(next(steps).images).square().mean()
     loss.backward()
     run.record(loss=loss)
+    clip_gradients(model, optimizer, None, config.gradients)
     next(steps)  # in the first one there are others', which look for parameters without a gradient
     return hooks_of(model, optimizer) - before
+
+
+def does_not_clip(world: World, config: Any, out: str) -> str:
+    """A recipe of one's own without the line."""
+    run = Run("mine", config, world, Path(out))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    steps = run.steps(model=model, optimizer=optimizer)
+    loss = model(next(steps).images).square().mean()
+    loss.backward()
+    run.record(loss=loss)
+    optimizer.step()
+    try:
+        next(steps)
+    except UserError as error:
+        return str(error)
+    return "trained"
+
+
+def test_a_recipe_that_does_not_clip_is_told_so_and_nothing_clips_instead(tmp_path: Path) -> None:
+    config = compose_config(single.train, *DATA, "gradients.clip_norm=1")
+    config.model.num_classes, config.data.num_classes, config.model.image_size = 10, 10, 8
+    (tmp_path / "ranks").mkdir()
+    said = run_ranks(does_not_clip, 1, config, str(tmp_path))[0]
+    assert said.startswith("gradients.*: mine does not clip; call clip_gradients(model, optimizer, scaler, ")
 
 
 @pytest.mark.parametrize(
