@@ -57,6 +57,7 @@ REPLACES: dict[str, list[str]] = {
         LOOP[0],
         LOSS,
         *LOOP[1:],
+        CLIP,
     ],
     "sync_batchnorm": [],
     "transfer_learning": [OPTIMIZER],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from lockstep.callbacks.base import Callback, CallbackList
+from lockstep.callbacks.clipping_check import ClippingCheck
 from lockstep.callbacks.device_stats import DeviceStats
 from lockstep.callbacks.gradient_stats import GradientStats, wants_gradient_stats
 from lockstep.callbacks.graph_leaks import GraphLeakWatch
@@ -17,6 +18,7 @@ from lockstep.callbacks.step_time import StepTimeMonitor
 from lockstep.callbacks.unused_parameters import UnusedParameters
 from lockstep.config.schema import Config
 from lockstep.distributed.process_group import World
+from lockstep.training.clip import clips
 
 
 def build_callbacks(
@@ -44,6 +46,8 @@ def build_callbacks(
     if config.memory:
         found.append(MemoryReport())
     found.append(GraphLeakWatch())
+    if clips(config.gradients):
+        found.append(ClippingCheck())
     if wants_gradient_stats(config):
         found.append(GradientStats(config))
     if config.gradients.stop_on_nan:

@@ -129,7 +129,9 @@ def oom_report(figures: dict[str, Any], who: str, device: str, found: list[Knob]
         width = max(len(knob.setting) for knob in found)
         lines += [f"    {mebibytes(knob.saves):>10}  {knob.setting:{width}}  {knob.price}" for knob in found]
     else:
-        lines.append("  no memory was left for estimates; try accumulate=2, a smaller global_batch_size, precision=bf16")
+        lines.append(
+            "  no memory was left for estimates; try accumulate=2, a smaller global_batch_size, precision=bf16"
+        )
     lines.append(f"  the traceback is in ranks/{figures['rank']}.log; python -m recipes.doctor memory counts by layer")
     return "\n".join(lines)
 

@@ -31,7 +31,7 @@ from lockstep.integrations.deepspeed_files import (
     section_places,
 )
 from lockstep.run import Run
-from lockstep.training.clip import clip_gradients, limits
+from lockstep.training.clip import call_clip_pre_hooks, clip_gradients, limits
 from lockstep.training.local_gradients import LocalGradients
 from lockstep.training.precision import Scaler
 
@@ -127,6 +127,7 @@ class ZeroEngine:
         if self.stage == 0:
             clip_gradients(self.module, self.optimizer, self.scaler, config)
             return
+        call_clip_pre_hooks(self.module)
         found = limits(config, list(self.names.values())) if config.clip_value else {}
         for name, parameter in self.module.named_parameters() if found else ():
             gradient = safe_get_full_grad(parameter) if name in found else None

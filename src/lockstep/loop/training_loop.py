@@ -40,7 +40,7 @@ from lockstep.errors import CheckFailed, UserError
 from lockstep.loop.result import result_fields
 from lockstep.memory.tracker import state_bytes
 from lockstep.memory.usage import peak_memory_bytes
-from lockstep.models.parameters import count_parameters
+from lockstep.models.parameters import count_parameters, unwrap
 from lockstep.training.ddp_buckets import restore_bucket_order
 from lockstep.training.evaluate import Evaluation, Evaluator
 from lockstep.training.local_gradients import LocalGradients
@@ -388,9 +388,3 @@ class TrainingLoop:
         result |= self.checkpoints.result() | self.context.loss_scaling | self.context.notes
         write_json(self.context.out / "result.json", result)
         return result
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module that a wrapper like DistributedDataParallel holds under the name `module`."""
-    inner = getattr(model, "module", None)
-    return inner if isinstance(inner, nn.Module) else model

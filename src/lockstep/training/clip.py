@@ -70,8 +70,7 @@ def clip_gradients(
     for name, limit in limits(config, names, complete=stages is None).items():
         if name in gradients:
             local_shard(gradients[name]).clamp_(-limit, limit)
-    for hook in vars(module).get(HOOKS, ()):
-        hook()
+    call_clip_pre_hooks(module)
     if config.clip_norm is not None:
         norm = total_norm(gradients.values(), stages)
         factor = (config.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # torch's own formula
@@ -85,6 +84,12 @@ def register_clip_pre_hook(module: nn.Module, hook: Callable[[], None]) -> None:
     For who looks on: the norms that are worth watching are those from before. `module` is the model, unwrapped.
     """
     vars(module).setdefault(HOOKS, []).append(hook)
+
+
+def call_clip_pre_hooks(module: nn.Module) -> None:
+    """For those who clip by other means."""
+    for hook in vars(module).get(HOOKS, ()):
+        hook()
 
 
 def limits(config: GradientsConfig, names: list[str], complete: bool = True) -> dict[str, float]:
