@@ -195,6 +195,13 @@ def test_the_lower_floors_know_nothing_of_the_tools() -> None:
             assert not {room(each) for each in imported} & tools, f"{module} imports {sorted(imported)}"
 
 
+def test_no_module_is_too_long_to_read() -> None:
+    limits = {"run.py": 250}
+    lengths = {path: len(path.read_text().splitlines()) for path in python_files("src/lockstep")}
+    too_long = [f"{path}: {length} lines" for path, length in lengths.items() if length > limits.get(path.name, 400)]
+    assert not too_long, "\n".join(too_long)
+
+
 # Names with several definitions on purpose: {name: why}.
 SEVERAL: dict[str, str] = {}
 
@@ -306,3 +313,11 @@ def test_the_default_tests_go_through_everything() -> None:
 def test_the_cases_that_slow_except_names_are_there(pytestconfig: pytest.Config) -> None:
     """Of the files that run with this one. A case that was renamed would be left out of `make test` in silence."""
     assert pytestconfig.stash.get(NO_SUCH_CASE, []) == []
+
+
+def test_unit_tests_start_no_ranks() -> None:
+    for path in python_files("tests/unit"):
+        code = path.read_text()
+        assert not re.search(r"^from tests\.(ranks|cluster)", code, re.MULTILINE), path
+        started = re.search(r"^from tests\.helpers\.harness import .*\b(run_ranks|execute|train)\b", code, re.MULTILINE)
+        assert not started, f"{path} starts ranks: it belongs into tests/ranks"
