@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lockstep.callbacks.base import Callback, CallbackContext, LogRecord
 from lockstep.errors import UserError
-from lockstep.loggers.base import Logger, Mistake
+from lockstep.loggers.base import Logger, Misclassified
 from lockstep.loggers.build import build_loggers
 from lockstep.memory.usage import peak_memory_bytes
 from lockstep.training.evaluate import Evaluation
@@ -72,7 +72,7 @@ class MetricsLogger(Callback):
             scalars.update(loss=context.train_loss, peak_memory_bytes=peak)
             self._write(context, step, scalars)
             for logger in self._loggers if record.histograms else ():
-                logger.histograms(step, record.histograms)
+                logger.log_histograms(step, record.histograms)
             context.report.step(step, context.train_loss, speed, record.usage)
 
         self._pending = partial(write, context.step)
@@ -97,9 +97,9 @@ class MetricsLogger(Callback):
         context.note("", misclassified=[dict(zip(names, each, strict=True)) for each in wrong])
         if wrong and self._loggers and not context.quiet:
             images = self._eval_images([sample for sample, _, _ in wrong])
-            mistakes = [Mistake(*each, image) for each, image in zip(wrong, images, strict=True)]
+            shown = [Misclassified(*each, image) for each, image in zip(wrong, images, strict=True)]
             for logger in self._loggers:
-                logger.mistakes(context.step, mistakes)
+                logger.log_misclassified(context.step, shown)
 
     def on_exit(self, context: CallbackContext) -> None:
         self._write_pending()

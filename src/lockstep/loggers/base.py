@@ -1,7 +1,7 @@
-"""Where a run's curves go: one writer a run, on rank 0, and as many kinds of files as `logger=` names.
+"""What a logger is: it takes the curves of a run, on rank 0. A run has as many of them as `logger=` names.
 
 `metrics.jsonl`, and `histograms.jsonl` where there are histograms, are always written, a line at a time, and are what a
-resumed run goes by: what was logged after the checkpoint it starts from is dropped, for those steps are taken again.
+resumed run relies on: what was logged after the checkpoint it starts from is dropped, for those steps are taken again.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,7 +36,7 @@ class Histogram:
 
 
 @dataclass(frozen=True)
-class Mistake:
+class Misclassified:
     """An image of the evaluation set that the trained model gets wrong: uint8 [3, H, W]."""
 
     sample: int
@@ -50,22 +49,23 @@ class Mistake:
         return f"sample {self.sample}: {self.label}, predicted {self.predicted}"
 
 
-class Logger(Protocol):
-    """Takes what a run logs, on rank 0."""
+class Logger:
+    """Derive from it and override what you can show; the rest is not shown."""
 
     def log(self, scalars: Scalars) -> None:
         """A line of scalars, `step` among them."""
 
-    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
+    def log_histograms(self, step: int, found: dict[str, Histogram]) -> None:
         """Histograms of weights and gradients, by name."""
 
-    def mistakes(self, step: int, found: list[Mistake]) -> None:
-        """What the trained model gets wrong, at the end."""
+    def log_misclassified(self, step: int, found: list[Misclassified]) -> None:
+        """Some images that the trained model gets wrong, at the end."""
 
     def flush(self) -> None:
         """Have on disk what was logged: a checkpoint is about to say that it happened."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing more will be logged."""
 
 
 def visible(image: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def visible(image: Tensor) -> Tensor:
 
 
 def keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
-    """Drop what a run logged after the checkpoint from which it now goes on, and a line that it died in."""
+    """Drop what a run logged after the checkpoint from which it resumes, and a line that it died in."""
     if not path.exists():
         return
     kept = []

@@ -22,11 +22,11 @@ def build_loggers(
     columns: Sequence[str] = (),
     say: Callable[[str], None] = print,
 ) -> list[Logger]:
-    """The writers of a run: metrics.jsonl always, and those that `logger=` names.
+    """The loggers of a run: metrics.jsonl always, and those that `logger=` names.
 
     Args:
         name: of the run, for a board that shows several.
-        step: steps done; what was logged of later ones is dropped, for they are now taken again.
+        step: steps done; what was logged of later ones is dropped, for they are taken again.
         columns: scalars that only some runs have.
         say: what prints a line.
     """

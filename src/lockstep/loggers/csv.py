@@ -8,11 +8,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lockstep.loggers.base import Histogram, Mistake, Scalars, keep_lines
+from lockstep.loggers.base import Logger, Scalars, keep_lines
 from lockstep.utils.files import write_atomically
 
 
-class CsvLogger:
+class CsvLogger(Logger):
     """`metrics.csv`, for spreadsheets: one column a scalar, empty where a step has none."""
 
     COLUMNS = (
@@ -35,12 +35,6 @@ class CsvLogger:
 
     def log(self, scalars: Scalars) -> None:
         self._writer.writerow(scalars)
-
-    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
-        pass
-
-    def mistakes(self, step: int, found: list[Mistake]) -> None:
-        pass
 
     def flush(self) -> None:
         os.fsync(self._file.fileno())

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import torch
 
-from lockstep.loggers.base import Histogram, Mistake, Scalars, keep_lines, visible
+from lockstep.loggers.base import Histogram, Logger, Misclassified, Scalars, keep_lines, visible
 from lockstep.utils.files import write_atomically
 
 
-class JsonLinesLogger:
+class JsonLinesLogger(Logger):
     """`metrics.jsonl`: a JSON object a line, readable while the run goes on."""
 
     def __init__(self, out: Path, step: int) -> None:
@@ -27,11 +27,11 @@ class JsonLinesLogger:
     def log(self, scalars: Scalars) -> None:
         self._file.write(json.dumps(scalars) + "\n")
 
-    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
+    def log_histograms(self, step: int, found: dict[str, Histogram]) -> None:
         with (self._out / "histograms.jsonl").open("a") as stream:
             stream.write(json.dumps({"step": step} | {name: asdict(each) for name, each in found.items()}) + "\n")
 
-    def mistakes(self, step: int, found: list[Mistake]) -> None:
+    def log_misclassified(self, step: int, found: list[Misclassified]) -> None:
         """`misclassified.png`, eight in a row; result.json says which they are."""
         from torchvision.utils import make_grid, save_image  # half a second, which a run without has not to wait for
 

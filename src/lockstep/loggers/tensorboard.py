@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.schema import Config, to_yaml
-from lockstep.loggers.base import Histogram, Mistake, Scalars, visible
+from lockstep.loggers.base import Histogram, Logger, Misclassified, Scalars, visible
 
 
-class TensorBoardLogger:
+class TensorBoardLogger(Logger):
     """`tensorboard/`: event files for `tensorboard --logdir`."""
 
     def __init__(self, out: Path, step: int, config: Config) -> None:
@@ -23,7 +23,7 @@ class TensorBoardLogger:
             if name != "step":
                 self._writer.add_scalar(name, value, scalars["step"])
 
-    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
+    def log_histograms(self, step: int, found: dict[str, Histogram]) -> None:
         for name, each in found.items():
             self._writer.add_histogram_raw(
                 name,
@@ -37,7 +37,7 @@ class TensorBoardLogger:
                 global_step=step,
             )
 
-    def mistakes(self, step: int, found: list[Mistake]) -> None:
+    def log_misclassified(self, step: int, found: list[Misclassified]) -> None:
         for number, each in enumerate(found):
             self._writer.add_image(f"misclassified/{number}", visible(each.image), step)
             self._writer.add_text(f"misclassified/{number}", each.caption, step)

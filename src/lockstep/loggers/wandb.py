@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.config.schema import Config
-from lockstep.loggers.base import Histogram, Mistake, Scalars, visible
+from lockstep.loggers.base import Histogram, Logger, Misclassified, Scalars, visible
 from lockstep.utils.files import write_atomically
 
 
-class WandbLogger:
-    """`wandb/`: a run of Weights & Biases, under an id that is kept, so that a resumed run goes on in the same curves.
+class WandbLogger(Logger):
+    """`wandb/`: a run of Weights & Biases, under an id that is kept, so that a resumed run continues the same curves.
 
     Offline, unless credentials are found or WANDB_MODE says otherwise, for a training must not wait for a question or
     for a server: where that does not answer, a line says so and it goes on offline. Each start of an offline run makes
@@ -76,16 +76,13 @@ class WandbLogger:
     def log(self, scalars: Scalars) -> None:
         self._log(int(scalars["step"]), scalars, {})
 
-    def histograms(self, step: int, found: dict[str, Histogram]) -> None:
+    def log_histograms(self, step: int, found: dict[str, Histogram]) -> None:
         self._log(step, {}, found)
 
-    def mistakes(self, step: int, found: list[Mistake]) -> None:
+    def log_misclassified(self, step: int, found: list[Misclassified]) -> None:
         shown = [(visible(each.image).permute(1, 2, 0).numpy(), each.caption) for each in found]
         pictures = [self._wandb.Image(image, caption=caption) for image, caption in shown]
         self._run.log({"misclassified": pictures}, step=step)
-
-    def flush(self) -> None:
-        pass  # what is lost of it is told again
 
     def close(self) -> None:
         self._run.finish()
