@@ -103,6 +103,8 @@ def check(config: ZeroConfig, share: int) -> None:
         )
     if config.channels_last not in (AUTO, False):
         raise UserError("channels_last=true: DeepSpeed keeps the weights as one long vector; leave channels_last out")
+    if config.optim.name in ("muon", "torch.optim.Muon") and config.stage:
+        raise UserError("optim.name=muon: needs matrices, and DeepSpeed's optimizer gets one long vector; set stage=0")
     if config.offload and not config.stage:
         raise UserError("offload=true: stage 0 leaves the optimizer whole; set stage to 1, 2 or 3")
 

@@ -1,8 +1,8 @@
 """One process, one device: the loop that every other recipe is read against.
 
-Each step takes one global batch, computes the loss and its gradients, and updates the weights. All that is the same
-for every technique (data order, learning-rate schedule, evaluation, logging) happens inside `run.steps`, between two
-batches.
+Each step takes one global batch, computes the loss and its gradients, clips them where `gradients.*` asks for it, updates
+the weights and goes to the next learning rate. What is the same for every technique (data order, evaluation, logging,
+checkpoints) happens inside `run.steps`, between two batches.
 
     python -m recipes.single
 

@@ -1,8 +1,8 @@
 """All that a training needs in order to resume as if it had never stopped, as named tensors and JSON.
 
 Weights and buffers, the optimizer's state, whatever else a recipe hands to `run.steps(keep=...)`, and every random
-number generator of every rank. The data order needs no state (lockstep.data.sampler), and the learning rate follows
-from the step.
+number generator of every rank. The data order needs no state (lockstep.data.sampler), and the learning rate of
+`build_scheduler` follows from the step.
 
 Tensors carry the names they have in the whole model (`model.fc.weight`, `optim.fc.weight.exp_avg`), whichever rank
 holds them, so that other ranks, or another number of them, find theirs again. torch.distributed.checkpoint.state_dict

@@ -79,13 +79,16 @@ class ZeroEngine:
         self.names = {id(parameter): name for name, parameter in self.module.named_parameters()}
         engine.checkpoint_engine = self.memory = CheckpointBuffers()
         engine._copy_recovery_script = lambda _: None  # a script it would write past the checkpoint engine
+        # In the order of the optimizer's groups, by which stage 0 numbers its state.
+        groups = self.optimizer.param_groups if self.stage == 0 else []
+        self._trained = [self.names[id(parameter)] for group in groups for parameter in group["params"]]
         self.scaler, self.gradient_bytes = scaler, 0
         self.before_update(self._measure)
         if scaler.is_enabled():
             self._replace_scaler()
 
     def files(self) -> dict[str, memoryview]:
-        self.engine.save_checkpoint("checkpoints", tag=self.name, save_latest=False)
+        self.engine.save_checkpoint("checkpoints", self.name, {"trained": self._trained}, save_latest=False)
         kept, self.memory.kept = self.memory.kept, {}
         return kept
 
@@ -225,7 +228,7 @@ class ZeroEngine:
     def _load_moments(self, moments: dict[str, TensorsByName]) -> None:
         if self.stage == 0:
             packed = self.optimizer.state_dict()
-            packed["state"] = {number: moments[name] for number, name in enumerate(self.names.values()) if moments}
+            packed["state"] = {number: moments[name] for number, name in enumerate(self._trained) if moments}
             self.optimizer.load_state_dict(packed)
             return
         for flat, name, at, start, size in self._held():

@@ -81,7 +81,7 @@ def load_checkpoint(folder: Path) -> tuple[TensorsByName, dict[str, TensorsByNam
     first = load_first_file(folder)
     module, stage = first["module"], first["ds_config"]["zero_optimization"]["stage"]
     if stage == 0:
-        names = [name for name in module if name not in first["buffer_names"]]
+        names = first["trained"]
         return dict(module), {names[number]: state for number, state in first["optimizer"]["state"].items()}
     ranks, shapes = first["dp_world_size"], first["param_shapes"]
     parts: dict[str, dict[str, list[Tensor]]] = {}
