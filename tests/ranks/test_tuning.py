@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep.config.schema import Config
 from lockstep.distributed.process_group import World
+from lockstep.recipe import Recipe
 from lockstep.training import auto as tuning
 from recipes import ddp, deepspeed_zero
 from tests.helpers.harness import compose_config, execute, result, run_ranks
@@ -18,9 +18,9 @@ from tests.helpers.harness import compose_config, execute, result, run_ranks
 FASTEST = {"device": "cpu", "fast": "bf16", "units": "AVX-512", "keeps_memory": True}
 
 
-def chosen(recipe: str = "ddp", asked: dict[str, Any] | None = None, **hardware: Any) -> dict[str, Any]:
-    config = Config(**(asked or {}))
-    return {choice.key: choice.value for choice in tuning.make_choices(config, recipe, **FASTEST | hardware)}
+def chosen(recipe: Recipe = ddp.train, asked: dict[str, Any] | None = None, **hardware: Any) -> dict[str, Any]:
+    config = recipe.config(**(asked or {}))
+    return {choice.key: choice.value for choice in tuning.make_choices(config, recipe.name, **FASTEST | hardware)}
 
 
 def test_everything_that_is_auto_is_decided_and_nothing_else() -> None:
@@ -44,7 +44,7 @@ def test_sixteen_bits_where_the_device_has_units_for_them() -> None:
     plain = chosen(asked=auto, fast="fp32")
     assert (plain["precision"], plain["channels_last"]) == ("fp32", False)
     assert chosen(asked={"precision": "bf16"}, fast="fp32")["channels_last"] is True, "it goes with the arithmetic"
-    assert chosen("deepspeed_zero", auto)["channels_last"] is False
+    assert chosen(deepspeed_zero.train, auto)["channels_last"] is False
     assert chosen()["channels_last"] is False, "of fp32"
 
 
