@@ -147,7 +147,7 @@ class MuonAndAdamW(Optimizer):
                 self._parts[muon] = build(own)  # fills the rest of its arguments into the groups
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         for muon, part in self._parts.items():
             part.param_groups = [group for group in self.param_groups if group["muon"] == muon]
             part.state = self.state
