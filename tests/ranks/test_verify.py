@@ -86,7 +86,7 @@ def test_a_precision_that_a_recipe_lacks_is_not_called_equal(tmp_path: Path) -> 
 BROKEN = {
     "gradients clipped to a length of 1, as DeepSpeed does by default": (
         "deepspeed_zero",
-        '"gradient_clipping": (config.gradients.clip_norm or 0.0) if config.zero.stage else 0.0,',
+        '"gradient_clipping": (config.gradients.clip_norm or 0.0) if config.stage else 0.0,',
         "",
     ),
     "accumulation that does not weight its pieces": (
@@ -141,8 +141,8 @@ BROKEN = {
     ),
     "layers unfrozen in silence": (
         "transfer_learning",
-        "    freeze(model, run.config.freeze)\n",
-        "    freeze(model, run.config.freeze if run.shards == 1 else [])\n",
+        "    freeze_parameters(model, run.config.freeze)\n",
+        "    freeze_parameters(model, run.config.freeze if run.shards == 1 else [])\n",
     ),
     "shards cut from each rank's own memory": (
         "fsdp",
@@ -165,10 +165,10 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Any:
         path = ROOT / "recipes" / f"{name}.py"
         source = path.read_text()
         assert old in source, f"recipes/{name}.py has changed: the mutation would change nothing"
-        spec = importlib.util.spec_from_file_location(f"recipes.{name}", path)
+        spec = importlib.util.spec_from_file_location(f"lockstep.recipes.{name}", path)
         assert spec is not None
         module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, f"recipes.{name}", module)
+        monkeypatch.setitem(sys.modules, f"lockstep.recipes.{name}", module)
         exec(compile(source.replace(old, new), str(path), "exec"), module.__dict__)
 
     return put
