@@ -12,9 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from lockstep.data import sampler
 from lockstep.distributed.sync_batchnorm import SyncBatchNorm
+from lockstep.verify.report import verify_tables
+from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import angle, difference
 from recipes import verify
 from tests.helpers.harness import ROOT, command, execute, preload
@@ -239,3 +242,12 @@ def test_every_recipe_is_proven_with_clipped_gradients(tmp_path: Path) -> None:
         preload(importlib.import_module(f"recipes.{package}").train)
     execute(verify.train, tmp_path / "run", 2, "gradients.clip_norm=0.3", "gradients.log=true", timeout=400)
     check_rows(tmp_path / "run")
+
+
+def test_the_table_shows_a_proof_s_settings_with_their_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    """They look like rich's markup, which would swallow them."""
+    row = VerifyRow("transfer_learning", "fp64", 2, 5, loss=0.0, variant="freeze=[layer1.*]")
+    console = Console(width=80)
+    for table in verify_tables([row]):
+        console.print(table)
+    assert "freeze=[layer1.*]" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from rich.markup import escape
 from rich.table import Table
 
 from lockstep.utils.tables import terminal_tables
@@ -23,7 +24,7 @@ def verify_tables(rows: list[VerifyRow]) -> list[Table]:
     limits = "; ".join(f"{limit:.0e} after {steps} steps in {name}" for name, (steps, limit) in allowed.items())
     title = f"each recipe against recipes.single, {count(rows[0].ranks if rows else 0, 'rank')}\nallowed: {limits}"
     columns = {
-        "recipe": ["\n  ".join([row.recipe, *row.variant.split()]) for row in rows],
+        "recipe": [escape("\n  ".join([row.recipe, *row.variant.split()])) for row in rows],
         "in": [row.precision for row in rows],
     }
     for name, heading in HEADINGS.items():
