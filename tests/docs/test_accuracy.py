@@ -1,4 +1,7 @@
-"""Every recipe learns: its documented command, as it stands, ends with 96 % of the digits or more."""
+"""The documented commands learn: as they stand, they end with 96 % of the digits or more.
+
+Of recipes that `recipes.verify` holds to `single` in fp64 within 1e-10, one each way of cutting the work stands for all.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ import pytest
 
 from tests.helpers.harness import command
 
-RECIPES = ["data_parallel", "deepspeed_zero", "fsdp", "grad_accumulation", "lightning_fabric", "lightning_trainer"]
-RECIPES += ["model_parallel", "pipeline_parallel", "single", "sync_batchnorm"]
+RECIPES = ["deepspeed_zero", "fsdp", "lightning_trainer", "pipeline_parallel", "single", "sync_batchnorm"]
 
 
 @pytest.mark.slow
@@ -41,10 +43,3 @@ def test_a_backbone_of_five_digits_learns_the_other_five(tmp_path: Path) -> None
         done = command(*words, cwd=tmp_path, timeout=440)
         assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.96
-
-
-@pytest.mark.slow
-def test_a_fifth_of_the_main_job_has_learned_most_of_it(tmp_path: Path) -> None:
-    done = command("-m", "recipes.ddp", "epochs=3", "out=run", cwd=tmp_path, timeout=280)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.8
