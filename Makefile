@@ -15,8 +15,8 @@ demo: .venv/installed  ## train ResNet-18 on real digits with two ranks, about a
 test: .venv/installed slurm chromium  ## at least one test of everything, in minutes: no network, no GPU needed
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow"
 
-test-slow: .venv/installed slurm chromium  ## the other tests: every case of every table, whole trainings; over half an hour
-	$(BIN)/pytest $(SIDE_BY_SIDE) -m slow
+test-slow: .venv/installed slurm chromium  ## the other tests, three at a time, for clusters mostly wait: over half an hour
+	$(BIN)/pytest $(SIDE_BY_SIDE) --numprocesses=3 -m slow
 
 test-all: .venv/installed slurm chromium  ## both
 	$(BIN)/pytest $(SIDE_BY_SIDE)
