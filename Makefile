@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
 SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all fuzz check format board bench bench-gpu clean help slurm chromium
+.PHONY: demo test test-slow test-soak test-all fuzz check format board bench bench-gpu clean help slurm chromium
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -13,12 +13,15 @@ demo: .venv/installed  ## train ResNet-18 on real digits with two ranks, about a
 	@$(BIN)/python -m recipes.ddp
 
 test: .venv/installed slurm chromium  ## at least one test of everything, in minutes: no network, no GPU needed
-	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow"
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not soak"
 
 test-slow: .venv/installed slurm chromium  ## the other tests, three at a time, for clusters mostly wait: over half an hour
 	$(BIN)/pytest $(SIDE_BY_SIDE) --numprocesses=3 -m slow
 
-test-all: .venv/installed slurm chromium  ## both
+test-soak: .venv/installed slurm chromium  ## whole trainings, every recipe proven by the command, long series of kills
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m soak
+
+test-all: .venv/installed slurm chromium  ## all three
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 N ?= 100

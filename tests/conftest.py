@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             mine = {each for each in quick.args if case == each or case.startswith(f"{each}-")}
             missing = named.setdefault((str(item.path), item.originalname), set(quick.args))
             missing -= mine
-            if not mine:
+            if not mine and not item.get_closest_marker("soak"):
                 item.add_marker("slow")
     if not any("::" in word for word in config.args):  # else only some cases of a test may be here
         config.stash[NO_SUCH_CASE] = [f"{place}: {missing}" for place, missing in named.items() if missing]

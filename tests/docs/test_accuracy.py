@@ -15,7 +15,7 @@ from tests.helpers.harness import command
 RECIPES = ["deepspeed_zero", "fsdp", "lightning_trainer", "pipeline_parallel", "single", "sync_batchnorm"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_s_command_learns_the_digits(name: str, tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_a_recipe_s_command_learns_the_digits(name: str, tmp_path: Path) -> None
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.96
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("switch", ["precision=fp32", "precision=bf16", "comm=bf16"])
 def test_the_main_job_learns_the_digits(switch: str, tmp_path: Path) -> None:
@@ -34,7 +34,7 @@ def test_the_main_job_learns_the_digits(switch: str, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_accuracy"] >= 0.97
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_a_backbone_of_five_digits_learns_the_other_five(tmp_path: Path) -> None:
     first = ["-m", "recipes.ddp", "data.classes=[0,1,2,3,4]", "out=base"]

@@ -17,7 +17,7 @@ from lockstep.checkpoint import directory
 from lockstep.checkpoint.directory import folder_name
 from lockstep.checkpoint.saver import CheckpointSaver
 from lockstep.checkpoint.state import TrainingState
-from lockstep.data import sampler as order
+from lockstep.data import batches
 from lockstep.distributed.signals import SIGNALS, Agreement
 from tests.helpers import fuzz
 from tests.helpers.fuzz import DAMAGES, OWN, RANKS, SIZE, Blow, Damage, Fault, Plan, Setup, draw, play, play_launched
@@ -45,7 +45,7 @@ def test_nothing_is_lost() -> None:
     assert all(counts[what] for what in ("kills", "preemptions", "damages", "resumes")), counts
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_nothing_is_lost_in_many_runs() -> None:
     assert_nothing_is_lost(25, seed=1000)
@@ -118,12 +118,12 @@ def other_random_numbers(patch: Patch) -> None:
 
 
 def samples_shifted(patch: Patch) -> None:
-    sampler = order.StepSampler
+    sampler = batches.StepSampler
 
     def shifted(size: int, batch_size: int, seed: int, rank: int, ranks: int, first: int, last: int) -> Any:
         return sampler(size, batch_size, seed, rank, ranks, first + bool(first), last + bool(first))
 
-    patch.setattr(order, "StepSampler", shifted)
+    patch.setattr(batches, "StepSampler", shifted)
 
 
 @pytest.mark.slow_except("one_last_bit")
@@ -205,7 +205,7 @@ def test_a_hang_is_reported_with_the_line_where_it_stands(tmp_path: Path, monkey
 # The real launcher ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_command_a_user_types_loses_nothing(tmp_path: Path) -> None:
     """Preempted; started again, loses a rank, and starts its ranks again by itself."""
     blows = (Blow(signal.SIGTERM, -1, 4, 0.0), Blow(signal.SIGKILL, 1, 11, 0.0))
@@ -214,7 +214,7 @@ def test_the_command_a_user_types_loses_nothing(tmp_path: Path) -> None:
     assert outcome.counts == {"signals": 1, "preemptions": 1, "kills": 1, "resumes": 2}, outcome.events
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_launcher_loses_nothing_whoever_is_killed(tmp_path: Path) -> None:
     assert_nothing_is_lost(3, seed=1, launcher=True)

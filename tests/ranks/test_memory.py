@@ -144,7 +144,7 @@ def sums_of(world: World, sizes: tuple[int, ...]) -> list[dict[str, int]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize(
     ("name", "words", "technique"),
     [
@@ -169,7 +169,7 @@ def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], 
         assert max(found["state_bytes_by_rank"]) == pytest.approx(formula["total"], rel=0.001)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_the_doctor_sets_the_measured_beside_the_sum(name: str, tmp_path: Path) -> None:
     execute(

@@ -99,7 +99,7 @@ QUICK = {("ddp", metric) for metric in ENDS} | {(name, "eval_f1") for name in ("
 @pytest.mark.parametrize(
     ("name", "metric"),
     [
-        pytest.param(name, metric, marks=[] if (name, metric) in QUICK else pytest.mark.slow)
+        pytest.param(name, metric, marks=[] if (name, metric) in QUICK else pytest.mark.soak)
         for name in RECIPES
         for metric in ENDS
     ],

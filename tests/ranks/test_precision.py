@@ -266,7 +266,7 @@ def test_deepspeed_leaves_out_the_same_steps(stage: int, tmp_path: Path) -> None
     assert angle(mine, whole) < 1e-4
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(600)
 def test_verify_compares_it_in_every_recipe(tmp_path: Path) -> None:
     for recipe in (lightning_trainer.train, deepspeed_zero.train):

@@ -29,7 +29,7 @@ PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline
 PROVEN += ["transfer_learning", "transfer_learning"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_every_recipe_is_proven_by_the_command(tmp_path: Path) -> None:
     done = command("-m", "recipes.verify", "out=run", cwd=tmp_path, timeout=880)
@@ -235,7 +235,7 @@ def test_differences_see_what_is_missing_or_not_a_number() -> None:
     assert angle({"a": -torch.ones(3)}, ones) == pytest.approx(2.0)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_every_recipe_is_proven_with_clipped_gradients(tmp_path: Path) -> None:
     """All keys go to both sides; the gradients' norm is above this limit in each step."""
     for package in ("deepspeed_zero", "lightning_trainer"):

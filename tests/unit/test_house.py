@@ -307,7 +307,8 @@ def test_the_default_tests_go_through_everything() -> None:
         body = ast.parse((ROOT / "tests" / file).read_text()).body
         found = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == name]
         assert found, f"{what}: there is no {test}"
-        assert "pytest.mark.slow" not in map(ast.unparse, found[0].decorator_list), f"{what}: {test} is slow"
+        late = {"pytest.mark.slow", "pytest.mark.soak"} & set(map(ast.unparse, found[0].decorator_list))
+        assert not late, f"{what}: {test} is left out of `make test`"
 
 
 def test_the_cases_that_slow_except_names_are_there(pytestconfig: pytest.Config) -> None:
