@@ -149,9 +149,9 @@ def sums_of(world: World, sizes: tuple[int, ...]) -> list[dict[str, int]]:
     ("name", "words", "technique"),
     [
         ("fsdp", ["optim=adamw"], "fsdp"),
-        ("deepspeed_zero", ["optim=adamw", "stage=1"], "stage=1"),
-        pytest.param("deepspeed_zero", ["stage=2"], "stage=2", marks=pytest.mark.slow),
-        ("deepspeed_zero", ["optim=adamw", "stage=3"], "stage=3"),
+        ("deepspeed_zero", ["optim=adamw", "stage=1"], "deepspeed_zero stage=1"),
+        ("deepspeed_zero", ["stage=2"], "deepspeed_zero stage=2"),
+        ("deepspeed_zero", ["optim=adamw", "stage=3"], "deepspeed_zero stage=3"),
     ],
 )
 def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], technique: str, tmp_path: Path) -> None:
@@ -163,14 +163,14 @@ def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], 
     if name == "deepspeed_zero":  # its gradients are cut where its buckets end, and measured after the cut
         assert max(found["held_weights_bytes"]) == pytest.approx(formula["parameters"], rel=0.02)
         assert max(found["held_optimizer_bytes"]) == pytest.approx(formula["optimizer"], rel=0.02)
-        if technique != "stage=1":
+        if "stage=1" not in words:
             assert max(found["held_gradients_bytes"]) == pytest.approx(formula["gradients"], rel=0.35)
     else:
         assert max(found["state_bytes_by_rank"]) == pytest.approx(formula["total"], rel=0.001)
 
 
 @pytest.mark.soak
-@pytest.mark.parametrize("name", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_the_doctor_sets_the_measured_beside_the_sum(name: str, tmp_path: Path) -> None:
     execute(
         doctor.train, tmp_path / "run", 2, "check=memory", f"recipes=[{name}]", "global_batch_size=24", "accumulate=2"
