@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import re
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -680,7 +681,7 @@ def test_a_rank_that_does_not_see_the_run_directory_says_so(tmp_path: Path) -> N
 def test_the_nodes_of_a_cluster_are_compared(tmp_path: Path) -> None:
     with Box(nodes=2) as box:
         words = ["-m", "recipes.doctor", "+cluster=slurm", "cluster.nodes=2", "threads=1", "out=run"]
-        done = box.run("python", *words, cwd=tmp_path, timeout=240)
+        done = box.run(sys.executable, *words, cwd=tmp_path, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "run" / "preflight.json").read_text())
     rows = {each["check"]: each for each in report["findings"]}
@@ -705,7 +706,7 @@ def test_a_run_directory_that_the_nodes_do_not_share_is_named(tmp_path: Path) ->
     (tmp_path / "outputs").mkdir()
     with Box(nodes=2) as box:
         words = ["srun", "--nodes=2", "unshare", "--mount", "sh", "-c", alone, "sh"]
-        words += ["python", "-m", "recipes.doctor", "timeout_seconds=20", "out=outputs/run"]
+        words += [sys.executable, "-m", "recipes.doctor", "timeout_seconds=20", "out=outputs/run"]
         done = box.run(*words, cwd=tmp_path, timeout=120)
     assert done.returncode != 0
     assert "not there on node2; set out to a folder on a file system that all hosts mount" in done.stderr
