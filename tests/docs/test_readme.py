@@ -49,7 +49,7 @@ def readme_cases() -> list[Any]:
 def test_every_command_of_the_readme_runs(line: str, tmp_path: Path) -> None:
     words = shlex.split(line)
     if TRAINS in line and "--help" not in words and "--cfg" not in words:
-        words += SHORT
+        words += SHORT[1:] if "profile=" in line else SHORT  # what is profiled must be less than the run
     if words[0] == "python":
         done = command(*words[1:], cwd=tmp_path, timeout=240)
     else:
