@@ -314,8 +314,10 @@ def buckets(monkeypatch: pytest.MonkeyPatch) -> Any:
     return counter
 
 
-@pytest.mark.slow_except("recipes.ddp")
-@pytest.mark.parametrize("module", [grad_accumulation, ddp, sync_batchnorm], ids=lambda module: module.__name__)
+@pytest.mark.slow_except("ddp")
+@pytest.mark.parametrize(
+    "module", [grad_accumulation, ddp, sync_batchnorm], ids=["grad_accumulation", "ddp", "sync_batchnorm"]
+)
 def test_gradients_cross_the_network_once_a_step(module: Any, buckets: Any, fit: Fit, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "DistributedDataParallel", CountedDDP)
     counts = []
