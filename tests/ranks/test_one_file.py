@@ -83,6 +83,14 @@ def test_its_keys_are_checked_like_any_other(word: str, line: str, tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir() if path.name != "__pycache__"] == ["gradient_noise.py"]
 
 
+def test_a_broken_file_beside_it_does_not_replace_the_answer(tmp_path: Path) -> None:
+    (tmp_path / "gradient_noise.py").write_text(TECHNIQUE)
+    (tmp_path / "draft.py").write_text("def half a line")
+    (tmp_path / "latin.py").write_bytes(b"name = '\xe9'")
+    said = command("gradient_noise.py", "noize=1", cwd=tmp_path)
+    assert said.stderr == "error: unknown key noize; did you mean noise? --help all lists all keys\n"
+
+
 def test_among_the_recipes_it_is_listed_verified_and_named_as_the_owner_of_its_keys(tmp_path: Path) -> None:
     """The folder of the recipes with one file more; nothing else is touched."""
     for folder in ("recipes", "conf", "launchers", "src"):

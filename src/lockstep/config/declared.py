@@ -60,7 +60,10 @@ class Declared:
 @functools.cache
 def declared(path: Path) -> Declared | None:
     """What the file of a recipe says of itself; None where it holds no recipe, or one that must be run to know it."""
-    tree = ast.parse(path.read_text())
+    try:
+        tree = ast.parse(path.read_text())
+    except (OSError, SyntaxError, ValueError):  # a file beside a recipe of yours may be anything
+        return None
     for node in tree.body:
         for decorator in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
             called = decorator.func if isinstance(decorator, ast.Call) else decorator
