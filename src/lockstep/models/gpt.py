@@ -1,0 +1,206 @@
+"""A small Llama-style GPT: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+
+Source: https://arxiv.org/abs/2302.13971 (Llama), https://arxiv.org/abs/2305.13245 (grouped-query attention),
+https://arxiv.org/abs/2002.05202 (SwiGLU), https://arxiv.org/abs/2104.09864 (rotary positions),
+https://arxiv.org/abs/1910.07467 (RMSNorm).
+
+Like every model here it knows one device and nothing of ranks: parallelism is applied from outside.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+LayerT = TypeVar("LayerT", nn.Embedding, nn.Linear)
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """A GPT's shape.
+
+    Attributes:
+        layers: number of blocks.
+        width: numbers per token between the blocks.
+        heads: of the queries; they divide `width`, and width / heads is even.
+        kv_heads: of keys and values, each for heads / kv_heads neighbouring heads of the queries.
+        hidden: numbers per token inside a block's SwiGLU.
+        vocabulary: number of tokens that there are.
+        dropout: share of the numbers that is dropped in training, after the embedding and each half of a block.
+        rope_base: of the rotary positions' wave lengths.
+    """
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    hidden: int
+    vocabulary: int = 32_000
+    dropout: float = 0.0
+    rope_base: float = 10_000.0
+
+    @property
+    def head_width(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def parameters(self) -> int:
+        """Of all weights: those of the embedding and those of the output, which are not tied, counted separately."""
+        attention = 2 * self.width * self.width + 2 * self.width * self.kv_heads * self.head_width
+        block = attention + 3 * self.width * self.hidden + 2 * self.width
+        return 2 * self.vocabulary * self.width + self.layers * block + self.width
+
+
+# With Llama 2's vocabulary of 32,000 tokens, 124M, 350M and 1B have the parameters that they are called after.
+# Depth and width of 124M and 350M are GPT-2's (small, medium), tiny's are those of nanoGPT's smallest example;
+# 1B is TinyLlama (https://arxiv.org/abs/2401.02385), parameter for parameter.
+GPT_SIZES = {
+    "nano": GPTConfig(layers=4, width=64, heads=4, kv_heads=2, hidden=192),  # 197,184 + 128 · vocabulary
+    "tiny": GPTConfig(layers=6, width=384, heads=6, kv_heads=2, hidden=1024),  # 9,442,176 + 768 · vocabulary
+    "124M": GPTConfig(layers=12, width=768, heads=12, kv_heads=4, hidden=2048),  # 124,668,672
+    "350M": GPTConfig(layers=24, width=1024, heads=16, kv_heads=4, hidden=3072),  # 354,993,152
+    "1B": GPTConfig(layers=22, width=2048, heads=32, kv_heads=4, hidden=5632),  # 1,100,048,384
+}
+
+
+def gpt_config(size: str, vocabulary: int, dropout: float = 0.0) -> GPTConfig:
+    """A size of the table, for so many tokens."""
+    return replace(GPT_SIZES[size], vocabulary=vocabulary, dropout=dropout)
+
+
+class GPT(nn.Module):
+    """Tokens [N, T], int64, to logits [N, T, vocabulary]; the logits at t depend on the tokens up to t alone.
+
+    T may be anything: positions are angles, which no parameter depends on.
+    Embedding and output are not tied: they lie at the two ends of a model that may be cut anywhere between its blocks.
+    There are no buffers. The forward is plain: torch.fx traces it with the blocks as leaf modules.
+
+    The weights are drawn from torch's global generator. After building on the meta device and `to_empty`, call
+    `init_weights`, or load a state_dict.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = undrawn(nn.Embedding(config.vocabulary, config.width, device="meta"))
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.output = projection(config.width, config.vocabulary)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Draw all weights, in the order of the modules: normal, with these standard deviations.
+
+        The embedding's is GPT-2's 0.02 (https://github.com/openai/gpt-2/blob/master/src/model.py). A matrix's is
+        1 / √inputs, as in PaLM (https://arxiv.org/abs/2204.02311, section 5): GPT-2's 0.02 is about that at a width of
+        2,048, and far too little at 64. What adds to the residual stream, two matrices in each block, begins smaller by
+        √(2 · layers): GPT-2, section 2.3 of "Language Models are Unsupervised Multitask Learners". Norms are 1.
+        """
+        for name, module in self.named_modules():
+            if isinstance(module, nn.RMSNorm):
+                nn.init.ones_(module.weight)
+            elif isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            elif isinstance(module, nn.Linear):
+                addends = 2 * self.config.layers if name.endswith(("attention.output", "mlp.down")) else 1
+                nn.init.normal_(module.weight, std=(module.in_features * addends) ** -0.5)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.dropout(self.embedding(tokens))
+        for block in self.blocks:
+            x = block(x)
+        return self.output(self.norm(x))
+
+
+def projection(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer without a bias."""
+    return undrawn(nn.Linear(inputs, outputs, bias=False, device="meta"))
+
+
+def undrawn(layer: LayerT) -> LayerT:
+    """A layer that was made on the meta device, with memory for its weight on torch's default device.
+
+    Made there at once it would draw weights that `init_weights` replaces: many seconds for 1B, and other random numbers
+    than those that `init_weights` alone draws.
+    """
+    layer.weight = nn.Parameter(torch.empty(layer.weight.shape))
+    return layer
+
+
+class Block(nn.Module):
+    """One layer, [N, T, width] to [N, T, width]: attention, then SwiGLU, each on the normalised input and added to it."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.attention = Attention(config)
+        self.mlp_norm = nn.RMSNorm(config.width, eps=1e-5)
+        self.mlp = SwiGLU(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+
+
+class Attention(nn.Module):
+    """Causal self-attention, [N, T, width] to [N, T, width], with rotary positions and grouped queries.
+
+    The number of heads is read off the projections' outputs, so that they may be sharded by heads.
+    """
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.head_width, self.rope_base = config.head_width, config.rope_base
+        self.grouped = config.kv_heads < config.heads
+        self.query = projection(config.width, config.heads * config.head_width)
+        self.key = projection(config.width, config.kv_heads * config.head_width)
+        self.value = projection(config.width, config.kv_heads * config.head_width)
+        self.output = projection(config.heads * config.head_width, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = (
+            project(x).unflatten(2, (-1, self.head_width)).transpose(1, 2)  # [N, heads, T, head_width]
+            for project in (self.query, self.key, self.value)
+        )
+        cos, sin = rotation(x.shape[1], self.head_width, self.rope_base, x)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
+        return self.output(mixed.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """[N, T, width] to [N, T, width]: down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate = projection(config.width, config.hidden)
+        self.up = projection(config.width, config.hidden)
+        self.down = projection(config.hidden, config.width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.silu(self.gate(x)) * self.up(x))
+
+
+def rotation(length: int, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, [length, head_width / 2] each, of the angles position · base^(−2i / head_width).
+
+    They are computed where they are used: a buffer would be empty after `to_empty`, and would have to move between
+    devices. In fp32, or in fp64 where `like`, which also gives the device, is fp64: bf16 cannot count beyond 256.
+    """
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    positions = torch.arange(length, device=like.device, dtype=dtype)
+    exponents = torch.arange(0, head_width, 2, device=like.device, dtype=dtype) / head_width
+    angles = positions[:, None] * base**-exponents
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (i, i + head_width / 2) of x [N, heads, T, head_width] by their angles, in fp32 or more."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
