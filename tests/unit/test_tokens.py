@@ -50,6 +50,9 @@ def test_windows_cover_each_piece_once_and_span_none(sizes: list[int], length: i
     windows = TokenWindows(tokens, length)
     found = [windows[index] for index in range(len(windows))]
     assert all(torch.equal(inputs + 1, targets) for inputs, targets in found), "the number after each"
+    order = torch.arange(len(windows)).flip(0)
+    for at_once, each in zip(windows.fetch(order), zip(*found[::-1], strict=True), strict=True):
+        assert torch.equal(at_once, torch.stack(each))
     assert all(inputs.dtype == targets.dtype == torch.int64 for inputs, targets in found)
     expected = [piece[1 : 1 + (len(piece) - 1) // length * length] for piece in tokens.pieces]
     assert torch.cat([targets for _, targets in found]).tolist() == np.concatenate(expected).tolist()

@@ -60,9 +60,14 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
     tokens[s + 1 : s + length + 1] with s = i · length. So each token but a piece's first is a target once, except the
     last few, which fill no window.
 
+    Attributes:
+        draws: random numbers that a window takes: none.
+
     Raises:
         UserError: the tokens fill no window; when a window is read: it holds a token beyond the vocabulary.
     """
+
+    draws = 0
 
     def __init__(self, tokens: Tokens, length: int) -> None:
         self.tokens, self.length = tokens, length
@@ -79,13 +84,20 @@ class TokenWindows(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"window {index} of {len(self)}")
-        number = bisect_right(self._ends, index)
-        start = (index - (self._ends[number - 1] if number else 0)) * self.length
-        window = self.tokens.pieces[number][start : start + self.length + 1].astype(np.int64)
-        if window.max() >= self.tokens.vocabulary:
-            raise beyond_vocabulary(self.tokens.source, self.tokens.vocabulary, int(window.max()))
-        both = torch.from_numpy(window)
-        return both[:-1], both[1:]
+        inputs, targets = self.fetch(torch.tensor([index]))
+        return inputs[0], targets[0]
+
+    def fetch(self, samples: Tensor, draws: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """A batch at once: windows [N] to (inputs [N, length], targets [N, length]); nothing is drawn at random."""
+        both = np.empty((len(samples), self.length + 1), np.int64)
+        for row, index in enumerate(samples.tolist()):
+            number = bisect_right(self._ends, index)
+            start = (index - (self._ends[number - 1] if number else 0)) * self.length
+            both[row] = self.tokens.pieces[number][start : start + self.length + 1]
+        if both.size and both.max() >= self.tokens.vocabulary:
+            raise beyond_vocabulary(self.tokens.source, self.tokens.vocabulary, int(both.max()))
+        windows = torch.from_numpy(both)
+        return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
     def target_counts(self) -> np.ndarray:
         """How often each token is a target: int64 [vocabulary]. It reads all there is, a part of it at a time."""

@@ -80,6 +80,7 @@ class Language:
         1.0, "of the samples: 0 takes the likeliest token, above 1 is more random", minimum=0, free=True
     )
 
+    unit: ClassVar[str] = "sequences"
     lower_is_better: ClassVar[tuple[str, ...]] = ("bits_per_token",)
     best: ClassVar[str] = "bits_per_token"
 
@@ -88,7 +89,6 @@ class Language:
         train, evaluation = self._read()
         self.vocabulary = max(train.vocabulary, evaluation.vocabulary)
         self.length = self.sequence_length or (DIGIT_LENGTH if self.data == "digits" else 256)
-        self.unit = "digits" if self.data == "digits" else "windows"
         self.train_set, self.eval_set = (
             TokenWindows(replace(tokens, vocabulary=self.vocabulary), self.length) for tokens in (train, evaluation)
         )
@@ -157,6 +157,11 @@ class Language:
         bits = token_losses(outputs, targets).double().sum() / math.log(2)
         right = (outputs.argmax(-1) == targets).sum()  # an ignored target is no token's number
         return {"bits_per_token": (bits, count), "token_accuracy": (right, count)}
+
+    def describe(self) -> tuple[str, str]:
+        """(the model, the data) in words."""
+        where = {"digits": "digits", "text": self.text, "tokens": self.tokens}[self.data]
+        return f"GPT {self.size}", f"{where}, {self.length:,} of {self.vocabulary:,} tokens a sequence"
 
     def show(self, model: nn.Module) -> str:
         """Samples that the model writes, as text: digits drawn in characters, or text after the beginning of a window.
