@@ -1,10 +1,11 @@
-"""Model parallelism: one process, one ResNet cut in two, each part on a device of its own.
+"""Model parallelism: one process, one model cut in two, each part on a device of its own.
 
-conv1 … layer2 live on the first device, layer3 … fc on the second, and the activations are copied across in between, as
-their gradients are on the way back. It makes a model fit that one device cannot hold, and no more than that: while one
-device computes, the other waits. `micro_batches=N` sends the batch through in pieces: on GPUs, whose kernels are queued
-without waiting, the first device works on the next piece while the second works on this one (on CPU there is only one
-process to do both). The summary says how long each device waited; recipes.pipeline_parallel does better.
+Of a ResNet, conv1 … layer2 live on the first device, layer3 … fc on the second; of another model, half of its blocks on
+each. The activations are copied across in between, as their gradients are on the way back. It makes a model fit that one
+device cannot hold, and no more than that: while one device computes, the other waits. `micro_batches=N` sends the batch
+through in pieces: on GPUs, whose kernels are queued without waiting, the first device works on the next piece while the
+second works on this one (on CPU there is only one process to do both). The summary says how long each device waited;
+recipes.pipeline_parallel does better.
 
 BatchNorm sees micro-batches where there are any.
 
@@ -18,14 +19,16 @@ Source: https://docs.pytorch.org/tutorials/intermediate/model_parallel_tutorial.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.utils._pytree import tree_map_only
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.config.keys import key
+from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
 from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import check_cut, choose_cuts, split
@@ -37,7 +40,7 @@ from lockstep.training.stage_clock import StageClock
 
 @dataclass
 class ModelParallelConfig(Config):
-    cut: Any = key("layer3", "first layer of each further part: a name, a list, or balanced (by measured cost)")
+    cut: Any = key(AUTO, CUT_HELP)
     devices: list[str] | None = key(None, "devices of the parts (null: the GPUs, or cpu twice)")
     micro_batches: int = key(1, "micro-batches that a global batch is piped through in", minimum=1)
 
@@ -47,7 +50,7 @@ class ModelParallelConfig(Config):
 
 
 class ModelParallel(nn.Module):
-    """A ResNet in consecutive parts, part i on devices[i]: images [N, 3, H, W] to logits [N, C] on the last device."""
+    """A model in consecutive parts, part i on devices[i]: inputs on any device to outputs on the last one."""
 
     def __init__(self, module: nn.Module, firsts: list[str], devices: list[torch.device], pieces: int) -> None:
         super().__init__()
@@ -63,11 +66,16 @@ class ModelParallel(nn.Module):
         # A GPU only queues what it is told to do: piece 2 is at part 0 while piece 1 is still at part 1.
         return torch.cat([self._one(piece) for piece in images.chunk(self._pieces)])
 
-    def _one(self, x: Tensor) -> Tensor:
+    def _one(self, inputs: Any) -> Any:
+        values = inputs
         for number, (part, device) in enumerate(zip(self._parts, self._devices, strict=True)):
-            x = self.clock.enter(x.to(device, non_blocking=True), number)
-            x = self.clock.leave(part(x), number)
-        return x
+            values = tree_map_only(Tensor, partial(self._enter, number=number, device=device), values)
+            values = part(*values) if number and isinstance(values, tuple) else part(values)
+            values = tree_map_only(Tensor, partial(self.clock.leave, part=number), values)
+        return values
+
+    def _enter(self, x: Tensor, number: int, device: torch.device) -> Tensor:
+        return self.clock.enter(x.to(device, non_blocking=True), number)
 
 
 def pick_devices(run: Run[ModelParallelConfig]) -> list[torch.device]:
@@ -85,7 +93,7 @@ def check(config: ModelParallelConfig, share: int) -> None:
         raise UserError(
             f"devices=[{','.join(config.devices)}]: allowed are two or more of {', '.join(allowed)}, repeated or not"
         )
-    check_cut(config.model, config.cut, len(config.devices or "ab"))
+    check_cut(lambda: build_model(config.model), config.cut, len(config.devices or "ab"))
 
 
 @recipe(

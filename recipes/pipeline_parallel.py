@@ -1,4 +1,4 @@
-"""Pipeline parallelism: the parts of a cut ResNet in processes of their own, kept busy by micro-batches.
+"""Pipeline parallelism: the parts of a cut model in processes of their own, kept busy by micro-batches.
 
 Rank s of a pipeline holds stage s. It receives a micro-batch's activations from rank s − 1, runs its blocks, sends
 the result to rank s + 1, and is free for the next micro-batch; in backward the gradients of those activations travel
@@ -38,11 +38,11 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, Sche
 from torch.nn.functional import cross_entropy
 
 from lockstep import Proof, Run, UserError, recipe
-from lockstep.config.keys import key
+from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.models.resnet import build_model
-from lockstep.parallel.partition import Part, blocks, check_cut, choose_cuts, split
+from lockstep.parallel.partition import Part, check_cut, choose_cuts, join, split
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.timing import Stopwatch
@@ -51,7 +51,7 @@ from lockstep.training.timing import Stopwatch
 @dataclass
 class PipelineConfig(Config):
     stages: int = key(2, "ranks that a model is cut over", minimum=1)
-    cut: Any = key("layer3", "first layer of each further part: a name, a list, or balanced (by measured cost)")
+    cut: Any = key(AUTO, CUT_HELP)
     micro_batches: int = key(4, "micro-batches that a global batch is piped through in", minimum=1)
     schedule: str = key(
         "1f1b",
@@ -105,7 +105,7 @@ class Received(torch.autograd.Function):
 
 
 class Contiguous(nn.Module):
-    """A part whose output, and whose input's gradient, lie in memory as sends want them.
+    """A part whose outputs, and whose inputs' gradients, lie in memory as sends want them.
 
     With channels_last they would not, and gloo refuses: "input tensor has to be contiguous".
     """
@@ -114,16 +114,18 @@ class Contiguous(nn.Module):
         super().__init__()
         self.part, self.memory_format = part, memory_format
 
-    def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 4:
-            x = Received.apply(x, self.memory_format)
-        return self.part(x).contiguous()
+    def forward(self, *inputs: Any) -> Any:
+        taken = [Received.apply(x, self.memory_format) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs]
+        outputs = self.part(*taken)
+        if isinstance(outputs, tuple):  # several tensors cross the cut; what only passes through is sent as a view
+            return tuple(x.view_as(x) if any(x is y for y in inputs) else x.contiguous() for x in outputs)
+        return outputs.contiguous()
 
 
 def build_stages(
     run: Run[PipelineConfig], model: nn.Module, stage_group: dist.ProcessGroup
-) -> tuple[list[TimedStage], list[list[str]]]:
-    """(this rank's stages, the names of every stage's blocks)."""
+) -> tuple[list[TimedStage], list[Part]]:
+    """(this rank's stages, every stage's part of the model)."""
     config, rank, size = run.config, dist.get_rank(stage_group), dist.get_world_size(stage_group)
     count = size * STAGES_A_RANK[config.schedule]
     piece = config.global_batch_size // run.shards // config.micro_batches
@@ -138,7 +140,7 @@ def build_stages(
         part = Contiguous(parts[number], memory_format)
         stages.append(TimedStage(part, number, count, run.device, group=stage_group))
         stages[-1].watch = Stopwatch(run.device)
-    return stages, [part.names for part in parts]
+    return stages, parts
 
 
 def build_schedule(
@@ -166,14 +168,13 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
             gradient.div_(size)
 
 
-def gather_model(model: nn.Module, names: list[list[str]], size: int) -> nn.Module:
+def gather_model(model: nn.Module, parts: list[Part], size: int) -> nn.Module:
     """The complete model on every rank: each stage's tensors from the rank of the first pipeline that trains it."""
     whole = copy.deepcopy(model)
-    every = blocks(whole)
-    for number, blocks_of_stage in enumerate(names):
-        for name in blocks_of_stage:
-            for tensor in every[name].state_dict().values():
-                dist.broadcast(tensor, src=number % size)
+    every = whole.state_dict()
+    for number, part in enumerate(parts):
+        for name in part.state_dict():
+            dist.broadcast(every[name], src=number % size)
     return whole
 
 
@@ -192,13 +193,13 @@ def check(config: PipelineConfig, share: int) -> None:
         )
     if config.accumulate > 1:
         raise UserError(f"accumulate={config.accumulate}: a pipeline accumulates by itself; set micro_batches instead")
-    check_cut(config.model, wanted_cut(config), stages * STAGES_A_RANK[name])
+    check_cut(lambda: build_model(config.model), wanted_cut(config), stages * STAGES_A_RANK[name])
 
 
 def wanted_cut(config: PipelineConfig) -> Any:
-    """The cut that is asked for; the default one names two parts, so more of them are balanced."""
+    """The cut that is asked for; more than two parts are balanced by default."""
     parts = config.stages * STAGES_A_RANK[config.schedule]
-    return "balanced" if config.cut == "layer3" and parts > 2 else config.cut
+    return "balanced" if config.cut == AUTO and parts > 2 else config.cut
 
 
 @recipe(
@@ -216,16 +217,15 @@ def train(run: Run[PipelineConfig]) -> None:
     mesh = init_device_mesh(run.device.type, (run.shards, run.config.stages), mesh_dim_names=("data", "stage"))
     data_group, stage_group = mesh.get_group("data"), mesh.get_group("stage")
     model = run.place(build_model(run.config.model))
-    stages, names = build_stages(run, model, stage_group)
+    stages, parts = build_stages(run, model, stage_group)
     first, last = stages[0].is_first, stages[-1].is_last
-    every = blocks(model)
-    mine = Part({name: every[name] for stage in stages for name in names[stage.stage_index]})
+    mine = join([parts[stage.stage_index] for stage in stages], model)
     optimizer = build_optimizer(run.config.optim, mine)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     def whole() -> nn.Module:
-        return gather_model(model, names, run.config.stages)
+        return gather_model(model, parts, run.config.stages)
 
     def scaled_loss(logits: Tensor, labels: Tensor) -> Tensor:
         return scaler.scale(cross_entropy(logits, labels))
@@ -253,10 +253,10 @@ def train(run: Run[PipelineConfig]) -> None:
     p, m = run.config.stages, run.config.micro_batches
     run.note(
         f"idle: {', '.join(f'{share:.0%}' for share in idle)} by rank; the bubble alone is (p−1)/(m+p−1) = "
-        f"{(p - 1) / (m + p - 1):.0%}; cut before {', '.join(stage[0] for stage in names[1:])}",
+        f"{(p - 1) / (m + p - 1):.0%}; cut before {', '.join(part.names[0] for part in parts[1:])}",
         idle_shares=idle,
         bubble_formula=(p - 1) / (m + p - 1),
-        cuts=[stage[0] for stage in names[1:]],
+        cuts=[part.names[0] for part in parts[1:]],
     )
 
 

@@ -181,7 +181,7 @@ def test_a_balanced_cut_is_measured_once_and_shared(fit: Fit, monkeypatch: pytes
     """Ranks time their blocks differently; here absurdly so. Ranks that cut differently would wait for ever."""
     ranks_that_measured: Any = multiprocessing.get_context("fork").Array("i", 2)
 
-    def cost(model: nn.Module, images: Tensor) -> list[float]:
+    def cost(model: nn.Module, images: Tensor, names: Any) -> list[float]:
         rank = torch.distributed.get_rank()
         ranks_that_measured[rank] += 1
         return [100.0 if number == 3 + rank else 1.0 for number in range(len(units(model)))]
@@ -565,7 +565,7 @@ def test_a_wrong_cut_is_refused_in_one_line(cut: Any, parts: int, said: list[str
     """By `check_cut` before a run is made, on a model without memory, and by `choose_cuts`."""
     config = ModelConfig(num_classes=10, image_size=8)
     for refuse in (
-        lambda: check_cut(config, cut, parts),
+        lambda: check_cut(lambda: build_model(config), cut, parts),
         lambda: choose_cuts(make_model(), cut, parts, torch.empty(0)),
     ):
         with pytest.raises(UserError) as raised:
@@ -578,8 +578,8 @@ def test_a_right_cut_is_checked_without_a_weight() -> None:
     config = ModelConfig(name="resnet152", num_classes=10, image_size=8)
     started = time.perf_counter()
     state = torch.get_rng_state()
-    check_cut(config, ["layer2", "layer3.20"], 3)
-    check_cut(config, "balanced", 4)
+    check_cut(lambda: build_model(config), ["layer2", "layer3.20"], 3)
+    check_cut(lambda: build_model(config), "balanced", 4)
     assert torch.equal(torch.get_rng_state(), state), "no weight was drawn"
     assert time.perf_counter() - started < 20
 

@@ -12,6 +12,10 @@ from typing import Any
 from lockstep.errors import UserError
 
 AUTO = "auto"  # a value that is decided later: found by trials, or chosen for the hardware
+CUT_HELP = (
+    "first layer of each further part: a name, a list, even (as many blocks each), or balanced (by measured cost); "
+    "auto: layer3 where the model has one, else even"
+)
 
 
 def key(

@@ -1,133 +1,191 @@
-"""Cutting a ResNet into consecutive parts: by name, or so that the parts cost the same."""
+"""Cutting any model into consecutive parts: by name, evenly, or so that the parts cost the same.
+
+The outer forward is traced by torch.fx with each block as one call, and the graph is cut before some of these calls.
+A part is the operations in between, under the names that its modules have in the model.
+Source: https://arxiv.org/abs/2112.08429 (torch.fx)
+"""
 
 from __future__ import annotations
 
 import copy
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from lockstep.config.schema import ModelConfig
+from lockstep.config.keys import AUTO
 from lockstep.errors import UserError
-from lockstep.models.resnet import build_model
+from lockstep.parallel.graph import block_names, carried, carrier, plain_nodes, trace_forward
+
+Names = Sequence[str] | Callable[[nn.Module], Sequence[str]] | None
+Crossing = tuple[fx.Node, bool]  # a value that a later part needs, or of a tensor its shape alone (True)
 
 
-def blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """A torchvision ResNet as what its forward calls one after the other: {name: module}, residual blocks whole."""
-    found: dict[str, nn.Module] = {}
-    for name, child in model.named_children():
-        if isinstance(child, nn.Sequential):
-            found |= {f"{name}.{number}": block for number, block in child.named_children()}
-        else:
-            found[name] = child
-    return found
+def blocks(model: nn.Module, names: Names = None) -> dict[str, nn.Module]:
+    """A model as what its forward calls one after the other: {name: module}, whole blocks and the layers in between."""
+    return {name: model.get_submodule(name) for name in _Cutter(model, names).calls}
 
 
-def units(model: nn.Module) -> dict[str, list[str]]:
-    """What a cut may not tear apart: {first block: its blocks}. The stem, each residual block, and the head.
+def units(model: nn.Module, names: Names = None) -> dict[str, list[str]]:
+    """What a cut may not tear apart: {first of its modules: its modules}. The stem, each block, and the head.
 
-    Inside the stem and the head a ReLU works in place, or there is nothing to gain.
+    A ReLU that works in place is one with what it works on. Inside the stem and the head there is nothing to gain.
     """
-    names = list(blocks(model))
-    residual = [number for number, name in enumerate(names) if "." in name]
-    starts = [0, *residual, residual[-1] + 1, len(names)]
-    return {names[start]: names[start:stop] for start, stop in pairwise(starts)}
+    return _Cutter(model, names).units()
 
 
 class Part(nn.Module):
     """Consecutive blocks of a model, under the names they have there: the parts' state_dicts make up the model's."""
 
-    def __init__(self, chosen: dict[str, nn.Module]) -> None:
+    def __init__(self, model: nn.Module, graph: fx.Graph, names: list[str]) -> None:
         super().__init__()
-        for name, block in chosen.items():
-            layer, _, number = name.partition(".")
-            if number:
-                if not hasattr(self, layer):
-                    self.add_module(layer, nn.Module())
-                getattr(self, layer).add_module(number, block)
-            else:
-                self.add_module(name, block)
-        self.names = list(chosen)
+        self.names = names
+        self.held = [str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr")]
+        for name in self.held:
+            hold(self, model, name)
+        code = graph.python_code("self")
+        space = dict(code.globals)
+        exec(compile(code.src, f"<the part from {names[0] if names else 'the start'}>", "exec"), space)
+        self._run = space["forward"]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images [N, 3, H, W], or the part before's output, to the next part's input, or logits [N, classes]."""
-        for name in self.names:
-            if name == "fc":
-                x = torch.flatten(x, 1)
-            x = self.get_submodule(name)(x)
-        return x
+    def forward(self, *inputs: Any) -> Any:
+        """The model's inputs, or what the part before gives, to what the next part takes, or the model's outputs.
+
+        One tensor, or a tuple of them where several cross a cut.
+        """
+        return self._run(self, *inputs)
 
 
-def split(model: nn.Module, firsts: list[str]) -> list[Part]:
-    """Cut a model before each of the named blocks; the parts share its parameters."""
-    every = blocks(model)
-    names = list(every)
-    bounds = [0, *(names.index(first) for first in firsts), len(names)]
-    return [Part({name: every[name] for name in names[start:stop]}) for start, stop in pairwise(bounds)]
+def hold(holder: nn.Module, model: nn.Module, name: str) -> None:
+    """Give a module, parameter or buffer of a model to another module too, under the same dotted name."""
+    *path, last = name.split(".")
+    owner = model.get_submodule(".".join(path))
+    for step in path:
+        if not hasattr(holder, step):
+            holder.add_module(step, nn.Module())
+        holder = holder.get_submodule(step)
+    value = getattr(owner, last)
+    if isinstance(value, nn.Module):
+        holder.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        holder.register_parameter(last, value)
+    else:  # a tensor that is neither is no part of the model's state, but goes where the part goes
+        kept = last in owner._buffers and last not in owner._non_persistent_buffers_set
+        holder.register_buffer(last, value, persistent=kept)
 
 
-def choose_cuts(model: nn.Module, cut: Any, parts: int, images: Tensor) -> list[str]:
+def join(parts: Sequence[Part], model: nn.Module) -> nn.Module:
+    """A module that holds what some parts of a model hold, under the model's names; it cannot be called."""
+    joined = nn.Module()
+    for name in (name for part in parts for name in part.held):
+        hold(joined, model, name)
+    return joined
+
+
+def split(model: nn.Module, firsts: Sequence[str], names: Names = None) -> list[Part]:
+    """Cut a model before each of the named blocks; the parts share its parameters.
+
+    What a later part needs crosses each cut up to there, tensor by tensor. Of a tensor of which it needs the shape
+    alone, an empty tensor crosses, so that a batch of any size finds its own. A buffer is in each part that uses it.
+
+    Raises:
+        UserError: two parts would hold the same parameter.
+    """
+    return _Cutter(model, names).split(list(firsts))
+
+
+def choose_cuts(model: nn.Module, cut: Any, parts: int, inputs: Any, names: Names = None) -> list[str]:
     """The first block of each part but the first.
 
     Args:
-        cut: a layer or block name, a list of them, or `balanced`: measured on `images`, a micro-batch on the device
-            where the model is.
+        cut: a layer or block name, a list of them, `even`: as many blocks in each, `balanced`: measured on `inputs`, or
+            `auto`: before layer3 in two parts where there is one, else `even`.
         parts: how many parts there are to be.
+        inputs: a micro-batch on the device where the model is, a tuple where its forward takes several arguments.
+        names: the blocks, or a function that names them; None: those that the model is seen to have.
 
     Raises:
         UserError: a name is no layer, the order is wrong, or the number of names does not make that many parts.
     """
-    names = list(units(model))
-    if cut == "balanced":
-        if parts > len(names):
-            raise UserError(
-                f"cut=balanced: the model has {len(names)} blocks to cut between, too few for {parts} parts"
-            )
-        return [names[start] for start in balance(measure_units(model, images), parts)[1:]]
+    firsts = list(units(model, names))
+    layers = dict.fromkeys(_layer(name) for name in firsts[1:])
+    if cut == AUTO:
+        cut = "layer3" if "layer3" in layers and parts == 2 else "even"
+    if cut in ("even", "balanced"):
+        check_count(cut, len(firsts), parts)
+        costs = [1.0] * len(firsts) if cut == "even" else measure_units(model, inputs, names)
+        return [firsts[start] for start in balance(costs, parts)[1:]]
     asked = list(cut) if isinstance(cut, list) else [str(cut)]
-    firsts = [next((name for name in names[1:] if name == word or name.startswith(f"{word}.")), "") for word in asked]
+    found = [next((name for name in firsts[1:] if name == word or name.startswith(f"{word}.")), "") for word in asked]
     shown = f"[{','.join(map(str, asked))}]" if isinstance(cut, list) else asked[0]
-    layers = dict.fromkeys(name.partition(".")[0] for name in names[1:])
-    allowed = ", ".join([*layers, *(name for name in names if "." in name)])
-    if "" in firsts:
-        raise UserError(f"cut={shown}: not a layer to cut before; allowed are {allowed}, or balanced")
-    if sorted(firsts, key=names.index) != firsts or len(set(firsts)) != len(firsts):
+    allowed = ", ".join(dict.fromkeys([*layers, *firsts[1:]]))
+    if "" in found:
+        raise UserError(f"cut={shown}: not a layer to cut before; allowed are {allowed}, even or balanced")
+    if sorted(found, key=firsts.index) != found or len(set(found)) != len(found):
         raise UserError(f"cut={shown}: the cuts must be in the model's order, each once: {allowed}")
-    if len(firsts) != parts - 1:
+    if len(found) != parts - 1:
         raise UserError(
-            f"cut={shown}: makes {len(firsts) + 1} parts, not {parts}; name {parts - 1} layers, or balanced"
+            f"cut={shown}: makes {len(found) + 1} parts, not {parts}; name {parts - 1} layers, or even or balanced"
         )
-    return firsts
+    return found
 
 
-def check_cut(config: ModelConfig, cut: Any, parts: int) -> None:
-    """Refuse a cut that `choose_cuts` would, on a model without memory: names need no weights."""
-    with torch.device("meta"):
-        model = build_model(config)
-    if cut != "balanced":
-        choose_cuts(model, cut, parts, torch.empty(0))
-    elif parts > len(units(model)):
-        raise UserError(f"cut=balanced: {config.name} has {len(units(model))} blocks, too few for {parts} parts")
+def _layer(name: str) -> str:
+    """layer1 of layer1.0, and encoder.layers of encoder.layers.encoder_layer_0."""
+    return name.rpartition(".")[0] or name
 
 
-def measure_units(model: nn.Module, images: Tensor, rounds: int = 7) -> list[float]:
+def check_cut(build: Callable[[], nn.Module], cut: Any, parts: int, names: Names = None) -> None:
+    """Refuse a cut that `choose_cuts` or `split` would, on a model without memory where it can be had: names need no
+    weights.
+
+    Args:
+        build: makes the model.
+
+    Raises:
+        UserError: the model cannot be cut, or not there.
+    """
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                model = build()
+        except (NotImplementedError, RuntimeError):  # it looks at numbers while it is built
+            model = build()
+    # What `balanced` will choose is measured later; that there are blocks enough is known now.
+    if cut == "balanced":
+        check_count(cut, len(units(model, names)), parts)
+        cut = "even"
+    split(model, choose_cuts(model, cut, parts, None, names), names)
+
+
+def check_count(cut: str, blocks: int, parts: int) -> None:
+    """Hold the number of parts to that of the blocks; raises UserError."""
+    if parts > blocks:
+        raise UserError(f"cut={cut}: the model has {blocks} blocks to cut between, too few for {parts} parts")
+
+
+def measure_units(model: nn.Module, inputs: Any, names: Names = None, rounds: int = 7) -> list[float]:
     """Seconds of each unit's forward and backward: the median of several rounds, for a noisy one misplaces a cut."""
     model = copy.deepcopy(model).train()
-    parts = split(model, list(units(model))[1:])
+    parts = split(model, list(units(model, names))[1:], names)
     seconds: list[list[float]] = [[] for _ in parts]
+    device = next(model.parameters()).device
     for _ in range(rounds):
-        x = images
+        values = inputs if isinstance(inputs, tuple) else (inputs,)
         for number, part in enumerate(parts):
-            x = x.detach().requires_grad_(number > 0)
-            started = _clock(images.device)
-            x_next = part(x)
-            x_next.sum().backward()
-            seconds[number].append(_clock(images.device) - started)
-            x = x_next
+            if number:
+                values = tuple(x.detach().requires_grad_(x.requires_grad) for x in values)
+            started = _clock(device)
+            outputs = part(*values)
+            values = outputs if isinstance(outputs, tuple) else (outputs,)
+            wanted = [x for x in values if isinstance(x, Tensor) and x.requires_grad]
+            if wanted:
+                torch.autograd.backward([x.sum() for x in wanted])
+            seconds[number].append(_clock(device) - started)
     return [statistics.median(times) for times in seconds]
 
 
@@ -152,3 +210,117 @@ def balance(costs: list[float], parts: int) -> list[int]:
                 (max(best[m, k - 1][0], total[n] - total[m]), [*best[m, k - 1][1], m]) for m in range(k - 1, n)
             )
     return best[len(costs), parts][1]
+
+
+class _Cutter:
+    """A traced model: its calls in order, and its graph in pieces.
+
+    Attributes:
+        calls: the first call of each module, {name: place in the graph}.
+    """
+
+    def __init__(self, model: nn.Module, names: Names) -> None:
+        self.model = model
+        self.names = block_names(model, names(model) if callable(names) else names)
+        self.nodes = list(trace_forward(model, self.names).nodes)
+        self.plain = plain_nodes(self.nodes[0].graph)
+        self.calls: dict[str, int] = {}
+        for place, node in enumerate(self.nodes):
+            if node.op == "call_module":
+                self.calls.setdefault(str(node.target), place)
+
+    def units(self) -> dict[str, list[str]]:
+        order, named = list(self.calls), set(self.names)
+        places = [number for number, name in enumerate(order) if name in named]
+        if not places:
+            raise UserError(f"cut: the forward of {type(self.model).__name__} calls none of its blocks: {self.names}")
+        starts = {0, *(number for number in places if not self._in_place(order[number]))}
+        bounds = [*sorted(starts | {places[-1] + 1}), len(order)]
+        return {order[start]: order[start:stop] for start, stop in pairwise(bounds) if start < stop}
+
+    def _in_place(self, name: str) -> bool:
+        """Whether a block begins with a layer that overwrites its input, which another part may still need."""
+        layers = (layer for layer in self.model.get_submodule(name).modules() if not any(layer.children()))
+        return bool(getattr(next(layers), "inplace", False))
+
+    def split(self, firsts: list[str]) -> list[Part]:
+        bounds = [0, *(self.calls[first] for first in firsts), len(self.nodes)]
+        part_of = {
+            node: number for number, (start, stop) in enumerate(pairwise(bounds)) for node in self.nodes[start:stop]
+        }
+        pieces = [self.nodes[start:stop] for start, stop in pairwise(bounds)]
+        taken: list[list[Crossing]] = [[] for _ in [*pieces, None]]
+        for number in range(len(pieces) - 1, 0, -1):
+            wanted = [need for node in pieces[number] for need in self._needs(node, part_of, number)]
+            wanted += [need for need in taken[number + 1] if part_of[need[0]] < number]
+            unique = dict.fromkeys(wanted)
+            taken[number] = [need for need in unique if not (need[1] and (need[0], False) in unique)]
+        parts = []
+        for number, nodes in enumerate(pieces):
+            graph = self._copy(nodes, taken[number], taken[number + 1])
+            names = [name for name, place in self.calls.items() if bounds[number] <= place < bounds[number + 1]]
+            parts.append(Part(self.model, graph, names))
+        self._check_shared(parts)
+        return parts
+
+    def _needs(self, node: fx.Node, part_of: dict[fx.Node, int], number: int) -> list[Crossing]:
+        """What a node takes from the parts before its own; of plain values, the tensors that they were asked of."""
+        found: list[Crossing] = []
+        for source in node.all_input_nodes:
+            if source.op == "get_attr" or part_of[source] >= number:
+                continue
+            if source in self.plain:  # is reckoned again
+                found += self._needs(source, part_of, number)
+            else:
+                found.append((source, node in self.plain))
+        return found
+
+    def _copy(self, nodes: list[fx.Node], takes: list[Crossing], gives: list[Crossing]) -> fx.Graph:
+        graph = fx.Graph()
+        here: dict[fx.Node, fx.Node] = {}
+        shapes: dict[fx.Node, fx.Node] = {}
+        for source, shape_alone in takes:
+            name = f"{source.name}_shape" if shape_alone else source.name
+            (shapes if shape_alone else here)[source] = graph.placeholder(name)
+
+        def value(source: fx.Node) -> fx.Node:
+            if source not in here:  # a parameter or buffer, or plain: taken in, or reckoned again
+                here[source] = graph.node_copy(source, shape if source in self.plain else value)
+            return here[source]
+
+        def shape(source: fx.Node) -> fx.Node:
+            if source in here or source not in shapes:
+                return value(source)
+            return carried_here.setdefault(source, graph.call_function(carried, (shapes[source],)))
+
+        carried_here: dict[fx.Node, fx.Node] = {}
+        for node in nodes:
+            if node.op == "output" or (node.op == "get_attr" and not node.users):
+                continue
+            if node.op != "get_attr":
+                here[node] = graph.node_copy(node, shape if node in self.plain else value)
+        if nodes[-1].op == "output":
+            graph.output(fx.node.map_arg(nodes[-1].args[0], value))
+        else:
+            passed = []
+            for source, shape_alone in gives:
+                if not shape_alone:
+                    passed.append(here[source])
+                elif source in here:
+                    passed.append(graph.call_function(carrier, (here[source],)))
+                else:
+                    passed.append(shapes[source])
+            graph.output(passed[0] if len(passed) == 1 else tuple(passed))
+        return graph
+
+    def _check_shared(self, parts: list[Part]) -> None:
+        owner: dict[int, tuple[int, str]] = {}
+        for number, part in enumerate(parts):
+            for name, parameter in part.named_parameters():
+                other, first = owner.setdefault(id(parameter), (number, name))
+                if other != number:
+                    same = name if name == first else f"{first} and {name}, which are one parameter,"
+                    raise UserError(
+                        f"cut: {same} would be in parts {other} and {number}; cut so that one part uses it, or give "
+                        "the model two parameters"
+                    )
