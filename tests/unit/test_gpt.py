@@ -65,7 +65,11 @@ def test_the_angles_are_those_of_the_paper() -> None:
         for pair, speed in enumerate((1.0, 0.1, 0.01, 0.001)):
             angle = torch.tensor(position * speed, dtype=torch.float64)
             assert cos[position, pair] == pytest.approx(angle.cos().item(), abs=1e-12)
-            assert sin[position, pair] == pytest.approx(angle.sin().item(), abs=1e-12)
+            assert sin[position, pair + 4] == pytest.approx(angle.sin().item(), abs=1e-12)
+    turned = rotate(torch.eye(8, dtype=torch.float64)[None, None, [1]], cos, sin)[0, 0, 3]
+    angle = torch.tensor(3 * 0.1, dtype=torch.float64)
+    assert turned[[1, 5]].tolist() == pytest.approx([angle.cos().item(), angle.sin().item()])
+    assert turned.count_nonzero() == 2
 
 
 def test_grouped_queries_are_heads_with_repeated_keys_and_values() -> None:

@@ -188,7 +188,7 @@ class SwiGLU(nn.Module):
 
 
 def rotation(length: int, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, [length, head_width / 2] each, of the angles position · base^(−2i / head_width).
+    """Cosine and sine, [length, head_width] each, of the angles position · base^(−2i / head_width), for `rotate`.
 
     They are computed where they are used: a buffer would be empty after `to_empty`, and would have to move between
     devices. In fp32, or in fp64 where `like`, which also gives the device, is fp64: bf16 cannot count beyond 256.
@@ -197,10 +197,13 @@ def rotation(length: int, head_width: int, base: float, like: Tensor) -> tuple[T
     positions = torch.arange(length, device=like.device, dtype=dtype)
     exponents = torch.arange(0, head_width, 2, device=like.device, dtype=dtype) / head_width
     angles = positions[:, None] * base**-exponents
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn the pairs (i, i + head_width / 2) of x [N, heads, T, head_width] by their angles, in fp32 or more."""
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+    """Turn the pairs (i, i + head_width / 2) of x [N, heads, T, head_width] by their angles, in fp32 or more.
+
+    Rolled by half, every number meets its partner: two products over the whole, and not four over halves.
+    """
+    return (x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin).to(x.dtype)
