@@ -31,15 +31,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import Tensor
+from torch.nn.functional import dropout
 from torch.nn.parallel import DistributedDataParallel
 
 from lockstep import Run, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
+from lockstep.data.batch import map_tensors
 from lockstep.errors import CheckFailed
-from lockstep.models.resnet import build_model
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.utils.files import write_atomically, write_json
 
@@ -58,9 +58,9 @@ class Training:
 
     def __init__(self, run: Run[ResumeConfig], seed: int) -> None:
         torch.manual_seed(seed)
-        model = run.place(build_model(run.config.model))
-        # Dropout draws random numbers in each step.
-        model.avgpool = nn.Sequential(model.get_submodule("avgpool"), nn.Dropout(0.5))
+        model = run.place(run.task.build_model())
+        # Dropout draws random numbers in each step, whatever the model.
+        model.register_forward_hook(lambda *call: map_tensors(lambda tensor: dropout(tensor, 0.1), call[-1]))
         model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
         self.model, self.scaler = model, run.scaler()
         self.optimizer = build_optimizer(run.config.optim, model)
@@ -74,7 +74,7 @@ class Training:
         self.model.train()
         for batch in run.batches(self.step, stop):
             with run.autocast():
-                loss = cross_entropy(self.model(batch.images), batch.labels)
+                loss = run.task.loss(self.model(batch.inputs), batch.targets)
             self.scaler.scale(loss).backward()
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -100,8 +100,8 @@ class Training:
         """Become the training that `state` was taken from."""
         if forget != "buckets":
             # A backward that is thrown away, for DDP to learn the order; it comes first because it touches the rest.
-            images = torch.zeros(2, 3, run.image_size, run.image_size)
-            self.model(run.to_model(images)).sum().backward()
+            example = run.data.example(2)
+            run.task.loss(self.model(example.inputs), example.targets).backward()
             self.optimizer.zero_grad()
         self.model.module.load_state_dict(state["model"])
         if forget != "optimizer":

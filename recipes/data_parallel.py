@@ -24,12 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.functional import cross_entropy
 
 from lockstep import Proof, Run, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
-from lockstep.models.resnet import build_model
+from lockstep.data.batch import cut_tree, first_tensor, join_trees, pieces
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -50,9 +49,10 @@ class HostDataParallel(nn.Module):
         self._shells = [copy.deepcopy(module) for _ in range(replicas)]  # a list: not registered as submodules
         self.thread_seconds, self.wall_seconds = 0.0, 0.0
 
-    def forward(self, images: Tensor) -> Tensor:
-        """images [N, 3, H, W] to logits [N, C]."""
-        chunks = images.chunk(len(self._shells))  # scatter
+    def forward(self, inputs: Any) -> Any:
+        """inputs of N samples to outputs of N samples."""
+        count = len(first_tensor(inputs, "the inputs"))
+        chunks = [cut_tree(inputs, *bounds, count) for bounds in pieces(count, len(self._shells))]  # scatter
         tensors = [self._replicate(number) for number in range(len(chunks))]
         outputs: list[Any] = [None] * len(chunks)
         # Threads inherit neither the gradient mode nor autocast.
@@ -63,7 +63,7 @@ class HostDataParallel(nn.Module):
             try:
                 with torch.set_grad_enabled(modes[0]), torch.autocast("cpu", modes[2], enabled=modes[1]):
                     shell = self._shells[number].train(self.training)
-                    outputs[number] = functional_call(shell, tensors[number], chunks[number])
+                    outputs[number] = functional_call(shell, tensors[number], (chunks[number],))
             except BaseException as error:
                 outputs[number] = error
             self.thread_seconds += time.thread_time() - started
@@ -78,7 +78,7 @@ class HostDataParallel(nn.Module):
         for output in outputs:
             if isinstance(output, BaseException):
                 raise output
-        return torch.cat(outputs)  # gather
+        return join_trees(outputs)  # gather
 
     def _replicate(self, number: int) -> dict[str, Tensor]:
         """The model's tensors for one replica: parameters cloned, so that backward sums their gradients; replica 0
@@ -97,7 +97,7 @@ class HostDataParallel(nn.Module):
     next_command="python -m recipes.ddp     a process per device instead: no GIL, no first device",
 )
 def train(run: Run[DataParallelConfig]) -> None:
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
     if run.device.type == "cuda":
         devices = sorted(range(torch.cuda.device_count()), key=lambda device: device != run.device.index)
         model = nn.DataParallel(model, device_ids=devices[: run.config.replicas])  # the first holds the model
@@ -112,7 +112,7 @@ def train(run: Run[DataParallelConfig]) -> None:
     for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
-                loss = cross_entropy(model(micro.images), micro.labels)
+                loss = run.task.loss(model(micro.inputs), micro.targets)
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
         clip_gradients(model, optimizer, scaler, run.config.gradients)

@@ -23,13 +23,11 @@ Source: https://arxiv.org/abs/2006.15704 (the design and the bucketing)
 from dataclasses import dataclass
 
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook, fp16_compress_hook
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from lockstep import Proof, Run, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
-from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -53,7 +51,7 @@ COMPRESS = {"bf16": bf16_compress_hook, "fp16": fp16_compress_hook}  # round a b
     next_command="python -m recipes.single     the same training in one process, to compare with",
 )
 def train(run: Run[DdpConfig]) -> None:
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
     if run.config.comm in COMPRESS:
         model.register_comm_hook(None, COMPRESS[run.config.comm])
@@ -64,7 +62,7 @@ def train(run: Run[DdpConfig]) -> None:
     for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
-                loss = cross_entropy(model(micro.images), micro.labels)
+                loss = run.task.loss(model(micro.inputs), micro.targets)
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
         clip_gradients(model, optimizer, scaler, run.config.gradients)

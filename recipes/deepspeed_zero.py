@@ -39,13 +39,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import AUTO, key
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_numbers
-from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.precision import AUTOCAST
@@ -128,7 +126,7 @@ def train(run: Run[ZeroConfig]) -> None:
 
     from lockstep.integrations import deepspeed as zero
 
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
     optimizer = build_optimizer(run.config.optim, model)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     with zero.prepared(run):
@@ -139,14 +137,14 @@ def train(run: Run[ZeroConfig]) -> None:
         if run.config.stage < 3:
             return model
         with torch.device("meta"):  # memory only when the weights come, and no random number drawn
-            plain = build_model(run.config.model)
+            plain = run.task.build_model()
         return zero.gather_module(model, plain)
 
     zero_engine = zero.ZeroEngine(run, engine, scaler)
     for batch in run.steps(model=engine, optimizer=optimizer, scheduler=scheduler, whole=whole, engine=zero_engine):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
-                loss = cross_entropy(engine(micro.images), micro.labels)
+                loss = run.task.loss(engine(micro.inputs), micro.targets)
             engine.backward(loss * micro.weight, scale_wrt_gas=False)  # else it divides by the number of micro-batches
             run.record(loss=loss, weight=micro.weight)
             if micro.last:

@@ -33,16 +33,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
-from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -74,8 +73,8 @@ def make_mesh(run: Run[FsdpConfig]) -> DeviceMesh:
 
 
 def shard(model: nn.Module, mesh: DeviceMesh, run: Run[FsdpConfig]) -> None:
-    """Shard a ResNet, in place, from the inside out: each residual block is gathered by itself, and what is left over,
-    the stem and the classifier, together. One fully_shard on the whole would gather the whole."""
+    """Shard a model, in place, from the inside out: each block is gathered by itself, and what is left over, such as
+    the first and the last layer, together. One fully_shard on the whole would gather the whole."""
     config = run.config
     pinned = run.device.type == "cuda"  # host memory that a GPU can read by itself
     options: dict[str, Any] = {
@@ -88,14 +87,16 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run[FsdpConfig]) -> None:
         arithmetic = MixedPrecisionPolicy(param_dtype=AUTOCAST[run.config.precision], reduce_dtype=mean)
         rest = replace(arithmetic, output_dtype=torch.float32)  # the logits, for the loss
         for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d):  # takes 16-bit images with fp32 weights, as under autocast
+            if isinstance(layer, _BatchNorm):  # takes 16-bit images with fp32 weights, as under autocast
                 own = MixedPrecisionPolicy(cast_forward_inputs=False)
                 fully_shard(layer, mp_policy=own, reshard_after_forward=False, **options)
-    for name in ("layer1", "layer2", "layer3", "layer4"):
-        for block in model.get_submodule(name).children():
-            if run.config.compile:  # block by block, since what FSDP does in between is no graph
-                block.compile(dynamic=False)
-            fully_shard(block, mp_policy=arithmetic, reshard_after_forward=config.reshard_after_forward, **options)
+    for name in run.blocks(model):
+        block = model.get_submodule(name)
+        if not any(True for _ in block.parameters()):  # nothing to gather
+            continue
+        if run.config.compile:  # block by block, since what FSDP does in between is no graph
+            block.compile(dynamic=False)
+        fully_shard(block, mp_policy=arithmetic, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, mp_policy=rest, **options)
 
 
@@ -109,8 +110,8 @@ def deal(model: nn.Module, whole: nn.Module | None, run: Run[FsdpConfig]) -> Non
     for layer in model.modules():
         for name, buffer in layer.named_buffers(recurse=False):
             setattr(layer, name, buffer.to(run.device))  # these are not offloaded
-    weights = whole.state_dict() if whole is not None else {}
-    for name, mine in model.state_dict().items():
+    weights = tensors_of(whole) if whole is not None else {}
+    for name, mine in tensors_of(model).items():
         tensor = weights[name] if weights else torch.empty(mine.shape, dtype=mine.dtype)
         tensor = tensor.to(run.device)
         if isinstance(mine, DTensor):
@@ -118,6 +119,20 @@ def deal(model: nn.Module, whole: nn.Module | None, run: Run[FsdpConfig]) -> Non
         else:  # BatchNorm's statistics, which every rank has
             dist.broadcast(tensor, src=0)
             mine.copy_(tensor)
+
+
+def refuse_tied(model: nn.Module) -> None:
+    """One tensor under two names would become two when the meta model gets its memory."""
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if id(parameter) in names:
+            raise UserError(f"recipes.fsdp: {names[id(parameter)]} and {name} are one tensor; untie them, or use ddp")
+        names[id(parameter)] = name
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers, those too that no state_dict has, such as tables of positions."""
+    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
 
 
 def check(config: FsdpConfig, share: int) -> None:
@@ -143,9 +158,10 @@ def check(config: FsdpConfig, share: int) -> None:
 )
 def train(run: Run[FsdpConfig]) -> None:
     dtype = DTYPES[run.config.precision]
-    whole = build_model(run.config.model).to(dtype) if run.world.rank == 0 else None
+    whole = run.task.build_model().to(dtype) if run.world.rank == 0 else None
     with torch.device("meta"):
-        model: Any = build_model(run.config.model).to(dtype)
+        model: Any = run.task.build_model().to(dtype)
+    refuse_tied(model)
     shard(model, make_mesh(run), run)
     deal(model, whole, run)
     del whole
@@ -158,7 +174,7 @@ def train(run: Run[FsdpConfig]) -> None:
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             # Not averaged yet, gradients stay whole on each rank, as much memory as DDP's: the price of sending less.
             model.set_requires_gradient_sync(micro.last or run.config.sync == "every")
-            loss = cross_entropy(model(micro.images), micro.labels)
+            loss = run.task.loss(model(micro.inputs), micro.targets)
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
         clip_gradients(model, optimizer, scaler, run.config.gradients)

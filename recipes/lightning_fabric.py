@@ -20,13 +20,11 @@ Source: https://lightning.ai/docs/fabric/stable/
 
 from dataclasses import dataclass
 
-from torch.nn.functional import cross_entropy
-
-from lockstep import Proof, Run, UserError, recipe
+from lockstep import Proof, Run, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
-from lockstep.models.resnet import build_model
+from lockstep.tasks.build import require_batchnorm
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -39,8 +37,8 @@ class FabricConfig(Config):
 
 def check(config: FabricConfig, share: int) -> None:
     """Layers can only be synchronised where there are some."""
-    if config.sync_batchnorm and config.model.norm != "batch":
-        raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
+    if config.sync_batchnorm:
+        require_batchnorm(config, "sync_batchnorm=true: ")
 
 
 @recipe(
@@ -59,7 +57,7 @@ def train(run: Run[FabricConfig]) -> None:
     from lockstep.integrations.fabric import PRECISION, joined, loss_scaling
 
     synchronised = run.config.sync_batchnorm
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
     if synchronised:
         model = convert_sync_batchnorm(model)
     optimizer = build_optimizer(run.config.optim, model)
@@ -79,7 +77,7 @@ def train(run: Run[FabricConfig]) -> None:
             with fabric.no_backward_sync(model, enabled=number < len(pieces) - 1):
                 # The loss belongs inside: what leaves here is cast to fp32, whatever the precision.
                 with fabric.autocast():
-                    loss = cross_entropy(model(micro.images), micro.labels)
+                    loss = run.task.loss(model(micro.inputs), micro.targets)
                 fabric.backward(loss * micro.weight)
             run.record(loss=loss, weight=micro.weight)
         clip_gradients(model, optimizer.optimizer, scaler, run.config.gradients)  # the one that Fabric has wrapped

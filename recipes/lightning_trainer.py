@@ -26,17 +26,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from lockstep import Proof, Run, UserError, recipe
+from lockstep import Proof, Run, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
-from lockstep.data.datasets import Batch
-from lockstep.models.resnet import build_model
+from lockstep.data.batch import Batch
+from lockstep.tasks.build import require_batchnorm
 from lockstep.training.accumulate import MicroBatch
 from lockstep.training.clip import clip_gradients
-from lockstep.training.evaluate import Tally
 from lockstep.training.optim import build_optimizer, build_scheduler
 
 
@@ -47,8 +45,8 @@ class TrainerConfig(Config):
 
 def check(config: TrainerConfig, share: int) -> None:
     """Layers can only be synchronised where there are some."""
-    if config.sync_batchnorm and config.model.norm != "batch":
-        raise UserError(f"sync_batchnorm=true: model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
+    if config.sync_batchnorm:
+        require_batchnorm(config, "sync_batchnorm=true: ")
 
 
 @recipe(
@@ -66,16 +64,18 @@ def train(run: Run[TrainerConfig]) -> None:
     from lockstep.integrations.fabric import PRECISION, loss_scaling
     from lockstep.integrations.lightning_trainer import DDP, EvalBatches, RunHooks, SyncBatchNormPlugin, TrainBatches
 
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
 
-    class Classifier(LightningModule):
+    class Module(LightningModule):
         def __init__(self) -> None:
             super().__init__()
             self.model = model
 
-        def forward(self, images: Tensor) -> Tensor:
-            logits: Tensor = self.model(images)
-            return logits
+        def forward(self, inputs: Any) -> Any:
+            return self.model(inputs)
+
+        def transfer_batch_to_device(self, batch: Any, *others: Any) -> Any:
+            return batch  # it is there already
 
         def configure_optimizers(self) -> Any:
             optimizer = build_optimizer(run.config.optim, model)
@@ -86,21 +86,21 @@ def train(run: Run[TrainerConfig]) -> None:
             clip_gradients(model, optimizer, None, run.config.gradients)  # Lightning has unscaled them
 
         def training_step(self, micro: MicroBatch) -> Tensor:
-            loss = cross_entropy(self(micro.images), micro.labels)
+            loss = run.task.loss(self(micro.inputs), micro.targets)
             run.record(loss=loss, weight=micro.weight)
             # Lightning divides by this number, as if all micro-batches were equally large.
             return loss * micro.weight * self.trainer.accumulate_grad_batches
 
         def on_validation_epoch_start(self) -> None:
-            self.tally = Tally(run.data.eval_sampler())
+            self.tally = run.loop.evaluator.tally()
 
         def validation_step(self, batch: Batch) -> None:
-            self.tally.add(self(batch.images), batch.labels)
+            self.tally.add(self(batch.inputs), batch)
 
         def on_validation_epoch_end(self) -> None:
             self.evaluation = self.tally.result(run.device)
 
-    module, batches = Classifier(), TrainBatches(run)
+    module, batches = Module(), TrainBatches(run)
     scaling = loss_scaling(run, run.scaler(), MixedPrecision)
     hooks = RunHooks(run, module, batches)
     trainer = Trainer(

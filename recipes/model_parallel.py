@@ -24,14 +24,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.utils._pytree import tree_map_only
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
-from lockstep.models.resnet import build_model
+from lockstep.data.batch import cut_tree, first_tensor, join_trees, map_tensors, on_device_of, pieces
 from lockstep.parallel.partition import check_cut, choose_cuts, split
+from lockstep.tasks.build import block_names, known_task, sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -52,26 +51,29 @@ class ModelParallelConfig(Config):
 class ModelParallel(nn.Module):
     """A model in consecutive parts, part i on devices[i]: inputs on any device to outputs on the last one."""
 
-    def __init__(self, module: nn.Module, firsts: list[str], devices: list[torch.device], pieces: int) -> None:
+    def __init__(
+        self, module: nn.Module, firsts: list[str], devices: list[torch.device], pieces: int, blocks: list[str]
+    ) -> None:
         super().__init__()
         self.module = module
-        parts = split(module, firsts)  # the same parameters, so moving a part moves a part of `module`
+        parts = split(module, firsts, blocks)  # the same parameters, so moving a part moves a part of `module`
         self._parts = [part.to(device) for part, device in zip(parts, devices, strict=True)]
         self._devices, self._pieces = devices, pieces
         self.clock = StageClock(devices, next(parts[0].parameters()))
         # Whoever evaluates or exports `module` calls it directly, and its own forward knows nothing of devices.
         module.forward = self.forward
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, inputs: Any) -> Any:
         # A GPU only queues what it is told to do: piece 2 is at part 0 while piece 1 is still at part 1.
-        return torch.cat([self._one(piece) for piece in images.chunk(self._pieces)])
+        count = len(first_tensor(inputs, "the inputs"))
+        return join_trees([self._one(cut_tree(inputs, *bounds, count)) for bounds in pieces(count, self._pieces)])
 
     def _one(self, inputs: Any) -> Any:
         values = inputs
         for number, (part, device) in enumerate(zip(self._parts, self._devices, strict=True)):
-            values = tree_map_only(Tensor, partial(self._enter, number=number, device=device), values)
+            values = map_tensors(partial(self._enter, number=number, device=device), values)
             values = part(*values) if number and isinstance(values, tuple) else part(values)
-            values = tree_map_only(Tensor, partial(self.clock.leave, part=number), values)
+            values = map_tensors(partial(self.clock.leave, part=number), values)
         return values
 
     def _enter(self, x: Tensor, number: int, device: torch.device) -> Tensor:
@@ -93,7 +95,8 @@ def check(config: ModelParallelConfig, share: int) -> None:
         raise UserError(
             f"devices=[{','.join(config.devices)}]: allowed are two or more of {', '.join(allowed)}, repeated or not"
         )
-    check_cut(lambda: build_model(config.model), config.cut, len(config.devices or "ab"))
+    model = sketch(config)
+    check_cut(lambda: model, config.cut, len(config.devices or "ab"), block_names(known_task(config), model))
 
 
 @recipe(
@@ -105,10 +108,10 @@ def check(config: ModelParallelConfig, share: int) -> None:
 )
 def train(run: Run[ModelParallelConfig]) -> None:
     devices = pick_devices(run)
-    model = run.place(build_model(run.config.model))
-    images = torch.zeros(run.config.global_batch_size // run.config.micro_batches, 3, run.image_size, run.image_size)
-    firsts = choose_cuts(model, run.config.cut, len(devices), run.to_model(images))
-    model = ModelParallel(model, firsts, devices, run.config.micro_batches)
+    model = run.place(run.task.build_model())
+    example, blocks = run.data.example(run.config.global_batch_size // run.config.micro_batches), run.blocks(model)
+    firsts = choose_cuts(model, run.config.cut, len(devices), example.inputs, blocks)
+    model = ModelParallel(model, firsts, devices, run.config.micro_batches, blocks)
     optimizer = build_optimizer(run.config.optim, model)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
@@ -116,8 +119,8 @@ def train(run: Run[ModelParallelConfig]) -> None:
     for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
-                logits = model(micro.images)
-                loss = cross_entropy(logits, micro.labels.to(logits.device))
+                outputs = model(micro.inputs)
+                loss = run.task.loss(outputs, on_device_of(outputs, micro.targets))
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
         clip_gradients(model, optimizer, scaler, run.config.gradients)

@@ -35,14 +35,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
-from torch.nn.functional import cross_entropy
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
+from lockstep.data.batch import pieces
 from lockstep.distributed.collectives import gather_numbers
-from lockstep.models.resnet import build_model
 from lockstep.parallel.partition import Part, check_cut, choose_cuts, join, split
+from lockstep.tasks.build import block_names, known_task, sketch
+from lockstep.training.accumulate import MicroBatch, micro_batch
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.timing import Stopwatch
@@ -129,11 +130,13 @@ def build_stages(
     config, rank, size = run.config, dist.get_rank(stage_group), dist.get_world_size(stage_group)
     count = size * STAGES_A_RANK[config.schedule]
     piece = config.global_batch_size // run.shards // config.micro_batches
-    images = run.to_model(torch.zeros(piece, 3, run.image_size, run.image_size))
+    example, blocks = run.data.example(piece).inputs, run.blocks(model)
     cut = wanted_cut(config)
-    chosen: list[Any] = [choose_cuts(model, cut, count, images) if run.world.rank == 0 or cut != "balanced" else None]
+    chosen: list[Any] = [
+        choose_cuts(model, cut, count, example, blocks) if run.world.rank == 0 or cut != "balanced" else None
+    ]
     dist.broadcast_object_list(chosen, src=0)  # measured once: ranks that cut differently could not talk
-    parts = split(model, chosen[0])
+    parts = split(model, chosen[0], blocks)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     stages = []
     for number in range(rank, count, size):  # rank r holds stages r, r + size, …
@@ -193,7 +196,9 @@ def check(config: PipelineConfig, share: int) -> None:
         )
     if config.accumulate > 1:
         raise UserError(f"accumulate={config.accumulate}: a pipeline accumulates by itself; set micro_batches instead")
-    check_cut(lambda: build_model(config.model), wanted_cut(config), stages * STAGES_A_RANK[name])
+    model = sketch(config)
+    blocks = block_names(known_task(config), model)
+    check_cut(lambda: model, wanted_cut(config), stages * STAGES_A_RANK[name], blocks)
 
 
 def wanted_cut(config: PipelineConfig) -> Any:
@@ -216,7 +221,7 @@ def wanted_cut(config: PipelineConfig) -> Any:
 def train(run: Run[PipelineConfig]) -> None:
     mesh = init_device_mesh(run.device.type, (run.shards, run.config.stages), mesh_dim_names=("data", "stage"))
     data_group, stage_group = mesh.get_group("data"), mesh.get_group("stage")
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
     stages, parts = build_stages(run, model, stage_group)
     first, last = stages[0].is_first, stages[-1].is_last
     mine = join([parts[stage.stage_index] for stage in stages], model)
@@ -227,17 +232,26 @@ def train(run: Run[PipelineConfig]) -> None:
     def whole() -> nn.Module:
         return gather_model(model, parts, run.config.stages)
 
-    def scaled_loss(logits: Tensor, labels: Tensor) -> Tensor:
-        return scaler.scale(cross_entropy(logits, labels))
+    micros: list[MicroBatch] = []  # of the step
+
+    def scaled_loss(outputs: Any, number: Tensor) -> Tensor:
+        """The schedule divides the sum of these losses' gradients by the number of micro-batches."""
+        micro = micros[int(number)]
+        loss = run.task.loss(outputs, micro.targets)
+        if isinstance(micro.weight, Tensor):  # the task counts tokens, say, and these are not equally many
+            loss = loss * (micro.weight * len(micros))
+        return scaler.scale(loss)
 
     schedule = build_schedule(run, stages, scaled_loss)
     clock = Stopwatch(run.device)
     for batch in run.steps(model=mine, optimizer=optimizer, scheduler=scheduler, whole=whole):
-        images = (batch.images,) if first else ()
+        inputs = (batch.inputs,) if first else ()
+        micros[:] = [micro_batch(batch, *bounds) for bounds in pieces(batch.count, run.config.micro_batches)]
+        numbers = torch.arange(len(micros))  # the schedule cuts tensors alone, and targets may be anything
         losses: list[Tensor] = []
         clock.start()
         with run.autocast():  # the schedule runs forwards and backwards, and divides the gradients by micro_batches
-            schedule.step(*images, **({"target": batch.labels, "losses": losses} if last else {}))
+            schedule.step(*inputs, **({"target": numbers, "losses": losses} if last else {}))
         clock.stop()
         if last:  # only here the model ends, and with it the loss is known
             run.record(loss=torch.stack(losses).mean() / scaler.get_scale())

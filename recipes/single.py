@@ -10,11 +10,8 @@ Expect: ResNet-18 reaches an accuracy of 0.97 or more on scikit-learn's digits, 
 Source: https://docs.pytorch.org/tutorials/beginner/introyt/trainingyt.html
 """
 
-from torch.nn.functional import cross_entropy
-
 from lockstep import Run, recipe
 from lockstep.config.schema import Config
-from lockstep.models.resnet import build_model
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -22,7 +19,7 @@ from lockstep.training.optim import build_optimizer, build_scheduler
 
 @recipe(ranks=1, next_command="python -m recipes.ddp     the same training, shared by two ranks")
 def train(run: Run[Config]) -> None:
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
     optimizer = build_optimizer(run.config.optim, model)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
@@ -30,7 +27,7 @@ def train(run: Run[Config]) -> None:
     for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
-                loss = cross_entropy(model(micro.images), micro.labels)
+                loss = run.task.loss(model(micro.inputs), micro.targets)
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
         clip_gradients(model, optimizer, scaler, run.config.gradients)

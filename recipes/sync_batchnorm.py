@@ -18,14 +18,13 @@ Source: https://arxiv.org/abs/1502.03167 (BatchNorm), https://arxiv.org/abs/1803
 from dataclasses import dataclass
 
 from rich.table import Table
-from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
-from lockstep import Proof, Run, UserError, recipe
+from lockstep import Proof, Run, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config, with_values
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
-from lockstep.models.resnet import build_model
+from lockstep.tasks.build import require_batchnorm
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -39,8 +38,7 @@ class SyncBatchNormConfig(Config):
 
 def check(config: SyncBatchNormConfig, share: int) -> None:
     """There must be something to synchronise."""
-    if config.model.norm != "batch":
-        raise UserError(f"model.norm={config.model.norm}: holds no BatchNorm to synchronise; set model.norm=batch")
+    require_batchnorm(config, "")
 
 
 @recipe(
@@ -54,7 +52,7 @@ def train(run: Run[SyncBatchNormConfig]) -> None:
     if run.config.demonstrate:
         demonstrate(run)
         return
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
     model = convert_sync_batchnorm(model)  # before the wrap: DDP hooks the parameters it finds
     # The running statistics are equal on all ranks already: rank 0 need not broadcast them before every forward.
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True, **NO_BUFFER_SYNC)
@@ -65,7 +63,7 @@ def train(run: Run[SyncBatchNormConfig]) -> None:
     for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
-                loss = cross_entropy(model(micro.images), micro.labels)
+                loss = run.task.loss(model(micro.inputs), micro.targets)
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
         clip_gradients(model, optimizer, scaler, run.config.gradients)

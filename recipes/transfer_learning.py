@@ -26,9 +26,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
@@ -37,7 +35,7 @@ from lockstep.checkpoint.backbone import backbone
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.parameters import count_parameters
-from lockstep.models.resnet import build_model
+from lockstep.tasks.build import sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -95,8 +93,7 @@ def prepare(run: Run[TransferConfig], model: nn.Module) -> None:
 
 def check(config: TransferConfig, share: int) -> None:
     """The patterns must match, something must be left to train, and the backbone must be there and fit."""
-    with torch.device("meta"):  # names and shapes need no memory
-        model = build_model(config.model)
+    model = sketch(config)
     names = [name for name, _ in model.named_parameters()]
     text = f"freeze=[{','.join(config.freeze or [])}]"
     for pattern in config.freeze or []:
@@ -131,7 +128,7 @@ def check(config: TransferConfig, share: int) -> None:
     next_command="python -m recipes.ddp     the same classes from scratch, to compare with",
 )
 def train(run: Run[TransferConfig]) -> None:
-    model = run.place(build_model(run.config.model))
+    model = run.place(run.task.build_model())
     prepare(run, model)
     model = DistributedDataParallel(model, device_ids=run.device_ids, gradient_as_bucket_view=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -156,7 +153,7 @@ def train(run: Run[TransferConfig]) -> None:
             run.report.line(f"unfrozen after step {unfreeze_at}: all parameters are trained from here on")
         for micro in micro_batches(batch, run.config.accumulate, model):  # one, unless accumulate=N
             with run.autocast():
-                loss = cross_entropy(model(micro.images), micro.labels)
+                loss = run.task.loss(model(micro.inputs), micro.targets)
             scaler.scale(loss * micro.weight).backward()
             run.record(loss=loss, weight=micro.weight)
         clip_gradients(model, optimizer, scaler, run.config.gradients)

@@ -54,6 +54,7 @@ class Recipe:
         check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
         proof: what `recipes.verify` holds it to, one or several; None: nothing.
         backbone: resume=PATH names what it takes a part of (Run.backbone), which its `check` looks at.
+        task: the only task that it trains: a class in its own file, or a name as `task=` takes it; None: any.
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
         stands_for: of a tool that looks at one recipe, called with the config: which one.
         looks_at: of a tool: the key that names the recipes it runs, whose own keys it then has, too.
@@ -73,6 +74,7 @@ class Recipe:
     check: Callable[[Any, int], None] | None = None
     proof: Proof | tuple[Proof, ...] | None = None
     backbone: bool = False
+    task: type | str | None = None
     needs: str | None = None
     stands_for: Callable[[Any], Recipe] | None = None
     looks_at: str | None = None

@@ -19,8 +19,8 @@ from lockstep.checkpoint.backbone import backbone
 from lockstep.checkpoint.manager import CheckpointManager
 from lockstep.checkpoint.types import Engine, Stateful
 from lockstep.config.schema import ConfigT
+from lockstep.data.batch import Batch
 from lockstep.data.batches import BatchSource
-from lockstep.data.datasets import Batch
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
 from lockstep.distributed.signals import Listener
@@ -28,6 +28,7 @@ from lockstep.loggers.console import ConsoleReport
 from lockstep.loop.training_loop import TrainingLoop
 from lockstep.memory.tracker import held_bytes
 from lockstep.memory.usage import process_bytes
+from lockstep.tasks.build import block_names, build_task
 from lockstep.training.auto import choose_for_hardware
 from lockstep.training.precision import DTYPES, Scaler, autocast
 
@@ -49,6 +50,7 @@ class Run(Generic[ConfigT]):
         shard: which of them is this rank's.
         started: when, by time.perf_counter().
         scheduled_steps: steps of all epochs, which the learning rate is planned over.
+        task: what is trained: model, data and loss.
         data: the data sets, and this rank's batches of them.
         loop: what happens around the steps, for a trainer that has a loop of its own.
         report: what a person reads.
@@ -74,10 +76,10 @@ class Run(Generic[ConfigT]):
         self.device, self.device_ids, self.listener = world.device, world.device_ids, listener
         dims = ParallelDims.of(world.rank, world.world_size, config.model_parallel_size, shards)
         self.shards, self.shard = dims.shards, dims.shard
-        torch.manual_seed(config.seed)  # all ranks draw the same weights; `loop.restore` seeds them apart
         torch.autograd.set_detect_anomaly(config.detect_anomaly)
-        self.data = BatchSource(config, world, dims, DTYPES[config.precision])
-        self.image_size = self.data.image_size
+        self.task: Any = build_task(config)
+        torch.manual_seed(config.seed)  # all ranks draw the same weights; `loop.restore` seeds them apart
+        self.data = BatchSource(self.task, config, world, dims, DTYPES[config.precision])
         self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.report = ConsoleReport(recipe, config, world, out, next_command, quiet)
         self.prepare: Callable[[nn.Module], None] | None = None
@@ -87,9 +89,7 @@ class Run(Generic[ConfigT]):
         self._context = CallbackContext(
             recipe, config, world, out, quiet, self.report, self.started, self.steps_per_epoch, total_steps
         )
-        self._callbacks = build_callbacks(
-            config, world, workers=self.data.workers, eval_images=self.data.eval_images, first=callbacks
-        )
+        self._callbacks = build_callbacks(config, world, workers=self.data.workers, task=self.task, first=callbacks)
         self.loop = TrainingLoop(
             self._context,
             dims,
@@ -156,9 +156,9 @@ class Run(Generic[ConfigT]):
         if self.step > since:
             self.loop.restore_bucket_order(model)
 
-    def to_model(self, images: Tensor) -> Tensor:
-        """Floats of the dtype, device and memory format that the model takes."""
-        return self.data.to_model(images)
+    def blocks(self, model: nn.Module) -> list[str]:
+        """The modules that are sharded, or cut between: the task's `blocks`, or `models.blocks.default_blocks`."""
+        return list(block_names(self.task, model))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context for forward and loss: bf16 or fp16 where the precision says so, else nothing."""
@@ -173,9 +173,9 @@ class Run(Generic[ConfigT]):
         self._context.scaler = scaler = Scaler(self.device, self.config.loss_scale, enabled=fp16)
         return scaler
 
-    def record(self, *, loss: Tensor, weight: float = 1.0) -> None:
-        """Hand over a mean loss; of several in one step, each with its share of this rank's images as its weight."""
-        self._callbacks.on_loss(self._context, loss, weight)
+    def record(self, *, loss: Tensor, weight: float | Tensor = 1.0, **scalars: float | Tensor) -> None:
+        """Hand over a micro-batch's mean loss and its weight; `scalars` are further means to log, averaged likewise."""
+        self._callbacks.on_loss(self._context, loss, weight, scalars)
 
     def note(self, text: str, **values: Any) -> None:
         """Add what a technique has to say of itself: `values` to result.json, `text` to the final summary."""
@@ -213,7 +213,8 @@ class Run(Generic[ConfigT]):
             engine: what saves and restores model and optimizer by its own means.
 
         Yields:
-            Batch: images [global_batch_size / shards, 3, H, W], normalised, in the model's dtype; labels int64.
+            Batch: global_batch_size / shards samples, as the task's data sets and `collate` give them, floating numbers
+                in the model's dtype.
 
         Raises:
             Preempted: a signal has come to any of the ranks, and the state is saved.

@@ -34,7 +34,7 @@ def train(run: Run) -> None:
             go_wrong(how)
         if run.step == 2 and how == "skip":
             continue
-        loss = cross_entropy(model(batch.images), batch.labels)
+        loss = cross_entropy(model(batch.inputs), batch.targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

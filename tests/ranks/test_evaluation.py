@@ -9,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from lockstep.data.datasets import Batch, InMemoryImages
+from lockstep.config.schema import Config
+from lockstep.data.batch import Batch
+from lockstep.data.datasets import InMemoryImages
 from lockstep.data.loader import Samples, build_loader
 from lockstep.data.sampler import EvalSampler
 from lockstep.distributed.process_group import World
-from lockstep.training.evaluate import Evaluation, evaluate
+from lockstep.tasks.images import Images
+from lockstep.training.evaluate import Evaluation, Tally, evaluate
 from tests.helpers.harness import run_ranks
 
 
@@ -30,10 +33,11 @@ def evaluate_on(world: World, size: int, batch_size: int, lost: int = 0) -> Eval
     sampler = EvalSampler(size, batch_size, world.rank, world.world_size)
 
     def batches() -> Iterator[Batch]:
-        for batch in build_loader(Samples(images, 0, augment=False), sampler, 0, pin_memory=False):
-            yield Batch(batch.images[lost:], batch.labels[lost:])
+        for batch in build_loader(Samples(images, 0), sampler, 0, pin_memory=False):
+            yield Batch(batch.inputs[lost:], batch.targets[lost:], batch.count - lost)
 
-    return evaluate(lambda x: x.double().div(255).flatten(1) @ weights, batches(), sampler, world.device)
+    tally = Tally(Images(Config()), sampler, None)
+    return evaluate(lambda x: x.double().div(255).flatten(1) @ weights, batches(), tally, world.device)
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(101, 7), (5, 7)])
@@ -51,7 +55,7 @@ def test_evaluation_is_the_mean_over_all_samples() -> None:
     own = [row[label].item() for row, label in zip(logits.log_softmax(1), images.labels, strict=True)]
     assert result.count == 101
     assert result.loss == pytest.approx(-math.fsum(own) / 101, rel=1e-12)
-    assert result.accuracy == (logits.argmax(1) == images.labels).sum().item() / 101
+    assert result.metrics["accuracy"] == (logits.argmax(1) == images.labels).sum().item() / 101
 
 
 def test_evaluation_that_lost_a_sample_fails() -> None:

@@ -37,7 +37,7 @@ def train(run: Run) -> None:
     model = DistributedDataParallel(run.place(build_model(run.config.model)))
     optimizer = SGD(model.parameters(), lr=0.01)
     for batch in run.steps(model=model, optimizer=optimizer):
-        loss = cross_entropy(model(batch.images), batch.labels)
+        loss = cross_entropy(model(batch.inputs), batch.targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

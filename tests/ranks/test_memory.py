@@ -195,8 +195,8 @@ def keeping(world: World, out: str, config: Config, kept: str) -> list[int]:
     losses: list[Any] = []
     total: Any = 0
     for batch in run.steps(model=model, optimizer=optimizer):
-        logits = model(batch.images)
-        loss = cross_entropy(logits, batch.labels)
+        logits = model(batch.inputs)
+        loss = cross_entropy(logits, batch.targets)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

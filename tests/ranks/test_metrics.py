@@ -12,9 +12,12 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.nn.functional import cross_entropy
 from torchmetrics.functional.classification import multiclass_f1_score
 
+from lockstep.config.schema import Config
+from lockstep.data.batch import Batch
 from lockstep.data.sampler import EvalSampler
 from lockstep.distributed.process_group import World
 from lockstep.run import Run
+from lockstep.tasks.images import Images
 from lockstep.training.evaluate import Evaluation, Tally
 from tests.helpers.harness import ROOT, execute, lines, preload, result, run_ranks
 from tests.ranks.test_run import in_run
@@ -39,9 +42,9 @@ def answers(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
 def tallied(world: World, seed: int) -> Evaluation:
     logits, labels = answers(seed)
     sampler = EvalSampler(IMAGES, BATCH, world.rank, world.world_size)
-    tally = Tally(sampler)
+    tally = Tally(Images(Config()), sampler, None)
     for _, which in sampler:
-        tally.add(logits[which], labels[which])
+        tally.add(logits[which], Batch(None, labels[which], len(which)))
     return tally.result(world.device)
 
 
@@ -53,13 +56,13 @@ def test_they_are_scikit_learn_s_and_torchmetrics_on_any_number_of_ranks() -> No
         assert 3 not in labels
         assert 3 in taken_for
         found = [each for count in ranks for each in run_ranks(tallied, count, seed)]
-        assert len(set(found)) == 1, "to the last bit, and on every rank"
+        assert all(each == found[0] for each in found), "to the last bit, and on every rank"
         assert found[0].count == IMAGES
-        assert found[0].accuracy == accuracy_score(labels, taken_for)
+        assert found[0].metrics["accuracy"] == accuracy_score(labels, taken_for)
         assert found[0].loss == pytest.approx(cross_entropy(logits.double(), labels).item(), rel=1e-12)
-        assert found[0].f1 == pytest.approx(f1_score(labels, taken_for, average="macro"), rel=1e-12)
+        assert found[0].metrics["f1"] == pytest.approx(f1_score(labels, taken_for, average="macro"), rel=1e-12)
         theirs = multiclass_f1_score(logits, labels, num_classes=CLASSES, average="macro").item()
-        assert found[0].f1 == pytest.approx(theirs, rel=1e-6), "which computes in fp32"
+        assert found[0].metrics["f1"] == pytest.approx(theirs, rel=1e-6), "which computes in fp32"
 
 
 def test_an_evaluation_is_logged_shown_and_in_the_result(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def train(run: Run[NoiseConfig]) -> None:
     model = run.place(build_model(run.config.model))
     optimizer = torch.optim.SGD(model.parameters(), lr=run.config.optim.lr)
     for step, batch in enumerate(run.steps(model=model, optimizer=optimizer)):
-        loss = cross_entropy(model(batch.images), batch.labels)
+        loss = cross_entropy(model(batch.inputs), batch.targets)
         loss.backward()
         run.record(loss=loss)
         scale = run.config.noise / (step + 1) ** (0.5 if run.config.decay == "sqrt" else 0)

@@ -69,7 +69,7 @@ def clipped(run: Run) -> tuple[list[float], list[float], list[bool], list[float]
     for batch in run.steps(model=model, optimizer=optimizer):
         before = [parameter.detach().clone() for parameter in model.parameters()]
         with run.autocast():
-            loss = cross_entropy(model(batch.images), batch.labels)
+            loss = cross_entropy(model(batch.inputs), batch.targets)
         scaler.scale(loss * (torch.inf if run.step == 1 else 1)).backward()
         run.record(loss=loss)
         scaler.step(optimizer)
@@ -109,7 +109,7 @@ def first_step_left_out(run: Run) -> tuple[list[str], list[float]]:
             Scaler(run.device)  # it says so to the list of filters that is in force now
         for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
             rates.append(optimizer.param_groups[0]["lr"])
-            loss = cross_entropy(model(batch.images), batch.labels)
+            loss = cross_entropy(model(batch.inputs), batch.targets)
             scaler.scale(loss * (torch.inf if run.step == 0 and scaler.is_enabled() else 1)).backward()
             run.record(loss=loss)
             scaler.step(optimizer)
@@ -335,7 +335,7 @@ def trained(run: Run, model: nn.Module, forget: bool = False) -> str:
         for batch in run.steps(model=model, optimizer=optimizer):
             if forget and run.step == 1:
                 model.eval()
-            loss = cross_entropy(model(batch.images), batch.labels)
+            loss = cross_entropy(model(batch.inputs), batch.targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -325,7 +325,7 @@ def recorded_steps(run: Run) -> list[bool]:
     model = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(3, 10))
     for batch in run.steps(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1)):
         found.append(run.loop.callbacks.distorts_time)
-        run.record(loss=model(batch.images).sum())
+        run.record(loss=model(batch.inputs).sum())
         time.sleep(0.3 if run.loop.callbacks.distorts_time else 0)
     (step_time,) = (each for each in run.loop.callbacks.callbacks if isinstance(each, StepTimeMonitor))
     return [

@@ -19,7 +19,7 @@ from torchvision.models import resnet
 
 from lockstep.checkpoint.directory import list_checkpoints
 from lockstep.config.run_directory import freeze
-from lockstep.data.datasets import Batch
+from lockstep.data.batch import Batch
 from lockstep.data.loader import Samples
 from lockstep.data.sampler import epoch_order
 from lockstep.distributed import signals
@@ -240,7 +240,7 @@ def drop_out(world: World, config: Any, out: str) -> tuple[list[float], float, l
     losses: list[float] = []
     try:
         for batch in run.steps(model=model, optimizer=optimizer, keep={"scale": scale}):
-            loss = cross_entropy(model(batch.images), batch.labels) * (1 + random.random() + np.random.normal())
+            loss = cross_entropy(model(batch.inputs), batch.targets) * (1 + random.random() + np.random.normal())
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -279,7 +279,7 @@ def scheduled(world: World, config: Any, out: str, name: str) -> list[tuple[floa
     found = []
     try:
         for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
-            loss = cross_entropy(model(batch.images), batch.labels)
+            loss = cross_entropy(model(batch.inputs), batch.targets)
             loss.backward()
             run.record(loss=loss)
             settings = optimizer.param_groups[0]

@@ -17,7 +17,7 @@ from torch import nn
 
 from lockstep.callbacks.step_time import STEP_SHARES, StepTimeMonitor, loader_advice
 from lockstep.config.schema import OptimConfig
-from lockstep.data.datasets import Batch
+from lockstep.data.batch import Batch
 from lockstep.distributed.heartbeat import TRAINING, WAITING, Heartbeat
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
@@ -135,10 +135,10 @@ def modes_and_rates(run: Run) -> tuple[list[bool], list[float], list[tuple[int, 
     for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):
         modes.append(model.training)
         rates.append(optimizer.param_groups[0]["lr"])
-        shapes.append(tuple(batch.images.shape))
+        shapes.append(tuple(batch.inputs.shape))
         optimizer.step()
         scheduler.step()
-        run.record(loss=model(batch.images).sum())
+        run.record(loss=model(batch.inputs).sum())
     return modes, rates, shapes
 
 
@@ -158,11 +158,11 @@ def first_batch(run: Run) -> Batch:
 
 def test_batches_come_normalised_resized_and_in_the_model_s_dtype(tmp_path: Path) -> None:
     batch = in_run(first_batch, tmp_path, "precision=fp64", "model.image_size=16", "channels_last=true")
-    assert (batch.images.dtype, batch.images.shape) == (torch.float64, (96, 3, 16, 16))
-    assert batch.images.is_contiguous(memory_format=torch.channels_last)
-    assert abs(batch.images.mean().item()) < 0.2
-    assert abs(batch.images.std().item() - 1) < 0.2
-    assert batch.labels.dtype == torch.int64
+    assert (batch.inputs.dtype, batch.inputs.shape) == (torch.float64, (96, 3, 16, 16))
+    assert batch.inputs.is_contiguous(memory_format=torch.channels_last)
+    assert abs(batch.inputs.mean().item()) < 0.2
+    assert abs(batch.inputs.std().item() - 1) < 0.2
+    assert batch.targets.dtype == torch.int64
 
 
 @pytest.mark.parametrize(

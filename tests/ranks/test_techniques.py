@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.models import resnet
 
 from lockstep.config.schema import ModelConfig
-from lockstep.data.datasets import Batch
+from lockstep.data.batch import Batch
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.memory.tracker import saved_bytes
@@ -92,7 +92,7 @@ def make_model(norm: str = "group", name: str = "resnet18", image_size: int = 8)
 def make_batch(count: int, seed: int = 0) -> Batch:
     generator = torch.Generator().manual_seed(seed)
     images = torch.randn(count, 3, 8, 8, generator=generator, dtype=torch.float64)
-    return Batch(images, torch.randint(0, 10, (count,), generator=generator))
+    return Batch(images, torch.randint(0, 10, (count,), generator=generator), count)
 
 
 def gradients(model: nn.Module) -> Tensors:
@@ -101,7 +101,7 @@ def gradients(model: nn.Module) -> Tensors:
 
 def whole_batch_gradients(model: nn.Module, batch: Batch) -> Tensors:
     model = copy.deepcopy(model)
-    cross_entropy(model(batch.images), batch.labels).backward()
+    cross_entropy(model(batch.inputs), batch.targets).backward()
     return gradients(model)
 
 
@@ -219,16 +219,16 @@ def test_micro_batches_are_views_whose_weights_make_one(images: int, count: int,
     """chunk rounds a piece's size up, so that 4 pieces of 9 images are 3."""
     batch = make_batch(images)
     found = list(micro_batches(batch, count, nn.Identity()))
-    assert [len(micro.images) for micro in found] == sizes
+    assert [len(micro.inputs) for micro in found] == sizes
     assert [micro.weight for micro in found] == [size / images for size in sizes]
     assert sum(micro.weight for micro in found) == pytest.approx(1, abs=1e-15)
     cut = grad_accumulation.cut(batch, count, "chunk")
     for pieces in (found, cut):
-        assert torch.equal(torch.cat([piece.images for piece in pieces]), batch.images)
-        assert torch.equal(torch.cat([piece.labels for piece in pieces]), batch.labels)
+        assert torch.equal(torch.cat([piece.inputs for piece in pieces]), batch.inputs)
+        assert torch.equal(torch.cat([piece.targets for piece in pieces]), batch.targets)
         for piece in pieces:
-            assert piece.images.untyped_storage().data_ptr() == batch.images.untyped_storage().data_ptr()
-            assert piece.labels.untyped_storage().data_ptr() == batch.labels.untyped_storage().data_ptr()
+            assert piece.inputs.untyped_storage().data_ptr() == batch.inputs.untyped_storage().data_ptr()
+            assert piece.targets.untyped_storage().data_ptr() == batch.targets.untyped_storage().data_ptr()
 
 
 def test_chunk_and_unbind_cut_the_same_pieces() -> None:
@@ -236,14 +236,14 @@ def test_chunk_and_unbind_cut_the_same_pieces() -> None:
     by_chunk, by_unbind = (grad_accumulation.cut(batch, 4, by) for by in ("chunk", "unbind"))
     assert len(by_chunk) == len(by_unbind) == 4
     for a, b in zip(by_chunk, by_unbind, strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
-        assert b.images.untyped_storage().data_ptr() == batch.images.untyped_storage().data_ptr()
+        assert torch.equal(a.inputs, b.inputs)
+        assert torch.equal(a.targets, b.targets)
+        assert b.inputs.untyped_storage().data_ptr() == batch.inputs.untyped_storage().data_ptr()
 
 
 def test_the_notes_line_raises() -> None:
     with pytest.raises(TypeError, match="tuple"):
-        torch.unbind(make_batch(8).images.chunk(4))  # type: ignore[arg-type]
+        torch.unbind(make_batch(8).inputs.chunk(4))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("images", "count"), [(9, 4), (10, 4), (7, 3), (5, 5), (6, 1)])
@@ -251,7 +251,7 @@ def test_weighted_micro_batches_add_up_to_the_batch_s_gradients(images: int, cou
     model, batch = make_model().double(), make_batch(images)
     expected = whole_batch_gradients(model, batch)
     for micro in micro_batches(batch, count, model):
-        (cross_entropy(model(micro.images), micro.labels) * micro.weight).backward()
+        (cross_entropy(model(micro.inputs), micro.targets) * micro.weight).backward()
     assert difference(gradients(model), expected) <= TOLERANCE
 
 
@@ -259,7 +259,7 @@ def test_a_plain_one_over_the_pieces_is_wrong_where_the_last_is_ragged() -> None
     model, batch = make_model().double(), make_batch(10)
     expected = whole_batch_gradients(model, batch)
     for micro in micro_batches(batch, 4, model):
-        (cross_entropy(model(micro.images), micro.labels) / 4).backward()
+        (cross_entropy(model(micro.inputs), micro.targets) / 4).backward()
     assert difference(gradients(model), expected) > 0.01
 
 
@@ -336,21 +336,21 @@ def rank_of_counting(world: World, way: str) -> tuple[int, Tensors]:
     """One backward to let DDP arrange its buckets, then one step of 3 micro-batches: (buckets sent, gradients)."""
     model = CountedDDP(make_model().double())
     batch = make_batch(6, seed=world.rank)
-    cross_entropy(model(batch.images), batch.labels).backward()
+    cross_entropy(model(batch.inputs), batch.targets).backward()
     model.zero_grad()
     torch.distributed.barrier()
     before = CountedDDP.buckets.value
     torch.distributed.barrier()
     if way == "whole":
-        cross_entropy(model(batch.images), batch.labels).backward()
+        cross_entropy(model(batch.inputs), batch.targets).backward()
     elif way == "micro_batches":
         for micro in micro_batches(batch, 3, model):
-            (cross_entropy(model(micro.images), micro.labels) * micro.weight).backward()
+            (cross_entropy(model(micro.inputs), micro.targets) * micro.weight).backward()
     else:  # only the backward is inside no_sync; the forward has armed the hooks all the same
-        cut = zip(batch.images.chunk(3), batch.labels.chunk(3), strict=True)
+        cut = zip(batch.inputs.chunk(3), batch.targets.chunk(3), strict=True)
         pieces = [MicroBatch(images, labels, 1 / 3) for images, labels in cut]
         for number, micro in enumerate(pieces):
-            loss = cross_entropy(model(micro.images), micro.labels) * micro.weight
+            loss = cross_entropy(model(micro.inputs), micro.targets) * micro.weight
             with contextlib.nullcontext() if number == 2 else model.no_sync():
                 loss.backward()
     torch.distributed.barrier()
@@ -371,7 +371,7 @@ def test_the_forward_belongs_inside_no_sync_too(buckets: Any) -> None:
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_a_micro_batch_keeps_its_share_of_the_batch_s_activations(norm: str) -> None:
-    model, images = make_model(norm), make_batch(12).images.float()
+    model, images = make_model(norm), make_batch(12).inputs.float()
     before = copy.deepcopy(model.state_dict())
     piece, whole = saved_bytes(model, images[:3]), saved_bytes(model, images)
     assert whole / piece == pytest.approx(4, rel=0.05)
@@ -391,29 +391,29 @@ def test_replicas_gradients_add_up_to_the_batch_s(images: int, replicas: int, ch
     used: list[int] = []
     for shell in parallel._shells:
         shell.register_forward_hook(lambda _, inputs, __: used.append(len(inputs[0])))
-    logits = parallel(batch.images)
-    cross_entropy(logits, batch.labels).backward()
+    logits = parallel(batch.inputs)
+    cross_entropy(logits, batch.targets).backward()
     assert (len(used), sum(used)) == (chunks, images)
     assert difference(gradients(model), expected) <= TOLERANCE
-    assert torch.allclose(logits, model(batch.images), rtol=0, atol=1e-10), "gathered in order"
+    assert torch.allclose(logits, model(batch.inputs), rtol=0, atol=1e-10), "gathered in order"
 
 
 def test_replicas_follow_the_weights() -> None:
     """They are made anew from the module's weights in every forward."""
     model, batch = make_model().double(), make_batch(6)
     parallel = HostDataParallel(model, 2)
-    before = parallel(batch.images)
+    before = parallel(batch.inputs)
     with torch.no_grad():
         model.get_parameter("fc.bias").add_(1)
-    assert torch.allclose(parallel(batch.images), before + 1, rtol=0, atol=1e-12)
+    assert torch.allclose(parallel(batch.inputs), before + 1, rtol=0, atol=1e-12)
 
 
 def test_batch_norm_keeps_the_statistics_of_the_first_chunk() -> None:
     model, batch = make_model("batch").double(), make_batch(7)
     first, whole = copy.deepcopy(model), copy.deepcopy(model)
-    first(batch.images[:4])
-    whole(batch.images)
-    HostDataParallel(model, 2)(batch.images)
+    first(batch.inputs[:4])
+    whole(batch.inputs)
+    HostDataParallel(model, 2)(batch.inputs)
     found, expected, other = (dict(each.named_buffers()) for each in (model, first, whole))
     assert len(found) > 30
     assert difference(found, expected) <= TOLERANCE
@@ -501,7 +501,7 @@ def test_parts_one_after_another_are_the_model(name: str, cut: Any, monkeypatch:
     assert sum(map(len, states)) == len(joined), "no tensor twice"
     assert joined.keys() == model.state_dict().keys()
     assert all(tensor.data_ptr() == joined[key].data_ptr() for key, tensor in model.state_dict().items())
-    images = make_batch(2).images.float()
+    images = make_batch(2).inputs.float()
     with torch.no_grad():
         x = images
         for part in parts:
@@ -604,7 +604,7 @@ def test_balance_is_the_best_of_all_partitions(costs: list[int], data: st.DataOb
 def test_measuring_costs_leaves_the_model_alone(norm: str) -> None:
     model = make_model(norm).eval()
     before = copy.deepcopy(model.state_dict())
-    images = make_batch(4).images.float()
+    images = make_batch(4).inputs.float()
     costs = measure_units(model, images, rounds=2)
     assert len(costs) == len(units(model)) == 10
     assert min(costs) > 0
@@ -630,7 +630,7 @@ def test_a_dearer_block_costs_more() -> None:
     layer = model.get_submodule("layer2")
     assert isinstance(layer, nn.Sequential)
     layer[1] = nn.Sequential(layer[1], Slow())
-    costs = dict(zip(units(model), measure_units(model, make_batch(2).images.float(), rounds=3), strict=True))
+    costs = dict(zip(units(model), measure_units(model, make_batch(2).inputs.float(), rounds=3), strict=True))
     assert max(costs, key=lambda name: costs[name]) == "layer2.1"
 
 

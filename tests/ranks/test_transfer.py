@@ -137,7 +137,7 @@ def by_hand(world: World, config: str, out: str) -> dict[str, Tensor]:
     moments: dict[nn.Parameter, Tensor] = {}
     factor = lr_factor(run.config.optim, run.config.epochs * run.steps_per_epoch)
     for step, batch in enumerate(run.batches(0, run.total_steps)):
-        loss = cross_entropy(model(batch.images), batch.labels)
+        loss = cross_entropy(model(batch.inputs), batch.targets)
         rates = dict.fromkeys(head, 0.02) | dict.fromkeys(body if step >= run.steps_per_epoch else [], 0.005)
         gradients = torch.autograd.grad(loss, list(rates))
         with torch.no_grad():

@@ -52,7 +52,7 @@ def begin(world: World, kind: str, config: Any, out: str) -> str:
 
         optimizer = SGD(model.parameters(), lr=0.1)
         for batch in run.steps(model=model, optimizer=optimizer):
-            loss = cross_entropy(model(batch.images), batch.labels)
+            loss = cross_entropy(model(batch.inputs), batch.targets)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

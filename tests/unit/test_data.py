@@ -30,7 +30,8 @@ from torchvision.transforms.v2 import functional
 
 from lockstep.config.schema import DataConfig
 from lockstep.data import datasets, image_files, transforms
-from lockstep.data.datasets import DRAWS, Batch, ImageDataset, ImageFiles, InMemoryImages, load_data
+from lockstep.data.batch import Batch
+from lockstep.data.datasets import DRAWS, ImageDataset, ImageFiles, InMemoryImages, load_data
 from lockstep.data.loader import Samples, build_loader
 from lockstep.data.sampler import EvalSampler, StepSampler, epoch_order, rank_slice, sample_uniform
 from lockstep.errors import UserError
@@ -256,13 +257,13 @@ def test_augmentation_is_the_plain_shift_and_mirror_of_each_sample(
 ) -> None:
     images = noise(5, height, width)
     samples = torch.tensor([3, 0, 4])
-    found = Samples(InMemoryImages(images, torch.arange(5), 5, shift, flip), seed, augment=True)[epoch, samples]
-    assert found.images.is_contiguous()
-    assert found.labels.tolist() == samples.tolist()
+    found = augmented(InMemoryImages(images, torch.arange(5), 5, shift, flip), seed)[epoch, samples]
+    assert found.inputs.is_contiguous()
+    assert found.targets.tolist() == samples.tolist()
     for i, draws in enumerate(sample_uniform(seed, epoch, samples, DRAWS).tolist()):
         down, right = (int(draw * (2 * shift + 1)) - shift for draw in draws[2:4])
         expected = moved(images[samples[i]].numpy(), down, right, flip and draws[4] < 0.5)
-        assert (found.images[i].numpy() == expected).all()
+        assert (found.inputs[i].numpy() == expected).all()
 
 
 @pytest.mark.parametrize("flip", [False, True])
@@ -278,9 +279,9 @@ def test_every_shift_up_to_the_limit_comes_equally_often_and_mirrors_only_where_
         for mirrored in (False, True)
     }
     pictures = InMemoryImages(images.repeat(count // 6, 1, 1, 1), torch.arange(count), count, shift, flip)
-    found = Samples(pictures, 0, augment=True)[0, torch.arange(count)]
+    found = augmented(pictures, 0)[0, torch.arange(count)]
     moves: Counter[tuple[Any, ...]] = Counter()
-    for sample, image in enumerate(found.images):
+    for sample, image in enumerate(found.inputs):
         i, *move = tries[image.numpy().tobytes()]
         assert i == sample % 6
         moves[tuple(move)] += 1
@@ -297,10 +298,10 @@ def by_sample(
     found: dict[tuple[int, int], Tensor] = {}
     for rank in range(world_size):
         sampler = StepSampler(len(images), batch_size, 0, rank, world_size, 0, steps)
-        loader = build_loader(Samples(images, 0, augment), sampler, workers, pin_memory=False)
+        loader = build_loader((augmented if augment else Samples)(images, 0), sampler, workers, pin_memory=False)
         for (epoch, samples), batch in zip(sampler, loader, strict=True):
-            assert batch.labels.tolist() == samples.tolist(), "workers brought batches out of order"
-            found |= {(epoch, sample): batch.images[i] for i, sample in enumerate(samples.tolist())}
+            assert batch.targets.tolist() == samples.tolist(), "workers brought batches out of order"
+            found |= {(epoch, sample): batch.inputs[i] for i, sample in enumerate(samples.tolist())}
     return found
 
 
@@ -314,7 +315,7 @@ def test_a_sample_augments_the_same_in_any_batch_rank_and_worker(
     found = by_sample(images, world_size, batch_size, workers)
     assert set(found) == {(epoch, sample) for epoch in range(2) for sample in range(48)}
     for (epoch, sample), image in found.items():
-        alone = Samples(images, 0, augment=True)[epoch, torch.tensor([sample])].images[0]
+        alone = augmented(images, 0)[epoch, torch.tensor([sample])].inputs[0]
         assert torch.equal(image, alone)
     assert any(not torch.equal(found[0, sample], found[1, sample]) for sample in range(48)), "epochs augment alike"
 
@@ -353,13 +354,20 @@ def test_bytes_become_what_the_formula_says_and_the_same_bits_in_any_batch(
     torch.testing.assert_close(other, found[:, :, :9, :9], rtol=0, atol=0)
 
 
+def augmented(images: ImageDataset, seed: int) -> Samples:
+    images.draws = DRAWS
+    return Samples(images, seed)
+
+
 def everything(images: ImageDataset) -> Batch:
     """All of a set, as evaluation reads it."""
-    return images.fetch(torch.arange(len(images)), None)
+    return Batch(*images.fetch(torch.arange(len(images)), None), len(images))
 
 
 def scans(batch: Batch) -> Counter[tuple[bytes, int]]:
-    return Counter((image.numpy().tobytes(), label.item()) for image, label in zip(*batch, strict=True))
+    return Counter(
+        (image.numpy().tobytes(), label.item()) for image, label in zip(batch.inputs, batch.targets, strict=True)
+    )
 
 
 def test_digits_are_split_into_1437_and_360_without_overlap() -> None:
@@ -377,13 +385,13 @@ def test_digits_are_split_into_1437_and_360_without_overlap() -> None:
 def test_digits_are_three_equal_channels_of_bytes_with_all_labels() -> None:
     for images in load_data(DataConfig(), 8, 0):
         batch = everything(images)
-        assert batch.images.dtype == torch.uint8
-        assert batch.images.shape == (len(images), 3, 8, 8)
-        assert torch.equal(batch.images, batch.images[:, :1].expand(-1, 3, -1, -1))
-        assert batch.images.min() == 0
-        assert batch.images.max() == 255
-        assert batch.labels.dtype == torch.int64
-        assert set(batch.labels.tolist()) == set(range(10))
+        assert batch.inputs.dtype == torch.uint8
+        assert batch.inputs.shape == (len(images), 3, 8, 8)
+        assert torch.equal(batch.inputs, batch.inputs[:, :1].expand(-1, 3, -1, -1))
+        assert batch.inputs.min() == 0
+        assert batch.inputs.max() == 255
+        assert batch.targets.dtype == torch.int64
+        assert set(batch.targets.tolist()) == set(range(10))
 
 
 def test_digits_have_the_same_split_for_every_seed() -> None:
@@ -392,20 +400,20 @@ def test_digits_have_the_same_split_for_every_seed() -> None:
     torch.manual_seed(2)
     second = load_data(DataConfig(), 8, 12345)
     for a, b in zip(map(everything, first), map(everything, second), strict=True):
-        assert torch.equal(a.images, b.images)
-        assert torch.equal(a.labels, b.labels)
+        assert torch.equal(a.inputs, b.inputs)
+        assert torch.equal(a.targets, b.targets)
 
 
 def test_synthetic_images_are_the_same_for_a_seed_and_as_many_and_large_as_asked() -> None:
     config = DataConfig(name="synthetic", size=21, image_size=5, num_classes=3)
     sets = [[everything(images) for images in load_data(config, 5, seed)] for seed in (0, 0, 1)]
     for train, test in sets:
-        assert (train.images.shape, test.images.shape) == ((21, 3, 5, 5), (5, 3, 5, 5))
-        assert set(train.labels.tolist()) == {0, 1, 2}
+        assert (train.inputs.shape, test.inputs.shape) == ((21, 3, 5, 5), (5, 3, 5, 5))
+        assert set(train.targets.tolist()) == {0, 1, 2}
     assert image_files.check_data(config) == (3, 21)
-    assert torch.equal(sets[0][0].images, sets[1][0].images)
-    assert torch.equal(sets[0][1].labels, sets[1][1].labels)
-    assert not torch.equal(sets[0][0].images, sets[2][0].images)
+    assert torch.equal(sets[0][0].inputs, sets[1][0].inputs)
+    assert torch.equal(sets[0][1].targets, sets[1][1].targets)
+    assert not torch.equal(sets[0][0].inputs, sets[2][0].inputs)
 
 
 # CIFAR-10 ---------------------------------------------------------------------------------------------------------
@@ -510,14 +518,14 @@ def test_cifar10_reads_the_same_images_from_each_of_its_published_forms(form: st
         batch = everything(images)
         planes = np.concatenate([records[name][0] for name in names])
         assert images.classes == 10
-        assert batch.images.dtype == torch.uint8
-        assert batch.images.shape == (len(planes), 3, 32, 32)
-        assert batch.labels.dtype == torch.int64
-        assert batch.labels.tolist() == flat(records[name][1] for name in names)
+        assert batch.inputs.dtype == torch.uint8
+        assert batch.inputs.shape == (len(planes), 3, 32, 32)
+        assert batch.targets.dtype == torch.int64
+        assert batch.targets.tolist() == flat(records[name][1] for name in names)
         # The page says: 1024 red, then green, then blue, row by row.
         for c, y, x in [(0, 0, 0), (0, 0, 31), (0, 1, 0), (1, 0, 0), (2, 17, 5), (2, 31, 31)]:
-            assert batch.images[:, c, y, x].tolist() == planes[:, c * 1024 + y * 32 + x].tolist()
-        assert batch.images.flatten(1).tolist() == planes.tolist()
+            assert batch.inputs[:, c, y, x].tolist() == planes[:, c * 1024 + y * 32 + x].tolist()
+        assert batch.inputs.flatten(1).tolist() == planes.tolist()
 
 
 def cut_short(file: Path) -> None:
@@ -665,11 +673,11 @@ def test_some_classes_keep_their_images_and_are_relabelled_in_the_order_asked_fo
     config = DataConfig(classes=[str(label) for label in chosen])
     for part, whole in zip(load_data(config, 8, 0), datasets.digits(), strict=True):
         all_of_it = everything(whole)
-        keep = [i for i, label in enumerate(all_of_it.labels.tolist()) if label in chosen]
+        keep = [i for i, label in enumerate(all_of_it.targets.tolist()) if label in chosen]
         mine = everything(part)
-        assert torch.equal(mine.images, all_of_it.images[keep])
-        assert mine.labels.tolist() == [chosen.index(all_of_it.labels[i].item()) for i in keep]
-        assert torch.equal(part.labels, mine.labels)
+        assert torch.equal(mine.inputs, all_of_it.inputs[keep])
+        assert mine.targets.tolist() == [chosen.index(all_of_it.targets[i].item()) for i in keep]
+        assert torch.equal(part.labels, mine.targets)
         assert (part.classes, len(part)) == (3, len(keep))
     assert image_files.check_data(config) == (3, len(load_data(config, 8, 0)[0]))
 
@@ -680,11 +688,11 @@ def test_some_classes_of_cifar10_and_of_an_image_folder(tmp_path: Path, folder: 
     labels = [label for name in CIFAR_NAMES[:5] for label in cifar_records()[name][1] if label in (1, 9)]
     assert image_files.check_data(of_cifar) == (2, len(labels))
     train, _ = load_data(of_cifar, 32, 0)
-    assert everything(train).labels.tolist() == [(1, 9).index(label) for label in labels]
+    assert everything(train).targets.tolist() == [(1, 9).index(label) for label in labels]
     folders = DataConfig(name="imagefolder", root=str(folder), classes=["dog", "cat"])
     assert image_files.check_data(folders) == (2, 10)
     train, _ = load_data(folders, 32, 0)
-    assert everything(train).labels.tolist() == [1] * 5 + [0] * 5
+    assert everything(train).targets.tolist() == [1] * 5 + [0] * 5
 
 
 @pytest.mark.parametrize(
@@ -729,8 +737,8 @@ def test_cifar10_is_downloaded_where_asked_and_only_once(site: Site, tmp_path: P
     train, test = load_data(cifar(root, download=True), 32, 0)
     assert not site.asked
     records = cifar_records()
-    assert everything(train).labels.tolist() == flat(records[name][1] for name in CIFAR_NAMES[:5])
-    assert everything(test).images.flatten(1).tolist() == records["test_batch"][0].tolist()
+    assert everything(train).targets.tolist() == flat(records[name][1] for name in CIFAR_NAMES[:5])
+    assert everything(test).inputs.flatten(1).tolist() == records["test_batch"][0].tolist()
 
 
 def test_nothing_is_downloaded_unless_asked(site: Site, tmp_path: Path) -> None:
@@ -810,8 +818,8 @@ def test_an_image_folder_has_its_images_labelled_by_sorted_class(folder: Path) -
     train, test = load_data(imagefolder(folder), 32, 0)
     assert (len(train), len(test)) == (10, 6)
     assert (train.classes, test.classes) == (2, 2)
-    assert everything(train).labels.tolist() == [0] * 5 + [1] * 5
-    assert everything(test).labels.tolist() == [0] * 3 + [1] * 3
+    assert everything(train).targets.tolist() == [0] * 5 + [1] * 5
+    assert everything(test).targets.tolist() == [0] * 3 + [1] * 3
     assert isinstance(test, ImageFiles)
     assert [os.path.relpath(path, folder / "val") for path in test.paths] == [
         f"{name}/{file}" for name in ("cat", "dog") for file in ("0.jpg", "1.JPEG", "2.png")
@@ -821,12 +829,12 @@ def test_an_image_folder_has_its_images_labelled_by_sorted_class(folder: Path) -
 @pytest.mark.parametrize("size", [8, 32, 50])
 def test_images_of_any_size_and_kind_become_equal_squares_of_bytes(size: int, folder: Path) -> None:
     train, test = load_data(imagefolder(folder), size, 0)
-    augmented = Samples(train, 0, augment=True)[0, torch.arange(10)]
-    for batch, count in ((augmented, 10), (everything(test), 6)):
-        assert batch.images.dtype == torch.uint8
-        assert batch.images.shape == (count, 3, size, size)
-        assert batch.labels.dtype == torch.int64
-        for i, image in enumerate(batch.images):
+    cropped = augmented(train, 0)[0, torch.arange(10)]
+    for batch, count in ((cropped, 10), (everything(test), 6)):
+        assert batch.inputs.dtype == torch.uint8
+        assert batch.inputs.shape == (count, 3, size, size)
+        assert batch.targets.dtype == torch.int64
+        for i, image in enumerate(batch.inputs):
             grey = torch.equal(image[0], image[1]) and torch.equal(image[1], image[2])
             assert grey == (i % (count // 2) == 0), "the first of each class is the grey one"
 
@@ -834,10 +842,10 @@ def test_images_of_any_size_and_kind_become_equal_squares_of_bytes(size: int, fo
 def test_evaluation_reads_the_same_pixels_every_time(folder: Path) -> None:
     first, second = (load_data(imagefolder(folder), 32, seed)[1] for seed in (0, 1))
     torch.manual_seed(1)
-    once = everything(first).images
+    once = everything(first).inputs
     torch.manual_seed(2)
-    assert torch.equal(everything(second).images, once)
-    one_by_one = [second.fetch(torch.tensor([i]), None).images[0] for i in reversed(range(6))]
+    assert torch.equal(everything(second).inputs, once)
+    one_by_one = [second.fetch(torch.tensor([i]), None)[0][0] for i in reversed(range(6))]
     assert torch.equal(torch.stack(one_by_one[::-1]), once)
 
 
@@ -852,7 +860,7 @@ def test_evaluation_looks_at_the_centre_224_of_256(tmp_path: Path) -> None:
             path = tmp_path / f"{width}x{height}" / name / "image.png"
             path.parent.mkdir(parents=True)
             Image.fromarray(pixels).save(path)
-        images = everything(ImageFiles(tmp_path / f"{width}x{height}", 32)).images
+        images = everything(ImageFiles(tmp_path / f"{width}x{height}", 32)).inputs
         assert images[0].eq(255).all()
         assert images[1].eq(0).all()
 
@@ -863,7 +871,7 @@ def test_images_are_what_torchvision_makes_of_them_pixel_by_pixel(folder: Path) 
     draws[:5, 0] = 1  # as large as can be: crops that are cut off by the border, or are the whole image
     for images, drawn in ((train, draws), (test, None)):
         assert isinstance(images, ImageFiles)
-        batch = images.fetch(torch.arange(len(images)), drawn).images
+        batch = images.fetch(torch.arange(len(images)), drawn)[0]
         assert batch.is_contiguous(memory_format=torch.channels_last)
         for i, path in enumerate(images.paths):
             image = transforms.decode(path)
@@ -905,7 +913,7 @@ def test_training_mirrors_half_of_the_images(folder: Path) -> None:
     for draw in draws.split(1):
         plain = draw.clone()
         plain[:, 4] = 0.9
-        found, unmirrored = (images.fetch(torch.tensor([3]), d).images[0] for d in (draw, plain))
+        found, unmirrored = (images.fetch(torch.tensor([3]), d)[0][0] for d in (draw, plain))
         assert torch.equal(found, unmirrored) or torch.equal(found, unmirrored.flip(2))
         mirrored += not torch.equal(found, unmirrored)
     assert 70 < mirrored < 130
@@ -920,8 +928,8 @@ class Numbered:
     def __len__(self) -> int:
         return len(self.images)
 
-    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
-        return Batch(self.images.fetch(samples, draws).images, samples)
+    def fetch(self, samples: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        return self.images.fetch(samples, draws)[0], samples
 
 
 def test_training_crops_are_the_same_with_and_without_workers_and_on_any_rank(folder: Path) -> None:
@@ -938,9 +946,9 @@ def test_training_crops_are_the_same_with_and_without_workers_and_on_any_rank(fo
 def test_a_16_bit_png_becomes_bytes_like_any_other_image(folder: Path) -> None:
     where = folder / "val" / "cat" / "3.png"
     Image.fromarray(np.full((40, 40), 128 * 257, np.uint16)).save(where)
-    batch = load_data(imagefolder(folder), 16, 0)[1].fetch(torch.tensor([3, 0]), None)
-    assert batch.images.dtype == torch.uint8
-    assert batch.images[0].eq(128).all()
+    images, _ = load_data(imagefolder(folder), 16, 0)[1].fetch(torch.tensor([3, 0]), None)
+    assert images.dtype == torch.uint8
+    assert images[0].eq(128).all()
 
 
 def test_an_animated_gif_is_one_image_or_is_named(folder: Path) -> None:
@@ -949,7 +957,7 @@ def test_an_animated_gif_is_one_image_or_is_named(folder: Path) -> None:
     frames[0].save(where, save_all=True, append_images=frames[1:])
     images = load_data(imagefolder(folder), 16, 0)[1]
     try:
-        outcome = str(tuple(images.fetch(torch.tensor([0]), None).images.shape))
+        outcome = str(tuple(images.fetch(torch.tensor([0]), None)[0].shape))
     except UserError as error:
         outcome = str(error)
     assert outcome == "(1, 3, 16, 16)" or outcome.startswith(f"{where}: ")
@@ -1054,7 +1062,7 @@ def test_an_image_that_does_not_decode_is_named_in_one_line(content: bytes, work
     path = replaced("val/cat/0.jpg", content)(folder)
     image_files.check_data(imagefolder(folder))  # its first and last bytes are right
     images = load_data(imagefolder(folder), 16, 0)[1]
-    batches = build_loader(Samples(images, 0, augment=False), EvalSampler(6, 2, 0, 1), workers, pin_memory=False)
+    batches = build_loader(Samples(images, 0), EvalSampler(6, 2, 0, 1), workers, pin_memory=False)
     with pytest.raises(UserError) as caught:
         next(iter(batches))
     told = str(caught.value)

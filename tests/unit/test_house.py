@@ -18,7 +18,7 @@ LOOP = [
     "scaler.scale(loss * micro.weight).backward()",
     "run.record(loss=loss, weight=micro.weight)",
 ]
-LOSS = "loss = cross_entropy(model(micro.images), micro.labels)"
+LOSS = "loss = run.task.loss(model(micro.inputs), micro.targets)"
 OPTIMIZER = "optimizer = build_optimizer(run.config.optim, model)"
 STEPS = "for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):"
 CLIP = "clip_gradients(model, optimizer, scaler, run.config.gradients)"
@@ -35,8 +35,8 @@ REPLACES: dict[str, list[str]] = {
         "optimizer.zero_grad()",
     ],
     "ddp": [],
-    "fsdp": ["model = run.place(build_model(run.config.model))", "with run.autocast():"],
-    "grad_accumulation": LOOP,
+    "fsdp": ["model = run.place(run.task.build_model())", "with run.autocast():"],
+    "grad_accumulation": LOOP[:1],
     "lightning_fabric": [LOOP[0], "with run.autocast():", LOOP[1], CLIP, *SCALER],
     "lightning_trainer": [
         "scaler = run.scaler()",

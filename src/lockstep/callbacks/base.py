@@ -146,8 +146,10 @@ class Callback:
     def on_fetch_end(self, context: CallbackContext) -> None:
         """The batch is there."""
 
-    def on_loss(self, context: CallbackContext, loss: Tensor, weight: float) -> None:
-        """The recipe has recorded a mean loss, which still has its graph, and its share of this rank's batch."""
+    def on_loss(
+        self, context: CallbackContext, loss: Tensor, weight: float | Tensor, scalars: dict[str, float | Tensor]
+    ) -> None:
+        """The recipe has recorded a mean loss, which may have its graph, its weight, and numbers of its own."""
 
     def on_step_end(self, context: CallbackContext) -> None:
         """Step number `context.step` has been taken.
@@ -201,9 +203,11 @@ class CallbackList(Callback):
         for each in self.callbacks:
             each.on_fetch_end(context)
 
-    def on_loss(self, context: CallbackContext, loss: Tensor, weight: float) -> None:
+    def on_loss(
+        self, context: CallbackContext, loss: Tensor, weight: float | Tensor, scalars: dict[str, float | Tensor]
+    ) -> None:
         for each in self.callbacks:
-            each.on_loss(context, loss, weight)
+            each.on_loss(context, loss, weight, scalars)
 
     def on_step_end(self, context: CallbackContext) -> None:
         for each in self.callbacks:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-from torch import Tensor
+from collections.abc import Sequence
+from typing import Any
 
 from lockstep.callbacks.base import Callback, CallbackList
 from lockstep.callbacks.clipping_check import ClippingCheck
@@ -26,14 +25,14 @@ def build_callbacks(
     world: World,
     *,
     workers: int,
-    eval_images: Callable[[Sequence[int]], Tensor],
+    task: Any,
     first: Sequence[Callback] = (),
 ) -> CallbackList:
     """The callbacks of one start of a run, in the order in which they are called.
 
     Args:
-        workers: processes that prepare this rank's images.
-        eval_images: gives images of the evaluation set by their numbers.
+        workers: processes that read this rank's samples.
+        task: what is trained.
         first: further ones, such as a tool's, which come before all others.
     """
     step_time = StepTimeMonitor(world.heartbeat, workers)
@@ -54,4 +53,4 @@ def build_callbacks(
         found.append(NanGuard(config))
     if world.rank == 0:
         found.append(DeviceStats(world.device))
-    return CallbackList([*found, MetricsLogger(eval_images)])
+    return CallbackList([*found, MetricsLogger(task)])

@@ -31,7 +31,9 @@ class GraphLeakWatch(Callback):
         self._marks: dict[int, weakref.ref[_GraphMark]] = {}  # by step
         self._over = False
 
-    def on_loss(self, context: CallbackContext, loss: Tensor, weight: float) -> None:
+    def on_loss(
+        self, context: CallbackContext, loss: Tensor, weight: float | Tensor, scalars: dict[str, float | Tensor]
+    ) -> None:
         """Put a mark on a step's graph: on its very first node, which every output of the model leads back to."""
         step = context.step
         if self._over or loss.grad_fn is None or step in self._marks or (step > EVERY_STEP and step % EVERY_STEP):

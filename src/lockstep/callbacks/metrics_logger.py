@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.callbacks.base import Callback, CallbackContext, LogRecord
+from lockstep.distributed.collectives import gather_objects
 from lockstep.errors import UserError
 from lockstep.loggers.base import Logger, Misclassified
 from lockstep.loggers.build import build_loggers
 from lockstep.memory.usage import peak_memory_bytes
+from lockstep.task import option
 from lockstep.training.evaluate import Evaluation
 
 
@@ -24,13 +27,14 @@ class MetricsLogger(Callback):
     What has to be summed over the ranks is on its way while the next step is taken, and written down after it.
 
     Args:
-        eval_images: gives images of the evaluation set by their numbers: uint8 [N, 3, H, W].
+        task: what is trained; says what a sample is called, and may show some of them.
     """
 
-    def __init__(self, eval_images: Callable[[Sequence[int]], Tensor]) -> None:
-        self._eval_images = eval_images
+    def __init__(self, task: Any) -> None:
+        self._task, self._unit = task, option(task, "unit")
+        self._sums: dict[str, Tensor] = {}  # of what the recipe records in a step, by name
+        self._names: list[str] = []  # of what it records in every step
         self._loggers: list[Logger] = []
-        self._loss: Tensor | None = None
         self._pending: Callable[[], None] | None = None  # writes down the logged step that is under way
 
     def on_train_begin(self, context: CallbackContext) -> None:
@@ -46,12 +50,18 @@ class MetricsLogger(Callback):
         self._logged_step, self._logged_at = context.step, self._clock(context)
 
     def on_step_begin(self, context: CallbackContext) -> None:
-        self._loss = None
+        self._sums = {}
 
-    def on_loss(self, context: CallbackContext, loss: Tensor, weight: float) -> None:
+    def on_loss(
+        self, context: CallbackContext, loss: Tensor, weight: float | Tensor, scalars: dict[str, float | Tensor]
+    ) -> None:
         """Keep it detached, because a kept loss keeps its graph; reading it would wait for the GPU."""
-        part = loss.detach() if weight == 1 else loss.detach() * weight
-        self._loss = part if self._loss is None else self._loss + part
+        for name, value in {"loss": loss, **scalars}.items():
+            part = torch.as_tensor(value).detach()
+            if part.dim():
+                raise UserError(f"run.record({name}=…): is one number, and this is {list(part.shape)}; take its mean")
+            part = part if isinstance(weight, float) and weight == 1 else part * weight
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
 
     def on_step_end(self, context: CallbackContext) -> None:
         self._write_pending()
@@ -60,16 +70,17 @@ class MetricsLogger(Callback):
 
     def on_log(self, context: CallbackContext, record: LogRecord) -> None:
         now = self._clock(context)
-        images = (context.step - self._logged_step) * context.config.global_batch_size
-        speed = images / (now - self._logged_at)
+        samples = (context.step - self._logged_step) * context.config.global_batch_size
+        speed = samples / (now - self._logged_at)
         self._logged_step, self._logged_at = context.step, now
-        scalars = {"loss": 0.0, "lr": context.learning_rate, "images_per_second": round(speed, 1)}
+        scalars = {"loss": 0.0, "lr": context.learning_rate, f"{self._unit}_per_second": round(speed, 1)}
         scalars |= {"peak_memory_bytes": 0} | context.loss_scaling | record.scalars
         read = self._reduce_loss_and_memory(context)
 
         def write(step: int) -> None:
-            context.train_loss, peak = read()
-            scalars.update(loss=context.train_loss, peak_memory_bytes=peak)
+            found, peak = read()
+            context.train_loss = found["loss"]
+            scalars.update(found, peak_memory_bytes=peak)
             self._write(context, step, scalars)
             for logger in self._loggers if record.histograms else ():
                 logger.log_histograms(step, record.histograms)
@@ -86,17 +97,18 @@ class MetricsLogger(Callback):
         self._write_pending()
 
     def on_evaluation_end(self, context: CallbackContext, evaluation: Evaluation) -> None:
-        scalars = {"eval_loss": evaluation.loss, "eval_accuracy": evaluation.accuracy, "eval_f1": evaluation.f1}
-        self._write(context, context.step, scalars)
+        self._write(context, context.step, evaluation.scalars)
         context.report.evaluation(context.step, evaluation)
 
     def on_train_end(self, context: CallbackContext, evaluation: Evaluation | None) -> None:
         """Give the loggers a few images that the trained model gets wrong; result.json says which they are."""
         wrong = evaluation.wrong[: context.config.logger.images] if evaluation else ()
+        if not hasattr(self._task, "mistakes"):
+            return
         names = ("sample", "label", "predicted")
         context.note("", misclassified=[dict(zip(names, each, strict=True)) for each in wrong])
-        if wrong and self._loggers and not context.quiet:
-            images = self._eval_images([sample for sample, _, _ in wrong])
+        if wrong and self._loggers and not context.quiet and hasattr(self._task, "pictures"):
+            images = self._task.pictures([sample for sample, _, _ in wrong])
             shown = [Misclassified(*each, image) for each, image in zip(wrong, images, strict=True)]
             for logger in self._loggers:
                 logger.log_misclassified(context.step, shown)
@@ -121,26 +133,38 @@ class MetricsLogger(Callback):
         for logger in self._loggers:
             logger.log({"step": step, "epoch": epoch, "samples_seen": samples} | scalars)
 
-    def _reduce_loss_and_memory(self, context: CallbackContext) -> Callable[[], tuple[float, int]]:
-        """Begin one all-reduce; its end: (the loss over the global batch, the largest peak of a rank's memory so far).
+    def _reduce_loss_and_memory(self, context: CallbackContext) -> Callable[[], tuple[dict[str, float], int]]:
+        """Begin one all-reduce; its end: (what was recorded, over the global batch, the largest peak of a rank's memory
+        so far).
 
-        The loss is the mean over the ranks that have one, whose shares are equal; of a pipeline only the last stage has
+        Each is the mean over the ranks that have one, whose shares are equal; of a pipeline only the last stage has
         one. Of the memory each rank writes its own number, and zeros for the others.
 
         Raises:
-            UserError: no rank called run.record(loss=...) in this step.
+            UserError: no rank called run.record(loss=...) in this step, or with other names than before.
         """
-        total = torch.zeros(2 + context.world.world_size, dtype=torch.float64, device=context.device)
-        if self._loss is not None:
-            total[0], total[1] = self._loss.double().to(context.device), 1
-        total[2 + context.rank] = peak_memory_bytes(context.device)
+        if not self._names:  # agreed on once: of a pipeline, only the last stage has recorded any
+            everyone = gather_objects(list(self._sums), context.world.control)
+            self._names = list(dict.fromkeys(name for each in everyone for name in each))
+        if self._sums and list(self._sums) != self._names:
+            raise UserError(
+                f"{context.recipe}: run.record had {', '.join(self._sums)} at step {context.step}, and at first "
+                f"{', '.join(self._names)}; record the same names in every step, on every rank"
+            )
+        size = len(self._names)
+        total = torch.zeros(1 + size + context.world.world_size, dtype=torch.float64, device=context.device)
+        if self._sums:
+            total[0] = 1
+            total[1 : 1 + size] = torch.stack([value.double().to(context.device) for value in self._sums.values()])
+        total[1 + size + context.rank] = peak_memory_bytes(context.device)
         work = dist.all_reduce(total, async_op=True)
 
-        def read() -> tuple[float, int]:
+        def read() -> tuple[dict[str, float], int]:
             work.wait()
-            loss, count, *memory = total.tolist()
+            count, *numbers = total.tolist()
             if not count:
                 raise UserError(f"{context.recipe}: no loss to log; call run.record(loss=loss) in every step")
-            return loss / count, int(max(memory))
+            found = {name: number / count for name, number in zip(self._names, numbers, strict=False)}
+            return found, int(max(numbers[size:]))
 
         return read

@@ -19,7 +19,7 @@ class StepTimeMonitor(Callback):
 
     Args:
         heartbeat: whose clocks are read.
-        workers: processes that prepare this rank's images.
+        workers: processes that read this rank's samples.
     """
 
     def __init__(self, heartbeat: Heartbeat, workers: int = 0) -> None:
@@ -68,17 +68,17 @@ class StepTimeMonitor(Callback):
             threads = world.threads if context.device.type == "cpu" else 1
             ranks = world.hosts.count(world.hosts[0])
             advice = loader_advice(self._workers, ranks=ranks, threads=threads, cores=cores)
-            context.note(f"data: rank {longest} waited for images for {max(waits):.0%} of its steps' time: {advice}")
+            context.note(f"data: rank {longest} waited for data for {max(waits):.0%} of its steps' time: {advice}")
 
     def _since(self, mark: Sequence[float]) -> list[float]:
         return [after - before for after, before in zip(self._heartbeat.of_steps(), mark, strict=True)]
 
 
 def loader_advice(workers: int, *, ranks: int, threads: int, cores: int) -> str:
-    """What could be done about a long wait for images on a host.
+    """What could be done about a long wait for data on a host.
 
     Args:
-        workers: processes that prepare one rank's images.
+        workers: processes that read one rank's samples.
         ranks: on this host.
         threads: with which a rank computes.
     """

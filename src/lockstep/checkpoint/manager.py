@@ -6,7 +6,6 @@ import io
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,7 @@ from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.weights import check_weights, read_weights
 from lockstep.config.run_directory import CHECKPOINTS, checkpoint_folder
 from lockstep.config.schema import Config, to_yaml
+from lockstep.config.tasks import is_larger_better, metric_of
 from lockstep.distributed.process_group import World, new_gloo_group
 from lockstep.errors import UserError
 from lockstep.training.evaluate import Evaluation
@@ -38,9 +38,11 @@ class CheckpointManager:
         started_at: the step of that checkpoint.
         saved_step: steps done when the last checkpoint was taken.
         waited: evaluations since the best one.
+        metric: what is best, as it is logged.
     """
 
     def __init__(self, recipe: str, config: Config, world: World, out: Path, say: Callable[[str], None]) -> None:
+        self.metric, self._higher_is_better = metric_of(config), is_larger_better(config)
         self._recipe, self._config, self._world, self._say = recipe, config, world, say
         self._folder = out / CHECKPOINTS
         self._checkpoints: CheckpointSaver | None = None
@@ -48,7 +50,7 @@ class CheckpointManager:
         self.resumed_from: str | None = None
         self.started_at = self.saved_step = self.waited = 0
         self._saved_at = time.perf_counter()
-        self.best: float | None = None  # of config.metric, so far; larger is better
+        self.best: float | None = None  # of `metric`, so far; larger is better
         self._best_step: int | None = None  # of the checkpoint that has it, where one was saved
         self._best_is_new = False  # and a checkpoint is to keep it
 
@@ -183,10 +185,15 @@ class CheckpointManager:
         self._saved_at, self.saved_step = time.perf_counter(), step
 
     def judge(self, result: Evaluation) -> None:
-        """Keep count of what is best. All ranks hold the same evaluation to the last bit, so they judge alike."""
-        value = asdict(result)[self._config.metric.removeprefix("eval_")]
-        if self._config.metric == "eval_loss":
-            value = -value
+        """Keep count of what is best. All ranks hold the same evaluation to the last bit, so they judge alike.
+
+        Raises:
+            UserError: the task has no such metric.
+        """
+        known = result.scalars
+        if self.metric not in known:
+            raise UserError(f"metric={self.metric}: the task has no such metric; allowed are {', '.join(known)}")
+        value = known[self.metric] if self._higher_is_better else -known[self.metric]
         if value == value and (self.best is None or value > self.best):  # no NaN is best
             self.best, self._best_is_new, self.waited = value, self._config.checkpoint.best, 0
         else:

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from lockstep.compare.config import CompareConfig
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config, with_values
-from lockstep.data.image_files import check_data
 from lockstep.distributed.devices import check_nproc, default_nproc, resolve_device
 from lockstep.errors import UserError
-from lockstep.launch.validate import check_package, validate
+from lockstep.launch.validate import check_package, count_samples, validate
 from lockstep.recipe import Recipe
 from lockstep.training.timing import warm_up
 from lockstep.utils.text import count
@@ -64,7 +63,7 @@ def plan_cases(config: CompareConfig, tool: Recipe, recipes: Iterable[Recipe]) -
     threads = config.threads
     if threads is None and device == "cpu" and len(numbers) > 1:
         threads = max(1, cores // numbers[-1])
-    counted = check_data(config.data)
+    counted = count_samples(config)
     steps = min(config.epochs * (counted[1] // config.global_batch_size), config.max_steps or math.inf)
     profile = min(config.profile, max(0, int(steps) - warm_up(int(steps)) - 1))  # as many as a short run has
     cases, left_out = [], []

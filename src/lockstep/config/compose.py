@@ -29,8 +29,11 @@ from lockstep.config.declared import CommandLine, schema_of
 from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import ClusterConfig, Config
+from lockstep.config.tasks import absolute, check_group_words
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
+
+QUOTES = "\"'"
 
 
 def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
@@ -40,7 +43,7 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
         UserError: an unknown key or option, a wrong type, a syntax error.
         SystemExit: something was to be printed (--help), and is.
     """
-    words = sys.argv[1:]
+    words = [spelled_task(word) for word in sys.argv[1:]]
     if {"--help", "-h"} & set(words):
         schema, (directory, _) = schema_of(recipe, words), config_source(recipe)
         more = [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
@@ -54,6 +57,7 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
     words = [quoted(word, open_keys(schema, texts=True)) for word in words]
     sys.argv = [sys.argv[0], *words]
     check_names(words, recipe, schema)
+    check_group_words(words, schema().task.name, recipe.name)
     check_cluster_words(words)
     GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
     register(recipe, schema)
@@ -131,6 +135,14 @@ def spelled_out(words: list[str], key: str) -> list[str]:
     return words
 
 
+def spelled_task(word: str) -> str:
+    """`task=my_task.py:Gpt` as `task.name=/home/me/my_task.py:Gpt`: Hydra would take the first for a whole group."""
+    name, equals, value = word.partition("=")
+    if name not in ("task", "task.name") or not equals:
+        return word
+    return f"task.name={json.dumps(absolute(value.strip(QUOTES)))}"
+
+
 def in_plural(word: str, key: str) -> str:
     """`nproc=1,2,4`, which Hydra would take for a sweep, as `nprocs=[1,2,4]`, for a tool that takes several numbers.
 
@@ -182,6 +194,7 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
     ]
     # Keys of the recipes that a tool looks at have their defaults in its own config class, whatever each recipe's are.
     plain = {name: value for name, value, _ in [*walk(type(config)()), *walk(compose_another(tool, groups))]}
+    plain["task.name"] = default.task.name
     follows = {  # what `complete` fills in, and will fill in again
         "data.num_classes": config.data.name != "synthetic" or config.data.num_classes == 10,
         "model.num_classes": config.model.num_classes == config.data.num_classes,
@@ -242,6 +255,11 @@ def to_config(composed: DictConfig, recipe: CommandLine, schema: type[Config]) -
     except OmegaConfBaseException as error:
         raise explain(error, recipe, schema) from None
     assert isinstance(config, Config)
+    if config.task.name != schema().task.name:
+        raise UserError(
+            f"task.name={config.task.name}: a YAML file cannot choose the task; write task={config.task.name} on the "
+            "command line, or @recipe(task=Class) in the recipe"
+        )
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
         root = Path(config.out) if config.out else Path(hydra_config.sweep.dir)

@@ -18,6 +18,7 @@ from typing import Any, Protocol, cast
 from omegaconf import OmegaConf
 
 from lockstep.config.schema import Config, from_yaml
+from lockstep.config.tasks import absolute, named_task, task_of_content, with_task
 
 OF_A_CONFIG = re.compile(r"dataclasses|typing|lockstep\.config(\.\w+)?|lockstep\.\w+\.config")  # modules without torch
 
@@ -39,6 +40,8 @@ class CommandLine(Protocol):
     def several(self) -> str | None: ...
     @property
     def looks_at(self) -> str | None: ...
+    @property
+    def task(self) -> str | type | None: ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,7 @@ class Declared:
     word: str | None = None
     several: str | None = None
     looks_at: str | None = None
+    task: str | None = None
 
     @property
     def name(self) -> str:
@@ -79,6 +83,10 @@ def declared(path: Path) -> Declared | None:
                 for name in ("word", "several", "looks_at")
                 if isinstance(value := given.get(name), ast.Constant)
             }
+            if isinstance(task := given.get("task"), ast.Name):  # a class in the recipe's own file
+                constants["task"] = f"{path.resolve()}:{task.id}"
+            elif isinstance(task, ast.Constant):
+                constants["task"] = task.value
             return Declared(path, ast.get_docstring(tree, clean=False) or "", config, **constants)
     return None
 
@@ -118,16 +126,29 @@ def neighbours(path: Path) -> dict[str, Declared]:
 
 
 def schema_of(recipe: CommandLine, values: Mapping[str, Any] | Iterable[str]) -> type[Config]:
-    """The config class of a command: the recipe's, and for a tool also the own keys of the recipes it is told to run.
+    """The config class of a command: the recipe's, for a tool also the own keys of the recipes it is told to run, and
+    the keys of the task that is trained.
 
     Args:
         values: the words of the command line, or a frozen config's content.
+
+    Raises:
+        UserError: there is no such task.
     """
+    values = values if isinstance(values, Mapping) else list(values)
     names = _names(recipe, values) if recipe.looks_at else []
     others = [found for name in names if (found := _find(recipe.path, name))]
     bases = list(dict.fromkeys([recipe.config, *(other.config for other in others)]))
     bases = [each for each in bases if not any(each is not other and issubclass(other, each) for other in bases)]
-    return bases[0] if len(bases) == 1 else _combined(tuple(bases))
+    schema = bases[0] if len(bases) == 1 else _combined(tuple(bases))
+    named = task_of_content(values) if isinstance(values, Mapping) else named_task(values) or own_task(recipe)
+    return with_task(schema, absolute(named) if named else None)
+
+
+def own_task(recipe: CommandLine) -> str | None:
+    """The task that a recipe declares (`@recipe(task=Class)`), by its name; None where it trains any."""
+    task = recipe.task
+    return f"{recipe.path.resolve()}:{task.__qualname__}" if isinstance(task, type) else task
 
 
 @functools.cache

@@ -53,14 +53,24 @@ def key(
     return field(default=default, metadata=metadata)
 
 
+NO_RULE: dict[str, Any] = {
+    "help": "",
+    "choices": (),
+    "minimum": None,
+    "free": False,
+    "open": False,
+    "texts": False,
+}
+
+
 def walk(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, dict[str, Any]]]:
     """Yield (dotted key, value, what `key` was given) for every leaf of a config object."""
     for entry in fields(config):
         value = getattr(config, entry.name)
         if is_dataclass(value):
             yield from walk(value, f"{prefix}{entry.name}.")
-        elif entry.metadata:
-            yield f"{prefix}{entry.name}", value, dict(entry.metadata)
+        elif entry.metadata or prefix.startswith("task."):  # within a dataclass of a task's, fields are plain
+            yield f"{prefix}{entry.name}", value, NO_RULE | dict(entry.metadata)
 
 
 def typed(name: str, value: Any) -> str:

@@ -19,6 +19,13 @@ ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 @dataclass
+class TaskConfig:
+    """What is trained. The fields of a task of one's own become further keys (lockstep.config.tasks)."""
+
+    name: str = key("images", "model, data and loss: images, language, FILE.py:Class or package.module:Class")
+
+
+@dataclass
 class ModelConfig:
     name: str = key("resnet18", "architecture", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
     num_classes: int | None = key(None, "outputs of the last layer (null: the data set's classes)", minimum=1)
@@ -150,6 +157,7 @@ class Config:
         """Micro-batches that a rank's share of the global batch is piped through a cut model in."""
         return 1
 
+    task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -159,7 +167,7 @@ class Config:
     cluster: ClusterConfig | None = None
     global_batch_size: Any = key(
         96,
-        "global batch: images the optimizer sees in one step, over all ranks; auto: the largest that fits",
+        "global batch: samples the optimizer sees in one step, over all ranks; auto: the largest that fits",
         minimum=1,
     )
     memory_fraction: float = key(
@@ -167,8 +175,11 @@ class Config:
     )
     epochs: int = key(15, "passes over the training set", minimum=1)
     max_steps: int | None = key(None, "end after this many steps, if epochs does not end first", minimum=1, free=True)
-    metric: str = key(
-        "eval_accuracy", "what is best, and what `patience` watches", ("eval_accuracy", "eval_loss", "eval_f1")
+    metric: str | None = key(
+        None, "what is best, and what `patience` watches: eval_loss, eval_accuracy, … (null: what the task says)"
+    )
+    metric_mode: str = key(
+        AUTO, "whether `metric` is better when larger (auto: what the task says)", (AUTO, "max", "min")
     )
     patience: int | None = key(None, "end after so many evaluations without a better `metric` (null: never)", minimum=1)
     accumulate: int = key(1, "micro-batches a step", minimum=1)
@@ -212,7 +223,7 @@ class Config:
     )
     max_restarts: int = key(0, "times that all ranks are started again after one has died", minimum=0, free=True)
     eval_every: int = key(1, "epochs between two evaluations (0: only at the end)", minimum=0)
-    eval_batch_size: int = key(128, "images in one evaluation batch", minimum=1)
+    eval_batch_size: int = key(128, "samples in one evaluation batch", minimum=1)
     log_every: int = key(10, "steps between two lines of metrics.jsonl", minimum=1, free=True)
     resume: str = key(
         "auto",
@@ -255,6 +266,8 @@ def check_values(config: Config) -> None:
     check_rules(config)
     if config.seed >= 2**32:
         raise UserError(f"seed={config.seed}: allowed are numbers from 0 to 2**32 − 1")
+    if config.task.name == "images" and config.metric not in (None, "eval_accuracy", "eval_loss", "eval_f1"):
+        raise UserError(f"metric={config.metric}: allowed are eval_accuracy, eval_loss, eval_f1")
     if config.optim.name not in OPTIMIZERS and not config.optim.name.startswith("torch.optim."):
         raise UserError(
             f"optim.name={config.optim.name}: allowed are {', '.join(OPTIMIZERS)}, and the classes of torch.optim, such "
@@ -310,6 +323,8 @@ def shared_part(text: str) -> Config:
 
     content = OmegaConf.create(text)
     assert isinstance(content, DictConfig)
+    if isinstance(content.get("task"), DictConfig):  # its other keys are the task's own
+        content.task = {"name": content.task.name}
     known = {entry.name for entry in fields(Config)}
     merged = OmegaConf.merge(
         OmegaConf.structured(Config), OmegaConf.masked_copy(content, [str(name) for name in content if name in known])

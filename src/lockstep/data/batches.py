@@ -1,49 +1,77 @@
-"""The batches of one rank, for training and for evaluation: fetched, moved to its device, normalised, resized."""
+"""The batches of one rank, for training and for evaluation: fetched, moved to its device, in the model's dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import zlib
+from collections.abc import Iterator
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.nn import functional as F
 
 from lockstep.config.schema import Config
-from lockstep.data.datasets import Batch, ImageSubset, checksum, load_data
+from lockstep.config.tasks import short_name
+from lockstep.data.batch import Batch, first_tensor, map_tensors, tree_tensors
 from lockstep.data.loader import Samples, build_loader
 from lockstep.data.sampler import EvalSampler, StepSampler
-from lockstep.data.transforms import Normalise
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
+from lockstep.task import option
+
+LOOKED_AT = 8  # samples by which ranks tell whether they have the same data
+
+
+class FirstSamples:
+    """The first samples of a data set."""
+
+    def __init__(self, dataset: Any, size: int) -> None:
+        self.dataset, self.size = dataset, min(size, len(dataset))
+        if hasattr(dataset, "fetch"):
+            self.fetch, self.draws = dataset.fetch, dataset.draws
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
 
 
 class BatchSource:
-    """Both data sets, and this rank's batches of them.
+    """Both data sets of a task, and this rank's batches of them.
 
     Args:
-        dtype: of the images that the model takes.
+        dtype: of the floating numbers that the model takes.
 
     Attributes:
-        workers: processes that decode images; images in memory are faster without.
+        train_set, eval_set: the task's; without one to evaluate on, `eval_set` is empty.
+        workers: processes that read samples; data in memory are faster without.
     """
 
-    def __init__(self, config: Config, world: World, dims: ParallelDims, dtype: torch.dtype) -> None:
-        assert config.model.image_size is not None, "the app fills in what the data set says"
-        self._config, self._world, self._dims, self._dtype = config, world, dims, dtype
-        self.image_size = config.model.image_size
-        self.train_set, self.eval_set = load_data(config.data, self.image_size, config.seed)
-        self._normalise = Normalise(config.data.mean, config.data.std)
-        decodes = config.data.name == "imagefolder"
+    def __init__(self, task: Any, config: Config, world: World, dims: ParallelDims, dtype: torch.dtype) -> None:
+        self.task, self._config, self._world, self._dims, self._dtype = task, config, world, dims, dtype
+        self.train_set = task.train_set
+        evaluated = option(task, "eval_set")
+        self.eval_set: Any = [] if evaluated is None else evaluated
+        self._weigh = option(task, "weigh")
         workers = config.data.workers
-        self.workers = (max(1, world.threads) if decodes else 0) if workers is None else workers
+        self.workers = (max(1, world.threads) if getattr(task, "decodes", False) else 0) if workers is None else workers
 
     def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
-        """This rank's shares of the global batches of steps start…stop − 1."""
+        """This rank's shares of the global batches of steps start…stop − 1, each with its weight."""
         config, dims = self._config, self._dims
         sampler = StepSampler(
-            len(self.train_set), config.global_batch_size, config.seed, dims.shard, dims.shards, start, stop
+            len(self.train_set),
+            config.global_batch_size,
+            config.seed,
+            dims.shard,
+            dims.shards,
+            start,
+            stop,
+            option(self.task, "sample_weights"),
         )
-        return self._load(Samples(self.train_set, config.seed, config.data.augment), sampler)
+        return map(self._weighted, self._load(self._samples(self.train_set), sampler))
 
     def eval_sampler(self) -> EvalSampler:
         """Which samples of the evaluation set are this rank's."""
@@ -51,51 +79,100 @@ class BatchSource:
         return EvalSampler(size, batch_size, self._world.rank, self._world.world_size)
 
     def eval_batches(self, sampler: EvalSampler) -> Iterator[Batch]:
-        """This rank's batches of the evaluation set, prepared as those to train on are, and not augmented."""
-        return self._load(Samples(self.eval_set, self._config.seed, augment=False), sampler)
-
-    def eval_images(self, samples: Sequence[int]) -> Tensor:
-        """Images of the evaluation set by their numbers: uint8 [N, 3, H, W]."""
-        return self.eval_set.fetch(torch.tensor(samples), None).images
+        """This rank's batches of the evaluation set, prepared as those to train on are."""
+        return self._load(self._samples(self.eval_set, fixed=True), sampler)
 
     def facts(self) -> dict[str, int]:
         """What all ranks must have alike (lockstep.distributed.consistency)."""
+        unit = option(self.task, "unit")
         return {
-            "images to train on": len(self.train_set),
-            "images to evaluate": len(self.eval_set),
-            "other images to train on": checksum(self.train_set),
-            "other images to evaluate": checksum(self.eval_set),
+            f"{unit} to train on": len(self.train_set),
+            f"{unit} to evaluate": len(self.eval_set),
+            f"other {unit} to train on": self._checksum(self.train_set),
+            f"other {unit} to evaluate": self._checksum(self.eval_set),
         }
+
+    def _checksum(self, dataset: Any) -> int:
+        """Of what a data set says of itself, or of a few of its samples: all of them would take too long."""
+        if hasattr(dataset, "checksum"):
+            return int(dataset.checksum())
+        found = 0
+        if len(dataset):
+            step = max(1, len(dataset) // LOOKED_AT)
+            samples = self._samples(dataset, fixed=True)
+            for number in range(0, len(dataset), step)[:LOOKED_AT]:
+                batch = samples[0, torch.tensor([number])]
+                for tensor in itertools.chain(tree_tensors(batch.inputs), tree_tensors(batch.targets)):
+                    found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), found)
+        return found
 
     @property
     def where(self) -> str:
         """The setting that says where the data lie."""
-        data = self._config.data
+        data, task = self._config.data, self._config.task.name
+        if task != "images":
+            return f"task={short_name(task)}'s data"
         return f"data.root={data.root}" if data.root else f"data={data.name}"
 
     def limit_evaluation(self) -> None:
         """Evaluate one batch per rank from now on, where what an evaluation finds does not matter."""
-        self.eval_set = ImageSubset(self.eval_set, self._config.eval_batch_size * self._world.world_size)
+        self.eval_set = FirstSamples(self.eval_set, self._config.eval_batch_size * self._world.world_size)
 
-    def to_model(self, images: Tensor) -> Tensor:
-        """Floats of the dtype, device and memory format that the model takes."""
-        images = images.to(self._world.device, self._dtype)
-        return images.contiguous(memory_format=torch.channels_last) if self._config.channels_last else images
+    def example(self, count: int) -> Batch:
+        """A batch of so many samples as the model takes them, whose content does not matter: the first ones."""
+        if hasattr(self.task, "example"):
+            inputs, targets = self.task.example(count)
+            return self.prepare(Batch(inputs, targets, count))
+        samples = torch.arange(count) % len(self.train_set)
+        return self.prepare(self._samples(self.train_set, fixed=True)[0, samples])
 
-    def blank_images(self, count: int) -> Tensor:
-        """So many black images, as the model takes them."""
-        return self.to_model(torch.zeros(count, 3, self.image_size, self.image_size))
+    def prepare(self, batch: Batch) -> Batch:
+        """To the device as it is, then through the task's `to_device`, then in the model's dtype and memory format."""
+        device = self._world.device
+        inputs, targets = (
+            map_tensors(lambda tensor: tensor.to(device, non_blocking=True), each)
+            for each in (batch.inputs, batch.targets)
+        )
+        if (to_device := option(self.task, "to_device")) is not None:
+            inputs, targets = to_device(inputs, targets)
+        return Batch(map_tensors(self._formatted, inputs), map_tensors(self._cast, targets), batch.count)
+
+    def _cast(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def _formatted(self, tensor: Tensor) -> Tensor:
+        tensor = self._cast(tensor)
+        if self._config.channels_last and tensor.dim() == 4 and tensor.is_floating_point():
+            return tensor.contiguous(memory_format=torch.channels_last)
+        return tensor
+
+    def _samples(self, dataset: Any, fixed: bool = False) -> Samples:
+        return Samples(dataset, self._config.seed, option(self.task, "collate"), fixed)
 
     def _load(self, samples: Samples, sampler: StepSampler | EvalSampler) -> Iterator[Batch]:
-        return map(self._prepare, build_loader(samples, sampler, self.workers, self._world.device.type == "cuda"))
+        return map(self.prepare, build_loader(samples, sampler, self.workers, self._world.device.type == "cuda"))
 
-    def _prepare(self, batch: Batch) -> Batch:
-        """To the device as bytes, then to normalised floats of the model's size and memory format."""
-        device, size = self._world.device, self.image_size
-        images = batch.images.to(device, non_blocking=True)
-        if not self._config.channels_last:
-            images = images.contiguous()  # an image folder's are channels_last; bytes are quicker to move than floats
-        images = self._normalise(images, self._dtype)
-        if images.shape[-1] != size:
-            images = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True)
-        return Batch(self.to_model(images), batch.labels.to(device, non_blocking=True))
+    def _weighted(self, batch: Batch) -> Batch:
+        """Give a batch its weight: this rank's items by the mean over the ranks.
+
+        Samples are dealt out equally, so their weight is 1. Items that a task counts itself, such as the tokens of
+        sentences of unequal length, are not: one all-reduce of a number says how many there are in all.
+        """
+        first_tensor(batch.inputs, "the inputs")
+        if self._weigh is None:
+            return batch
+        batch.items, batch.weigh = items_of(self._weigh, batch.targets), self._weigh
+        total = batch.items.clone()
+        if self._dims.shards > 1:
+            dist.all_reduce(total)
+            total /= self._world.world_size // self._dims.shards  # the ranks of one pipeline have the same batch
+        batch.weight = (batch.items * self._dims.shards / total).to(self._dtype)
+        return batch
+
+
+def items_of(weigh: Any, targets: Any) -> Tensor:
+    """How many items a loss is a mean over, as float64 on the targets' device: whole numbers are exact."""
+    found = weigh(targets)
+    if not isinstance(found, Tensor):
+        found = torch.tensor(found, device=first_tensor(targets, "the targets").device)
+    return found.double()

@@ -6,8 +6,9 @@ How files are read and checked is lockstep.data.image_files' matter, how they ar
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -27,22 +28,26 @@ from lockstep.data.image_files import (
 from lockstep.data.transforms import center_crop, decode, random_crop, resized_crop
 
 
-class Batch(NamedTuple):
-    """images: [N, 3, H, W], uint8 from a loader, normalised floats from `Run.steps`; labels: [N], int64."""
-
-    images: Tensor
-    labels: Tensor
-
-
 class ImageDataset(Protocol):
-    """A labelled set of images. `draws` holds each sample's random numbers where the set is to be augmented."""
+    """A labelled set of images, asked for whole batches.
+
+    Attributes:
+        draws: random numbers in [0, 1) that a sample is augmented by; 0: it is not.
+    """
 
     classes: int
     labels: Tensor
+    draws: int
 
     def __len__(self) -> int: ...
 
-    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch: ...
+    def fetch(self, samples: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Images [N, 3, H, W] uint8, and labels [N] int64, of samples [N] and their random numbers [N, draws]."""
+        ...
+
+    def checksum(self) -> int:
+        """Of what tells this set from another."""
+        ...
 
 
 DRAWS = 5  # random numbers a sample may use: area, aspect, two positions, flip
@@ -56,16 +61,19 @@ class InMemoryImages:
 
     def __init__(self, images: Tensor, labels: Tensor, classes: int, shift: int, flip: bool) -> None:
         self.images, self.labels, self.classes = images, labels, classes
-        self.shift, self.flip = shift, flip
+        self.shift, self.flip, self.draws = shift, flip, 0
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
+    def checksum(self) -> int:
+        return checksum(self.labels)
+
+    def fetch(self, samples: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
         images = self.images.index_select(0, samples)  # bytes by the row; images[samples] copies them one by one
         if draws is not None:
             images = self._augment(images, draws)
-        return Batch(images, self.labels[samples])
+        return images, self.labels[samples]
 
     def _augment(self, images: Tensor, draws: Tensor) -> Tensor:
         count, _, height, width = images.shape
@@ -87,7 +95,7 @@ class ImageFiles:
     """
 
     def __init__(self, root: Path, size: int) -> None:
-        self.size = size
+        self.size, self.draws = size, 0
         self.paths, labels, self.names = list_image_folder(root)
         self.classes = len(self.names)
         self.labels = torch.tensor(labels)
@@ -95,12 +103,16 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
+    def checksum(self) -> int:
+        """Of names and labels; what is in the files would take too long."""
+        return checksum(self.labels, self.paths)
+
+    def fetch(self, samples: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
         images = [
             self._load(self.paths[sample], None if draws is None else draws[i].tolist())
             for i, sample in enumerate(samples.tolist())
         ]
-        return Batch(torch.cat(images), self.labels[samples])
+        return torch.cat(images), self.labels[samples]
 
     def _load(self, path: str, draws: list[float] | None) -> Tensor:
         """One image, [1, 3, size, size] in the memory format that decoders write and convolutions like best."""
@@ -113,24 +125,33 @@ class ImageFiles:
 
 
 class ImageSubset:
-    """Some samples of a set; of some classes only where `chosen` has their labels, which become 0…n − 1 in its order."""
+    """The samples of some classes, whose labels become 0…n − 1 in the order of `chosen`."""
 
-    def __init__(self, images: ImageDataset, size: int | None = None, chosen: list[int] | None = None) -> None:
-        self._images, self.classes = images, images.classes if chosen is None else len(chosen)
-        self._relabel = torch.arange(images.classes)
-        if chosen is not None:
-            self._relabel = torch.full_like(self._relabel, -1)
-            self._relabel[chosen] = torch.arange(len(chosen))
+    def __init__(self, images: ImageDataset, chosen: list[int]) -> None:
+        self._images, self.classes = images, len(chosen)
+        self._relabel = torch.full((images.classes,), -1)
+        self._relabel[chosen] = torch.arange(len(chosen))
         relabelled = self._relabel[images.labels]
-        self._samples = (relabelled >= 0).nonzero().squeeze(1)[:size]
+        self._samples = (relabelled >= 0).nonzero().squeeze(1)
         self.labels = relabelled[self._samples]
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def fetch(self, samples: Tensor, draws: Tensor | None) -> Batch:
-        batch = self._images.fetch(self._samples[samples], draws)
-        return Batch(batch.images, self._relabel[batch.labels])
+    @property
+    def draws(self) -> int:
+        return self._images.draws
+
+    @draws.setter
+    def draws(self, draws: int) -> None:
+        self._images.draws = draws
+
+    def checksum(self) -> int:
+        return zlib.crc32(checksum(self.labels).to_bytes(8, "little"), self._images.checksum())
+
+    def fetch(self, samples: Tensor, draws: Tensor | None) -> tuple[Tensor, Tensor]:
+        images, labels = self._images.fetch(self._samples[samples], draws)
+        return images, self._relabel[labels]
 
 
 def load_data(config: DataConfig, image_size: int, seed: int) -> tuple[ImageDataset, ImageDataset]:
@@ -149,10 +170,11 @@ def load_data(config: DataConfig, image_size: int, seed: int) -> tuple[ImageData
     else:
         train, val = (ImageFiles(data_root(config) / part, image_size) for part in ("train", "val"))
         sets, names = (train, val), train.names
+    sets[0].draws = DRAWS if config.augment else 0
     if config.classes is None:
         return sets
     chosen = chosen_classes(config, names)
-    return ImageSubset(sets[0], chosen=chosen), ImageSubset(sets[1], chosen=chosen)
+    return ImageSubset(sets[0], chosen), ImageSubset(sets[1], chosen)
 
 
 def digits() -> tuple[ImageDataset, ImageDataset]:
@@ -195,7 +217,7 @@ def cifar10(root: Path) -> tuple[ImageDataset, ImageDataset]:
     return read(train_files), read(test_files)
 
 
-def checksum(images: ImageDataset) -> int:
-    """Of the labels and, where the images are files, of their names; what is in the files would take too long."""
-    names = "\n".join("/".join(Path(path).parts[-2:]) for path in getattr(images, "paths", []))
-    return zlib.crc32(names.encode(), zlib.crc32(images.labels.numpy().tobytes()))
+def checksum(labels: Tensor, paths: Sequence[str] = ()) -> int:
+    """Of labels, and of the last two parts of files' names."""
+    names = "\n".join("/".join(Path(path).parts[-2:]) for path in paths)
+    return zlib.crc32(names.encode(), zlib.crc32(labels.numpy().tobytes()))

@@ -2,27 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import dataclasses
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from lockstep.data.datasets import DRAWS, Batch, ImageDataset
-from lockstep.data.sampler import sample_uniform
+from lockstep.data.batch import Batch, describe
+from lockstep.data.sampler import sample_seeds, sample_uniform
 from lockstep.distributed.signals import be_a_helper
+from lockstep.errors import UserError
+
+EVALUATION = 2**32 - 1  # the epoch by which the evaluation set's random numbers are drawn: the same each time
 
 
 class Samples(Dataset[Batch]):
-    """What a DataLoader reads: a sampler's (epoch, sample numbers) in, a whole Batch out."""
+    """What a DataLoader reads: a sampler's (epoch, sample numbers) in, a whole Batch out.
 
-    def __init__(self, images: ImageDataset, seed: int, augment: bool) -> None:
-        self.images, self.seed, self.augment = images, seed, augment
+    Each `dataset[index]` runs under Python's, NumPy's and torch's generators seeded by (seed, epoch, index), and they
+    are put back afterwards: anyone's random transforms give the same sample in any worker, on any rank and in any
+    resumed run, and disturb nobody else's random numbers. A data set with a `fetch(samples, draws)` of its own is asked
+    for whole batches instead, with `dataset.draws` numbers in [0, 1) per sample.
+
+    Args:
+        dataset: map-style.
+        collate: samples → (inputs, targets); None: `collate` below.
+        fixed: draw the same random numbers in every epoch, for evaluation.
+    """
+
+    def __init__(
+        self, dataset: Any, seed: int, collate: Callable[[list[Any]], Any] | None = None, fixed: bool = False
+    ) -> None:
+        self.dataset, self.seed, self.collate, self.fixed = dataset, seed, collate or default_pair, fixed
 
     def __getitem__(self, key: tuple[int, Tensor]) -> Batch:
         epoch, samples = key
-        draws = sample_uniform(self.seed, epoch, samples, DRAWS) if self.augment else None
-        return self.images.fetch(samples, draws)
+        epoch = EVALUATION if self.fixed else epoch
+        if hasattr(self.dataset, "fetch"):
+            count = self.dataset.draws
+            draws = sample_uniform(self.seed, epoch, samples, count) if count else None
+            inputs, targets = self.dataset.fetch(samples, draws)
+            return Batch(inputs, targets, len(samples))
+        with generators_restored():
+            found = []
+            for number, seed in zip(samples.tolist(), sample_seeds(self.seed, epoch, samples), strict=True):
+                seed_all(seed)
+                found.append(self.dataset[number])
+            seed_all(sample_seeds(self.seed, epoch, samples[:1])[0])  # a collate may draw numbers too
+            inputs, targets = pair(self.collate(found), "collate")
+            return Batch(inputs, targets, len(samples))
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Put Python's, NumPy's and torch's CPU generators back at the end."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
+
+
+def seed_all(seed: int) -> None:
+    """Seed the three generators that transforms draw from; a GPU's is left alone, which would wait for it."""
+    random.seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    torch.default_generator.manual_seed(seed)
+
+
+def pair(found: Any, who: str) -> tuple[Any, Any]:
+    """(inputs, targets) of what a data set or a collate has given.
+
+    Raises:
+        UserError: it is something else.
+    """
+    if isinstance(found, tuple | list) and len(found) == 2:
+        return found[0], found[1]
+    raise UserError(f"{who} gave {describe(found)}: a task's samples and batches are pairs, (inputs, targets)")
+
+
+def default_pair(samples: list[Any]) -> tuple[Any, Any]:
+    """torch's default_collate on the inputs and on the targets of the samples, dataclasses included.
+
+    Raises:
+        UserError: they cannot be stacked, being of unequal shape, say.
+    """
+    inputs, targets = zip(*(pair(sample, "the data set") for sample in samples), strict=True)
+    try:
+        return collate(list(inputs)), collate(list(targets))
+    except (RuntimeError, TypeError, ValueError) as error:
+        shapes = ", ".join(describe(sample) for sample in samples[:2])
+        reason = str(error).splitlines()[0][:120]
+        raise UserError(
+            f"these samples cannot be stacked into a batch: {shapes}, … ({reason}); give the task a "
+            "collate(samples) -> (inputs, targets)"
+        ) from None
+
+
+def collate(values: list[Any]) -> Any:
+    """torch's default_collate, which knows no dataclasses."""
+    first = values[0]
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        names = [entry.name for entry in dataclasses.fields(first) if entry.init]
+        return dataclasses.replace(first, **{name: collate([getattr(v, name) for v in values]) for name in names})
+    return default_collate(values)
 
 
 def build_loader(
@@ -30,7 +120,7 @@ def build_loader(
 ) -> Iterable[Batch]:
     """A DataLoader that asks the dataset for whole batches (`batch_size=None`: nothing to collate).
 
-    `workers` processes fetch ahead, two batches each; 0 fetches in the training process, which is faster for images in
+    `workers` processes fetch ahead, two batches each; 0 fetches in the training process, which is faster for data in
     memory. Pinned memory lets the copy to a GPU run beside the computation. Where there is neither to see to, a
     DataLoader would only take time.
     """

@@ -22,6 +22,17 @@ def epoch_order(size: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(size, generator=torch.Generator().manual_seed(int(state[0])))
 
 
+def weighted_order(weights: Tensor, seed: int, epoch: int) -> Tensor:
+    """As many samples as there are weights, drawn with replacement, each as often as its weight says: a function of
+    (seed, epoch) alone."""
+    state = np.random.SeedSequence(seed, spawn_key=(epoch, 1)).generate_state(1)
+    generator = torch.Generator().manual_seed(int(state[0]))
+    # The cumulative sum and not torch.multinomial, which ends at 2**24 categories.
+    ends = weights.double().cumsum(0)
+    drawn = torch.rand(len(weights), generator=generator, dtype=torch.float64) * ends[-1]
+    return torch.searchsorted(ends, drawn, right=True).clamp_(max=len(weights) - 1)
+
+
 def rank_slice(order: Tensor, step: int, batch_size: int, rank: int, world_size: int) -> Tensor:
     """Rank `rank`'s samples of global batch `step` of an epoch's order: [batch_size / world_size]."""
     share = batch_size // world_size
@@ -32,19 +43,34 @@ def rank_slice(order: Tensor, step: int, batch_size: int, rank: int, world_size:
 class StepSampler(Sampler[tuple[int, Tensor]]):
     """Yields (epoch, this rank's sample numbers) for every step from `start` to `stop`, over all the epochs they span.
 
+    With `weights`, an epoch's samples are drawn by them, with replacement.
     The last size % batch_size samples of an epoch's order are dropped, which are different ones each epoch.
     One sampler spans all epochs: DataLoader workers then keep working across the end of an epoch.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int, rank: int, world_size: int, start: int, stop: int
+        self,
+        size: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world_size: int,
+        start: int,
+        stop: int,
+        weights: Tensor | None = None,
     ) -> None:
-        self.size, self.batch_size, self.seed = size, batch_size, seed
+        self.size, self.batch_size, self.seed, self.weights = size, batch_size, seed, weights
         self.rank, self.world_size = rank, world_size
         self.start, self.stop = start, stop
 
     def __len__(self) -> int:
         return self.stop - self.start
+
+    def order(self, epoch: int) -> Tensor:
+        """The samples of an epoch, in their order."""
+        if self.weights is not None:
+            return weighted_order(self.weights, self.seed, epoch)
+        return epoch_order(self.size, self.seed, epoch)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
         steps_per_epoch = self.size // self.batch_size
@@ -52,7 +78,7 @@ class StepSampler(Sampler[tuple[int, Tensor]]):
         for done in range(self.start, self.stop):
             now, step = divmod(done, steps_per_epoch)
             if now != epoch:
-                epoch, order = now, epoch_order(self.size, self.seed, now)
+                epoch, order = now, self.order(now)
             yield epoch, rank_slice(order, step, self.batch_size, self.rank, self.world_size)
 
 
@@ -89,13 +115,22 @@ class EvalSampler(Sampler[tuple[int, Tensor]]):
 def sample_uniform(seed: int, epoch: int, samples: Tensor, draws: int) -> Tensor:
     """Random numbers in [0, 1) that belong to a sample: [len(samples), draws], float64.
 
-    A counter-based generator: no state that a worker, a rank or a resume could get out of step. SplitMix64
-    (https://doi.org/10.1145/2660193.2660195) over the key (seed, epoch), the sample and the draw.
+    A counter-based generator: no state that a worker, a rank or a resume could get out of step.
     """
+    return torch.from_numpy((_bits(seed, epoch, samples, draws) >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+
+
+def sample_seeds(seed: int, epoch: int, samples: Tensor) -> list[int]:
+    """A seed for everything random that is done to a sample in an epoch: [len(samples)], each below 2**63."""
+    return [int(number) for number in (_bits(seed, epoch, samples, 1)[:, 0] >> np.uint64(1))]
+
+
+def _bits(seed: int, epoch: int, samples: Tensor, draws: int) -> np.ndarray:
+    """64 random bits each, [len(samples), draws]: SplitMix64 (https://doi.org/10.1145/2660193.2660195) over the key
+    (seed, epoch), the sample and the draw."""
     base = np.random.SeedSequence(seed, spawn_key=(epoch,)).generate_state(1, np.uint64)[0]
     counter = samples.numpy().astype(np.uint64)[:, None] * np.uint64(draws) + np.arange(1, draws + 1, dtype=np.uint64)
     z = base + counter * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return torch.from_numpy((z >> np.uint64(11)).astype(np.float64) * 2.0**-53)
+    return z ^ (z >> np.uint64(31))

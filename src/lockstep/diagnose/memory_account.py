@@ -14,10 +14,12 @@ from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.callbacks.memory_report import memory_cell, memory_table, summarize_memory
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_numbers
+from lockstep.loggers.console import described
 from lockstep.memory.predict import MemoryPrediction, predict_memory, sharded_state_bytes
 from lockstep.memory.tracker import KINDS
 from lockstep.memory.usage import free_bytes, peak_from_now
 from lockstep.run import Run
+from lockstep.task import option
 from lockstep.utils.files import write_json
 from lockstep.utils.text import mebibytes
 
@@ -37,7 +39,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     ranks, peaks = measure_steps(run, recipe, config)
     if run.world.rank:
         return
-    images = images_at_once(run.config, run.shards)
+    images = samples_at_once(run.config, run.shards)
     found = predict_memory(run.config, images, run.device.type)
     shards = sharded_state_bytes(run.config, run.world.world_size)
     report = {
@@ -59,8 +61,8 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     run.report.console.print(sharding_table(shards, len(peaks)))
 
 
-def images_at_once(config: Config, shards: int) -> int:
-    """Images that go through the model at a time: a rank's share, or the largest micro-batch of it."""
+def samples_at_once(config: Config, shards: int) -> int:
+    """Samples that go through the model at a time: a rank's share, or the largest micro-batch of it."""
     return -(-config.global_batch_size // shards // max(config.accumulate, config.pipeline_micro_batches))
 
 
@@ -94,7 +96,7 @@ def measure_steps(run: Run[Any], recipe: Recipe, config: Config) -> tuple[list[d
 def print_account(run: Run[Any], found: MemoryPrediction, images: int) -> None:
     """What the model needs by layer, and the peak to expect."""
     config = run.config
-    what = f"{config.model.name}, {images} images at a time, {config.precision}, {config.optim.name}"
+    what = f"{described(run.task, config)[0]}, {images} {option(run.task, 'unit')} at a time, {config.precision}, {config.optim.name}"
     run.report.console.print(memory_table(found.layers, f"{what}: MiB that one whole model holds during a step"))
     peak = "; ".join(f"{kind} {mebibytes(size)}" for kind, size in found.peak.items())
     run.report.line(f"expected peak, MiB   {mebibytes(sum(found.peak.values()))}: {peak}")

@@ -26,6 +26,7 @@ from lockstep.diagnose.stacks import is_library
 from lockstep.errors import CheckFailed
 from lockstep.memory.predict import predict_activations, sharded_state_bytes
 from lockstep.memory.usage import free_bytes
+from lockstep.tasks.build import has_batchnorm
 from lockstep.training.optim import states_per_weight
 from lockstep.utils.files import write_json
 from lockstep.utils.text import mebibytes
@@ -184,8 +185,8 @@ def knobs(config: Config, recipe: str, ranks: int, shards: int, phase: str, devi
             * shards
             * config.pipeline_micro_batches
         )
-        price = f"activations of {-(-at_once // 2)} images at a time, not of {at_once}; the same training"
-        price += ", but that BatchNorm sees less" if config.model.norm == "batch" else ""
+        price = f"activations of {-(-at_once // 2)} samples at a time, not of {at_once}; the same training"
+        price += ", but that BatchNorm sees less" if has_batchnorm(config) else ""
         price += f" (global_batch_size={fewer} saves as much, and is another)" if fewer else ""
         found.append(Knob(f"{key}={2 * pieces}", saves, price))
     if config.precision in ("fp32", "fp64"):

@@ -190,10 +190,12 @@ def judge_steps(facts: Facts) -> Iterator[Finding]:
 
 def judge_speed(facts: Facts) -> Iterator[Finding]:
     """Whether it slowed down, and whether its steps were even."""
-    rates = [line["images_per_second"] for line in facts["metrics"] if line.get("images_per_second")]
+    names = {name for line in facts["metrics"] for name in line if name.endswith("_per_second")}
+    unit = next(iter(names), "samples_per_second")
+    rates = [line[unit] for line in facts["metrics"] if line.get(unit)]
     if not rates:
         return
-    figure = f"{statistics.median(rates):,.0f} images/s (median of {count(len(rates), 'logged line')})"
+    figure = f"{statistics.median(rates):,.0f} {unit.removesuffix('_per_second')}/s (median of {count(len(rates), 'logged line')})"
     remedy, quarter = "", max(1, len(rates) // 4)
     before, after = statistics.median(rates[quarter:-quarter] or rates), statistics.median(rates[-quarter:])
     middle, late = facts["result"].get("step_seconds_p50"), facts["result"].get("step_seconds_p95")

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lockstep.config.schema import GradientsConfig
-from lockstep.data.datasets import Batch
+from lockstep.data.batch import Batch
 from lockstep.distributed.process_group import World
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.integrations.fabric import joined

@@ -27,13 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.config import run_directory
 from lockstep.config.schema import Config, LoggerConfig, check_values, shared_part, with_values
-from lockstep.data.image_files import check_data
+from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed import environment
 from lockstep.distributed.devices import resolve_device
 from lockstep.errors import CheckFailed, UserError
 from lockstep.launch import worker
-from lockstep.launch.validate import check_batch, check_batchnorm, validate
+from lockstep.launch.validate import check_batch, check_batchnorm, count_samples, validate
 from lockstep.memory.usage import group_bytes, host_bytes, process_bytes
 from lockstep.utils.text import count, mebibytes
 
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 
 TRIAL_SECONDS = 1800.0  # by then it hangs, or is too slow to be of use
-FIRST_SHARE = 16  # images a rank in the first trial
+FIRST_SHARE = 16  # samples a rank in the first trial
 SLACK = 2**29  # what a rank may map and not touch, beyond what this process does
 CLOSE = 16  # the answer is within 1 / CLOSE of the largest that fits
 SHORT: dict[str, Any] = {  # what makes a trial of a config
@@ -88,8 +88,8 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
     check_values(config)
     each, shards = recipe.subject(config), max(1, ranks // config.model_parallel_size)
     unit = shards * config.pipeline_micro_batches  # a batch is a whole number of these
-    short, smallest, images = first_allowed(config, recipe, ranks, unit)
-    most = round_to_eight(images // unit)
+    short, smallest, samples = first_allowed(config, recipe, ranks, unit)
+    most = round_to_eight(samples // unit)
     device = resolve_device(config.device, config.backend)[0]
     room = int(config.memory_fraction * min([host_bytes(), *(size for size, _ in group_bytes())]) / ranks)
     trials: dict[int, Trial] = {}
@@ -112,12 +112,13 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
             "python -m recipes.doctor memory counts by layer"
         )
     if found == most:
-        why = f"the training set has {images:,} images, {count(images // (found * unit), 'step')} an epoch"
+        why = f"the training set has {samples:,} {unit_of(config)}, {count(samples // (found * unit), 'step')} an epoch"
     else:
         above = min((units for units, trial in trials.items() if not trial.fits), default=found)
         why = f"{above * unit:,} is too much for {allowance(trials[found], config)}"
     print(
-        f"global_batch_size=auto: {found * unit}, {found * config.pipeline_micro_batches} images on each of {shards}: {why}"
+        f"global_batch_size=auto: {found * unit}, {found * config.pipeline_micro_batches} {unit_of(config)} "
+        f"on each of {shards}: {why}"
     )
     return found * unit
 
@@ -139,13 +140,13 @@ def known(config: Config, recipe: Recipe) -> int | None:
 
 
 def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tuple[Config, int, int]:
-    """(the config of a trial, the smallest batch in units that breaks no rule, images in the training set).
+    """(the config of a trial, the smallest batch in units that breaks no rule, samples in the training set).
 
     Raises:
         UserError: none does.
     """
-    _, images = check_data(config.data)
-    for units in range(1, max(1, images // unit) + 1):
+    _, samples = count_samples(config)
+    for units in range(1, max(1, samples // unit) + 1):
         whole = with_values(config, {"global_batch_size": units * unit})
         try:
             check_share(with_values(whole, {}), recipe.subject(config), ranks)
@@ -157,7 +158,7 @@ def first_allowed(config: Config, recipe: Recipe, ranks: int, unit: int) -> tupl
     else:
         raise wrong
     validate(whole, recipe, ranks)
-    return cut_short(whole, recipe.subject(config)), units, images
+    return cut_short(whole, recipe.subject(config)), units, samples
 
 
 def cut_short(config: Config, recipe: Recipe) -> Config:
@@ -170,10 +171,11 @@ def check_share(config: Config, recipe: Recipe, ranks: int) -> None:
     """What `complete` holds a batch to, without looking at the data."""
     check_batch(config, ranks)
     share = config.global_batch_size // (ranks // config.model_parallel_size)
-    config.model.image_size = config.model.image_size or config.data.image_size
-    config.model.num_classes = config.model.num_classes or config.data.num_classes or 1
-    if not (recipe.has_global_batchnorm(config)):
-        check_batchnorm(config, share)
+    if config.task.name == IMAGES:
+        config.model.image_size = config.model.image_size or config.data.image_size
+        config.model.num_classes = config.model.num_classes or config.data.num_classes or 1
+        if not recipe.has_global_batchnorm(config):
+            check_batchnorm(config, share)
     if recipe.check:
         recipe.check(config, share)
 
@@ -187,7 +189,7 @@ def search(fits: Callable[[int], bool], trials: dict[int, Trial], smallest: int,
     """The largest count from `smallest` to `most` that fits, within 1 / CLOSE; None where none does.
 
     It goes up in leaps while nothing is known, then along the line through the last two peaks, which memory follows
-    since a step's activations are proportional to its images; between a size that fits and one that does not it halves.
+    since a step's activations are proportional to its samples; between a size that fits and one that does not it halves.
     """
     good, bad = 0, most + 1
     count = round_to_eight(min(max(first, smallest), most))

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 from lockstep.config import run_directory
 from lockstep.config.keys import AUTO
 from lockstep.config.schema import ClusterConfig, Config
+from lockstep.config.tasks import IMAGES, short_name
 from lockstep.distributed import environment
 from lockstep.distributed.devices import check_nproc, default_nproc, resolve_device
 from lockstep.distributed.environment import discover
@@ -128,6 +129,7 @@ def launch_recipe(recipe: Recipe) -> int:
             target = recipe.subject(config).target
             config.global_batch_size = batch_size.find_batch_size(config, recipe, nproc, partial(start, target=target))
         validate(config, recipe, nproc)
+        how = still_fork(config, how)
         if note := cluster.idle_nodes(os.environ):
             print(note, file=sys.stderr)
         out = run_directory.freeze(config, recipe.name)
@@ -180,6 +182,19 @@ def how_to_start(config: Config, device: str, launcher: ModuleType) -> dict[str,
     can = "fork" in ways and device == "cpu" and threads() <= THREADS
     fork = config.start == "fork" or (config.start == "auto" and can)
     return {"start": "fork" if fork else "spawn"} if len(ways) > 1 else {}
+
+
+def still_fork(config: Config, how: dict[str, str]) -> dict[str, str]:
+    """`how_to_start` once more, when the task has been made: its code may have started threads in this process.
+
+    Raises:
+        UserError: it has, and start=fork was asked for.
+    """
+    if how.get("start") != "fork" or config.task.name == IMAGES or threads() <= THREADS:
+        return how
+    if config.start == "fork":
+        raise UserError(f"start=fork: task={short_name(config.task.name)} has started threads; set start=spawn")
+    return {**how, "start": "spawn"}
 
 
 def threads() -> int:

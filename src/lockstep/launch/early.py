@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from lockstep.config.declared import declared
+from lockstep.config.declared import declared, own_task
+from lockstep.config.tasks import IMAGES, named_task
 from lockstep.errors import UserError
 from lockstep.utils.places import as_installed
 
@@ -31,8 +32,8 @@ def answer(folder: Path) -> None:
     if any(word.startswith("-") and not word.startswith(("--help", "-h", "--config-dir")) for word in words):
         return  # Hydra's own
     recipe = declared(file)
-    if recipe is None:
-        return
+    if recipe is None or (named_task(words) or own_task(recipe)) not in (None, IMAGES):
+        return  # the keys of another task stand in a file that loads torch
     from lockstep.config.compose import compose
     from lockstep.config.schema import check_values
 

@@ -7,15 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from lockstep.checkpoint.weights import check_weights, read_weights
 from lockstep.config.keys import AUTO
 from lockstep.config.run_directory import checkpoint_folder
 from lockstep.config.schema import Config, check_values
+from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.data.image_files import check_data
 from lockstep.errors import UserError
-from lockstep.models.resnet import SMALL_IMAGE, build_model
+from lockstep.models.resnet import SMALL_IMAGE
+from lockstep.tasks.build import known_task, sketch
 from lockstep.training.clip import limits
 from lockstep.training.optim import check_optimizer
 from lockstep.training.timing import warm_up
@@ -29,7 +29,7 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     """Check all that can be checked before anything is created, and fill in what follows from the data set.
 
     Args:
-        counted: the data set's classes and training images, where `check_data` has already looked it over.
+        counted: what `count_samples` has already found.
 
     Raises:
         UserError: a package is missing, or a value is out of its range, does not fit another one, or is not supported
@@ -58,21 +58,49 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     if config.memory and config.compile:
         raise UserError(f"memory={config.memory}: counts layer by layer, and compile=true melts them; leave one out")
     check_batch(config, world_size)
-    if len(config.data.mean) != 3 or len(config.data.std) != 3:
-        raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
-    classes, images = counted or check_data(config.data)
-    if config.global_batch_size > images:
+    classes, samples = counted or count_samples(config)
+    unit = unit_of(config)
+    if config.global_batch_size > samples:
         raise UserError(
-            f"global_batch_size={config.global_batch_size}: the training set has only {images} images; allowed are 1…{images}"
+            f"global_batch_size={config.global_batch_size}: the training set has only {samples} {unit}; "
+            f"allowed are 1…{samples}"
         )
     if config.profile and not recipe.several:  # recipes.compare profiles as many as there are
-        steps = min(config.epochs * (images // config.global_batch_size), config.max_steps or math.inf)
+        steps = min(config.epochs * (samples // config.global_batch_size), config.max_steps or math.inf)
         most = int(steps) - warm_up(int(steps)) - 1
         if config.profile > most:
             raise UserError(
                 f"profile={config.profile}: the run's {count(int(steps), 'step')} must be more than these and the "
                 f"warm-up's {warm_up(int(steps))}; allowed are 0…{max(0, most)}, or more steps"
             )
+    if config.task.name == IMAGES:
+        fill_in_images(config, classes)
+    if config.resume not in ("auto", "never") and not recipe.backbone:
+        check_source(config)
+    if config.gradients.clip_value:
+        limits(config.gradients, [name for name, _ in sketch(config).named_parameters()])
+    share = config.global_batch_size // (world_size // config.model_parallel_size)
+    if not recipe.has_global_batchnorm(config) and config.task.name == IMAGES:
+        check_batchnorm(config, share)
+    if recipe.check:
+        recipe.check(config, share)
+
+
+def count_samples(config: Config) -> tuple[int, int]:
+    """(classes, samples to train on) of the data, checked; classes are 0 where the task is not `images`.
+
+    Raises:
+        UserError: the data are missing, or not what they should be.
+    """
+    if config.task.name != IMAGES:
+        return 0, len(known_task(config).train_set)
+    if len(config.data.mean) != 3 or len(config.data.std) != 3:
+        raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
+    return check_data(config.data)
+
+
+def fill_in_images(config: Config, classes: int) -> None:
+    """What follows from a set of images of so many classes for the model; raises UserError where it does not fit."""
     if config.data.num_classes not in (None, classes):
         where = "data.classes" if config.data.classes else config.data.name
         raise UserError(f"data.num_classes={config.data.num_classes}: {where} has {classes}; leave it out")
@@ -84,16 +112,6 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
             f"allowed are numbers from {classes} up"
         )
     config.model.image_size = config.model.image_size or config.data.image_size
-    if config.resume not in ("auto", "never") and not recipe.backbone:
-        check_source(config)
-    if config.gradients.clip_value:
-        with torch.device("meta"):  # names need no memory
-            limits(config.gradients, [name for name, _ in build_model(config.model).named_parameters()])
-    share = config.global_batch_size // (world_size // config.model_parallel_size)
-    if not recipe.has_global_batchnorm(config):
-        check_batchnorm(config, share)
-    if recipe.check:
-        recipe.check(config, share)
 
 
 def check_package(recipe: Recipe) -> None:
@@ -126,9 +144,7 @@ def check_source(config: Config) -> None:
         raise UserError(
             f"resume={config.resume}: no such file or folder; allowed are auto, never, or a path that exists"
         )
-    with torch.device("meta"):  # names and shapes need no memory
-        model = build_model(config.model)
-    check_weights(path, read_weights(path), model.state_dict())
+    check_weights(path, read_weights(path), sketch(config).state_dict())
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -156,7 +172,9 @@ def check_batch(config: Config, world_size: int) -> None:
         )
     share = config.global_batch_size // shards
     if config.accumulate > share:
-        raise UserError(f"accumulate={config.accumulate}: a rank's share is only {share} images; allowed are 1…{share}")
+        raise UserError(
+            f"accumulate={config.accumulate}: a rank's share is only {share} {unit_of(config)}; allowed are 1…{share}"
+        )
 
 
 def check_batchnorm(config: Config, share: int) -> None:

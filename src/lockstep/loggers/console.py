@@ -15,8 +15,11 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from lockstep.config.keys import walk
 from lockstep.config.schema import Config
+from lockstep.config.tasks import short_name
 from lockstep.distributed.process_group import World
+from lockstep.task import option
 from lockstep.training.evaluate import Evaluation
 from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, interpreter, short
@@ -43,7 +46,7 @@ class ConsoleReport:
         # Written to a file or a pipe, a table is not squeezed into the 80 columns of a terminal that is not there.
         self.console = _Console(quiet=not self.speaks, highlight=False, width=None if sys.stdout.isatty() else 140)
         self.last_line = time.monotonic()
-        self.accuracy = ""
+        self.metric, self.unit = "", "samples"  # the first metric of the last evaluation, in words
         self.notes: list[str] = []
         self.progress: Progress | None = None
 
@@ -58,7 +61,8 @@ class ConsoleReport:
         self,
         *,
         parameters: tuple[int, int],
-        images: tuple[int, int],
+        task: Any,
+        samples: tuple[int, int],
         shards: int,
         steps: tuple[int, int],
         chosen: list[str],
@@ -73,11 +77,11 @@ class ConsoleReport:
             f"{self.recipe}: {count(world.world_size, 'rank')} on {count(hosts, 'host')} · {world.device.type} · "
             f"{world.backend} · {config.precision} · {count(world.threads, 'thread')} a rank"
         )
-        self.line(f"  model  {config.model.name}, {config.model.norm} norm, {parameters[0]:,} parameters{frozen}")
-        self.line(
-            f"  data   {config.data.name}, {config.model.image_size} × {config.model.image_size} pixels, "
-            f"{images[0]:,} images to train on, {images[1]:,} to evaluate"
-        )
+        self.unit = unit = option(task, "unit")
+        model, data = described(task, config)
+        self.line(f"  model  {model}, {parameters[0]:,} parameters{frozen}")
+        evaluated = f"{samples[1]:,} to evaluate" if samples[1] else "nothing to evaluate on"
+        self.line(f"  data   {data}, {samples[0]:,} {unit} to train on, {evaluated}")
         self.line(
             f"  batch  {config.global_batch_size} = {count(shards, 'share')} × {config.global_batch_size // shards}; "
             f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
@@ -87,7 +91,7 @@ class ConsoleReport:
         if config.precision == "fp16" and world.device.type == "cpu":
             self.line("  fp16   CPUs are slow at it, up to 80 × slower than at bf16: set precision=bf16, or use a GPU")
         self.line(f"  run    {short(self.out)}")
-        self.total_steps, self.steps_per_epoch, self.eval_images = steps[1], steps[0], images[1]
+        self.total_steps, self.steps_per_epoch, self.eval_samples = steps[1], steps[0], samples[1]
         if self.speaks and self.console.is_terminal:
             self.progress = Progress(
                 TextColumn("epoch {task.fields[epoch]}"),
@@ -100,9 +104,9 @@ class ConsoleReport:
             self.progress.start()
             self.task = self.progress.add_task("", total=self.total_steps, epoch=1, numbers="")
 
-    def step(self, step: int, loss: float, images_per_second: float, usage: str) -> None:
+    def step(self, step: int, loss: float, samples_per_second: float, usage: str) -> None:
         """Show a logged step, and how busy rank 0's device is."""
-        numbers = f"loss {loss:.4f}  {self.accuracy}{images_per_second:,.0f} images/s  {usage}"
+        numbers = f"loss {loss:.4f}  {self.metric}{samples_per_second:,.0f} {self.unit}/s  {usage}"
         epoch = (step - 1) // self.steps_per_epoch + 1
         if self.progress:
             self.progress.update(self.task, completed=step, epoch=epoch, numbers=numbers)
@@ -112,11 +116,12 @@ class ConsoleReport:
 
     def evaluation(self, step: int, result: Evaluation) -> None:
         """Show an evaluation: a line each, because these are what a person scrolls back to."""
-        self.accuracy = f"accuracy {result.accuracy:.2%}  "
+        shown = [worded(name, value) for name, value in result.metrics.items()]
+        self.metric = f"{shown[0]}  " if shown else ""
         self.last_line = time.monotonic()
         self.line(
             f"step {step}/{self.total_steps}  epoch {step / self.steps_per_epoch:.4g}  "
-            f"eval loss {result.loss:.4f}  accuracy {result.accuracy:.2%}  F1 {result.f1:.4f}"
+            + "  ".join([f"eval loss {result.loss:.4f}", *shown])
         )
 
     def finish(self, result: dict[str, Any]) -> None:
@@ -128,13 +133,16 @@ class ConsoleReport:
         if result["state_bytes_unsharded"] > 1.01 * max(result["state_bytes_by_rank"]):
             state += f"; unsharded {by_rank([result['state_bytes_unsharded']])}"
         speed = "no step taken"
-        if result["images_per_second"] is not None:
+        if result["samples_per_second"] is not None:
             milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
-            speed = f"{result['images_per_second']:,.0f} images/s ({milliseconds[0]} ms a step, 95 % within "
+            speed = f"{result['samples_per_second']:,.0f} {self.unit}/s ({milliseconds[0]} ms a step, 95 % within "
             speed += f"{milliseconds[1]} ms)"
+        metrics = {name[5:]: value for name, value in result.items() if name.startswith("eval_") and value is not None}
+        evaluated = [worded(name, value) for name, value in metrics.items() if name != "loss"]
+        evaluated = evaluated or [worded(name, value) for name, value in metrics.items()]
+        found = ", ".join(evaluated)
         rows = {
-            "accuracy": f"{result['eval_accuracy']:.2%} of {self.eval_images:,} evaluation images, "
-            f"macro-F1 {result['eval_f1']:.4f}",
+            "result": f"{found}, of {self.eval_samples:,} evaluation {self.unit}" if found else "not evaluated",
             "speed": speed,
             "time": f"{result['wall_seconds']:.1f} s for {count(result['steps'] - self.first_step, 'step')}",
             "memory": f"{memory} MiB at peak, by rank",
@@ -156,6 +164,24 @@ class ConsoleReport:
             self.console.print(f"{self.recipe} finished", markup=False)
             for name, text in rows.items():
                 self.console.print(f"  {name:9} {text}", soft_wrap=True, markup=False)
+
+
+def worded(name: str, value: float) -> str:
+    """A metric in words: `accuracy 98.89%`, `F1 0.9881`, `bits per token 1.214`."""
+    label = name.replace("_", " ")
+    if "accuracy" in name:
+        return f"{label} {value:.2%}"
+    return f"F1 {value:.4f}" if name == "f1" else f"{label} {value:.4g}"
+
+
+def described(task: Any, config: Config) -> tuple[str, str]:
+    """(the model, the data) of a task in words: its own, else its class and its keys."""
+    if hasattr(task, "describe"):
+        model, data = task.describe()
+        return str(model), str(data)
+    own = {name: value for name, value, _ in walk(config.task) if name != "name"}
+    keys = ", ".join(f"{name}={value}" for name, value in own.items())
+    return short_name(config.task.name) + (f" ({keys})" if keys else ""), type(task.train_set).__name__
 
 
 def by_rank(sizes: list[int]) -> str:

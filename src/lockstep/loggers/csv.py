@@ -15,25 +15,30 @@ from lockstep.utils.files import write_atomically
 class CsvLogger(Logger):
     """`metrics.csv`, for spreadsheets: one column a scalar, empty where a step has none."""
 
-    COLUMNS = (
-        *("step", "epoch", "samples_seen", "loss", "lr", "images_per_second", "peak_memory_bytes"),
-        *("loss_scale", "skipped_steps", "eval_loss", "eval_accuracy", "eval_f1"),
-    )
+    COLUMNS = ("step", "epoch", "samples_seen", "loss", "lr", "loss_scale", "skipped_steps", "eval_loss")
 
     def __init__(self, out: Path, step: int, columns: Sequence[str] = ()) -> None:
-        path = out / "metrics.csv"
-        keep_lines(path, lambda line: line.startswith("step,") or int(line.partition(",")[0]) <= step)
+        self._path = out / "metrics.csv"
+        keep_lines(self._path, lambda line: line.startswith("step,") or int(line.partition(",")[0]) <= step)
+        self._open([*self.COLUMNS, *columns])
+
+    def _open(self, columns: Sequence[str]) -> None:
+        """Write the file anew with these columns and all that it has, for a run that now logs other things."""
+        path = self._path
         before = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
-        names = list(dict.fromkeys([*self.COLUMNS, *columns, *(before[0] if before else ())]))
+        self._names = list(dict.fromkeys([*columns, *(before[0] if before else ())]))
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, names)
-        writer.writeheader()  # with other columns than before, where it now logs other things
+        writer = csv.DictWriter(text, self._names)
+        writer.writeheader()
         writer.writerows(before)
         write_atomically(path, text.getvalue())
         self._file = path.open("a", buffering=1, newline="")
-        self._writer = csv.DictWriter(self._file, names, extrasaction="ignore")
+        self._writer = csv.DictWriter(self._file, self._names)
 
     def log(self, scalars: Scalars) -> None:
+        if more := [name for name in scalars if name not in self._names]:  # a metric's first value
+            self._file.close()
+            self._open([*self._names, *more])
         self._writer.writerow(scalars)
 
     def flush(self) -> None:

@@ -19,6 +19,7 @@ def result_fields(
     memory: list[float],
     parameters: tuple[int, int],
     setup_seconds: float,
+    unit: str,
 ) -> dict[str, Any]:
     """The fields that every run has.
 
@@ -28,11 +29,14 @@ def result_fields(
         memory: each rank's peak, in bytes.
         parameters: how many there are, and how many of them are trained.
         setup_seconds: from the start to the first step.
+        unit: what a sample is called, in the plural.
     """
     config, world = context.config, context.world
     median = percentile(step_seconds, 50) if step_seconds else None
+    speed = config.global_batch_size / median if median else None
     return {
         "recipe": context.recipe,
+        "task": config.task.name,
         "status": status,
         "world_size": world.world_size,
         "backend": world.backend,
@@ -44,10 +48,9 @@ def result_fields(
         "epochs": context.step // context.steps_per_epoch,
         "samples_seen": context.step * config.global_batch_size,
         "train_loss": context.train_loss,
-        "eval_loss": evaluation.loss if evaluation else None,
-        "eval_accuracy": evaluation.accuracy if evaluation else None,
-        "eval_f1": evaluation.f1 if evaluation else None,
-        "images_per_second": config.global_batch_size / median if median else None,
+        "eval_loss": None,
+        **(evaluation.scalars if evaluation else {}),
+        **dict.fromkeys(("samples_per_second", f"{unit}_per_second"), speed),
         "step_seconds_p50": median,
         "step_seconds_p95": percentile(step_seconds, 95) if step_seconds else None,
         "peak_memory_bytes": int(max(memory)),

@@ -28,8 +28,8 @@ from lockstep.callbacks.base import CallbackContext, CallbackList, LogRecord
 from lockstep.checkpoint.manager import CheckpointManager, export
 from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.types import Engine, Stateful
+from lockstep.data.batch import Batch
 from lockstep.data.batches import BatchSource
-from lockstep.data.datasets import Batch
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.distributed.consistency import check_consistency
 from lockstep.distributed.dtensor import full_state_dict, is_sharded
@@ -41,6 +41,7 @@ from lockstep.loop.result import result_fields
 from lockstep.memory.tracker import state_bytes
 from lockstep.memory.usage import peak_memory_bytes
 from lockstep.models.parameters import count_parameters, unwrap
+from lockstep.task import option
 from lockstep.training.ddp_buckets import restore_bucket_order
 from lockstep.training.evaluate import Evaluation, Evaluator
 from lockstep.training.local_gradients import LocalGradients
@@ -87,7 +88,7 @@ class TrainingLoop:
         self.backbone_only = False  # resume=PATH names what the recipe itself takes a part of
         self._dims, self._source, self._chosen, self._listener = dims, source, chosen, listener
         self._heartbeat = context.world.heartbeat
-        self._evaluator = Evaluator(context.config, source, context.device, dims)
+        self.evaluator = Evaluator(context.config, source, context.device, dims, context.world.control)
         self._agreement: Agreement | None = None
         self._whole: Callable[[], nn.Module] | None = None
 
@@ -154,9 +155,9 @@ class TrainingLoop:
         """Give DDP back the order in which it had come to send gradients, in a run that is resumed after a step."""
         dims, config = self._dims, self.context.config
         if dims.shards > 2:  # the sum of two numbers is the same in any order
-            images = self._source.blank_images(math.ceil(config.global_batch_size / dims.shards / config.accumulate))
+            example = self._source.example(math.ceil(config.global_batch_size / dims.shards / config.accumulate))
             with autocast(config.precision, self.context.device):
-                restore_bucket_order(model, images)
+                restore_bucket_order(model, example.inputs, self.context.device)
 
     def begin(self, optimizer: Optimizer, model: nn.Module) -> None:
         """Start to listen, to log and to keep time, when the state to start from is in place.
@@ -187,7 +188,8 @@ class TrainingLoop:
         self.callbacks.on_train_begin(context)
         context.report.start(
             parameters=self._parameters,
-            images=(len(source.train_set), len(source.eval_set)),
+            task=source.task,
+            samples=(len(source.train_set), len(source.eval_set)),
             shards=self._dims.shards,
             steps=(context.steps_per_epoch, context.total_steps),
             chosen=self._chosen,
@@ -197,7 +199,8 @@ class TrainingLoop:
         self._setup_seconds = time.perf_counter() - context.started
         if context.step >= context.total_steps:
             self._heartbeat.enter("evaluating", context.step)
-            self.evaluation = self._evaluate()
+            if self.evaluator.has_data:
+                self.evaluation = self._evaluate()
             raise NothingLeft
 
     def _local_gradients(self, optimizer: Optimizer) -> LocalGradients:
@@ -277,6 +280,7 @@ class TrainingLoop:
         self._stepped_at = time.perf_counter()
         every = context.config.eval_every * context.steps_per_epoch
         evaluates = context.step == context.total_steps or (every > 0 and context.step % every == 0)
+        evaluates = evaluates and self.evaluator.has_data
         if evaluates:
             self.callbacks.on_evaluation_begin(context)
             self._heartbeat.enter("evaluating")
@@ -297,13 +301,13 @@ class TrainingLoop:
         self.checkpoints.judge(evaluation)
         if self.checkpoints.is_out_of_patience and context.step < context.total_steps:
             waited = self.checkpoints.waited
-            context.say(f"stopping early: {context.config.metric} has not become better in {waited} evaluations")
+            context.say(f"stopping early: {self.checkpoints.metric} has not become better in {waited} evaluations")
             context.total_steps = context.step
         context.pause(time.perf_counter() - self._stepped_at)
 
     def _evaluate(self) -> Evaluation:
         assert self._whole is not None
-        return self._evaluator.evaluate(self._whole(), sharded=self._sharded)
+        return self.evaluator.evaluate(self._whole(), sharded=self._sharded)
 
     def _save(self) -> None:
         """Have the checkpoint of this step written; the clock by which speed is measured stands still meanwhile."""
@@ -384,6 +388,7 @@ class TrainingLoop:
             memory=memory,
             parameters=self._parameters,
             setup_seconds=self._setup_seconds,
+            unit=option(self._source.task, "unit"),
         )
         result |= self.checkpoints.result() | self.context.loss_scaling | self.context.notes
         write_json(self.context.out / "result.json", result)

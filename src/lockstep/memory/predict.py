@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
 from lockstep.config.schema import Config
+from lockstep.data.batch import map_tensors
 from lockstep.memory.tracker import KINDS, LayerMemory, MemoryTracker, local_bytes, memory_by_layer
-from lockstep.models.resnet import build_model
+from lockstep.tasks.build import known_task, one_sample, sketch
 from lockstep.training.optim import build_optimizer, states_per_weight
 from lockstep.training.precision import AUTOCAST, DTYPES
 
@@ -30,21 +32,22 @@ class MemoryPrediction:
         return {kind: sum(getattr(layer, kind) for layer in self.layers) for kind in KINDS}
 
 
-def predict_memory(config: Config, images: int, device: str = "cpu", peak: bool = True) -> MemoryPrediction:
-    """What two training steps of the whole model on `images` images would hold, found without any memory.
+def predict_memory(config: Config, samples: int, device: str = "cpu", peak: bool = True) -> MemoryPrediction:
+    """What two training steps of the whole model on `samples` samples would hold, found without any memory.
 
     The model is built and trained on torch's fake tensors, which have shapes and storages but no bytes, so that a batch
     that fits no machine can be asked about. Left out is what lies outside of torch's tensors: the interpreter, scratch
     space of cuDNN or oneDNN, buffers in which ranks exchange gradients.
 
     Args:
-        images: that go through the model at once: a rank's share, or a micro-batch of it.
+        samples: that go through the model at once: a rank's share, or a micro-batch of it.
         peak: whether to find the peak too, which takes twice as long.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    example = one_sample(config)
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        model, optimizer, forward = _training(config, images, device)
+        model, optimizer, forward = _training(config, samples, device, example)
         tracker = MemoryTracker(model)
         gradients: dict[str, int] = {}
         optimizer.register_step_pre_hook(
@@ -53,40 +56,50 @@ def predict_memory(config: Config, images: int, device: str = "cpu", peak: bool 
         with tracker:
             _step(forward, optimizer)
         by_layer = memory_by_layer(model, optimizer, gradients, tracker)
-        most = _peak(config, images, device) if peak else {}
+        most = _peak(config, samples, device, example) if peak else {}
     return MemoryPrediction(by_layer, most)
 
 
-def predict_activations(config: Config, images: int, device: str = "cpu") -> MemoryTracker:
+def predict_activations(config: Config, samples: int, device: str = "cpu") -> MemoryTracker:
     """What one forward would keep for backward, found as `predict_memory` does, but at once and without a thread."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    example = one_sample(config)
     with torch.random.fork_rng(devices=[]), FakeTensorMode():
-        model, _, forward = _training(config, images, device)
+        model, _, forward = _training(config, samples, device, example)
         with MemoryTracker(model) as tracker:
             forward()
     return tracker
 
 
-def _training(config: Config, images: int, device: str) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
+def _training(
+    config: Config, samples: int, device: str, example: Any
+) -> tuple[nn.Module, Optimizer, Callable[[], Tensor]]:
     """A model, its optimizer, and a function that computes the loss of a batch."""
-    side = config.model.image_size or config.data.image_size
+    task = known_task(config)
     before = torch.get_default_dtype()
     torch.set_default_dtype(DTYPES[config.precision])  # a fake model cannot be moved: it is built where it belongs
     try:
         with torch.device(device):
-            model = build_model(config.model).train()
-            batch = torch.empty(images, 3, side, side)
+            model = task.build_model().train()
     finally:
         torch.set_default_dtype(before)
-    labels = torch.empty(images, dtype=torch.int64, device=device)
+    inputs, targets = (map_tensors(partial(_empty, samples, config, device), each) for each in example)
     optimizer = build_optimizer(replace(config.optim, lr=0.0, weight_decay=0.0), model)
 
     def forward() -> Tensor:
         with torch.autocast(device, AUTOCAST.get(config.precision), enabled=config.precision in AUTOCAST):
-            return cross_entropy(model(batch), labels)
+            loss: Tensor = task.loss(model(inputs), targets)
+            return loss
 
     return model, optimizer, forward
+
+
+def _empty(samples: int, config: Config, device: str, tensor: Tensor) -> Tensor:
+    """A tensor of an example with one sample, as it would be with so many."""
+    dtype = DTYPES[config.precision] if tensor.is_floating_point() else tensor.dtype
+    shape = (samples, *tensor.shape[1:]) if tensor.dim() else ()
+    return torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _step(forward: Callable[[], Tensor], optimizer: Optimizer) -> None:
@@ -95,11 +108,11 @@ def _step(forward: Callable[[], Tensor], optimizer: Optimizer) -> None:
     optimizer.zero_grad()
 
 
-def _peak(config: Config, images: int, device: str) -> dict[str, int]:
+def _peak(config: Config, samples: int, device: str, example: Any) -> dict[str, int]:
     """Bytes by kind at the peak of the second step, when there is an optimizer state."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
-    model, optimizer, forward = _training(config, images, device)
+    model, optimizer, forward = _training(config, samples, device, example)
     tracker = MemTracker()
     tracker.track_external(model, optimizer)
     with tracker:
@@ -122,7 +135,7 @@ def sharded_state_bytes(config: Config, ranks: int) -> dict[str, dict[str, int]]
     but for parameters of less than 1,000 numbers. FSDP cuts each tensor along its first dim, rounded up.
     """
     with torch.device("meta"):
-        shapes = [tuple(parameter.shape) for parameter in build_model(config.model).parameters()]
+        shapes = [tuple(parameter.shape) for parameter in sketch(config).parameters()]
     item = torch.empty((), dtype=DTYPES[config.precision]).element_size()
     moments, others = states_per_weight(config.optim)
     counters = 4 * others * len(shapes)  # its steps, one a parameter

@@ -140,14 +140,14 @@ class _Kept:
             self._let_go()
 
 
-def saved_bytes(model: nn.Module, images: Tensor) -> int:
+def saved_bytes(model: nn.Module, inputs: Any) -> int:
     """Bytes that autograd keeps from one forward for the backward, parameters left out: the activations.
 
     Counted on a copy of the model, without disturbing its BatchNorm statistics.
     """
     model = copy.deepcopy(model).train()
     with MemoryTracker(model) as tracker:
-        model(images)
+        model(inputs)
     return tracker.total
 
 

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from lockstep.data.datasets import Batch
+from lockstep.data.batch import Batch, cut_tree, pieces
+from lockstep.data.batches import items_of
 
 
 class MicroBatch(NamedTuple):
-    """A piece of a batch: images [n, 3, H, W], labels [n], its share n / N of the batch's N images, and its place."""
+    """A piece of a batch: inputs and targets of n samples, its weight, and whether it is the last of its batch.
 
-    images: Tensor
-    labels: Tensor
-    weight: float
+    The weight is its share of the batch's N samples, n / N, or of what the task's `weigh` counts, such as tokens, times
+    the batch's own weight.
+    """
+
+    inputs: Any
+    targets: Any
+    weight: float | Tensor
     last: bool = True
 
 
 def micro_batches(batch: Batch, count: int, model: nn.Module) -> Iterator[MicroBatch]:
-    """Cut a batch into `count` micro-batches, or a few less where chunk's rounding up makes fewer do.
+    """Cut a batch into `count` micro-batches, or a few less where rounding up, as in torch.chunk, makes fewer do.
 
     Give each one's mean loss its `weight` before backward, and the sum of their gradients is the gradient of the mean
     loss over the whole batch, ragged last piece included. A plain 1 / count is wrong as soon as pieces differ in size.
@@ -31,11 +37,20 @@ def micro_batches(batch: Batch, count: int, model: nn.Module) -> Iterator[MicroB
     it is the forward that arms DDP's hooks; so the context spans the whole body of the caller's loop.
     """
     if count == 1:
-        yield MicroBatch(*batch, weight=1.0)
+        yield MicroBatch(batch.inputs, batch.targets, batch.weight)
         return
-    pieces = list(zip(batch.images.chunk(count), batch.labels.chunk(count), strict=True))
-    for number, (images, labels) in enumerate(pieces):
-        last = number == len(pieces) - 1
+    bounds = pieces(batch.count, count)
+    for number, (start, stop) in enumerate(bounds):
+        last = number == len(bounds) - 1
         quiet = getattr(model, "no_sync", contextlib.nullcontext)
         with contextlib.nullcontext() if last else quiet():
-            yield MicroBatch(images, labels, len(labels) / len(batch.labels), last)
+            yield micro_batch(batch, start, stop, last)
+
+
+def micro_batch(batch: Batch, start: int, stop: int, last: bool = True) -> MicroBatch:
+    """Samples start…stop − 1 of a batch, with their weight."""
+    inputs, targets = (cut_tree(tree, start, stop, batch.count) for tree in (batch.inputs, batch.targets))
+    weight: float | Tensor = (stop - start) / batch.count
+    if batch.weigh is not None and batch.items is not None:
+        weight = (items_of(batch.weigh, targets) / batch.items).to(torch.as_tensor(batch.weight).dtype)
+    return MicroBatch(inputs, targets, weight * batch.weight, last)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+import torch
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lockstep.data.batch import tree_tensors
 from lockstep.training.random_state import generators, set_generators
 
 
-def restore_bucket_order(model: nn.Module, images: Tensor) -> None:
+def restore_bucket_order(model: nn.Module, inputs: Any, device: torch.device) -> None:
     """Bring DistributedDataParallel's buckets into the order they had when the training was cut off.
 
     After a process's first backward DDP sorts its buckets anew, by the order in which gradients became ready. From
@@ -18,10 +22,10 @@ def restore_bucket_order(model: nn.Module, images: Tensor) -> None:
     """
     for wrapped in model.modules():  # Lightning's wrappers hold one
         if isinstance(wrapped, DistributedDataParallel):
-            random, buffers = generators(images.device), [buffer.clone() for buffer in wrapped.buffers()]
+            random, buffers = generators(device), [buffer.clone() for buffer in wrapped.buffers()]
             wrapped.train()
-            wrapped(images).sum().backward()
+            sum(output.sum() for output in tree_tensors(wrapped(inputs)) if output.requires_grad).backward()  # type: ignore[union-attr]
             wrapped.zero_grad()
-            set_generators(random, images.device)
+            set_generators(random, device)
             for buffer, before in zip(wrapped.buffers(), buffers, strict=True):
                 buffer.copy_(before)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.functional import cross_entropy
 
 from lockstep.config.schema import Config
-from lockstep.data.batches import BatchSource
-from lockstep.data.datasets import Batch
+from lockstep.data.batch import Batch, first_tensor, map_tensors, on_device_of
+from lockstep.data.batches import BatchSource, items_of
 from lockstep.data.sampler import EvalSampler
+from lockstep.distributed.collectives import gather_objects
 from lockstep.distributed.parallel_dims import ParallelDims
+from lockstep.errors import UserError
+from lockstep.task import metrics_of, option, summary_of
 from lockstep.training.precision import autocast
 
 KEPT = 64  # wrong predictions that an evaluation remembers
@@ -24,17 +25,20 @@ KEPT = 64  # wrong predictions that an evaluation remembers
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Over the whole evaluation set: mean loss, accuracy, and macro-F1, the mean of the classes' F1 scores.
+    """Over the whole evaluation set: the mean loss, and the task's metrics by name.
 
-    A class that no image has and none was taken for has no F1 and does not count. `wrong` has the first KEPT samples
-    that were taken for something else: (sample, label, prediction).
+    `wrong` has the first KEPT samples that a classifier took for something else: (sample, label, prediction).
     """
 
     loss: float
-    accuracy: float
-    f1: float
-    count: int
+    metrics: dict[str, float] = field(default_factory=dict)
+    count: int = 0
     wrong: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """{name as it is logged: value}."""
+        return {"eval_loss": self.loss} | {f"eval_{name}": value for name, value in self.metrics.items()}
 
 
 class Tally:
@@ -42,60 +46,111 @@ class Tally:
 
     Each rank writes its batches' sums into their own rows of a table of zeros, and one all-reduce adds the tables.
     Adding zero is exact, so every rank then holds the very table that one process would have made, and adds its rows
-    in the same order: the same metric to the last bit on any number of ranks. What is counted by class are whole
-    numbers, exact in any order.
+    in the same order: the same metric to the last bit on any number of ranks. Sums that are whole numbers are exact in
+    any order, and are added up at once.
+
+    Args:
+        task: gives loss, weights and metrics. They are computed in float64.
+        group: connects the CPUs of all ranks.
     """
 
-    def __init__(self, sampler: EvalSampler) -> None:
-        self._size, self._rows = sampler.size, iter(sampler.numbers())
-        self._table = torch.zeros(sampler.batches(), 3, dtype=torch.float64)
-        self._classes = torch.zeros(3, 0, dtype=torch.float64)  # of each: images, images taken for it, rightly so
-        self._batch_size, self._wrong = sampler.batch_size, torch.empty(0, 3, dtype=torch.int64)
+    def __init__(self, task: Any, sampler: EvalSampler, group: dist.ProcessGroup | None) -> None:
+        self._task, self._group, self._sampler = task, group, sampler
+        self._metrics, self._weigh = metrics_of(task), option(task, "weigh")
+        self._numbers = iter(sampler.numbers())
+        self._rows: dict[int, Tensor] = {}  # of a batch: loss, items, samples, then what is no whole number
+        self._whole: Tensor | None = None
+        self._layout: dict[str, list[tuple[list[int], bool]]] = {}  # name -> (shape, is whole) of sum and of count
+        self._wrong = torch.empty(0, 3, dtype=torch.int64)
 
-    def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Count this rank's next batch: logits [N, C], labels [N]."""
-        labels = labels.to(logits.device)  # a model split over devices answers on its last one
-        number = next(self._rows)
-        row = self._table[number]
-        row[0] = cross_entropy(logits.double(), labels, reduction="sum").item()
-        taken_for = logits.argmax(1)
-        right = taken_for == labels
-        row[1] = right.sum().item()
-        row[2] = len(labels)
-        count = logits.shape[1]
-        counts = [which.bincount(minlength=count).cpu() for which in (labels, taken_for, labels[right])]
-        self._classes = self._wide(count) + torch.stack(counts)
-        if len(self._wrong) < KEPT:
-            places = (~right).nonzero().flatten()[:KEPT]
-            wrong = [places + number * self._batch_size, labels[places], taken_for[places]]
-            self._wrong = torch.cat([self._wrong, torch.stack(wrong, 1).cpu()])[:KEPT]
+    def add(self, outputs: Any, batch: Batch) -> None:
+        """Count this rank's next batch."""
+        number = next(self._numbers)
+        outputs = map_tensors(_in_double, outputs)
+        device = first_tensor(outputs, "the model's outputs").device
+        targets = map_tensors(_in_double, on_device_of(outputs, batch.targets))
+        count = torch.full((), batch.count, dtype=torch.float64, device=device)
+        items = items_of(self._weigh, targets) if self._weigh else count
+        loss = self._task.loss(outputs, targets).double()
+        # A batch without any item has no mean, and 0 × nan would be nan. Nothing here waits for a GPU.
+        row = [torch.where(items > 0, loss * items, 0.0), items, count]
+        whole: list[Tensor] = []
+        layout: dict[str, list[tuple[list[int], bool]]] = {}
+        for name, pair in self._metrics(outputs, targets).items():
+            layout[name] = []
+            for number_or_tensor in _pair_of(name, pair):
+                value = torch.as_tensor(number_or_tensor, device=device).detach()
+                is_whole = not value.is_floating_point()
+                layout[name].append((list(value.shape), is_whole))
+                (whole if is_whole else row).append(value)
+        if self._layout and layout != self._layout:
+            raise UserError(
+                f"the task's metrics gave {_in_words(layout)} for one batch and {_in_words(self._layout)} for another; "
+                "they must have the same names and shapes for every batch"
+            )
+        self._layout = layout
+        self._rows[number] = torch.cat([value.double().flatten() for value in row])
+        if whole:
+            counts = torch.cat([value.long().flatten() for value in whole])
+            self._whole = counts if self._whole is None else self._whole + counts
+        if hasattr(self._task, "mistakes") and len(self._wrong) < KEPT:
+            rows = self._task.mistakes(outputs, targets)[:KEPT].cpu()
+            rows[:, 0] += number * self._sampler.batch_size
+            self._wrong = torch.cat([self._wrong, rows])[:KEPT]
 
     def result(self, device: torch.device) -> Evaluation:
         """All ranks' sums; all call it together.
 
         Raises:
+            UserError: the ranks' metrics are called differently.
             RuntimeError: a sample was lost or counted twice.
         """
-        width = torch.tensor(self._classes.shape[1], device=device)
-        dist.all_reduce(width, dist.ReduceOp.MAX)  # a rank without a batch has seen no classes
-        classes = self._wide(int(width.item()))
-        both = torch.cat([self._table.flatten(), classes.flatten()]).to(device)
-        dist.all_reduce(both)
-        table, classes = both.cpu().split([self._table.numel(), classes.numel()])
-        loss, correct, count = table.view(-1, 3).sum(0).tolist()
-        if count != self._size:
-            raise RuntimeError(f"evaluation counted {count:g} samples of {self._size}")
-        f1 = torch.zeros((), dtype=torch.float64, device=device)
-        if dist.get_rank() == 0:  # alone, for what computes it takes a second to import
-            f1.fill_(macro_f1(*classes.view(3, -1)))
-        dist.broadcast(f1, src=0)
-        return Evaluation(loss / count, correct / count, f1.item(), int(count), self._gather_wrong(device))
+        layout = self._agree()
+        shapes = [part for parts in layout.values() for part in parts]
+        width = 3 + sum(_size(shape) for shape, is_whole in shapes if not is_whole)
+        table = torch.zeros(self._sampler.batches(), width, dtype=torch.float64)
+        for number, row in self._rows.items():
+            table[number] = row
+        count = sum(_size(shape) for shape, is_whole in shapes if is_whole)
+        whole = torch.zeros(count, dtype=torch.int64) if self._whole is None else self._whole
+        table, whole = table.to(device), whole.to(device)
+        dist.all_reduce(table)
+        if count:
+            dist.all_reduce(whole)
+        sums = table.cpu().sum(0)
+        if int(sums[2]) != self._sampler.size:
+            raise RuntimeError(f"evaluation counted {sums[2]:g} samples of {self._sampler.size}")
+        totals = _as_laid_out(layout, sums[3:], whole.cpu())
+        metrics = self._summarise(totals, device)
+        return Evaluation(float(sums[0] / sums[1]), metrics, int(sums[2]), self._gather_wrong(device))
 
-    def _wide(self, count: int) -> Tensor:
-        return functional.pad(self._classes, (0, count - self._classes.shape[1]))
+    def _agree(self) -> dict[str, list[tuple[list[int], bool]]]:
+        """What the metrics are called and of what shape; a rank without a batch has seen none."""
+        everyone = gather_objects(self._layout if self._rows else None, self._group)
+        known = [(rank, each) for rank, each in enumerate(everyone) if each is not None]
+        for rank, each in known[1:]:
+            if each != known[0][1]:
+                raise UserError(
+                    f"rank {rank}'s metrics are {_in_words(each)}, and rank {known[0][0]}'s {_in_words(known[0][1])}; a "
+                    "task's metrics must be the same on all ranks"
+                )
+        return known[0][1] if known else {}
+
+    def _summarise(self, totals: Mapping[str, tuple[Tensor, Tensor]], device: torch.device) -> dict[str, float]:
+        """The task's own summary, made by rank 0 alone, for what computes it may take a second to import."""
+        if not totals:
+            return {}
+        found: list[Any] = [None]
+        if dist.get_rank() == 0:
+            found = [{name: float(value) for name, value in summary_of(self._task)(totals).items()}]
+        if dist.get_world_size() > 1:
+            dist.broadcast_object_list(found, src=0, group=self._group)
+        return dict(found[0])
 
     def _gather_wrong(self, device: torch.device) -> tuple[tuple[int, int, int], ...]:
         """The same on any number of ranks: each has the first of its batches, so the first of all are among them."""
+        if not hasattr(self._task, "mistakes"):
+            return ()
         table = torch.zeros(dist.get_world_size(), KEPT, 3, dtype=torch.int64, device=device)
         table[dist.get_rank(), : len(self._wrong)] = self._wrong.to(device) + 1  # 0 is no sample
         dist.all_reduce(table)
@@ -103,39 +158,64 @@ class Tally:
         return tuple((sample, label, predicted) for sample, label, predicted in rows if sample >= 0)[:KEPT]
 
 
-def macro_f1(images: Tensor, taken_for: Tensor, right: Tensor) -> float:
-    """The mean of the classes' F1 scores, from three counts of each: its images, those taken for it, both.
+def _in_double(tensor: Tensor) -> Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
-    torchmetrics computes it, from counts that are exact; classes with none are left out, as in scikit-learn.
+
+def _size(shape: list[int]) -> int:
+    return int(torch.Size(shape).numel())
+
+
+def _in_words(layout: Mapping[str, Any]) -> str:
+    shapes = {name: " / ".join(str(shape) for shape, _ in parts) for name, parts in layout.items()}
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
+
+
+def _pair_of(name: str, pair: Any) -> tuple[Any, Any]:
+    """(sum, count) of a metric.
+
+    Raises:
+        UserError: it is something else.
     """
-    # Here and not above: it takes a second to import, which no start need wait for.
-    from torchmetrics.classification import MulticlassF1Score
+    if isinstance(pair, tuple | list) and len(pair) == 2:
+        return pair[0], pair[1]
+    raise UserError(f"metrics(outputs, targets)[{name!r}] is {type(pair).__name__}; allowed is (sum, count)")
 
-    metric = MulticlassF1Score(num_classes=len(images), average="macro", sync_on_compute=False)
-    metric.tp, metric.fp, metric.fn, metric.tn = right, taken_for - right, images - right, torch.zeros_like(right)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The ``compute`` method")  # that it has not seen predictions is intended
-        return float(metric.compute())
+
+def _as_laid_out(layout: Mapping[str, Any], real: Tensor, whole: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """The sums and counts of each metric, in their shapes."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, parts in layout.items():
+        values = []
+        for shape, is_whole in parts:
+            size = _size(shape)
+            source = whole if is_whole else real
+            values.append(source[:size].reshape(shape))
+            whole, real = (whole[size:], real) if is_whole else (whole, real[size:])
+        found[name] = (values[0], values[1])
+    return found
 
 
 @torch.no_grad()
 def evaluate(
-    forward: Callable[[Tensor], Tensor],
+    forward: Callable[[Any], Any],
     batches: Iterator[Batch],
-    sampler: EvalSampler,
+    tally: Tally,
     device: torch.device,
-    blank: Tensor | None = None,
+    blank: Any = None,
+    rounds: int = 0,
 ) -> Evaluation:
-    """Evaluate `forward` (images → logits [N, C]) over this rank's batches and combine all ranks' sums.
+    """Evaluate `forward` (inputs → outputs) over this rank's batches and combine all ranks' sums.
 
     Args:
-        blank: images for a forward that counts nothing, where `forward` is one that all ranks must make together: the
-            ranks that have one batch less than the others make it.
+        blank: inputs for a forward that counts nothing, where `forward` is one that all ranks must make together: the
+            ranks that have fewer batches than `rounds` make it.
     """
-    tally = Tally(sampler)
+    done = 0
     for batch in batches:
-        tally.add(forward(batch.images), batch.labels)
-    if blank is not None and len(sampler) < sampler.rounds():
+        tally.add(forward(batch.inputs), batch)
+        done += 1
+    if blank is not None and done < rounds:
         forward(blank)
     return tally.result(device)
 
@@ -143,8 +223,25 @@ def evaluate(
 class Evaluator:
     """Evaluates a model on this rank's batches of the evaluation set; all ranks call it together."""
 
-    def __init__(self, config: Config, source: BatchSource, device: torch.device, dims: ParallelDims) -> None:
+    def __init__(
+        self,
+        config: Config,
+        source: BatchSource,
+        device: torch.device,
+        dims: ParallelDims,
+        group: dist.ProcessGroup | None,
+    ) -> None:
         self._precision, self._source, self._device, self._dims = config.precision, source, device, dims
+        self._group = group
+
+    @property
+    def has_data(self) -> bool:
+        """Whether there is anything to evaluate on."""
+        return len(self._source.eval_set) > 0
+
+    def tally(self) -> Tally:
+        """For the sums of one evaluation."""
+        return Tally(self._source.task, self._source.eval_sampler(), self._group)
 
     def evaluate(self, module: nn.Module, *, sharded: bool = False) -> Evaluation:
         """Evaluate a complete model, and leave it in evaluation mode.
@@ -160,9 +257,10 @@ class Evaluator:
         sampler = self._source.eval_sampler()
         batches = self._source.eval_batches(sampler)
         if sharded:
-            return evaluate(module, batches, sampler, self._device, self._source.blank_images(1))
+            blank = self._source.example(1).inputs
+            return evaluate(module, batches, self.tally(), self._device, blank, sampler.rounds())
         with autocast(self._precision, self._device):
-            return evaluate(module, batches, sampler, self._device)
+            return evaluate(module, batches, self.tally(), self._device)
 
 
 def sync_buffers(module: nn.Module) -> None:

@@ -20,6 +20,7 @@ from rich.table import Table
 
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config
+from lockstep.config.tasks import is_larger_better, metric_of
 from lockstep.run import Run
 from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import flat_keys
@@ -32,12 +33,12 @@ from lockstep.utils.text import count, interpreter
 
 def metric_mode(config: Config) -> str:
     """Whether the metric is the better the smaller, in Tune's words."""
-    return "min" if config.metric == "eval_loss" else "max"
+    return "max" if is_larger_better(config) else "min"
 
 
 def read_trials(run: Run[TuneConfig]) -> list[dict[str, Any]]:
     """A row a trial, the best first: those that were trained to the end, then those that were not, then the rest."""
-    metric, rows = run.config.metric, []
+    metric, rows = metric_of(run.config), []
     for file in (run.out / "trials").glob("[0-9]*.json"):
         row = json.loads(file.read_text())
         lines = evaluation_lines(read_metrics(file.with_suffix("")), metric)
@@ -58,7 +59,7 @@ def read_trials(run: Run[TuneConfig]) -> list[dict[str, Any]]:
 def standings_tables(run: Run[TuneConfig], rows: list[dict[str, Any]]) -> list[Table]:
     """A line per trial: what was drawn, how far it came, its figures with the metric first, its state."""
     metrics = sorted({name for row in rows for name in row if name.startswith("eval_")})
-    metrics = sorted(metrics, key=lambda name: name != run.config.metric)
+    metrics = sorted(metrics, key=lambda name: name != metric_of(run.config))
     styles = {"finished": "green", "failed": "red", "running": "cyan"}
     columns = {"trial": [str(row["number"]) for row in rows]}
     columns["state"] = [f"[{styles.get(row['state'], 'yellow')}]{row['state']}[/]" for row in rows]
@@ -67,7 +68,7 @@ def standings_tables(run: Run[TuneConfig], rows: list[dict[str, Any]]) -> list[T
     columns["steps"] = [str(row["steps"]) for row in rows]
     for name in metrics:
         columns[name] = [f"{row[name]:.4f}" if name in row else "" for row in rows]
-    title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {run.config.metric}"
+    title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {metric_of(run.config)}"
     return terminal_tables(title, columns, text=("state",), repeated=2)
 
 
@@ -105,7 +106,7 @@ class Standings(threading.Thread):
 
     def say(self, rows: list[dict[str, Any]]) -> None:
         """A line for each evaluation, and for each end of a trial."""
-        metric = self.run_.config.metric
+        metric = metric_of(self.run_.config)
         for row in sorted(rows, key=lambda row: int(row["number"])):
             now, before = (row["evaluations"], row["state"]), self.seen.get(row["number"], (0, ""))
             if now == before:
@@ -126,7 +127,7 @@ def retrain_command(run: Run[TuneConfig], row: dict[str, Any]) -> str:
 
 def write_search_results(run: Run[TuneConfig], rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
     """result.json and trials.csv; returns what is in the former."""
-    metric = run.config.metric
+    metric = metric_of(run.config)
     good = [row for row in rows if metric in row and row["state"] != "failed"]
     result: dict[str, Any] = {"recipe": "tune", "status": status, "tuned": run.config.tune.recipe, "metric": metric}
     result |= {

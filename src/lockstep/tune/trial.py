@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config
+from lockstep.config.tasks import metric_of
 from lockstep.distributed.devices import default_nproc
 from lockstep.errors import UserError
 from lockstep.launch.recipe_process import RecipeFailed, RecipeProcess
@@ -90,7 +91,7 @@ def make_trainable(run: Run[TuneConfig], recipe: Recipe) -> Any:
     from ray.tune import Trainable
 
     config = run.config
-    target, folder, metric = recipe.target, run.out / "trials", config.metric
+    target, folder, metric = recipe.target, run.out / "trials", metric_of(config)
     ends = {"step": config.max_steps, "epoch": config.epochs}  # of the last evaluation, one or the other
     here, variables = os.getcwd(), {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
 

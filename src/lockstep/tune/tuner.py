@@ -10,6 +10,7 @@ from typing import Any
 
 from lockstep.config import run_directory
 from lockstep.config.keys import typed
+from lockstep.config.tasks import metric_of
 from lockstep.errors import UserError
 from lockstep.launch.recipe_process import SAVING_SECONDS
 from lockstep.recipe import Recipe
@@ -65,7 +66,7 @@ def make_searcher(config: TuneConfig, recipe: Recipe, common: list[str]) -> Any:
         return Random()
     domains = {name: draw.domain() for name, draw in space.draws.items()}
     distributions = OptunaSearch.convert_search_space(domains)
-    return Optuna(distributions, metric=config.metric, mode=metric_mode(config), seed=config.seed)
+    return Optuna(distributions, metric=metric_of(config), mode=metric_mode(config), seed=config.seed)
 
 
 def make_scheduler(run: Run[TuneConfig]) -> Any:
@@ -73,7 +74,7 @@ def make_scheduler(run: Run[TuneConfig]) -> Any:
     from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
     config, folder = run.config, run.out / "trials"
-    metric = config.metric
+    metric = metric_of(config)
 
     class Asha(ASHAScheduler):
         def on_trial_add(self, controller: Any, added: Any) -> None:
@@ -119,7 +120,7 @@ def make_tuner(run: Run[TuneConfig], recipe: Recipe, plan: TrialPlan, common: li
     return tune.Tuner(
         trainable,
         tune_config=tune.TuneConfig(
-            metric=run.config.metric,
+            metric=metric_of(run.config),
             mode=metric_mode(run.config),
             num_samples=tuned.trials,
             max_concurrent_trials=plan.concurrent,

@@ -1,0 +1,88 @@
+"""A task is what is trained: a model, its data and its loss. It knows nothing of ranks; every recipe trains every task.
+
+    @dataclass
+    class Diabetes:                                   # task=diabetes.py:Diabetes
+        hidden: int = 64                              # task.hidden=128
+
+        def __post_init__(self):
+            self.train_set, self.eval_set = ...       # map-style datasets: index -> (inputs, targets)
+
+        def build_model(self):
+            return nn.Sequential(nn.Linear(10, self.hidden), nn.ReLU(), nn.Linear(self.hidden, 1))
+
+        def loss(self, outputs, targets):
+            return mse_loss(outputs, targets)
+
+A plain class with these methods is one; deriving from `Task` adds the defaults below, and says what they mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class Task:
+    """What is trained. Only `train_set`, `build_model` and `loss` must be there.
+
+    Attributes:
+        train_set: a map-style dataset: index → (inputs, targets), each any pytree (tensor, number, array, dict, tuple,
+            dataclass); or an iterable one, a stream. `__getitem__` runs under Python's, NumPy's and torch's generators
+            seeded by (seed, epoch, index), so that random transforms do not depend on ranks, workers and resumes.
+        eval_set: the same, to evaluate on; None: nothing is evaluated.
+        sample_weights: [len(train_set)]: how often each sample is drawn, relative to the others, with replacement.
+        unit: what a sample is called, in the plural.
+        lower_is_better: names of metrics that are better when smaller. `loss` always is.
+        best: the metric that `metric=null` stands for.
+    """
+
+    train_set: Any
+    eval_set: Any = None
+    sample_weights: Tensor | None = None
+    unit: str = "samples"
+    lower_is_better: Collection[str] = ()
+    best: str = "loss"
+
+    def build_model(self) -> nn.Module:
+        """The model, on the CPU or wherever torch's default device is, its weights drawn from torch's generator."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Any, targets: Any) -> Tensor:
+        """The mean loss over the samples, or over what `weigh` counts: one number."""
+        raise NotImplementedError
+
+    def metrics(self, outputs: Any, targets: Any) -> Mapping[str, tuple[Any, Any]]:
+        """{name: (sum, count)} of a batch, numbers or tensors of any shape, computed from float64.
+
+        They are added up over all batches and ranks, exactly; `summarise` makes one number of each.
+        """
+        return {}
+
+    def summarise(self, totals: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+        """{name: value} of the whole evaluation set from the added-up (sum, count): by default sum / count."""
+        return {name: float(total / count) for name, (total, count) in totals.items()}
+
+    weigh: Callable[[Any], Tensor] | None = None  # weigh(targets) → items that the loss is a mean over, such as tokens
+    collate: Callable[[list[Any]], Any] | None = None  # collate(samples) → (inputs, targets); None: default_collate
+    to_device: Callable[[Any, Any], Any] | None = None  # to_device(inputs, targets), both there already, → the same
+    blocks: Callable[[Any], Sequence[str]] | None = None  # blocks(model) → names of modules to shard or cut between
+
+
+def option(task: Any, name: str) -> Any:
+    """An optional attribute or method of a task, whether it derives from Task or not."""
+    found = getattr(task, name, None)
+    return getattr(Task, name) if found is None else found
+
+
+def metrics_of(task: Any) -> Callable[[Any, Any], Mapping[str, tuple[Tensor, Tensor]]]:
+    """A task's `metrics`, or one that gives none."""
+    return getattr(task, "metrics", None) or (lambda outputs, targets: {})
+
+
+def summary_of(task: Any) -> Callable[[Mapping[str, tuple[Tensor, Tensor]]], dict[str, float]]:
+    """A task's `summarise`, or sum / count."""
+    found = getattr(task, "summarise", None)
+    return found if found is not None else Task.summarise.__get__(task)

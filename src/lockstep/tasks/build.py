@@ -1,0 +1,158 @@
+"""A task made from a config, and what can be said of it without training: its size, its model's names and shapes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lockstep.config.schema import Config, to_yaml
+from lockstep.config.tasks import IMAGES, find_class, short_name, where
+from lockstep.data.loader import Samples
+from lockstep.errors import UserError
+from lockstep.models.blocks import default_blocks
+from lockstep.task import option
+from lockstep.tasks.images import Images
+
+
+def build_task(config: Config) -> Any:
+    """A task as `task.name` and its keys say. What it draws at random depends on `seed` alone.
+
+    Raises:
+        UserError: it cannot be made, or has no data to train on.
+    """
+    name, found = config.task.name, find_class(config.task.name)
+    torch.manual_seed(config.seed)
+    try:
+        if hasattr(found, "from_config"):
+            task = found.from_config(config)
+        else:
+            keys = [entry.name for entry in dataclasses.fields(config.task) if entry.name != "name"]
+            task = found(**{key: getattr(config.task, key) for key in keys})
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        file = Path(str(getattr(sys.modules[found.__module__], "__file__", "")))
+        raise UserError(f"task={short_name(name)}: cannot be made: {where(error, file.resolve())}") from None
+    if name != IMAGES:
+        check_data_sets(task, short_name(name))
+    return task
+
+
+def check_data_sets(task: Any, name: str) -> None:
+    """Hold a task's data sets to what a loader needs.
+
+    Raises:
+        UserError: there is none to train on, or it has no length.
+    """
+    if getattr(task, "train_set", None) is None:
+        raise UserError(f"task={name}: has no train_set; set self.train_set to a dataset: index -> (inputs, targets)")
+    for which in ("train_set", "eval_set"):
+        dataset = option(task, which)
+        if dataset is None:
+            continue
+        for method in ("__len__", "__getitem__"):
+            if not hasattr(dataset, method):
+                raise UserError(
+                    f"task={name}: its {which}, a {type(dataset).__name__}, has no {method}; a map-style dataset has "
+                    "__len__ and __getitem__"
+                )
+    if len(task.train_set) == 0:
+        raise UserError(f"task={name}: its train_set is empty")
+    weights = option(task, "sample_weights")
+    if weights is not None and (len(weights) != len(task.train_set) or bool((weights < 0).any())):
+        raise UserError(
+            f"task={name}: sample_weights has {len(weights)} numbers for {len(task.train_set)} samples; allowed is one "
+            "number from 0 up for each"
+        )
+
+
+@functools.lru_cache(maxsize=2)
+def _known(text: str, process: int) -> Any:
+    return _BUILDERS[text]()
+
+
+_BUILDERS: dict[str, Any] = {}
+
+
+def known_task(config: Config) -> Any:
+    """`build_task`, once per process for the same task, model and data: for checks, which come several times."""
+    parts = [to_yaml(each) for each in (config.task, config.model, config.data)]  # type: ignore[arg-type]
+    text = f"{config.seed}\n{chr(10).join(parts)}"
+    _BUILDERS[text] = lambda: build_task(config)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a process whose OpenMP has started threads can start no ranks by forking
+    try:
+        return _known(text, os.getpid())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def one_sample(config: Config) -> tuple[Any, Any]:
+    """(inputs, targets) of a batch of one sample, on the CPU, as the model takes it but for its dtype."""
+    task = known_task(config)
+    if hasattr(task, "example"):
+        inputs, targets = task.example(1)
+        return inputs, targets
+    batch = Samples(task.train_set, config.seed, option(task, "collate"), fixed=True)[0, torch.tensor([0])]
+    to_device = option(task, "to_device")
+    return to_device(batch.inputs, batch.targets) if to_device else (batch.inputs, batch.targets)
+
+
+def sketch(config: Config) -> nn.Module:
+    """The model without memory, on the meta device: its names and shapes; with memory where it cannot be built so."""
+    task = Images(config) if config.task.name == IMAGES else known_task(config)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            with torch.device("meta"):
+                model: nn.Module = task.build_model()
+        except (RuntimeError, NotImplementedError, TypeError):
+            model = task.build_model()
+    return model
+
+
+def has_batchnorm(config: Config) -> bool:
+    """Whether the model normalises by its batch."""
+    return any(isinstance(module, _BatchNorm) for module in sketch(config).modules())
+
+
+def require_batchnorm(config: Config, setting: str) -> None:
+    """Refuse to synchronise layers that are not there.
+
+    Args:
+        setting: what asks for it.
+
+    Raises:
+        UserError: the model has no BatchNorm.
+    """
+    if has_batchnorm(config):
+        return
+    if config.task.name == IMAGES:
+        raise UserError(f"{setting}model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
+    raise UserError(f"{setting}task={short_name(config.task.name)} holds no BatchNorm to synchronise; use recipes.ddp")
+
+
+def block_names(task: Any, model: nn.Module) -> Sequence[str]:
+    """The modules of a model that are sharded, checkpointed or cut between: the task's `blocks`, or `default_blocks`.
+
+    Raises:
+        UserError: the task names one that is not there.
+    """
+    own = option(task, "blocks")
+    if own is not None:
+        names = list(own(model))
+        known = dict(model.named_modules())
+        if wrong := [name for name in names if name not in known]:
+            raise UserError(
+                f"the task's blocks(model) names {wrong[0]}, which the model has not; names are as in named_modules()"
+            )
+        return names
+    return default_blocks(model)
