@@ -1,7 +1,11 @@
 """`task=language`: a small Llama-style GPT that predicts the next token, of the digits, of text, or of token files.
 
-Tokens are the samples' items: the loss is a mean over tokens, and a target of −100 counts as none. The baseline that
-anything must beat is `unigram_bits`: what the frequencies of the tokens alone say of the next one.
+    python -m recipes.ddp task=language optim=adamw optim.lr=3e-3 optim.warmup_steps=30 global_batch_size=48
+    python -m recipes.ddp task=language task.data=text task.text=my.txt optim=adamw
+
+Expect of the first, with 15 epochs on two CPU cores: about 1.87 bits per token, 1.95 at most, in about a minute. The
+baseline is `unigram_bits`, what the frequencies of the tokens alone say of the next one: 2.98.
+The loss is a mean over tokens; a target of −100 counts as none.
 """
 
 from __future__ import annotations
