@@ -1,0 +1,3 @@
+from tests.emulated_gpu import main
+
+main()
