@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -118,6 +119,8 @@ def compute(func: Any, short: str, args: Any, kwargs: Any, asked: Any, device: t
 
 def copy(target: Tensor, source: Tensor, non_blocking: bool) -> Tensor:
     """Between devices at once; to pinned memory through the runtime, where it arrives when its stream is waited for."""
+    if target.data_ptr() == source.data_ptr() and target.device != source.device:
+        return target  # DDP is handed the all-reduced bucket as the host's view of it, and copies it back to itself
     if on_gpu(source) and not on_gpu(target):
         alike = target.dtype == source.dtype and target.shape == source.shape and target.stride() == source.stride()
         if non_blocking and alike and target.is_contiguous():
@@ -157,11 +160,19 @@ def to_copy(
     return copy(made, x, non_blocking)
 
 
+def device_count() -> int:
+    found = ctypes.c_int(0)
+    ctypes.CDLL(None).cudaGetDeviceCount(ctypes.byref(found))
+    return found.value
+
+
 def install() -> None:
     """For this interpreter and its forks, in every thread."""
     torch.backends.cudnn.enabled = False  # it would be asked for its own kernels
     host_waits.install()
     nccl.install()
+    # torch's own marks the processes that are copied later as unfit for CUDA; of these devices a copy has its own.
+    torch._C._cuda_getDeviceCount = device_count
     run, show = threading.Thread.run, Tensor.__repr__
 
     def run_emulated(self: threading.Thread) -> None:

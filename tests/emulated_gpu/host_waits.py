@@ -6,9 +6,11 @@ what says by its name that it waits (`synchronize()`); this one is not.
 
 from __future__ import annotations
 
+import traceback
 import warnings
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +26,15 @@ def host_waits(what: str) -> None:
     """Say that it does, to whoever has asked."""
     mode = torch.cuda.get_sync_debug_mode()
     if mode == 1:
-        warnings.warn(f"called a synchronizing CUDA operation: {what}", stacklevel=3)
+        frame = next((each for each in reversed(traceback.extract_stack()) if not is_ours(each.filename)), None)
+        where = (frame.filename, frame.lineno or 0) if frame else ("?", 0)
+        warnings.warn_explicit(f"called a synchronizing CUDA operation: {what}", UserWarning, *where)
     elif mode == 2:
         raise RuntimeError(f"called a synchronizing CUDA operation: {what}")
+
+
+def is_ours(file: str) -> bool:
+    return file.startswith((str(Path(__file__).parent), str(Path(torch.__file__).parent)))
 
 
 def announced(function: Callable[..., Any], what: str) -> Callable[..., Any]:

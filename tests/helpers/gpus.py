@@ -43,3 +43,16 @@ def on_gpus(
 ) -> subprocess.CompletedProcess[str]:
     """`python WORDS` with so many GPUs, to its end."""
     return command(*words, cwd=cwd, timeout=timeout, **gpus(count) | environment)
+
+
+def run_recipe(
+    name: str, count: int, *words: str, cwd: Path, cpu: bool = False, timeout: float = 180, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`python -m recipes.NAME WORDS` with so many GPUs; on emulated ones with a narrow model, in seconds.
+
+    Args:
+        cpu: on no GPU, with the model that it is trained with on them.
+    """
+    quick = [] if are_real(count) else ["tests.helpers.quick"]
+    where = (NO_GPU if cpu else gpus(count)) | environment
+    return command("-m", *quick, f"recipes.{name}", *words, cwd=cwd, timeout=timeout, **where)

@@ -189,8 +189,8 @@ def command(
         fresh: in an interpreter of its own; else in a copy of one that has loaded torch (see `warm_interpreter`).
     """
     variables = clean_environment() | environment
-    if not fresh and warm.can_run([*words], variables):
-        return warm.interpreter().run([*words], cwd or ROOT, variables, timeout)
+    if not fresh and (quick := warm.interpreter_for([*words], variables)):
+        return quick.run([*words], cwd or ROOT, variables, timeout)
     return subprocess.run(
         [sys.executable, *words], cwd=cwd or ROOT, timeout=timeout, capture_output=True, text=True, env=variables
     )

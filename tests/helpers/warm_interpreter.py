@@ -44,13 +44,13 @@ LARGEST = 2**17  # bytes of a request
 class Warm:
     """The process that is copied; it ends when the one that has made it does."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: dict[str, str]) -> None:
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "tests.helpers.warm_interpreter", str(theirs.fileno())],
             pass_fds=[theirs.fileno()],
             cwd=ROOT,
-            env=START,
+            env=environment,
         )
         theirs.close()
 
@@ -95,15 +95,26 @@ class Warm:
 
 
 @cache
-def interpreter() -> Warm:
-    """This process's."""
-    return Warm()
+def interpreter(emulated: tuple[tuple[str, str], ...] = ()) -> Warm:
+    """This process's, or the one that has loaded the emulated GPUs: any number of them, of any size."""
+    return Warm(START | dict(emulated))
 
 
-def can_run(words: list[str], environment: dict[str, str]) -> bool:
-    """Whether a copy does what a fresh interpreter would."""
-    early = [{name: value for name, value in each.items() if name.startswith(EARLY)} for each in (environment, START)]
-    return (words[0] == "-m" or words[0].endswith(".py")) and early[0] == early[1]
+def interpreter_for(words: list[str], environment: dict[str, str]) -> Warm | None:
+    """The one whose copy does what a fresh interpreter would; None where there is none."""
+    if words[0] != "-m" and not words[0].endswith(".py"):
+        return None
+    if "EMULATED_GPUS" in environment:
+        early = {name: environment[name] for name in ("LD_PRELOAD", "PYTHONPATH", "EMULATED_GPUS")}
+        asked = early_of(environment)
+        asked.pop("CUDA_VISIBLE_DEVICES", None)  # read when it is asked for
+        same = early_of(START | early) == asked
+        return interpreter(tuple(sorted((early | {"EMULATED_GPUS": "1"}).items()))) if same else None
+    return interpreter() if early_of(environment) == early_of(START) else None
+
+
+def early_of(environment: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if name.startswith(EARLY)}
 
 
 def serve(line: socket.socket) -> None:

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+import torch
 
-from tests.helpers.gpus import NO_GPU, are_real, on_gpus
-from tests.helpers.harness import ROOT, assert_equal, command, result, tensors_of
+from tests.helpers.gpus import are_real, emulated, on_gpus, run_recipe
+from tests.helpers.harness import ROOT, assert_equal, result, tensors_of
 
+PROVEN = set(
+    "data_parallel ddp deepspeed_zero fsdp grad_accumulation lightning_fabric lightning_trainer model_parallel "
+    "pipeline_parallel sync_batchnorm transfer_learning".split()
+)
 SMALL = ["precision=fp64", "model.norm=group", "global_batch_size=8", "log_every=1", "eval_every=0", "threads=1"]
 
 
@@ -20,10 +24,11 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in lines if "loss" in line]
 
 
-def on_the_cpu(recipe: str, *words: str, cwd: Path) -> list[float]:
-    done = command("-m", f"recipes.{recipe}", *words, "out=cpu", cwd=cwd, **NO_GPU)
-    assert done.returncode == 0, done.stderr
-    return losses(cwd / "cpu")
+def train(recipe: str, count: int, out: str, *words: str, cwd: Path, cpu: bool = False, **environment: str) -> str:
+    """What the command says of a run in `out`; it must end well."""
+    done = run_recipe(recipe, count, *words, f"out={out}", cwd=cwd, cpu=cpu, **environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def same(found: list[float], expected: list[float], gpus: int) -> bool:
@@ -32,12 +37,39 @@ def same(found: list[float], expected: list[float], gpus: int) -> bool:
 
 
 def test_ddp_over_nccl_trains_what_the_cpu_trains(tmp_path: Path) -> None:
-    words = [*SMALL, "nproc=2", "max_steps=3"]
-    done = on_gpus(2, "-m", "recipes.ddp", *words, "out=gpu", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    words = [*SMALL, "nproc=2", "max_steps=4"]
+    train("ddp", 2, "gpu", *words, cwd=tmp_path)
     found = result(tmp_path / "gpu")
-    assert (found["device"], found["backend"]) == ("cuda", "nccl")
-    assert same(losses(tmp_path / "gpu"), on_the_cpu("ddp", *words, cwd=tmp_path), 2)
+    assert (found["device"], found["backend"], found["world_size"]) == ("cuda", "nccl", 2)
+    train("ddp", 2, "cpu", *words, cwd=tmp_path, cpu=True)
+    assert result(tmp_path / "cpu")["device"] == "cpu"
+    assert same(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_recipe_is_proven_on_gpus(count: int, tmp_path: Path) -> None:
+    """In fp64, and in the 16 bits that only GPUs compute in."""
+    rows = []
+    for precision in ("fp64", "bf16"):
+        train("verify", count, precision, f"nproc={count}", f"precision={precision}", cwd=tmp_path)
+        rows += json.loads((tmp_path / precision / "verify.json").read_text())
+    equal = {(row["recipe"], row["precision"]) for row in rows if row["verdict"] == "equal"}
+    others = {(row["recipe"], row["precision"]) for row in rows} - equal
+    assert others == {("deepspeed_zero", "fp64")}, "which has no fp64"
+    assert {recipe for recipe, precision in equal if precision == "bf16"} == PROVEN
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["ddp", "fsdp", "pipeline_parallel", "lightning_trainer"])
+def test_a_run_in_two_parts_is_the_run_in_one(recipe: str, tmp_path: Path) -> None:
+    words = [*SMALL, "nproc=2", "checkpoint.every=2", "optim=adamw", "optim.warmup_steps=0"]
+    for out, stops in {"parts": (3, 6), "whole": (6,)}.items():
+        for steps in stops:
+            train(recipe, 2, out, *words, f"max_steps={steps}", cwd=tmp_path)
+    assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000003"
+    assert len(losses(tmp_path / "parts")) == 6
+    assert same(losses(tmp_path / "parts"), losses(tmp_path / "whole"), 2)
 
 
 # Waiting ---------------------------------------------------------------------------------------------------------------
@@ -66,7 +98,8 @@ def host_waits_in_three_steps(folder: Path, *words: str) -> list[str]:
     (folder / "ddp.py").write_text(code.replace(last, last + "        __import__('hook').hook(run)\n"))
     (folder / "hook.py").write_text(WAITS)
     shape = ["nproc=2", "global_batch_size=8", "eval_every=0", "max_steps=7", "log_every=100"]
-    done = on_gpus(2, "ddp.py", *shape, "out=run", *words, cwd=folder)
+    quick = [] if are_real(2) else ["-m", "tests.helpers.quick"]
+    done = on_gpus(2, *quick, "ddp.py", *shape, "out=run", *words, cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "STEPS 3" in done.stdout
     return re.findall(r"WAITS (.*)", done.stdout)
@@ -86,38 +119,63 @@ def test_a_step_that_waits_is_heard(tmp_path: Path) -> None:
 
 # Copies to the host ------------------------------------------------------------------------------------------------------
 
-# Reads what was copied at once, as if it had arrived with the call.
-HASTY = """
-import runpy, sys, torch
-torch.cuda.synchronize = lambda device=None: None
-torch.cuda.Stream.synchronize = torch.cuda.Event.synchronize = lambda self: None
-sys.argv = sys.argv[1:]
-runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-"""
-SAVES = [*SMALL, "checkpoint.every=2", "checkpoint.asynchronous=true", "checkpoint.keep=3"]
+SAVES = [*SMALL, "checkpoint.every=2", "checkpoint.keep=3"]
+
+
+def checkpoint(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return {name: x for name, x in tensors_of(out / "checkpoints" / f"step-{step:08}").items() if "rng." not in name}
 
 
 def test_two_gpus_save_beside_training_and_resume(tmp_path: Path) -> None:
-    for steps in (4, 5):
-        words = [*SAVES, f"max_steps={steps}", "out=gpu"]
-        done = on_gpus(2, "-m", "recipes.model_parallel", *words, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert "cuda:1" in done.stdout
-    assert result(tmp_path / "gpu")["resumed_from"] == "checkpoints/step-00000004"
-    assert same(losses(tmp_path / "gpu"), on_the_cpu("model_parallel", *SAVES, "max_steps=5", cwd=tmp_path), 2)
+    """Every one of the checkpoints: the first is copied by torch's stager, the others by one call for all tensors."""
+    for steps in (6, 7):
+        said = train("model_parallel", 2, "gpu", *SAVES, f"max_steps={steps}", cwd=tmp_path)
+    assert "on cuda:0" in said
+    assert "on cuda:1" in said
+    assert result(tmp_path / "gpu")["resumed_from"] == "checkpoints/step-00000006"
+    train("model_parallel", 2, "cpu", *SAVES, "max_steps=7", cwd=tmp_path, cpu=True)
+    assert same(losses(tmp_path / "gpu"), losses(tmp_path / "cpu"), 2)
     if not are_real(2):
-        saved = [tensors_of(tmp_path / out / "checkpoints" / "step-00000002") for out in ("gpu", "cpu")]
-        assert_equal(*[{name: x for name, x in each.items() if not name.startswith("rng")} for each in saved])
+        for step in (4, 6):
+            assert_equal(checkpoint(tmp_path / "gpu", step), checkpoint(tmp_path / "cpu", step))
+
+
+def test_a_copy_that_is_read_too_early_is_seen(tmp_path: Path) -> None:
+    """With no patience for the GPUs, their checkpoints hold what was in the host's memory before."""
+    if are_real(2):
+        pytest.skip("a real GPU may be quick enough")
+    words = [*SAVES, "max_steps=4"]
+    train("model_parallel", 2, "patient", *words, cwd=tmp_path)
+    train("model_parallel", 2, "hasty", *words, cwd=tmp_path, HASTY="1")
+    hasty, patient = (checkpoint(tmp_path / out, 4) for out in ("hasty", "patient"))
+    assert any(not hasty[name].equal(tensor) for name, tensor in patient.items())
+
+
+# Memory ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_copy_that_is_read_too_early_is_seen(tmp_path: Path) -> None:
-    if are_real(2):
-        pytest.skip("a real GPU may be quick enough")
-    (tmp_path / "hasty.py").write_text(HASTY)
-    outs: dict[str, Any] = {"hasty": ["hasty.py", "recipes.model_parallel"], "patient": ["-m", "recipes.model_parallel"]}
-    for out, words in outs.items():
-        done = on_gpus(2, *words, *SAVES, "max_steps=2", f"out={out}", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-    hasty, patient = [tensors_of(tmp_path / out / "checkpoints" / "step-00000002") for out in outs]
-    assert any(not hasty[name].equal(tensor) for name, tensor in patient.items())
+def test_what_does_not_fit_ends_with_one_page(tmp_path: Path) -> None:
+    words = [*SMALL, "nproc=2", "global_batch_size=1024", "model.image_size=64", "max_steps=2"]
+    done = run_recipe("ddp", 2, *words, "out=run", cwd=tmp_path, **emulated(2, mib=256))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "out of memory" in done.stderr
+    assert "Traceback" not in done.stderr
+    page = json.loads((tmp_path / "run" / "out_of_memory.json").read_text())
+    assert page["step"] == 1
+
+
+@pytest.mark.slow
+def test_the_largest_batch_for_a_gpu_is_found(tmp_path: Path) -> None:
+    words = ["nproc=2", "global_batch_size=auto", "model.image_size=64", "max_steps=2", "threads=1"]
+    done = run_recipe("ddp", 2, *words, "out=run", cwd=tmp_path, timeout=400, **emulated(2, mib=512))
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = int(done.stdout.partition("global_batch_size=auto: ")[2].partition(",")[0])
+    assert 8 <= found < 1437, "a card of 512 MiB does not hold all images at once"
+    assert "out of memory" in done.stdout + done.stderr, "a larger one was tried"
+
+
+@pytest.mark.slow
+def test_the_doctor_looks_at_the_gpus(tmp_path: Path) -> None:
+    done = run_recipe("doctor", 2, "preflight", "nproc=2", "out=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr

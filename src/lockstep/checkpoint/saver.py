@@ -149,7 +149,8 @@ class HostCopy:
 
     def of(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """A copy of the tensors, valid until the next call."""
-        cuda = any(tensor.is_cuda for tensor in tensors.values())
+        gpus = {tensor.device for tensor in tensors.values() if tensor.is_cuda}
+        cuda = bool(gpus)
         layout = [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items()]
         if layout != self._layout:  # the first copy, or the optimizer has come to hold more
             self._stager = self._stager or DefaultStager(
@@ -160,8 +161,8 @@ class HostCopy:
             with torch.no_grad():
                 mine = [local_shard(tensor) for tensor in self._held.values()]
                 torch._foreach_copy_(mine, [local_shard(tensor) for tensor in tensors.values()], non_blocking=cuda)
-            if cuda:
-                torch.cuda.current_stream().synchronize()
+        for device in gpus:  # each copy is in its own device's stream, and torch's stager waits for one device alone
+            torch.cuda.current_stream(device).synchronize()
         return self._held
 
 
