@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lockstep.errors import UserError
 from lockstep.recipe import Proof, Recipe
+from lockstep.task import Task
 
 if TYPE_CHECKING:
     from lockstep.run import Run
 
-__all__ = ["Proof", "Recipe", "Run", "UserError", "recipe"]
+__all__ = ["Proof", "Recipe", "Run", "Task", "UserError", "recipe"]
 LAZY = {"Run": "lockstep.run"}  # name -> the module that defines it, and that imports torch
 
 # recipes/, launchers/ and conf/ are sub-packages: in a wheel they lie here, in the repository beside src/.

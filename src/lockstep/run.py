@@ -83,7 +83,7 @@ class Run(Generic[ConfigT]):
         self._bytes_before = process_bytes("VmRSS")  # of the interpreter, libraries and images
         self.report = ConsoleReport(recipe, config, world, out, next_command, quiet)
         self.prepare: Callable[[nn.Module], None] | None = None
-        self.steps_per_epoch = len(self.data.train_set) // config.global_batch_size
+        self.steps_per_epoch = self.data.train_size // config.global_batch_size
         self.scheduled_steps = config.epochs * self.steps_per_epoch
         total_steps = min(self.scheduled_steps, config.max_steps or self.scheduled_steps)
         self._context = CallbackContext(

@@ -34,6 +34,8 @@ class Task:
             seeded by (seed, epoch, index), so that random transforms do not depend on ranks, workers and resumes.
         eval_set: the same, to evaluate on; None: nothing is evaluated.
         sample_weights: [len(train_set)]: how often each sample is drawn, relative to the others, with replacement.
+        stream_per_rank: whether a stream is each rank's own part already, and not the whole.
+        epoch_samples: samples that count as an epoch, for a stream without a length.
         unit: what a sample is called, in the plural.
         lower_is_better: names of metrics that are better when smaller. `loss` always is.
         best: the metric that `metric=null` stands for.
@@ -42,6 +44,8 @@ class Task:
     train_set: Any
     eval_set: Any = None
     sample_weights: Tensor | None = None
+    stream_per_rank: bool = False
+    epoch_samples: int | None = None
     unit: str = "samples"
     lower_is_better: Collection[str] = ()
     best: str = "loss"

@@ -14,10 +14,12 @@ from torch import Tensor
 from lockstep.config.schema import Config
 from lockstep.config.tasks import short_name
 from lockstep.data.batch import Batch, first_tensor, map_tensors, tree_tensors
-from lockstep.data.loader import Samples, build_loader
+from lockstep.data.loader import Samples, build_loader, default_pair
 from lockstep.data.sampler import EvalSampler, StepSampler
+from lockstep.data.streams import Stream, is_stream, read_whole
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
+from lockstep.errors import UserError
 from lockstep.task import option
 
 LOOKED_AT = 8  # samples by which ranks tell whether they have the same data
@@ -46,6 +48,8 @@ class BatchSource:
 
     Attributes:
         train_set, eval_set: the task's; without one to evaluate on, `eval_set` is empty.
+        stream: where this rank is in a train_set that can only be iterated over; None where it has an index.
+        train_size: samples of an epoch.
         workers: processes that read samples; data in memory are faster without.
     """
 
@@ -53,7 +57,12 @@ class BatchSource:
         self.task, self._config, self._world, self._dims, self._dtype = task, config, world, dims, dtype
         self.train_set = task.train_set
         evaluated = option(task, "eval_set")
+        if evaluated is not None and is_stream(evaluated):
+            evaluated = read_whole(evaluated, config.seed)
         self.eval_set: Any = [] if evaluated is None else evaluated
+        own = bool(option(task, "stream_per_rank"))
+        self.stream = Stream(self.train_set, own, world.control) if is_stream(self.train_set) else None
+        self.train_size = train_size(task, config)
         self._weigh = option(task, "weigh")
         workers = config.data.workers
         self.workers = (max(1, world.threads) if getattr(task, "decodes", False) else 0) if workers is None else workers
@@ -61,8 +70,13 @@ class BatchSource:
     def train_batches(self, start: int, stop: int) -> Iterator[Batch]:
         """This rank's shares of the global batches of steps start…stop − 1, each with its weight."""
         config, dims = self._config, self._dims
+        if self.stream:
+            share, pinned = config.global_batch_size // dims.shards, self._world.device.type == "cuda"
+            collate = option(self.task, "collate")
+            read = self.stream.batches(collate, config.seed, share, dims.shard, dims.shards, self.workers, pinned)
+            return map(self._weighted, map(self.prepare, itertools.islice(read, stop - start)))
         sampler = StepSampler(
-            len(self.train_set),
+            self.train_size,
             config.global_batch_size,
             config.seed,
             dims.shard,
@@ -86,7 +100,7 @@ class BatchSource:
         """What all ranks must have alike (lockstep.distributed.consistency)."""
         unit = option(self.task, "unit")
         return {
-            f"{unit} to train on": len(self.train_set),
+            f"{unit} to train on": self.train_size,
             f"{unit} to evaluate": len(self.eval_set),
             f"other {unit} to train on": self._checksum(self.train_set),
             f"other {unit} to evaluate": self._checksum(self.eval_set),
@@ -97,6 +111,8 @@ class BatchSource:
         if hasattr(dataset, "checksum"):
             return int(dataset.checksum())
         found = 0
+        if self.stream and dataset is self.train_set:
+            return found  # to look at its samples would be to read them, and each rank's may be its own
         if len(dataset):
             step = max(1, len(dataset) // LOOKED_AT)
             samples = self._samples(dataset, fixed=True)
@@ -122,6 +138,12 @@ class BatchSource:
         """A batch of so many samples as the model takes them, whose content does not matter: the first ones."""
         if hasattr(self.task, "example"):
             inputs, targets = self.task.example(count)
+            return self.prepare(Batch(inputs, targets, count))
+        if self.stream:
+            found = self.stream.first(count)
+            inputs, targets = (option(self.task, "collate") or default_pair)(
+                list(itertools.islice(itertools.cycle(found), count))
+            )
             return self.prepare(Batch(inputs, targets, count))
         samples = torch.arange(count) % len(self.train_set)
         return self.prepare(self._samples(self.train_set, fixed=True)[0, samples])
@@ -168,6 +190,24 @@ class BatchSource:
             total /= self._world.world_size // self._dims.shards  # the ranks of one pipeline have the same batch
         batch.weight = (batch.items * self._dims.shards / total).to(self._dtype)
         return batch
+
+
+def train_size(task: Any, config: Config) -> int:
+    """Samples of an epoch: of the training set, or for a stream without a length what the task or `max_steps` says.
+
+    Raises:
+        UserError: nothing says so.
+    """
+    if hasattr(task.train_set, "__len__"):
+        return len(task.train_set)
+    if (size := option(task, "epoch_samples")) is not None:
+        return int(size)
+    if config.max_steps is None:
+        raise UserError(
+            f"task={short_name(config.task.name)}: its train_set is a stream without a length; set max_steps, or give "
+            "the task epoch_samples"
+        )
+    return int(config.max_steps * config.global_batch_size)
 
 
 def items_of(weigh: Any, targets: Any) -> Tensor:

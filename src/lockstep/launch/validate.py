@@ -12,6 +12,7 @@ from lockstep.config.keys import AUTO
 from lockstep.config.run_directory import checkpoint_folder
 from lockstep.config.schema import Config, check_values
 from lockstep.config.tasks import IMAGES, unit_of
+from lockstep.data.batches import train_size
 from lockstep.data.image_files import check_data
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE
@@ -93,7 +94,7 @@ def count_samples(config: Config) -> tuple[int, int]:
         UserError: the data are missing, or not what they should be.
     """
     if config.task.name != IMAGES:
-        return 0, len(known_task(config).train_set)
+        return 0, train_size(known_task(config), config)
     if len(config.data.mean) != 3 or len(config.data.std) != 3:
         raise UserError("data.mean and data.std: allowed are 3 numbers each, one a channel")
     return check_data(config.data)

@@ -119,6 +119,8 @@ class TrainingLoop:
         own: dict[str, Stateful] = {}
         if context.scaler and context.scaler.is_enabled():
             own["scaler"] = context.scaler
+        if self._source.stream:
+            own["stream"] = self._source.stream
         if optimizer and scheduler and not isinstance(scheduler, WarmupLR):
             own["scheduler"] = SchedulerState(scheduler, optimizer)
         self._state = TrainingState(
@@ -189,7 +191,7 @@ class TrainingLoop:
         context.report.start(
             parameters=self._parameters,
             task=source.task,
-            samples=(len(source.train_set), len(source.eval_set)),
+            samples=(source.train_size, len(source.eval_set)),
             shards=self._dims.shards,
             steps=(context.steps_per_epoch, context.total_steps),
             chosen=self._chosen,

@@ -16,7 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lockstep.config.schema import Config, to_yaml
 from lockstep.config.tasks import IMAGES, find_class, short_name, where
-from lockstep.data.loader import Samples
+from lockstep.data.loader import Samples, default_pair
+from lockstep.data.streams import Stream, is_stream
 from lockstep.errors import UserError
 from lockstep.models.blocks import default_blocks
 from lockstep.task import option
@@ -57,7 +58,7 @@ def check_data_sets(task: Any, name: str) -> None:
         raise UserError(f"task={name}: has no train_set; set self.train_set to a dataset: index -> (inputs, targets)")
     for which in ("train_set", "eval_set"):
         dataset = option(task, which)
-        if dataset is None:
+        if dataset is None or is_stream(dataset):
             continue
         for method in ("__len__", "__getitem__"):
             if not hasattr(dataset, method):
@@ -65,9 +66,11 @@ def check_data_sets(task: Any, name: str) -> None:
                     f"task={name}: its {which}, a {type(dataset).__name__}, has no {method}; a map-style dataset has "
                     "__len__ and __getitem__"
                 )
-    if len(task.train_set) == 0:
+    if not is_stream(task.train_set) and len(task.train_set) == 0:
         raise UserError(f"task={name}: its train_set is empty")
     weights = option(task, "sample_weights")
+    if weights is not None and is_stream(task.train_set):
+        raise UserError(f"task={name}: sample_weights draw samples by their number, and a stream's have none")
     if weights is not None and (len(weights) != len(task.train_set) or bool((weights < 0).any())):
         raise UserError(
             f"task={name}: sample_weights has {len(weights)} numbers for {len(task.train_set)} samples; allowed is one "
@@ -102,8 +105,11 @@ def one_sample(config: Config) -> tuple[Any, Any]:
     if hasattr(task, "example"):
         inputs, targets = task.example(1)
         return inputs, targets
-    batch = Samples(task.train_set, config.seed, option(task, "collate"), fixed=True)[0, torch.tensor([0])]
     to_device = option(task, "to_device")
+    if is_stream(task.train_set):
+        inputs, targets = (option(task, "collate") or default_pair)(Stream(task.train_set, False, None).first(1))
+        return to_device(inputs, targets) if to_device else (inputs, targets)
+    batch = Samples(task.train_set, config.seed, option(task, "collate"), fixed=True)[0, torch.tensor([0])]
     return to_device(batch.inputs, batch.targets) if to_device else (batch.inputs, batch.targets)
 
 
