@@ -36,7 +36,7 @@ from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 
 from benchmarks import common
-from lockstep.data.datasets import ImageDataset, ImageFiles, InMemoryImages
+from lockstep.data.datasets import DRAWS, ImageDataset, ImageFiles, InMemoryImages
 from lockstep.data.loader import Samples, build_loader
 from lockstep.data.sampler import EvalSampler, StepSampler
 from lockstep.data.transforms import Normalise
@@ -83,8 +83,8 @@ def ours(images: ImageDataset, train: bool, workers: int = 0) -> Iterator[Tensor
     count = len(images)
     sampler = StepSampler(count, BATCH, 0, 0, 1, 0, count // BATCH) if train else EvalSampler(count, BATCH, 0, 1)
     normalise = Normalise(MEAN, STD)
-    for batch in build_loader(Samples(images, 0, augment=train), sampler, workers, pin_memory=False):
-        yield normalise(batch.images, torch.float32)
+    for batch in build_loader(Samples(images, 0, fixed=not train), sampler, workers, pin_memory=False):
+        yield normalise(batch.inputs, torch.float32)
 
 
 def theirs(dataset: Dataset[Any], train: bool, workers: int = 0) -> Iterator[Tensor]:
@@ -185,6 +185,7 @@ def reading(folder: Path, rounds: int) -> list[common.Row]:
     )
     kinds = {"train": True, "val": False}
     sets = {part: ImageFiles(folder / part, SIZE) for part in kinds}
+    memory.draws = sets["train"].draws = DRAWS  # to augment by
     contestants: dict[str, Callable[[int], Spent]] = {}
 
     def enter(name: str, batches: Callable[[], Iterable[Tensor]]) -> None:

@@ -3,10 +3,10 @@
     python -m benchmarks.loop [--rounds N]
 
 All train the same tiny network on the digits, 2 ranks of one thread over gloo, 32 images a rank, no augmentation. A
-step by hand takes about a millisecond, so what a loop adds can be seen. `recipes.ddp` is the recipe itself with that
-network for its ResNet (contestants/tiny_ddp.py) and its defaults: it goes through `run.steps`, watches, logs, writes
-heartbeats, agrees on signals, and has a learning-rate schedule. It logs every 50 steps, as often as the others say
-their loss, and does not evaluate, as they do not.
+step by hand takes about a millisecond, so what a loop adds can be seen. `recipes.ddp` is the recipe itself, with that
+network and the digits as its task (contestants/tiny_task.py) and its defaults: it goes through `run.steps`, watches,
+logs, writes heartbeats, agrees on signals, and has a learning-rate schedule. It logs every 50 steps, as often as the
+others say their loss, and does not evaluate, as they do not.
 
 In a round all of them live at once and take turns of 0.3 s, 20 each; the others stand still meanwhile. Steps a second
 are counted from the first update of a turn to its last.
@@ -23,8 +23,7 @@ HERE = "benchmarks.contestants"
 WARM, RANKS, SHARE = 200, 2, 32
 ENDLESS = 10_000_000  # steps: they are stopped before
 OURS = "recipes.ddp"
-SETTINGS = ["data.augment=false", f"global_batch_size={RANKS * SHARE}", "eval_every=0", "epochs=1000000", "threads=1"]
-SETTINGS += ["log_every=50"]
+SETTINGS = [f"global_batch_size={RANKS * SHARE}", "eval_every=0", "epochs=1000000", "threads=1", "log_every=50"]
 PEERS = {
     "bare": f"{HERE}.bare",
     "Fabric": f"{HERE}.by_fabric",
@@ -34,7 +33,15 @@ PEERS = {
 
 
 def rows(arguments: argparse.Namespace) -> list[common.Row]:
-    ours = ["-m", f"{HERE}.tiny_ddp", *SETTINGS, f"nproc={RANKS}", "device=cpu", f"max_steps={ENDLESS}"]
+    ours = [
+        "-m",
+        OURS,
+        f"task={HERE}.tiny_task:Tiny",
+        *SETTINGS,
+        f"nproc={RANKS}",
+        "device=cpu",
+        f"max_steps={ENDLESS}",
+    ]
     hand = ["--share", SHARE, "--steps", ENDLESS]
     words = {name: common.torchrun(module, RANKS, *hand) for name, module in PEERS.items()}
     words["bare, no DataLoader"] = common.torchrun(PEERS["bare"], RANKS, *hand, "--in-memory")

@@ -20,6 +20,7 @@ from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from lockstep.run import Run
+from lockstep.tasks.images import Images
 from lockstep.verify.trace import angle, difference
 from recipes import ddp, fsdp, single
 from tests.helpers.harness import compose_config, lines, result, run_ranks, train
@@ -72,15 +73,15 @@ def test_of_two_copies_each_rank_holds_half(tmp_path: Path) -> None:
 
 
 def test_only_the_first_rank_ever_builds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    build = fsdp.build_model
+    build = Images.build_model
 
-    def noted(config: Any) -> nn.Module:
-        model = build(config)
+    def noted(task: Images) -> nn.Module:
+        model: Any = build(task)
         with (tmp_path / "built").open("a") as stream:
             stream.write(f"{dist.get_rank()} {model.fc.weight.device.type}\n")
         return model
 
-    monkeypatch.setattr(fsdp, "build_model", noted)
+    monkeypatch.setattr(Images, "build_model", noted)
     train(fsdp.train, tmp_path / "run", 2, *SHORT, "max_steps=1")
     assert sorted((tmp_path / "built").read_text().splitlines()) == ["0 cpu", "0 meta", "1 meta"]
 
@@ -98,9 +99,9 @@ def precisions(world: World, config: Any, out: str) -> dict[str, list[str]]:
     """What a recipe's layers compute with under precision=bf16: {layer: dtypes of input, weight and output}."""
     run = Run("fsdp", config, world, Path(out))
     with torch.device("meta"):
-        model: Any = fsdp.build_model(config.model)
+        model: Any = run.task.build_model()
     fsdp.shard(model, fsdp.make_mesh(run), run)
-    fsdp.deal(model, fsdp.build_model(config.model) if world.rank == 0 else None, run)
+    fsdp.deal(model, run.task.build_model() if world.rank == 0 else None, run)
     seen: dict[str, list[str]] = {}
 
     def note(name: str) -> Any:
@@ -223,7 +224,7 @@ def test_a_file_of_weights_is_where_a_sharded_model_starts_and_what_its_best_one
 def optimizer_first(world: World, config: Any, out: str) -> str:
     """The mistake that trains nothing without a word: fully_shard replaces the tensors that the optimizer holds."""
     run = Run("fsdp", config, world, Path(out))
-    model = fsdp.build_model(config.model)
+    model = run.task.build_model()
     optimizer = SGD(model.parameters(), lr=0.1)
     fsdp.fully_shard(model)
     with pytest.raises(UserError) as caught:

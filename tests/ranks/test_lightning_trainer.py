@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from lockstep.distributed import signals
 from lockstep.distributed.process_group import World
 from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
+from lockstep.tasks.images import Images
 from recipes import ddp, lightning_trainer, single, sync_batchnorm
 from tests.helpers.harness import command, compose_config, execute, lines, preload, result, run_ranks
 from tests.ranks.test_resume import DATA, SHORT, interrupted
@@ -102,7 +102,7 @@ def dropping(*_: Any) -> nn.Module:
 
 @pytest.mark.slow
 def test_each_rank_goes_on_drawing_its_own_random_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lightning_trainer, "build_model", dropping)
+    monkeypatch.setattr(Images, "build_model", dropping)
     execute(TRAINER, tmp_path / "whole", 3, *SHORT)
     for stop in (3, 8, 12):
         execute(TRAINER, tmp_path / "parts", 3, *SHORT, f"max_steps={stop}")
@@ -139,7 +139,7 @@ def handlers_while_training(world: World, config: str, out: str) -> list[Any]:
 
     seen = []
 
-    def noted(*args: Any) -> torch.Tensor:
+    def noted(task: Images, *args: Any) -> torch.Tensor:
         seen.append([signal.getsignal(sign) is ours for sign in signals.SIGNALS])
         return cross_entropy(*args)
 
@@ -147,7 +147,7 @@ def handlers_while_training(world: World, config: str, out: str) -> list[Any]:
 
     for sign in signals.SIGNALS:
         signal.signal(sign, ours)
-    import_module(TRAINER.target).cross_entropy = noted
+    Images.loss = noted  # type: ignore[method-assign, assignment]
     TRAINER(Run(TRAINER.name, read_config(TRAINER, config), world, Path(out), quiet=True))
     return seen
 

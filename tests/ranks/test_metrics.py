@@ -124,7 +124,7 @@ def test_the_same_metric_ends_every_recipe_at_the_same_step(name: str, metric: s
 def judged(run: Run) -> list[Any]:
     found = []
     for loss in (float("nan"), 2.0, float("nan"), 1.0):
-        run.loop.checkpoints.judge(Evaluation(loss, 0.0, 0.0, 1))
+        run.loop.checkpoints.judge(Evaluation(loss, count=1))
         found.append((run.loop.checkpoints.best, run.loop.checkpoints.waited))
     return found
 

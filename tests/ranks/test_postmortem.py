@@ -26,6 +26,7 @@ from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, Heartbeat
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
+from lockstep.tasks.images import Images
 from recipes import ddp, doctor, fsdp
 from tests.helpers.command_line import run_main
 from tests.helpers.harness import command, compose_config, execute, result, run_ranks
@@ -250,7 +251,7 @@ def trained(world: World, config: str, out: str, how: str) -> None:
     Heartbeat._delayed = lambda self: 0.0  # type: ignore[method-assign]  # what others do on this machine is not the question
     world = replace(world, heartbeat=Heartbeat(Path(out) / "ranks", world.rank))
     if world.rank == 1 and how == "slow":
-        loss = ddp.cross_entropy
+        loss = Images.loss
 
         def burning(*given: Any) -> Any:
             until = time.process_time() + 0.05
@@ -258,7 +259,7 @@ def trained(world: World, config: str, out: str, how: str) -> None:
                 pass
             return loss(*given)
 
-        ddp.cross_entropy = burning
+        Images.loss = burning  # type: ignore[method-assign]
     if world.rank == 1 and how == "data":
         fetch = Samples.__getitem__
         Samples.__getitem__ = lambda *given: (time.sleep(0.02), fetch(*given))[1]  # type: ignore[method-assign]

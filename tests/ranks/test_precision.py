@@ -22,6 +22,7 @@ from lockstep.errors import UserError
 from lockstep.loop import training_loop
 from lockstep.loop.training_loop import TrainingLoop
 from lockstep.run import Run
+from lockstep.tasks.images import Images
 from lockstep.training.optim import build_scheduler
 from lockstep.training.precision import Scaler
 from lockstep.verify.trace import angle
@@ -392,7 +393,7 @@ def test_every_loop_notices(name: str, tmp_path: Path, monkeypatch: pytest.Monke
     module = import_module(f"recipes.{name}")
     preload(module.train)
 
-    def evaluating(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def evaluating(task: Images, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         frame = inspect.currentframe()
         while frame:
             for found in (frame.f_locals.get("mine"), frame.f_locals.get("model")):
@@ -401,7 +402,7 @@ def test_every_loop_notices(name: str, tmp_path: Path, monkeypatch: pytest.Monke
             frame = frame.f_back
         return cross_entropy(logits, labels)
 
-    monkeypatch.setattr(module, "cross_entropy", evaluating)
+    monkeypatch.setattr(Images, "loss", evaluating)
     words = PIPELINE if name == "pipeline_parallel" else ()
     with pytest.raises(AssertionError, match="step 1 left the model in evaluation mode"):
         execute(module.train, tmp_path / "run", 2, *FEW, *words)

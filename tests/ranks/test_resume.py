@@ -195,7 +195,7 @@ def test_one_four_two_three_ranks_train_as_one(tmp_path: Path, monkeypatch: pyte
     fetch = Samples.__getitem__
 
     def logged(self: Samples, key: tuple[int, Tensor]) -> Batch:
-        if self.augment:  # the training set's; evaluation does not augment
+        if not self.fixed:  # the training set's; evaluation draws the same numbers each time
             with (tmp_path / "seen").open("a") as seen:
                 seen.write("".join(f"{key[0]} {sample}\n" for sample in key[1].tolist()))
         return fetch(self, key)

@@ -152,7 +152,7 @@ def test_the_model_is_back_in_train_mode_after_each_evaluation(tmp_path: Path) -
 
 
 def first_batch(run: Run) -> Batch:
-    model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(3 * run.image_size**2, 10)))
+    model = run.place(nn.Sequential(nn.Flatten(), nn.Linear(run.data.example(1).inputs.numel(), 10)))
     return next(run.steps(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=1.0)))
 
 
@@ -176,10 +176,10 @@ def test_images_from_files_come_in_the_memory_format_asked_for(
             (tmp_path / part / name).mkdir(parents=True)
             Image.new("RGB", (20, 16), (level, 0, 255)).save(tmp_path / part / name / "image.png")
     words = ("data=imagefolder", f"data.root={tmp_path}", "global_batch_size=2", "data.workers=0", "model.image_size=8")
-    images, labels = in_run(first_batch, tmp_path / "run", *words, f"channels_last={wanted}", "precision=fp32")
-    assert images.is_contiguous(memory_format=layout)
+    batch = in_run(first_batch, tmp_path / "run", *words, f"channels_last={wanted}", "precision=fp32")
+    assert batch.inputs.is_contiguous(memory_format=layout)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    for image, label in zip(images, labels, strict=True):
+    for image, label in zip(batch.inputs, batch.targets, strict=True):
         expected = (torch.tensor([(0.2, 0.8)[int(label)], 0, 1]) - mean) / std
         torch.testing.assert_close(image, expected.view(3, 1, 1).expand(3, 8, 8))
 

@@ -115,7 +115,7 @@ BROKEN = {
     "layers that Fabric was never given": (
         "lightning_fabric",
         "model = convert_sync_batchnorm(model)",
-        "convert_sync_batchnorm(build_model(run.config.model))",
+        "convert_sync_batchnorm(run.task.build_model())",
     ),
     "a loss that Fabric has rounded": (
         "lightning_fabric",

@@ -61,7 +61,7 @@ def check_data_sets(task: Any, name: str) -> None:
         if dataset is None or is_stream(dataset):
             continue
         for method in ("__len__", "__getitem__"):
-            if not hasattr(dataset, method):
+            if not hasattr(dataset, method) and not (method == "__getitem__" and hasattr(dataset, "fetch")):
                 raise UserError(
                     f"task={name}: its {which}, a {type(dataset).__name__}, has no {method}; a map-style dataset has "
                     "__len__ and __getitem__"
