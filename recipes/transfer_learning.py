@@ -34,7 +34,7 @@ from lockstep import Proof, Run, UserError, recipe
 from lockstep.checkpoint.backbone import backbone
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
-from lockstep.models.parameters import count_parameters
+from lockstep.models.parameters import count_parameters, head_of
 from lockstep.tasks.build import sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
@@ -55,18 +55,16 @@ class TransferConfig(Config):
     unfreeze_lr: float | None = key(None, "peak learning rate of what was frozen (null: optim.lr / 10)", minimum=0)
 
 
-HEAD = "fc."  # what a ResNet's last layer is called
-
-
-def is_frozen(name: str, patterns: list[str] | None) -> bool:
+def is_frozen(name: str, patterns: list[str] | None, head: str) -> bool:
     """Whether a parameter is to be frozen: it matches a pattern; without any, all but the head's do."""
-    return not name.startswith(HEAD) if patterns is None else any(fnmatchcase(name, pattern) for pattern in patterns)
+    return not name.startswith(head) if patterns is None else any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def freeze_parameters(model: nn.Module, patterns: list[str] | None) -> None:
     """Exclude parameters from training, and a BatchNorm with all its parameters frozen from train mode."""
+    head = head_of(model)
     for name, parameter in model.named_parameters():
-        if is_frozen(name, patterns):
+        if is_frozen(name, patterns, head):
             parameter.requires_grad_(False)
     for layer in model.modules():
         if isinstance(layer, _BatchNorm) and not any(parameter.requires_grad for parameter in layer.parameters()):
@@ -86,7 +84,7 @@ def unfreeze(model: nn.Module) -> None:
 def prepare(run: Run[TransferConfig], model: nn.Module) -> None:
     """Make a new model the one that is trained here: the backbone's weights, a new head, the rest frozen."""
     model.load_state_dict(
-        run.backbone(model, HEAD, run.config.weights), strict=False
+        run.backbone(model, head_of(model), run.config.weights), strict=False
     )  # not strict: the head keeps its random weights
     freeze_parameters(model, run.config.freeze)
 
@@ -102,9 +100,10 @@ def check(config: TransferConfig, share: int) -> None:
                 f"{text}: {pattern} matches no parameter; they are called {names[0]}, {names[1]}, {names[3]}, …, "
                 f"{names[-2]}; allowed are such names, also with * and ?"
             )
-    frozen = [name for name in names if is_frozen(name, config.freeze)]
+    head = head_of(model)
+    frozen = [name for name in names if is_frozen(name, config.freeze, head)]
     if len(frozen) == len(names):
-        raise UserError(f"{text}: leaves nothing to train; leave the head out, {HEAD}*")
+        raise UserError(f"{text}: leaves nothing to train; leave the head out, {head}*")
     if config.unfreeze_epoch is not None and not frozen:
         raise UserError(f"unfreeze_epoch={config.unfreeze_epoch}: with freeze=[] nothing is frozen; leave it out")
     if config.unfreeze_epoch is not None and config.unfreeze_epoch >= config.epochs:
@@ -114,7 +113,7 @@ def check(config: TransferConfig, share: int) -> None:
         )
     if config.unfreeze_lr is not None and config.unfreeze_epoch is None:
         raise UserError(f"unfreeze_lr={config.unfreeze_lr}: nothing is ever unfrozen; set unfreeze_epoch")
-    backbone(config, model, HEAD, config.weights)
+    backbone(config, model, head, config.weights)
 
 
 @recipe(

@@ -660,6 +660,15 @@ def test_model_parallel_trains_what_one_process_does(words: tuple[str, ...], fit
     assert sum(result["idle_shares"]) > parts - 1.001, "one part works at a time"
 
 
+@pytest.mark.parametrize(("recipe", "ranks"), [(model_parallel.train, 1), (pipeline_parallel.train, 2)])
+def test_another_model_in_parts_trains_what_it_does_as_a_whole(recipe: Any, ranks: int, fit: Fit) -> None:
+    """No ResNet: features.N are its blocks, and the cut lies in the middle of them."""
+    words = (*PROOF, "model.name=mobilenet_v3_small", "++model.arguments.dropout=0")
+    found, result = fit(recipe, ranks, *words, "micro_batches=2")
+    assert result["cuts"] == ["features.7"]
+    assert difference(found, fit(single.train, 1, *words)[0]) <= TOLERANCE
+
+
 def test_evaluation_runs_the_parts_on_their_devices(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two devices the bare ResNet cannot be called: its conv1 and its layer3 lie apart. It must be the wrapper."""
     calls: Any = multiprocessing.get_context("fork").Array("i", 2)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torchvision.models import resnet
 
 from lockstep.config.schema import ModelConfig
-from lockstep.models.parameters import count_parameters
+from lockstep.errors import UserError
+from lockstep.models.parameters import count_parameters, head_of
 from lockstep.models.resnet import build_model
+from lockstep.models.torchvision_models import check_model
 
 
 def model(**changes) -> nn.Module:  # type: ignore[no-untyped-def]
@@ -64,3 +68,94 @@ def test_frozen_parameters_are_counted_apart() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     net[0].requires_grad_(False)
     assert count_parameters(net) == (3 * 4 + 4 + 4 * 2 + 2, 4 * 2 + 2)
+
+
+OTHERS = {  # {name: side of the images}
+    "vit_b_32": 64,
+    "convnext_tiny": 32,
+    "efficientnet_b0": 32,
+    "mobilenet_v3_small": 8,
+    "swin_t": 32,
+    "densenet121": 32,
+    "googlenet": 32,
+    "regnet_y_400mf": 32,
+    "squeezenet1_1": 32,
+    "maxvit_t": 224,
+}
+
+
+@pytest.mark.slow_except("mobilenet_v3_small", "vit_b_32", "regnet_y_400mf", "googlenet")
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_classification_model_of_torchvision_by_its_name(name: str) -> None:
+    config = ModelConfig(name=name, num_classes=7, image_size=OTHERS[name])
+    check_model(config)
+    assert config.norm == (
+        "batch" if any(isinstance(m, nn.BatchNorm2d) for m in build_model(config).modules()) else "own"
+    )
+    assert config.init == "own"
+    images = torch.randn(2, 3, OTHERS[name], OTHERS[name])
+    outputs = build_model(config)(images)
+    assert outputs.shape == (2, 7)
+    with torch.device("meta"):
+        assert {tensor.device.type for tensor in build_model(config).state_dict().values()} == {"meta"}
+
+
+def test_group_norm_in_any_model_that_has_batch_norm() -> None:
+    config = ModelConfig(name="mobilenet_v3_small", num_classes=7, image_size=8, norm="group")
+    check_model(config)
+    net = build_model(config).eval()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in net.modules())
+    groups = {module.num_channels: module.num_groups for module in net.modules() if isinstance(module, nn.GroupNorm)}
+    assert groups[16] == 16
+    assert groups[24] == 8
+    assert groups[576] == 32
+    assert net(torch.randn(1, 3, 8, 8)).shape == (1, 7)
+
+
+def test_a_model_s_own_arguments_reach_it() -> None:
+    config = ModelConfig(name="convnext_tiny", num_classes=7, image_size=32, arguments={"stochastic_depth_prob": 0.5})
+    check_model(config)
+    assert build_model(config).features[7][2].stochastic_depth.p == 0.5  # type: ignore[index, union-attr]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"name": "vit_b16"}, ["model=vit_b16", "resnet18", "nearest: vit_b_16"]),
+        ({"name": "vit_b_16", "image_size": 40}, ["model.image_size=40", "16 × 16", "image_size=32 or 48"]),
+        ({"name": "densenet121", "image_size": 8}, ["model.image_size=8", "too small", "image_size=224"]),
+        ({"name": "swin_t", "norm": "group"}, ["model.norm=group", "no BatchNorm"]),
+        ({"name": "vgg11", "arguments": {"drop": 1}}, ["model.arguments.drop", "vgg11", "dropout"]),
+        ({"name": "vit_b_32", "image_size": 64, "arguments": {"num_layers": 1}}, ["num_layers", "multiple values"]),
+        ({"name": "resnet18", "arguments": {"width": 1}}, ["model.arguments={'width': 1}", "resnet18 takes none"]),
+    ],
+)
+def test_what_a_model_cannot_be_is_said_in_one_line(changes: dict[str, Any], said: list[str]) -> None:
+    with pytest.raises(UserError) as raised:
+        check_model(ModelConfig(**({"num_classes": 7, "image_size": 32} | changes)))
+    assert "\n" not in str(raised.value)
+    assert all(word in str(raised.value) for word in said), str(raised.value)
+
+
+HEADS = {
+    "resnet18": "fc.",
+    "vit_b_32": "heads.head.",
+    "convnext_tiny": "classifier.2.",
+    "efficientnet_b0": "classifier.1.",
+    "mobilenet_v3_small": "classifier.3.",
+    "swin_t": "head.",
+    "densenet121": "classifier.",
+    "squeezenet1_1": "classifier.1.",
+    "googlenet": "fc.",
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_head_is_the_layer_that_tells_the_classes_apart(name: str) -> None:
+    with torch.device("meta"):
+        shapes = [
+            build_model(ModelConfig(name=name, num_classes=classes, image_size=224)).state_dict() for classes in (7, 9)
+        ]
+    assert head_of(build_model(ModelConfig(name=name, num_classes=7, image_size=224))) == HEADS[name]
+    differing = {key for key in shapes[0] if shapes[0][key].shape != shapes[1][key].shape}
+    assert differing == {f"{HEADS[name]}weight", f"{HEADS[name]}bias"}

@@ -28,7 +28,7 @@ from lockstep.config import help
 from lockstep.config.declared import CommandLine, schema_of
 from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
-from lockstep.config.schema import ClusterConfig, Config
+from lockstep.config.schema import RESNETS, ClusterConfig, Config
 from lockstep.config.tasks import absolute, check_group_words
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
@@ -51,10 +51,11 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
         raise SystemExit(0)
     if recipe.word:
         words = spelled_out(words, recipe.word)
+    words = [by_name(word, recipe) for word in words]
     if recipe.several:
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
-    words = [quoted(word, open_keys(schema, texts=True)) for word in words]
+    words = [added(quoted(word, open_keys(schema, texts=True)), schema) for word in words]
     sys.argv = [sys.argv[0], *words]
     check_names(words, recipe, schema)
     check_group_words(words, schema().task.name, recipe.name)
@@ -143,6 +144,16 @@ def spelled_task(word: str) -> str:
     return f"task.name={json.dumps(absolute(value.strip(QUOTES)))}"
 
 
+def by_name(word: str, recipe: CommandLine) -> str:
+    """`model=vit_b_16`, of which no YAML tells, as `model.name=vit_b_16`."""
+    name, _, value = word.partition("=")
+    if name != "model" or not re.fullmatch(r"\w+", value):
+        return word
+    given = [Path(each.partition("=")[2]) for each in sys.argv[1:] if each.startswith("--config-dir=")]
+    folders = [folder("conf"), config_source(recipe)[0], *given]
+    return word if any((each / "model" / f"{value}.yaml").is_file() for each in folders) else f"model.name={value}"
+
+
 def in_plural(word: str, key: str) -> str:
     """`nproc=1,2,4`, which Hydra would take for a sweep, as `nprocs=[1,2,4]`, for a tool that takes several numbers.
 
@@ -171,6 +182,13 @@ def quoted(word: str, texts: tuple[str, ...]) -> str:
     return f"++{name.lstrip('+')}={json.dumps(value)}"
 
 
+def added(word: str, schema: type[Config]) -> str:
+    """`optim.arguments={dampening: 0.1}`, or `optim.arguments.dampening=0.1`, as Hydra takes it: with pluses."""
+    name, equals, _ = word.partition("=")
+    dicts = [each for each, value, rule in walk(schema()) if rule["open"] and isinstance(value, dict)]
+    return f"++{word}" if equals and any(name == each or name.startswith(f"{each}.") for each in dicts) else word
+
+
 def open_keys(schema: type[Config], texts: bool = False) -> tuple[str, ...]:
     """What the keys begin with whose last part is the user's to name, such as `tune.space.`; or those with `texts`."""
     keys = [*walk(schema()), *walk(ClusterConfig(), "cluster.")]
@@ -188,7 +206,7 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
     skip |= {entry.name for entry in fields(config)} - {entry.name for entry in fields(recipe.config)}
     names = {"model": config.model.name, "data": config.data.name, "optim": config.optim.name}
     groups = [
-        f"{group}={name}"
+        f"model.name={name}" if group == "model" and name not in RESNETS else f"{group}={name}"
         for group, name in names.items()
         if name != getattr(default, group).name and not {group, f"{group}.name"} & skip
     ]

@@ -18,6 +18,9 @@ from lockstep.errors import UserError
 ConfigT = TypeVar("ConfigT", bound="Config")
 
 
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+
 @dataclass
 class TaskConfig:
     """What is trained. The fields of a task of one's own become further keys (lockstep.config.tasks)."""
@@ -27,11 +30,20 @@ class TaskConfig:
 
 @dataclass
 class ModelConfig:
-    name: str = key("resnet18", "architecture", ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152"))
+    name: str = key("resnet18", f"architecture: {', '.join(RESNETS)}, or any other classification model of torchvision")
     num_classes: int | None = key(None, "outputs of the last layer (null: the data set's classes)", minimum=1)
     image_size: int | None = key(None, "side of the square input in pixels (null: the data set's)", minimum=8)
-    norm: str = key("batch", "normalisation layer", ("batch", "group"))
-    init: str = key("kaiming", "weight initialisation", ("kaiming", "xavier"))
+    norm: str = key(
+        "batch",
+        "normalisation layer; own: what the model has, and what one without BatchNorm gets",
+        ("batch", "group", "own"),
+    )
+    init: str = key(
+        "kaiming", "weight initialisation; own: torchvision's, the default but of ResNets", ("kaiming", "xavier", "own")
+    )
+    arguments: dict[str, Any] = key(
+        {}, "further arguments of torchvision's class, such as {dropout: 0.1}; not of ResNets", open=True
+    )
 
 
 @dataclass
@@ -65,7 +77,9 @@ class OptimConfig:
     nesterov: bool = key(False, "sgd: Nesterov's momentum")
     weight_decay: float = key(5e-4, "weight decay", minimum=0)
     decay_norms_and_biases: bool = key(True, "weight decay for norms and biases too (parameters of one dim)")
-    arguments: dict[str, Any] = key({}, "further arguments of the optimizer's class, such as {betas: [0.9, 0.95]}")
+    arguments: dict[str, Any] = key(
+        {}, "further arguments of the optimizer's class, such as {betas: [0.9, 0.95]}", open=True
+    )
     schedule: str = key("cosine", "learning rate after the warm-up", ("constant", "cosine"))
     warmup_steps: int = key(15, "steps in which the learning rate rises from 0 to optim.lr", minimum=0)
 

@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING
 from lockstep.checkpoint.weights import check_weights, read_weights
 from lockstep.config.keys import AUTO
 from lockstep.config.run_directory import checkpoint_folder
-from lockstep.config.schema import Config, check_values
+from lockstep.config.schema import RESNETS, Config, check_values
 from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.data.batches import train_size
 from lockstep.data.image_files import check_data
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE
+from lockstep.models.torchvision_models import check_model
 from lockstep.tasks.build import known_task, sketch
 from lockstep.training.clip import limits
 from lockstep.training.optim import check_optimizer
@@ -113,6 +114,7 @@ def fill_in_images(config: Config, classes: int) -> None:
             f"allowed are numbers from {classes} up"
         )
     config.model.image_size = config.model.image_size or config.data.image_size
+    check_model(config.model)
 
 
 def check_package(recipe: Recipe) -> None:
@@ -181,7 +183,7 @@ def check_batch(config: Config, world_size: int) -> None:
 def check_batchnorm(config: Config, share: int) -> None:
     """BatchNorm has nothing to average over one image once that is down to one pixel; say so before it does."""
     size = config.model.image_size or 0
-    pixels = math.ceil(size / (8 if size <= SMALL_IMAGE else 32))
+    pixels = math.ceil(size / (8 if size <= SMALL_IMAGE and config.model.name in RESNETS else 32))
     largest = math.ceil(share / max(config.accumulate, config.pipeline_micro_batches))
     smallest = share % largest or largest  # chunk's last piece is the ragged one
     if config.model.norm == "batch" and pixels == 1 and smallest == 1:

@@ -1,4 +1,4 @@
-"""How many parameters a model has, and the model within a wrapper."""
+"""How many parameters a model has, which of them are its head, and the model within a wrapper."""
 
 from __future__ import annotations
 
@@ -15,3 +15,14 @@ def unwrap(model: nn.Module) -> nn.Module:
     """The module that a wrapper like DistributedDataParallel holds under the name `module`."""
     inner = getattr(model, "module", None)
     return inner if isinstance(inner, nn.Module) else model
+
+
+def head_of(model: nn.Module) -> str:
+    """What the names of the parameters of a classifier's last layer begin with: `fc.`, `classifier.3.`, `heads.head.`.
+
+    It is the last Linear or, where there is none, as in SqueezeNet, the last convolution.
+    """
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if linear:
+        return f"{linear[-1]}."
+    return [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][-1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from lockstep.config.schema import Config
+from lockstep.config.schema import RESNETS, Config
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE
 
@@ -30,11 +30,11 @@ def torchvision_file(config: Config, name: str) -> Path:
         raise UserError(
             f"weights={name}: torchvision has none for {model.name}; allowed are {', '.join(known)}, random"
         )
-    if model.norm != "batch":
+    if model.norm == "group":
         raise UserError(
             f"weights={name}: trained with BatchNorm, model.norm={model.norm} has none; set model.norm=batch"
         )
-    if (model.image_size or 0) <= SMALL_IMAGE:
+    if model.name in RESNETS and (model.image_size or 0) <= SMALL_IMAGE:
         raise UserError(
             f"weights={name}: conv1.weight is 7 × 7 there and 3 × 3 here, where images of {model.image_size} pixels "
             "get another stem; set model.image_size=224"

@@ -10,18 +10,21 @@ from functools import partial
 
 from torch import nn
 
-from lockstep.config.schema import ModelConfig
+from lockstep.config.schema import RESNETS, ModelConfig
+from lockstep.models.torchvision_models import build_torchvision_model
 
 SMALL_IMAGE = 64  # up to this side, the ImageNet stem (stride 4 in all) would leave almost no pixels
 
 
 def build_model(config: ModelConfig) -> nn.Module:
-    """Build a ResNet on the CPU, in fp32, its weights drawn from torch's global generator.
+    """Build a model on the CPU, in fp32, its weights drawn from torch's global generator: here, a ResNet.
 
     The model maps images [N, 3, image_size, image_size] to logits [N, num_classes]. With `image_size` above 64 its
     state_dict is torchvision's own, key by key; below, the stem is one 3 × 3 convolution of stride 1 without pooling,
     as He et al. use for CIFAR (https://arxiv.org/abs/1512.03385, section 4.2).
     """
+    if config.name not in RESNETS:
+        return build_torchvision_model(config)
     from torchvision.models import resnet  # 0.9 s to import: paid by the ranks, not by the process that starts them
 
     assert config.num_classes is not None, "the app fills in what the data set says"

@@ -37,7 +37,7 @@ class BlockTracer(fx.Tracer):
         return not any(name.startswith(f"{qualified_name}.") for name in self._names)
 
 
-def block_names(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
+def named_blocks(model: nn.Module, names: Sequence[str] | None = None) -> list[str]:
     """The blocks that are named, or those that the model is seen to have, or its direct children.
 
     Raises:

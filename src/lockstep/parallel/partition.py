@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 
 from lockstep.config.keys import AUTO
 from lockstep.errors import UserError
-from lockstep.parallel.graph import block_names, carried, carrier, plain_nodes, trace_forward
+from lockstep.parallel.graph import carried, carrier, named_blocks, plain_nodes, trace_forward
 
 Names = Sequence[str] | Callable[[nn.Module], Sequence[str]] | None
 Crossing = tuple[fx.Node, bool]  # a value that a later part needs, or of a tensor its shape alone (True)
@@ -221,7 +221,7 @@ class _Cutter:
 
     def __init__(self, model: nn.Module, names: Names) -> None:
         self.model = model
-        self.names = block_names(model, names(model) if callable(names) else names)
+        self.names = named_blocks(model, names(model) if callable(names) else names)
         self.nodes = list(trace_forward(model, self.names).nodes)
         self.plain = plain_nodes(self.nodes[0].graph)
         self.calls: dict[str, int] = {}
