@@ -256,7 +256,7 @@ def test_it_keeps_the_console_to_lockstep(tmp_path: Path) -> None:
         "         ",
         "  run ",
         "step 2/2",
-        "  accuracy",
+        "  result",
         "  speed",
     )
     starts += ("  time", "  memory", "  state", "  written", "  held", "  next")

@@ -75,8 +75,8 @@ def test_an_evaluation_is_logged_shown_and_in_the_result(tmp_path: Path) -> None
     header, *rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     assert dict(zip(header.split(","), rows[-1].split(","), strict=True))["eval_f1"] == str(score)
     said = (tmp_path / "run" / "ranks" / "0.log").read_text()
-    assert f"F1 {score:.4f}" in said
-    assert f"macro-F1 {score:.4f}" in said
+    assert f"%  F1 {score:.4f}\n" in said, "when it was evaluated"
+    assert f"%, F1 {score:.4f}, of 2 evaluation images\n" in said, "at the end"
 
 
 # What is best -----------------------------------------------------------------------------------------------------

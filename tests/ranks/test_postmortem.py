@@ -284,7 +284,7 @@ def test_real_heartbeats_name_the_slow_rank(how: str, tmp_path: Path) -> None:
     said = (tmp_path / "run" / "ranks" / "0.log").read_text()
     if how == "data":
         assert theirs > max(mine, DATA_WAIT_SHARE)
-        assert f"rank 1 waited for images for {theirs:.0%} of its steps' time: each rank prepares its own" in said
+        assert f"rank 1 waited for data for {theirs:.0%} of its steps' time: each rank prepares its own" in said
 
 
 def metrics(out: Path, **columns: Any) -> None:

@@ -19,7 +19,7 @@ from lockstep.diagnose.evidence import collect_evidence
 from lockstep.diagnose.findings import Facts, Finding, findings_table, warning_if
 from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, wait_share
 from lockstep.utils.files import write_json
-from lockstep.utils.text import count, mebibytes, short
+from lockstep.utils.text import count, mebibytes, short, worded
 
 POSTMORTEM_FILE = "postmortem.json"
 SLOWED_DOWN = 0.7  # of its earlier speed, below which a run is said to have slowed down
@@ -84,8 +84,9 @@ def judge_end(facts: Facts) -> Finding:
     if facts["report"]:
         return warning_if("end", status == "failed", f"completed, {last}", f"read {facts['report']}")
     if status == "finished":
-        accuracy = result.get("eval_accuracy")
-        score = f", accuracy {accuracy:.2%}" if accuracy is not None else ""
+        scores = {name[5:]: value for name, value in result.items() if name.startswith("eval_") and value is not None}
+        loss = {"loss": scores.pop("loss")} if "loss" in scores else {}
+        score = "".join(f", {worded(name, value)}" for name, value in list((scores or loss).items())[:1])
         return Finding("end", "ok", f"finished at step {result.get('steps')}{score}, {last}")
     if status == "preempted":
         return Finding("end", "warning", f"stopped by a signal, after step {result.get('steps')}, {last}")

@@ -22,7 +22,7 @@ from lockstep.distributed.process_group import World
 from lockstep.task import option
 from lockstep.training.evaluate import Evaluation
 from lockstep.utils.places import as_installed
-from lockstep.utils.text import count, interpreter, short
+from lockstep.utils.text import count, interpreter, short, worded
 
 PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of progress at most this often
 
@@ -164,14 +164,6 @@ class ConsoleReport:
             self.console.print(f"{self.recipe} finished", markup=False)
             for name, text in rows.items():
                 self.console.print(f"  {name:9} {text}", soft_wrap=True, markup=False)
-
-
-def worded(name: str, value: float) -> str:
-    """A metric in words: `accuracy 98.89%`, `F1 0.9881`, `bits per token 1.214`."""
-    label = name.replace("_", " ")
-    if "accuracy" in name:
-        return f"{label} {value:.2%}"
-    return f"F1 {value:.4f}" if name == "f1" else f"{label} {value:.4g}"
 
 
 def described(task: Any, config: Config) -> tuple[str, str]:

@@ -33,3 +33,11 @@ def some_of(names: list[str], shown: int = 5) -> str:
     """`a, b`, or the first few and how many more."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
+
+
+def worded(name: str, value: float) -> str:
+    """A metric in words: `accuracy 98.89%`, `F1 0.9881`, `bits per token 1.214`."""
+    label = name.replace("_", " ")
+    if "accuracy" in name:
+        return f"{label} {value:.2%}"
+    return f"F1 {value:.4f}" if name == "f1" else f"{label} {value:.4g}"
