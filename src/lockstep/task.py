@@ -67,7 +67,7 @@ class Task:
 
     def summarise(self, totals: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
         """{name: value} of the whole evaluation set from the added-up (sum, count): by default sum / count."""
-        return {name: float(total / count) for name, (total, count) in totals.items()}
+        return {name: float(total.double() / count) for name, (total, count) in totals.items()}
 
     weigh: Callable[[Any], Tensor] | None = None  # weigh(targets) → items that the loss is a mean over, such as tokens
     collate: Callable[[list[Any]], Any] | None = None  # collate(samples) → (inputs, targets); None: default_collate

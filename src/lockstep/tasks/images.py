@@ -70,7 +70,7 @@ class Images(Task):
 
     def summarise(self, totals: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
         right, size = totals["accuracy"]
-        return {"accuracy": float(right / size), "f1": macro_f1(*totals["f1"][0].double())}
+        return {"accuracy": float(right.double() / size), "f1": macro_f1(*totals["f1"][0].double())}
 
     def mistakes(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Rows (place in the batch, label, prediction) of the images that were taken for something else: [M, 3]."""
