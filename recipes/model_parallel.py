@@ -30,7 +30,7 @@ from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
 from lockstep.data.batch import cut_tree, first_tensor, join_trees, map_tensors, on_device_of, pieces
 from lockstep.parallel.partition import check_cut, choose_cuts, split
-from lockstep.tasks.build import block_names, known_task, sketch
+from lockstep.tasks.build import blocks_of_task, known_task, sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -96,7 +96,7 @@ def check(config: ModelParallelConfig, share: int) -> None:
             f"devices=[{','.join(config.devices)}]: allowed are two or more of {', '.join(allowed)}, repeated or not"
         )
     model = sketch(config)
-    check_cut(lambda: model, config.cut, len(config.devices or "ab"), block_names(known_task(config), model))
+    check_cut(lambda: model, config.cut, len(config.devices or "ab"), blocks_of_task(known_task(config), model))
 
 
 @recipe(

@@ -42,7 +42,7 @@ from lockstep.config.schema import Config
 from lockstep.data.batch import pieces
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.parallel.partition import Part, check_cut, choose_cuts, join, split
-from lockstep.tasks.build import block_names, known_task, sketch
+from lockstep.tasks.build import blocks_of_task, known_task, sketch
 from lockstep.training.accumulate import MicroBatch, micro_batch
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -197,7 +197,7 @@ def check(config: PipelineConfig, share: int) -> None:
     if config.accumulate > 1:
         raise UserError(f"accumulate={config.accumulate}: a pipeline accumulates by itself; set micro_batches instead")
     model = sketch(config)
-    blocks = block_names(known_task(config), model)
+    blocks = blocks_of_task(known_task(config), model)
     check_cut(lambda: model, wanted_cut(config), stages * STAGES_A_RANK[name], blocks)
 
 

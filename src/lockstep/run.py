@@ -28,7 +28,7 @@ from lockstep.loggers.console import ConsoleReport
 from lockstep.loop.training_loop import TrainingLoop
 from lockstep.memory.tracker import held_bytes
 from lockstep.memory.usage import process_bytes
-from lockstep.tasks.build import block_names, build_task
+from lockstep.tasks.build import blocks_of_task, build_task
 from lockstep.training.auto import choose_for_hardware
 from lockstep.training.precision import DTYPES, Scaler, autocast
 
@@ -158,7 +158,7 @@ class Run(Generic[ConfigT]):
 
     def blocks(self, model: nn.Module) -> list[str]:
         """The modules that are sharded, or cut between: the task's `blocks`, or `models.blocks.default_blocks`."""
-        return list(block_names(self.task, model))
+        return list(blocks_of_task(self.task, model))
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """The context for forward and loss: bf16 or fp16 where the precision says so, else nothing."""

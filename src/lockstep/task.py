@@ -19,7 +19,7 @@ A plain class with these methods is one; deriving from `Task` adds the defaults 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +38,7 @@ class Task:
         epoch_samples: samples that count as an epoch, for a stream without a length.
         unit: what a sample is called, in the plural.
         lower_is_better: names of metrics that are better when smaller. `loss` always is.
+        defaults: {key: value} of other keys, such as {"optim.lr": 0.003}, where the command says nothing else.
         best: the metric that `metric=null` stands for.
     """
 
@@ -48,6 +49,7 @@ class Task:
     epoch_samples: int | None = None
     unit: str = "samples"
     lower_is_better: Collection[str] = ()
+    defaults: ClassVar[Mapping[str, Any]] = {}
     best: str = "loss"
 
     def build_model(self) -> nn.Module:
@@ -69,6 +71,7 @@ class Task:
         """{name: value} of the whole evaluation set from the added-up (sum, count): by default sum / count."""
         return {name: float(total.double() / count) for name, (total, count) in totals.items()}
 
+    show: Callable[[Any], str] | None = None  # show(model) → text for the end of a run; all ranks call it together
     weigh: Callable[[Any], Tensor] | None = None  # weigh(targets) → items that the loss is a mean over, such as tokens
     collate: Callable[[list[Any]], Any] | None = None  # collate(samples) → (inputs, targets); None: default_collate
     to_device: Callable[[Any, Any], Any] | None = None  # to_device(inputs, targets), both there already, → the same

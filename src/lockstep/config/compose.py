@@ -29,7 +29,7 @@ from lockstep.config.declared import CommandLine, schema_of
 from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import RESNETS, ClusterConfig, Config
-from lockstep.config.tasks import absolute, check_group_words
+from lockstep.config.tasks import absolute, check_group_words, with_defaults
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
@@ -56,10 +56,11 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
     words = [added(quoted(word, open_keys(schema, texts=True)), schema) for word in words]
-    sys.argv = [sys.argv[0], *words]
     check_names(words, recipe, schema)
     check_group_words(words, schema().task.name, recipe.name)
     check_cluster_words(words)
+    words = with_defaults(words, schema)
+    sys.argv = [sys.argv[0], *words]
     GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
     register(recipe, schema)
     directory, name = config_source(recipe)
@@ -97,6 +98,7 @@ def compose_another(recipe: CommandLine, words: list[str]) -> Config:
     schema = schema_of(recipe, words)
     register(recipe, schema)
     directory, name = config_source(recipe)
+    words = with_defaults(words, schema)
     with other_source(directory):
         try:
             config = OmegaConf.to_object(without_hydra(load_config(name, words)))
@@ -210,8 +212,9 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
         for group, name in names.items()
         if name != getattr(default, group).name and not {group, f"{group}.name"} & skip
     ]
+    task = [typed("task.name", config.task.name)] if config.task.name != default.task.name else []
     # Keys of the recipes that a tool looks at have their defaults in its own config class, whatever each recipe's are.
-    plain = {name: value for name, value, _ in [*walk(type(config)()), *walk(compose_another(tool, groups))]}
+    plain = {name: value for name, value, _ in [*walk(type(config)()), *walk(compose_another(tool, [*task, *groups]))]}
     plain["task.name"] = default.task.name
     follows = {  # what `complete` fills in, and will fill in again
         "data.num_classes": config.data.name != "synthetic" or config.data.num_classes == 10,

@@ -11,14 +11,15 @@ from lockstep.config.declared import CommandLine, own_keys
 from lockstep.config.explain import options
 from lockstep.config.keys import walk
 from lockstep.config.schema import ClusterConfig, Config
+from lockstep.config.tasks import IMAGES, short_name, with_defaults
 from lockstep.utils.places import as_installed
 
 WIDTH = 80
 INDENT = 30  # where the help of a key begins
 FIRST = {  # the keys that people use first, by what they are about
-    "What is trained": ("model", "data", "data.root"),
+    "What is trained": ("task.name", "model", "data", "data.root"),
     "How long, how large": ("epochs", "max_steps", "global_batch_size", "accumulate", "seed"),
-    "How it is optimized": ("optim", "optim.lr", "optim.weight_decay", "precision", "compile"),
+    "How it is optimized": ("optim", "optim.lr", "precision", "compile"),
     "Where it runs": ("nproc", "device", "cluster"),
     "What is kept": ("out", "resume", "checkpoint.every", "logger", "metric"),
 }
@@ -45,6 +46,9 @@ def text(recipe: CommandLine, schema: type[Config], folders: list[Path], everyth
     own = own_keys(schema)
     mine = [name for name in keys if name.partition(".")[0] in own]
     sections: dict[str, list[str]] = {}
+    if (task := schema().task.name) != IMAGES:
+        named = [name for name in keys if name.startswith("task.") and name != "task.name"]
+        sections[f"Of task={short_name(task)}"] = named
     if mine:
         sections[f"Of recipes.{recipe.name} alone"] = mine
     if everything:
@@ -55,7 +59,11 @@ def text(recipe: CommandLine, schema: type[Config], folders: list[Path], everyth
         keys |= {f"cluster.{name}": (value, rule) for name, value, rule in walk(ClusterConfig())}
         sections["cluster.*, with +cluster=…"] = [name for name in keys if name.startswith("cluster.")]
     else:
-        sections |= {head: [name for name in names if name in keys or name in groups] for head, names in FIRST.items()}
+        images = {"model", "data", "data.root"} if task != IMAGES else set()  # task=images alone has these
+        sections |= {
+            head: [name for name in names if (name in keys or name in groups) and name not in images]
+            for head, names in FIRST.items()
+        }
     lines = [as_installed(recipe.doc.strip()), ""]
     if everything:
         lines += [
@@ -73,8 +81,12 @@ def text(recipe: CommandLine, schema: type[Config], folders: list[Path], everyth
             else:
                 value, rule = keys[name]
                 allowed = f" [{'|'.join(map(shown, rule['choices']))}]" if rule["choices"] else ""
-                lines.append(entry(f"{name}={shown(value)}", rule["help"] + allowed))
+                label = "task" if name == "task.name" else name
+                lines.append(entry(f"{label}={shown(value)}", rule["help"] + allowed))
         lines.append("")
+    declared = with_defaults([], schema)
+    if declared:
+        lines += ["Defaults of this task:", *(f"  {word}" for word in declared), ""]
     more = len(keys) - sum(name in keys for names in sections.values() for name in names)
     if more:
         lines += [f"--help all lists {more} more keys.", ""]

@@ -23,7 +23,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
-from lockstep.config.keys import AUTO, NO_RULE, key
+from lockstep.config.keys import AUTO, NO_RULE, key, typed
 from lockstep.config.schema import Config, TaskConfig
 from lockstep.errors import UserError
 
@@ -238,6 +238,16 @@ def _with_task(schema: Any, name: str) -> Any:
     return dataclass(
         type(schema.__name__, (schema,), {"__annotations__": {"task": task}, "task": field(default_factory=task)})
     )
+
+
+def with_defaults(words: list[str], schema: type[Config]) -> list[str]:
+    """A command's words after those that its task declares (`defaults = {"optim": "adamw", "optim.lr": 0.003}`); none
+    for a key that is typed, nor below a group that is."""
+    task = schema().task.name
+    declared = {} if task == IMAGES else getattr(find_class(task), "defaults", {})
+    given = {re.split("[=@]", word.lstrip("+~"))[0] for word in words}
+    mine = [typed(name, value) for name, value in declared.items() if not {name, name.partition(".")[0]} & given]
+    return [*mine, *words]
 
 
 def unit_of(config: Config) -> str:

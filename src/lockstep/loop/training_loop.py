@@ -38,6 +38,7 @@ from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.signals import Agreement, Listener, Preempted
 from lockstep.errors import CheckFailed, UserError
 from lockstep.loop.result import result_fields
+from lockstep.loop.show import show
 from lockstep.memory.tracker import state_bytes
 from lockstep.memory.usage import peak_memory_bytes
 from lockstep.models.parameters import count_parameters, unwrap
@@ -369,7 +370,9 @@ class TrainingLoop:
             )
         self._heartbeat.enter("finishing")
         self.checkpoints.wait()
-        weights = full_state_dict(self._whole(), device, keep=context.rank == 0)
+        whole = self._whole()
+        show(self._source.task, whole, context)
+        weights = full_state_dict(whole, device, keep=context.rank == 0)
         memory = gather_numbers(peak_memory_bytes(device), device)
         mine, total = state_bytes(self._optimizer)
         state = [int(size) for size in gather_numbers(mine, device)]

@@ -146,7 +146,7 @@ def require_batchnorm(config: Config, setting: str) -> None:
     raise UserError(f"{setting}task={short_name(config.task.name)} holds no BatchNorm to synchronise; use recipes.ddp")
 
 
-def block_names(task: Any, model: nn.Module) -> Sequence[str]:
+def blocks_of_task(task: Any, model: nn.Module) -> Sequence[str]:
     """The modules of a model that are sharded, checkpointed or cut between: the task's `blocks`, or `default_blocks`.
 
     Raises:

@@ -84,6 +84,12 @@ class Language:
         1.0, "of the samples: 0 takes the likeliest token, above 1 is more random", minimum=0, free=True
     )
 
+    defaults: ClassVar[dict[str, Any]] = {
+        "optim": "adamw",
+        "optim.lr": 3e-3,
+        "optim.warmup_steps": 30,
+        "global_batch_size": 48,
+    }
     unit: ClassVar[str] = "sequences"
     lower_is_better: ClassVar[tuple[str, ...]] = ("bits_per_token",)
     best: ClassVar[str] = "bits_per_token"
