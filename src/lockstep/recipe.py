@@ -46,7 +46,7 @@ class Recipe:
     Attributes:
         train: the function, given a Run.
         config: its config class: Config, or a subclass with keys of the recipe's own.
-        target: how to start it again: a module name, or the path of a script.
+        target: how to start it again: a module name, or the path of a script; nothing in a notebook's cell.
         ranks: the only number of ranks it runs on; None: any.
         next_command: what the final summary suggests.
         global_batchnorm: whether BatchNorm sees all ranks' images, so that a share of one image is enough; or a function
@@ -89,6 +89,8 @@ class Recipe:
 
     @property
     def name(self) -> str:
+        if not self.target:  # a notebook's cell
+            return self.train.__name__
         return Path(self.target).stem if self.target.endswith(".py") else self.target.rpartition(".")[2]
 
     @property

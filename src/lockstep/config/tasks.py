@@ -199,9 +199,10 @@ def _as_key(name: str, found: type, entry: Field[Any]) -> tuple[str, Any, Any] |
     if typing.get_origin(kind) is typing.Literal:
         rule = {"choices": typing.get_args(kind)} | rule
         kind = type(typing.get_args(kind)[0])
-    required = entry.default is MISSING and entry.default_factory is MISSING
+    missing = type(MISSING)  # a class that was pickled in a notebook has a copy of the object
+    required = isinstance(entry.default, missing) and isinstance(entry.default_factory, missing)
     default: Any = "???" if required else entry.default
-    if entry.default_factory is not MISSING:
+    if not isinstance(entry.default_factory, missing):
         default = entry.default_factory()
     rule = NO_RULE | {each: value for each, value in rule.items() if each in NO_RULE}
     if isinstance(default, list | dict | set) or dataclasses.is_dataclass(default):

@@ -28,6 +28,7 @@ from lockstep.distributed.environment import discover
 from lockstep.distributed.signals import PREEMPTED
 from lockstep.errors import UserError
 from lockstep.launch import batch_size, cluster, worker
+from lockstep.launch.from_python import RunResult, run_recipe
 from lockstep.launch.launcher import load_launcher
 from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
@@ -40,8 +41,19 @@ from lockstep.utils.text import short
 class Command(Recipe):
     """A recipe that is started from a command line: `train.main()` under `__main__`."""
 
+    def run(self, *words: str, **keys: Any) -> RunResult:
+        """Run the recipe from Python, in a notebook or a script: `train.run(nproc=2, max_steps=20, task=MyTask)`.
+
+        Args, returns, raises: as lockstep.launch.from_python.run_recipe.
+        """
+        return run_recipe(self, words, keys)
+
     def main(self) -> NoReturn:
         """Be the command: exit with the run's exit code, 2 for a mistake of the user's."""
+        if not self.target:
+            raise UserError(
+                f"{self.name}: is defined in a notebook's cell, and has no file; start it with {self.name}.run()"
+            )
         signal.signal(signal.SIGINT, signal.default_int_handler)  # recipes/__init__.py had it end the process at once
         try:
             cluster.adopt(self)
@@ -66,7 +78,8 @@ def make_recipe(train: Callable[[Run], None] | None = None, **options: Any) -> A
 
     def make(function: Callable[[Run], None]) -> Command:
         spec = function.__globals__.get("__spec__")  # `python -m recipes.ddp` names the module here, not in __name__
-        target = spec.name if spec else os.path.abspath(function.__globals__["__file__"])
+        file = function.__globals__.get("__file__")  # a notebook's cell has none
+        target = spec.name if spec else os.path.abspath(file) if file else ""
         return Command(function, target, **options)
 
     return make(train) if train else make
