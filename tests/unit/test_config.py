@@ -139,7 +139,7 @@ def test_help_begins_with_the_keys_people_use_first_and_all_has_every_key_the_re
     recipe = importlib.import_module(f"recipes.{name}").train
     first, whole = page(name, everything=False), page(name, everything=True)
     schema = schema_of(recipe, [])
-    every = {key for key, _, _ in walk(schema())}
+    every = {"task" if key == "task.name" else key for key, _, _ in walk(schema())}
     own = {key for key in every if key.partition(".")[0] in own_keys(schema)}
     assert own <= keys_in(first)
     assert len(keys_in(first) - own) <= 21

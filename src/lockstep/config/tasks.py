@@ -203,7 +203,7 @@ def _as_key(name: str, found: type, entry: Field[Any]) -> tuple[str, Any, Any] |
     required = isinstance(entry.default, missing) and isinstance(entry.default_factory, missing)
     default: Any = "???" if required else entry.default
     if not isinstance(entry.default_factory, missing):
-        default = entry.default_factory()
+        default = cast(Any, entry.default_factory)()
     rule = NO_RULE | {each: value for each, value in rule.items() if each in NO_RULE}
     if isinstance(default, list | dict | set) or dataclasses.is_dataclass(default):
         made = field(default_factory=lambda: default, metadata=rule)
