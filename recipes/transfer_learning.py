@@ -120,7 +120,7 @@ def check(config: TransferConfig, share: int) -> None:
     config=TransferConfig,
     proof=(
         Proof({"model.norm": "batch"}, {"weights": "random"}, prepare=prepare),
-        Proof({"model.norm": "group"}, {"weights": "random", "freeze": ["layer1.*"]}, prepare=prepare),
+        Proof({"model.norm": "group"}, {"weights": "random", "freeze": ["layer1.*"]}, images=True, prepare=prepare),
     ),
     backbone=True,
     check=check,

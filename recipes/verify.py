@@ -13,6 +13,8 @@ compares two records, report.py prints them.
 
     python -m recipes.verify                             all recipes, two ranks on this machine
     python -m recipes.verify recipes=[ddp] nproc=4 precision=fp64     or fp32, bf16, fp16
+    python -m recipes.verify task=my_task.py:Gpt                      your model, data and loss behind every recipe
+    python -m recipes.verify recipes=[my_recipe.py]                   your loop: against single, or itself on one rank
 
 Expect: a line per row, then a table with every row green and exit code 0, in about three minutes on two CPU cores;
 exit code 1 if a row is off.
@@ -25,29 +27,33 @@ from dataclasses import asdict
 import torch.distributed as dist
 
 from lockstep import Recipe, Run, recipe
+from lockstep.config.tasks import IMAGES
 from lockstep.errors import CheckFailed
-from lockstep.registry import choose, get_recipe
+from lockstep.loggers.console import described
+from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count
 from lockstep.verify.config import VerifyConfig
 from lockstep.verify.proofs import proof_cases, verify_case
+from lockstep.verify.reference import SINGLE, check_against
 from lockstep.verify.report import progress_line, verdict_notes, verify_tables
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import Trace
 
 
 def recipes_with_proofs(names: list[str] | None) -> list[Recipe]:
-    """The recipes that declare a proof, or those of them that are named.
+    """The recipes that declare a proof, or those of them that are named, and files of one's own.
 
     Raises:
         UserError: a name is not one of them.
     """
     found = [get_recipe(name) for name in choose(names)]
-    return [each for each in found if each.proofs]
+    return [each for each in found if each.proofs or is_file(each.target)]
 
 
 def check(config: VerifyConfig, share: int) -> None:
-    """Only recipes that exist can be verified."""
+    """Only recipes that exist can be verified, against what exists."""
+    check_against(config.against)
     recipes_with_proofs(config.recipes)
 
 
@@ -55,7 +61,9 @@ def check(config: VerifyConfig, share: int) -> None:
 def train(run: Run[VerifyConfig]) -> None:
     single = get_recipe("single")
     cases = proof_cases(recipes_with_proofs(run.config.recipes), run.config, run.device.type)
-    run.report.line(f"verify: {count(len(cases), 'row')}, on {count(run.world.world_size, 'rank')}")
+    model, data = described(run.task, run.config)
+    what = "" if run.config.task.name == IMAGES else f" of {model} on {data}"
+    run.report.line(f"verify: {count(len(cases), 'row')}{what}, on {count(run.world.world_size, 'rank')}")
     references: dict[str, Trace | None] = {}  # what `single` computed, by settings
     rows: list[VerifyRow] = []
     for number, case in enumerate(cases, start=1):
@@ -68,11 +76,17 @@ def train(run: Run[VerifyConfig]) -> None:
         run.report.console.print(*verify_tables(rows), sep="\n")
         for note in verdict_notes(rows):
             run.report.line(note)
-    off = [f"{row.recipe} in {row.precision}" + f" with {row.variant}" * bool(row.variant) for row in rows if row.fails]
+    off = [
+        f"{row.recipe} in {row.precision}" + f" with {row.variant}" * bool(row.variant) + f" ({row.first})"
+        for row in rows
+        if row.fails
+    ]
     verdict = [", ".join(off)]
     dist.broadcast_object_list(verdict, src=0)
     if verdict[0]:
-        raise CheckFailed(f"not the training that recipes.single computes: {verdict[0]}; see verify.json")
+        against = " or ".join(dict.fromkeys(case.against for case in cases))
+        what = "recipes.single" if against == SINGLE else "its reference"
+        raise CheckFailed(f"not the training that {what} computes: {verdict[0]}; see verify.json")
 
 
 if __name__ == "__main__":

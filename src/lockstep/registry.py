@@ -1,11 +1,14 @@
-"""The recipes that come with lockstep: their names, what they are, and one of them by its name."""
+"""Recipes by their names: those that come with lockstep, and a file of one's own by its path."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lockstep.config.declared import own_recipe
 from lockstep.errors import UserError
 from lockstep.utils.places import sources
 
@@ -37,19 +40,42 @@ def is_technique(tree: ast.Module) -> bool:
 
 
 def choose(names: list[str] | None) -> list[str]:
-    """The recipes a tool is to run: those that are named, or all.
+    """The recipes a tool is to run: those that are named, also files of one's own, or all that come with lockstep.
 
     Raises:
-        UserError: a name is not one of them.
+        UserError: a name is not one of them, or a file holds no recipe.
     """
     every = list_recipes()
-    wrong = [name for name in names or [] if name not in every]
-    if wrong:
-        raise UserError(f"recipes=[{','.join(wrong)}]: no such recipe; allowed are {', '.join(every)}")
+    for name in names or []:
+        check_name(name, f"recipes=[{name}]")
     return names or every
 
 
+def check_name(name: str, asked: str) -> None:
+    """Hold a recipe's name to those there are; a path is held to what is in the file.
+
+    Args:
+        asked: key and value, which an error begins with.
+
+    Raises:
+        UserError: there is no such recipe.
+    """
+    if is_file(name):
+        own_recipe(asked, Path(name))
+    elif name not in (every := list_recipes()):
+        raise UserError(f"{asked}: no such recipe; allowed are {', '.join(every)}, or a FILE.py of yours")
+
+
+def is_file(name: str) -> bool:
+    """Whether a recipe is named by the path of its file."""
+    return name.endswith(".py")
+
+
 def get_recipe(name: str) -> Recipe:
-    """A recipe by its name."""
+    """A recipe by its name, or by the path of its file."""
+    if is_file(name):
+        file = Path(name).expanduser().resolve()
+        own: Recipe = own_recipe(f"recipes=[{name}]", file)
+        return replace(own, target=str(file))  # imported it has a module's name, by which no command could start it
     found: Recipe = importlib.import_module(f"lockstep.recipes.{name}").train
     return found

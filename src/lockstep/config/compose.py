@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lockstep.config import help
-from lockstep.config.declared import CommandLine, schema_of
+from lockstep.config.declared import CommandLine, listed, schema_of
 from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import RESNETS, ClusterConfig, Config
@@ -52,6 +52,8 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
     if recipe.word:
         words = spelled_out(words, recipe.word)
     words = [by_name(word, recipe) for word in words]
+    if recipe.looks_at:
+        words = [spelled_files(word, recipe.looks_at) for word in words]
     if recipe.several:
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
@@ -144,6 +146,16 @@ def spelled_task(word: str) -> str:
     if name not in ("task", "task.name") or not equals:
         return word
     return f"task.name={json.dumps(absolute(value.strip(QUOTES)))}"
+
+
+def spelled_files(word: str, key: str) -> str:
+    """`recipes=[ddp,my_recipe.py]` with the whole path of the file, so that it is found from any folder."""
+    name, _, value = word.partition("=")
+    if name.lstrip("+") != key or ".py" not in value:
+        return word
+    names = [str(Path(each).expanduser().resolve()) if each.endswith(".py") else each for each in listed(value)]
+    spelled = ",".join(map(json.dumps, names))
+    return f"{name}=[{spelled}]" if value.startswith("[") else f"{name}={spelled}"
 
 
 def by_name(word: str, recipe: CommandLine) -> str:

@@ -18,7 +18,8 @@ from typing import Any, Protocol, cast
 from omegaconf import OmegaConf
 
 from lockstep.config.schema import Config, from_yaml
-from lockstep.config.tasks import absolute, named_task, task_of_content, with_task
+from lockstep.config.tasks import absolute, import_file, named_task, short_name, task_of_content, with_task
+from lockstep.errors import UserError
 
 OF_A_CONFIG = re.compile(r"dataclasses|typing|lockstep\.config(\.\w+)?|lockstep\.\w+\.config")  # modules without torch
 
@@ -133,7 +134,7 @@ def schema_of(recipe: CommandLine, values: Mapping[str, Any] | Iterable[str]) ->
         values: the words of the command line, or a frozen config's content.
 
     Raises:
-        UserError: there is no such task.
+        UserError: there is no such task, or recipes that are to be run on the same work have two of their own.
     """
     values = values if isinstance(values, Mapping) else list(values)
     names = _names(recipe, values) if recipe.looks_at else []
@@ -141,7 +142,7 @@ def schema_of(recipe: CommandLine, values: Mapping[str, Any] | Iterable[str]) ->
     bases = list(dict.fromkeys([recipe.config, *(other.config for other in others)]))
     bases = [each for each in bases if not any(each is not other and issubclass(other, each) for other in bases)]
     schema = bases[0] if len(bases) == 1 else _combined(tuple(bases))
-    named = task_of_content(values) if isinstance(values, Mapping) else named_task(values) or own_task(recipe)
+    named = task_of_content(values) if isinstance(values, Mapping) else named_task(values) or _only_task(recipe, others)
     return with_task(schema, absolute(named) if named else None)
 
 
@@ -151,14 +152,46 @@ def own_task(recipe: CommandLine) -> str | None:
     return f"{recipe.path.resolve()}:{task.__qualname__}" if isinstance(task, type) else task
 
 
+def _only_task(recipe: CommandLine, others: Iterable[CommandLine]) -> str | None:
+    """The task that a recipe, or one of those that a tool is told to run, has of its own."""
+    found = list(dict.fromkeys(task for each in (recipe, *others) if (task := own_task(each))))
+    if len(found) > 1:
+        names = ", ".join(map(short_name, found))
+        raise UserError(f"these recipes train tasks of their own, {names}: name one for all with task=FILE.py:Class")
+    return found[0] if found else None
+
+
 @functools.cache
 def _combined(bases: tuple[type[Config], ...]) -> type[Config]:
     return dataclass(type("".join(each.__name__ for each in bases), bases, {}))
 
 
-def _find(tool: Path, name: str) -> Declared | None:
-    file = Path(name) if name.endswith(".py") else tool.with_name(f"{name}.py")
+def _find(tool: Path, name: str) -> CommandLine | None:
+    if name.endswith(".py"):
+        file = Path(name).expanduser().resolve()
+        return declared(file) or own_recipe(f"recipes=[{name}]", file)
+    file = tool.with_name(f"{name}.py")
     return declared(file) if file.is_file() else None
+
+
+def own_recipe(asked: str, file: Path) -> Any:
+    """The recipe in a file of one's own, imported.
+
+    Args:
+        asked: key and value, which an error begins with.
+
+    Raises:
+        UserError: there is no such file, or not one recipe in it.
+    """
+    module = import_file(asked, file)
+    found = [
+        each
+        for each in vars(module).values()
+        if hasattr(each, "looks_at") and getattr(each.train, "__module__", None) == module.__name__
+    ]
+    if len(found) != 1:
+        raise UserError(f"{asked}: the file holds {len(found)} recipes; write @recipe above one function, its training")
+    return found[0]
 
 
 def _names(tool: CommandLine, values: Mapping[str, Any] | Iterable[str]) -> list[str]:
@@ -168,12 +201,17 @@ def _names(tool: CommandLine, values: Mapping[str, Any] | Iterable[str]) -> list
     if not isinstance(values, Mapping):
         given = [word.partition("=")[2] for word in values if word.lstrip("+").startswith(f"{tool.looks_at}=")]
         if given:
-            return [name.strip(" \"'") for name in given[-1].strip("[] ").split(",")]
+            return listed(given[-1])
         values = asdict(tool.config())
     found: Any = values
     for part in path:
         found = (found or {}).get(part)
     return [found] if isinstance(found, str) else [str(each) for each in found or []]
+
+
+def listed(value: str) -> list[str]:
+    """`[ddp,my_recipe.py]`, or one name alone, as names."""
+    return [name.strip(" \"'") for name in value.strip("[] ").split(",")]
 
 
 def read_config(recipe: CommandLine, text: str) -> Config:

@@ -60,7 +60,7 @@ def find_class(name: str) -> type:
     source, colon, class_name = BUILT_IN.get(name, name).rpartition(":")
     if not colon or not source or not class_name:
         raise UserError(f"task={name}: {_without_class(name)}")
-    module = _load_file(name, Path(source)) if source.endswith(".py") else _load_module(name, source)
+    module = import_file(f"task={name}", Path(source)) if source.endswith(".py") else _load_module(name, source)
     found = getattr(module, class_name, None)
     if found is None:
         near = difflib.get_close_matches(class_name, classes(module)) or classes(module)
@@ -91,10 +91,18 @@ def _without_class(name: str) -> str:
     return f"did you mean {near[0]}? {TASKS}" if near else TASKS
 
 
-def _load_file(name: str, file: Path) -> ModuleType:
+def import_file(asked: str, file: Path) -> ModuleType:
+    """The module of a file, imported once, wherever it lies.
+
+    Args:
+        asked: the key and value that name it, which an error begins with.
+
+    Raises:
+        UserError: there is none, or it cannot be imported.
+    """
     file = file.expanduser().resolve()
     if not file.is_file():
-        raise UserError(f"task={name}: no such file; {TASKS}")
+        raise UserError(f"{asked}: no such file" + f"; {TASKS}" * asked.startswith("task="))
     for module in list(sys.modules.values()):  # the recipe's own file, or a task that is loaded already
         if getattr(module, "__file__", None) and Path(str(module.__file__)).resolve() == file:
             return module
@@ -113,7 +121,7 @@ def _load_file(name: str, file: Path) -> ModuleType:
         raise
     except Exception as error:
         del sys.modules[known]
-        raise UserError(f"task={name}: cannot be imported: {where(error, file)}") from None
+        raise UserError(f"{asked}: cannot be imported: {where(error, file)}") from None
     return module
 
 

@@ -49,7 +49,7 @@ class RecipeProcess:
     """`python -m recipes.NAME WORDS out=OUT` as a process, in a session of its own.
 
     Args:
-        recipe: its module.
+        recipe: its module, or the path of its file.
         words: the overrides.
         out: its run directory; what the command says goes into a file beside it.
         folder: the working directory.
@@ -62,7 +62,7 @@ class RecipeProcess:
         self.out = out
         self.log = out.parent / f"{out.name}.log"
         merged = {**command_environment(os.environ), **variables}
-        command = [sys.executable, "-m", recipe, f"out={out}", *words]
+        command = [sys.executable, *([] if recipe.endswith(".py") else ["-m"]), recipe, f"out={out}", *words]
         with self.log.open("a") as log:
             self._log_began = log.tell()
             self.process = subprocess.Popen(

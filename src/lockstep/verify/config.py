@@ -10,4 +10,9 @@ from lockstep.config.schema import ToolConfig
 
 @dataclass
 class VerifyConfig(ToolConfig):
-    recipes: list[str] | None = key(None, "recipes that are held to recipes.single (null: all)")
+    recipes: list[str] | None = key(None, "recipes that are proven, also FILE.py (null: all of lockstep's)")
+    against: str | None = key(
+        None,
+        "what a recipe of your own must equal: single; self, itself on one rank; FILE.py, that on one rank (null: "
+        "single if it declares a proof or trains run.task, else self)",
+    )

@@ -1,25 +1,32 @@
-"""What recipes.verify proves: for each proof that a recipe declares, a few steps of it against the same of `single`."""
+"""What recipes.verify proves: for each proof that a recipe declares, a few steps of it against the same of a reference.
+
+The reference is `single`, among the same ranks, or a command of its own on one rank (lockstep/verify/reference.py)."""
 
 from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config, convert, with_values
+from lockstep.config.tasks import IMAGES
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed, UserError
 from lockstep.launch.validate import check_batch, check_package
 from lockstep.recipe import Proof, Recipe
 from lockstep.run import Run
+from lockstep.tasks.build import has_batchnorm
 from lockstep.training.precision import AUTOCAST
+from lockstep.verify.reference import SINGLE, described_reference, reference_of, run_alone
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import Trace, trace
 
 PROOF_STEPS = {"fp64": 5, "fp32": 3, "bf16": 3, "fp16": 3}  # by precision
-IMAGES_PER_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 images for BatchNorm
+SAMPLES_PER_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 samples for BatchNorm
+OF_IMAGES = ("model.", "data.")  # keys of task=images
+BY_SHARES = "its BatchNorm normalises by each share"
 
 
 @dataclass(frozen=True)
@@ -29,6 +36,7 @@ class ProofCase:
     Attributes:
         settings: of both sides.
         differs: why the two sides compute different trainings; empty where they must be equal.
+        against: the reference: single, or the path of a recipe's file, which is run on one rank.
     """
 
     recipe: Recipe
@@ -36,6 +44,7 @@ class ProofCase:
     precision: str
     settings: dict[str, Any]
     differs: str = ""
+    against: str = SINGLE
 
     @property
     def own_words(self) -> list[str]:
@@ -53,17 +62,38 @@ def typed_words(values: dict[str, Any]) -> list[str]:
     return [typed(*pair) for pair in values.items()]
 
 
+def proofs_of(recipe: Recipe, config: Config) -> list[Proof]:
+    """What a recipe is held to under this config; of a task other than images, what does not set its model or data.
+
+    A proof that asks for another norm than BatchNorm holds for that task as well, where its model has none; else it is
+    another computation, which is measured and not judged.
+    """
+    if config.task.name == IMAGES:
+        return list(recipe.proofs) or [Proof()]
+    found = []
+    for proof in recipe.proofs or (Proof(),):
+        if proof.images:
+            continue
+        by_shares = proof.settings.get("model.norm", "batch") != "batch" and has_batchnorm(config)
+        settings = {name: value for name, value in proof.settings.items() if not name.startswith(OF_IMAGES)}
+        because = (proof.because or BY_SHARES) if by_shares else ""
+        found.append(replace(proof, settings=settings, differs={}, because=because))
+    return found
+
+
 def proof_cases(recipes: Iterable[Recipe], config: Config, device: str) -> list[ProofCase]:
     """All rows to come. A precision other than the default one asks for the proofs in that precision alone."""
     cases = []
     every_precision = config.precision == Config().precision
     precisions = ["fp64", "fp32", *AUTOCAST] if device == "cuda" else ["fp64", "fp32"]
-    for recipe, proof in [(each, proof) for each in recipes for proof in each.proofs]:
+    for recipe, proof in [(each, proof) for each in recipes for proof in proofs_of(each, config)]:
+        against = reference_of(recipe, getattr(config, "against", None))
+        differs = proof.because if config.task.name != IMAGES else ""
         for precision in precisions if every_precision else [config.precision]:
             if precision in proof.precisions or not every_precision:  # asked for, and said to be impossible
-                cases.append(ProofCase(recipe, proof, precision, proof.settings))
+                cases.append(ProofCase(recipe, proof, precision, proof.settings, differs, against))
         if proof.differs and every_precision:
-            cases.append(ProofCase(recipe, proof, proof.precisions[0], proof.differs, proof.because))
+            cases.append(ProofCase(recipe, proof, proof.precisions[0], proof.differs, proof.because, against))
     return cases
 
 
@@ -71,7 +101,7 @@ def proof_config(run: Run[Any], schema: type[Config], precision: str, values: di
     """What both sides train, each in its own config class: few steps, small batches, every step logged, one evaluation at the end."""
     common: dict[str, Any] = {
         "precision": precision,
-        "global_batch_size": IMAGES_PER_RANK * run.world.world_size,
+        "global_batch_size": batch_of(run),
         "max_steps": run.config.max_steps or PROOF_STEPS[precision],
         "log_every": 1,
         "eval_every": 0,
@@ -80,6 +110,12 @@ def proof_config(run: Run[Any], schema: type[Config], precision: str, values: di
     if precision == "fp16":  # so small that no step is left out: which ones are depends on how images are dealt out
         common["loss_scale"] = 256.0
     return with_values(convert(run.asked, schema), common | values)
+
+
+def batch_of(run: Run[Any]) -> int:
+    """Samples of a step: some for each rank, or of a small data set as many as there are."""
+    ranks = run.world.world_size
+    return min(SAMPLES_PER_RANK, max(1, run.data.train_size // ranks)) * ranks
 
 
 def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict[str, Trace | None]) -> VerifyRow:
@@ -95,6 +131,7 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
     base = proof_config(run, single.config, precision, case.settings)
     mine = with_values(proof_config(run, each.config, precision, case.settings), case.proof.own)
     row = VerifyRow(each.name, precision, run.world.world_size, mine.max_steps or 0, variant=case.variant)
+    row.against = described_reference(case.against, each)
     ranks = each.ranks or run.world.world_size
     try:
         check_package(each)
@@ -109,6 +146,13 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
     settings = [precision, *typed_words(case.settings)]
     key = "-".join([*settings, *(case.own_words if alike else [])])
     try:
+        if case.against != SINGLE:
+            name = "-".join([each.name, *settings, *case.own_words])
+            found = trace(run, each, mine, name, case.proof.prepare)
+            reference = run_alone(run, case.against, mine, f"{name}-on-one-rank", found)
+            if found and reference:
+                row.compare(found, reference, case.differs)
+            return row
         if key not in references:
             references[key] = trace(run, single, mine if alike else base, f"single-{key}", case.proof.prepare)
         found = trace(run, each, mine, "-".join([each.name, *settings, *case.own_words]), case.proof.prepare)

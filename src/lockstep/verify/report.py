@@ -22,7 +22,8 @@ def verify_tables(rows: list[VerifyRow]) -> list[Table]:
     """A line per row; why one differs or was not run is in `verdict_notes`."""
     allowed = {row.precision: (row.steps, row.tolerance) for row in rows}
     limits = "; ".join(f"{limit:.0e} after {steps} steps in {name}" for name, (steps, limit) in allowed.items())
-    title = f"each recipe against recipes.single, {count(rows[0].ranks if rows else 0, 'rank')}\nallowed: {limits}"
+    against = " or ".join(dict.fromkeys(row.against for row in rows)) or "recipes.single"
+    title = f"each recipe against {against}, {count(rows[0].ranks if rows else 0, 'rank')}\nallowed: {limits}"
     columns = {
         "recipe": [escape("\n  ".join([row.recipe, *row.variant.split()])) for row in rows],
         "in": [row.precision for row in rows],
@@ -46,5 +47,6 @@ def verdict_notes(rows: list[VerifyRow]) -> list[str]:
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if ":" in row.verdict:
-            reasons.setdefault(row.verdict, []).append(f"{row.label} in {row.precision}")
+            first = f"; first at {row.first}" if row.fails and row.first else ""
+            reasons.setdefault(row.verdict + first, []).append(f"{row.label} in {row.precision}")
     return [f"{verdict}  ({', '.join(names)})" for verdict, names in reasons.items()]

@@ -1,10 +1,10 @@
-"""One row of recipes.verify's table: how far a recipe's training is from recipes.single's, and the verdict."""
+"""One row of recipes.verify's table: how far a recipe's training is from its reference's, and the verdict."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lockstep.verify.trace import Trace, angle, difference
+from lockstep.verify.trace import Tensors, Trace, angle, difference, tensor_differences
 
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}  # by precision
 COMPARED = ("loss", "gradients", "weights", "buffers", "evaluation")
@@ -12,9 +12,9 @@ COMPARED = ("loss", "gradients", "weights", "buffers", "evaluation")
 
 @dataclass
 class VerifyRow:
-    """One comparison; the five numbers are relative differences from `single`.
+    """One comparison; the five numbers are relative differences from the reference, None where it has nothing of them.
 
-    `variant` says which of a recipe's proofs it is, where there are several.
+    `variant` says which of a recipe's proofs it is, where there are several; `first` where the two first differ.
     """
 
     recipe: str
@@ -29,6 +29,8 @@ class VerifyRow:
     tolerance: float = 0.0
     verdict: str = "equal"
     variant: str = ""
+    against: str = "recipes.single"
+    first: str = ""
 
     def __post_init__(self) -> None:
         self.tolerance = self.tolerance or TOLERANCES[self.precision]
@@ -48,14 +50,56 @@ class VerifyRow:
         Args:
             differs: why these settings make another computation, where they do.
         """
-        self.loss = max(abs(a - b) / abs(b) for a, b in zip(mine.losses, theirs.losses, strict=True))
+        losses = [relative(a, b) for a, b in zip(mine.losses, theirs.losses, strict=True)]
+        self.loss = max(losses)
         distance = difference if self.precision == "fp64" else angle
-        self.gradients = distance(mine.gradients, theirs.gradients)
+        self.gradients = distance(mine.gradients, theirs.gradients) if theirs.gradients else None
         self.weights = distance(mine.weights, theirs.weights)
         self.buffers = distance(mine.buffers, theirs.buffers)
-        expected = theirs.result["eval_loss"]
-        self.evaluation = abs(mine.result["eval_loss"] - expected) / expected
+        expected = theirs.result.get("eval_loss")
+        if expected is not None:  # else there is nothing to evaluate on
+            self.evaluation = relative(mine.result["eval_loss"], expected)
+        figures = {name: figure for name in COMPARED if (figure := getattr(self, name)) is not None}
         # Written so that a number which is not one is off, too.
-        off = [name for name in COMPARED if not getattr(self, name) <= self.tolerance]
+        off = [name for name, figure in figures.items() if not figure <= self.tolerance]
+        if off:
+            self.first = parting_point(mine, theirs, losses, off, self)
         if differs or off:
             self.verdict = f"differs: {differs}" if differs else f"OFF: {', '.join(off)}"
+
+
+def relative(mine: float, theirs: float) -> float:
+    """|a − b| / |b|."""
+    return 0.0 if mine == theirs else abs(mine - theirs) / max(abs(theirs), 1e-30)
+
+
+def parting_point(mine: Trace, theirs: Trace, losses: list[float], off: list[str], row: VerifyRow) -> str:
+    """Where two trainings part, in words: the step, and the tensor that is furthest off.
+
+    Args:
+        losses: relative differences by step.
+        off: what is off at all, of COMPARED.
+    """
+    late = [step for step, value in enumerate(losses, start=1) if not value <= row.tolerance]
+    if late[:1] == [1]:
+        return f"step 1: the loss, {mine.losses[0]:.10g} and not {theirs.losses[0]:.10g}"
+    if "gradients" in off:
+        return f"step 1: {worst('the gradient of ', mine.gradients, theirs.gradients)}"
+    found = ""
+    if late:
+        step = late[0]
+        found = f"step {step}: the loss, {mine.losses[step - 1]:.10g} and not {theirs.losses[step - 1]:.10g}; then "
+    for name in ("weights", "buffers"):
+        if name in off:
+            return f"{found}after step {row.steps}: {worst('', getattr(mine, name), getattr(theirs, name))}"
+    return found.removesuffix("; then ") or f"the evaluation after step {row.steps}"
+
+
+def worst(what: str, mine: Tensors, theirs: Tensors) -> str:
+    """The tensor that is furthest off, and by how much; or one that only one side has."""
+    lonely = sorted(mine.keys() ^ theirs.keys())
+    if lonely:
+        return f"{what}{lonely[0]}, which only {'it' if lonely[0] in mine else 'its reference'} has"
+    found = tensor_differences(mine, theirs)
+    name = max(found, key=lambda each: found[each])
+    return f"{what}{name}, off by {found[name]:.0e}"

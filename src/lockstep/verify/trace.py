@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -91,13 +92,23 @@ def trace(
     if run.world.rank:
         return None
     whole = {name: tensor for part in reversed(parts) for name, tensor in part.items()}
+    return trace_left_by(out, whole.keys(), whole)
+
+
+def trace_left_by(out: Path, trained: Collection[str], gradients: Tensors) -> Trace:
+    """What a run has left in its folder.
+
+    Args:
+        trained: names of the parameters that have a gradient; the rest of the state are buffers.
+        gradients: those of its first update, which no file holds; empty where they are not known.
+    """
     state = torch.load(out / "model.pt", weights_only=True)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return Trace(
         losses=[line["loss"] for line in lines if "loss" in line],
-        gradients=whole,
-        weights={name: tensor for name, tensor in state.items() if name in whole},
-        buffers={name: tensor for name, tensor in state.items() if name not in whole},
+        gradients=gradients,
+        weights={name: tensor for name, tensor in state.items() if name in trained},
+        buffers={name: tensor for name, tensor in state.items() if name not in trained},
         result=json.loads((out / "result.json").read_text()),
     )
 
@@ -109,16 +120,20 @@ def difference(mine: Tensors, theirs: Tensors) -> float:
     """
     if mine.keys() != theirs.keys():
         return float("inf")
-    if not theirs:
-        return 0.0
+    return max(tensor_differences(mine, theirs).values(), default=0.0)
+
+
+def tensor_differences(mine: Tensors, theirs: Tensors) -> dict[str, float]:
+    """The relative difference of each tensor that both have, as `difference` takes it; infinite where their shapes differ."""
     whole = sum(tensor.double().norm().item() ** 2 for tensor in theirs.values()) ** 0.5
-    found = [
-        (
-            (mine[name].double() - tensor.double()).norm() / max(tensor.double().norm().item(), 1e-6 * whole, 1e-30)
-        ).item()
-        for name, tensor in theirs.items()
-    ]
-    return max(value if value == value else float("inf") for value in found)
+    found = {}
+    for name, tensor in theirs.items():
+        if name in mine and mine[name].shape == tensor.shape:
+            length = max(tensor.double().norm().item(), 1e-6 * whole, 1e-30)
+            found[name] = ((mine[name].double() - tensor.double()).norm() / length).item()
+        elif name in mine:
+            found[name] = float("inf")
+    return {name: value if value == value else float("inf") for name, value in found.items()}
 
 
 def angle(mine: Tensors, theirs: Tensors) -> float:
