@@ -39,7 +39,7 @@ from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, Sche
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
-from lockstep.data.batch import pieces
+from lockstep.data.batch import pieces, tree_tensors, with_tensors
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.parallel.partition import Part, check_cut, choose_cuts, join, split
 from lockstep.tasks.build import blocks_of_task, known_task, sketch
@@ -108,18 +108,24 @@ class Received(torch.autograd.Function):
 class Contiguous(nn.Module):
     """A part whose outputs, and whose inputs' gradients, lie in memory as sends want them.
 
-    With channels_last they would not, and gloo refuses: "input tensor has to be contiguous".
+    With channels_last they would not, and gloo refuses: "input tensor has to be contiguous". A schedule takes tensors
+    alone: the model's inputs and outputs, which may be any tree of them, go in and come out as their tensors in order.
     """
 
-    def __init__(self, part: Part, memory_format: torch.memory_format) -> None:
+    def __init__(self, part: Part, memory_format: torch.memory_format, takes: Any) -> None:
         super().__init__()
         self.part, self.memory_format = part, memory_format
+        self.takes, self.gives = takes, None  # what the model's inputs look like, and its outputs
 
     def forward(self, *inputs: Any) -> Any:
         taken = [Received.apply(x, self.memory_format) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs]
+        if self.takes is not None:
+            taken = [with_tensors(self.takes, taken)]
         outputs = self.part(*taken)
-        if isinstance(outputs, tuple):  # several tensors cross the cut; what only passes through is sent as a view
-            return tuple(x.view_as(x) if any(x is y for y in inputs) else x.contiguous() for x in outputs)
+        if not isinstance(outputs, Tensor | tuple):
+            self.gives, outputs = outputs, tuple(tree_tensors(outputs))
+        if isinstance(outputs, tuple):  # several tensors cross the cut; what only passes through is sent as a copy
+            return tuple(x.clone() if any(x is y for y in taken) else x.contiguous() for x in outputs)
         return outputs.contiguous()
 
 
@@ -140,7 +146,7 @@ def build_stages(
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     stages = []
     for number in range(rank, count, size):  # rank r holds stages r, r + size, …
-        part = Contiguous(parts[number], memory_format)
+        part = Contiguous(parts[number], memory_format, example if number == 0 else None)
         stages.append(TimedStage(part, number, count, run.device, group=stage_group))
         stages[-1].watch = Stopwatch(run.device)
     return stages, parts
@@ -236,8 +242,8 @@ def train(run: Run[PipelineConfig]) -> None:
 
     def scaled_loss(outputs: Any, number: Tensor) -> Tensor:
         """The schedule divides the sum of these losses' gradients by the number of micro-batches."""
-        micro = micros[int(number)]
-        loss = run.task.loss(outputs, micro.targets)
+        micro, form = micros[int(number)], stages[-1].submod.gives
+        loss = run.task.loss(outputs if form is None else with_tensors(form, outputs), micro.targets)
         if isinstance(micro.weight, Tensor):  # the task counts tokens, say, and these are not equally many
             loss = loss * (micro.weight * len(micros))
         return scaler.scale(loss)
@@ -245,7 +251,7 @@ def train(run: Run[PipelineConfig]) -> None:
     schedule = build_schedule(run, stages, scaled_loss)
     clock = Stopwatch(run.device)
     for batch in run.steps(model=mine, optimizer=optimizer, scheduler=scheduler, whole=whole):
-        inputs = (batch.inputs,) if first else ()
+        inputs = tuple(tree_tensors(batch.inputs)) if first else ()
         micros[:] = [micro_batch(batch, *bounds) for bounds in pieces(batch.count, run.config.micro_batches)]
         numbers = torch.arange(len(micros))  # the schedule cuts tensors alone, and targets may be anything
         losses: list[Tensor] = []

@@ -6,7 +6,7 @@ torch.utils._pytree would walk dicts, lists and tuples; dataclasses it knows onl
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,12 @@ def tree_tensors(tree: Any) -> Iterator[Tensor]:
     found: list[Tensor] = []
     map_tensors(found.append, tree)
     yield from found
+
+
+def with_tensors(tree: Any, tensors: Iterable[Tensor]) -> Any:
+    """A tree of the same form with these tensors in it, in the order of `tree_tensors`."""
+    following = iter(tensors)
+    return map_tensors(lambda _: next(following), tree)
 
 
 def first_tensor(tree: Any, what: str) -> Tensor:

@@ -118,11 +118,14 @@ def _erase(graph: fx.Graph, node: fx.Node) -> None:
 
 
 def _take_out_inputs(graph: fx.Graph) -> None:
-    """Move what is looked up in an input to the beginning: it is a tensor that may be sent on, a dict is none."""
+    """Move what is looked up in an input to the beginning: it is a tensor that may be sent on; a dict, or an object
+    with tensors as attributes, is none."""
     inputs = {node for node in graph.nodes if node.op == "placeholder"}
     place = list(inputs and [node for node in graph.nodes if node.op == "placeholder"])[-1:]
     for node in list(graph.nodes):
-        if node.target is operator.getitem and node.args[0] in inputs and isinstance(node.args[1], str | int):
+        item = node.target is operator.getitem and isinstance(node.args[1], str | int)
+        attribute = node.target is getattr and node.args[1] not in PLAIN_ATTRIBUTES
+        if (item or attribute) and node.args[0] in inputs:
             place[-1].append(node)
             place.append(node)
             inputs.add(node)
