@@ -6,9 +6,9 @@ has the same cores in all of them, as a rank on a GPU has the same GPU. Of recip
 takes the number for its replicas, single and model_parallel run once. What a recipe cannot do is left out, with a line
 that says why.
 
-Reported are images/s with the spread of the rounds, speedup and efficiency against `single` (the global batch stays
+Reported are samples/s with the spread of the rounds, speedup and efficiency against `single` (the global batch stays
 the same: strong scaling), communication and the share of a step in which nothing hides it, idle parts, waiting for
-data, memory by rank and its imbalance (the largest over the mean), busy cores, the accuracy reached, the way to
+data, memory by rank and its imbalance (the largest over the mean), busy cores, the accuracy (or what the task measures) reached, the way to
 the first step. Of DataParallel's threads it tells how many computed at a time: where that is far below their number,
 they waited for each other in one interpreter.
 
@@ -32,7 +32,7 @@ from typing import Any
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.compare import plots
-from lockstep.compare.cases import plan_cases
+from lockstep.compare.cases import case_name, plan_cases
 from lockstep.compare.config import CompareConfig
 from lockstep.compare.figures import comparison_rows
 from lockstep.compare.html_report import html_report
@@ -42,8 +42,10 @@ from lockstep.compare.tables import comparison_tables
 from lockstep.compare.verdicts import verdicts
 from lockstep.config import run_directory
 from lockstep.config.schema import to_yaml
+from lockstep.config.tasks import IMAGES, metric_of, unit_of
 from lockstep.errors import CheckFailed
-from lockstep.registry import choose, get_recipe
+from lockstep.loggers.console import described
+from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils import files
 from lockstep.utils.system import system_info
 from lockstep.utils.text import count, short
@@ -85,13 +87,16 @@ def train(run: Run[CompareConfig]) -> None:
     verified: list[dict[str, Any]] = []
     problem = ""
     if config.verify:
-        proven = [each.name for each in recipes if each.proofs and each.name in compared]
+        proven = [
+            case_name(each) for each in recipes if (each.proofs or is_file(each.target)) and each.name in compared
+        ]
         verified, problem = run_verify(run, train, proven, max(case.number for case in cases))
-    work = f"{config.model.name} on {config.data.name}"
+    trained = described(run.task, run.config)
+    work = f"{config.model.name} on {config.data.name}" if config.task.name == IMAGES else " on ".join(trained)
     report = ComparisonReport(
         title=f"{work}: {count(len(compared), 'recipe')}",
-        about=describe_work(run.config, run.device.type),
-        rows=comparison_rows(results),
+        about=describe_work(run.config, run.device.type, trained),
+        rows=comparison_rows(results, metric_of(config), unit_of(config)),
         environment=system_info(run.world.hosts, str(run.device), run.world.backend),
         config=to_yaml(replace(config, out=None)),
         command=repeat_command(config, train),

@@ -41,6 +41,7 @@ from pathlib import Path
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.schema import Config, check_values, convert, from_yaml, with_values
+from lockstep.config.tasks import IMAGES
 from lockstep.diagnose.config import DoctorConfig
 from lockstep.diagnose.findings import Finding
 from lockstep.diagnose.memory_account import account_memory
@@ -48,10 +49,11 @@ from lockstep.diagnose.postmortem import explain_run
 from lockstep.diagnose.preflight import run_preflight
 from lockstep.launch.batch_size import cut_short
 from lockstep.launch.validate import validate
-from lockstep.registry import choose, get_recipe
+from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, short
-from lockstep.verify.proofs import ProofCase, verify_case
+from lockstep.verify.proofs import ProofCase, proofs_of, verify_case
+from lockstep.verify.reference import SINGLE, reference_of
 
 MEASURED_STEPS = 3
 PROVEN_STEPS = 5
@@ -79,17 +81,29 @@ def prove(run: Run[DoctorConfig]) -> Finding:
         CheckFailed: a training failed.
     """
     each = target_recipe(run.config)
-    if not each.proofs:
-        return Finding("verify", "ok", f"recipes.{each.name} declares no proof: nothing to compare")
-    proof = each.proofs[0]
+    own = is_file(each.target)
+    if not each.proofs and not (own and reference_of(each, None) == SINGLE):
+        what = (
+            f"{each.name}.py neither declares a proof nor trains run.task"
+            if own
+            else f"recipes.{each.name} declares no proof"
+        )
+        return Finding("verify", "ok", f"{what}: nothing to compare")
+    proof = proofs_of(each, run.config)[0]
+    differs = proof.because if run.config.task.name != IMAGES else ""
     precision = "fp64" if "fp64" in proof.precisions else proof.precisions[0]
-    case = ProofCase(each, proof, precision, proof.settings | {"max_steps": PROVEN_STEPS})
+    case = ProofCase(each, proof, precision, proof.settings | {"max_steps": PROVEN_STEPS}, differs)
     row = verify_case(run, case, get_recipe("single"), {})
     figure = f"{count(PROVEN_STEPS, 'step')} of {each.name} in {precision}: {row.verdict}"
     if row.weights is not None:  # rank 0 alone has the numbers
         figure += f", weights within {row.weights:.0e} of one process's"
     if row.fails:
-        return Finding("verify", "fails", figure, f"python -m recipes.verify recipes=[{each.name}]")
+        return Finding(
+            "verify",
+            "fails",
+            figure,
+            f"python -m recipes.verify recipes=[{short(Path(each.target)) if own else each.name}]",
+        )
     return Finding("verify", "ok", figure)
 
 

@@ -34,12 +34,12 @@ import signal
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config import run_directory
 from lockstep.config.keys import AUTO
-from lockstep.data.image_files import check_data
 from lockstep.distributed.devices import check_nproc, resolve_device
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
 from lockstep.integrations.ray import check_ray_address, ray_session
-from lockstep.registry import choose, get_recipe
+from lockstep.launch.validate import count_samples
+from lockstep.registry import check_name, get_recipe
 from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import SearchSpace
 from lockstep.tune.standings import Standings, read_trials, standings_tables, write_search_results
@@ -54,10 +54,8 @@ def tuned_recipe(config: TuneConfig) -> Recipe:
         raise UserError(
             "global_batch_size=auto: is found for one training; set a number, or draw it with tune.space.global_batch_size"
         )
-    name, every = config.tune.recipe, choose(None)
-    if name not in every:
-        raise UserError(f"tune.recipe={name}: no such recipe; allowed are {', '.join(every)}")
-    return get_recipe(name)
+    check_name(config.tune.recipe, f"tune.recipe={config.tune.recipe}")
+    return get_recipe(config.tune.recipe)
 
 
 def check(config: TuneConfig, share: int) -> None:
@@ -85,7 +83,7 @@ def check(config: TuneConfig, share: int) -> None:
     if tune.address is None:
         check_nproc(plan.ranks, device, backend)
     base = compose_another(each, trial_words(config, train, each, plan))
-    counted = None if any(key.startswith("data.") for key in space.texts) else check_data(base.data)
+    counted = None if any(key.startswith(("data.", "task.")) for key in space.texts) else count_samples(base)
     check_draws(space, base, each, plan.ranks, counted)
 
 

@@ -39,7 +39,7 @@ MIB = 2**20
 def made_up(speed: float, ranks: int = 1, **more: Any) -> dict[str, Any]:
     """What a run of batches of 96 reports."""
     found: dict[str, Any] = {
-        "images_per_second": speed,
+        "samples_per_second": speed,
         "step_seconds_p50": 96 / speed,
         "step_seconds_p95": 100 / speed,
         "peak_memory_bytes_by_rank": [700 * MIB] * ranks,
@@ -85,7 +85,7 @@ def made() -> list[ComparisonRow]:
 def test_speedups_are_taken_within_a_round() -> None:
     """Over all rounds the medians would say 180 / 100; the second round was slow for both."""
     single, ddp = made()[:2]
-    assert (ddp.images_per_second, ddp.slowest, ddp.fastest) == (180, 100, 200)
+    assert (ddp.samples_per_second, ddp.slowest, ddp.fastest) == (180, 100, 200)
     assert (single.against, single.speedup, single.efficiency) == (None, None, None)
     assert ddp.against == "single"
     assert (ddp.speedup_from, ddp.speedup, ddp.speedup_to) == (1.8, 200 / 110, 2.0)
@@ -331,7 +331,7 @@ def test_compare_reports_what_each_run_reported(tmp_path: Path) -> None:
         run = result(tmp_path / "run" / row["folders"][0])
         assert run["steps"] == 3, "the runs got this config"
         assert row["exposed_share"] == 0, "one process was profiled, and does not communicate"
-        assert row["slowest"] == row["fastest"] == run["images_per_second"]
+        assert row["slowest"] == row["fastest"] == run["samples_per_second"]
         assert row["start_seconds"] > run["setup_seconds"] > 0
         assert row["state_bytes"] == [12 * run["parameters"]], "weights, gradients and momentum in fp32"
     assert 0 < found[0]["threads_busy"] <= 2.5

@@ -14,6 +14,7 @@ from lockstep.distributed.devices import check_nproc, default_nproc, resolve_dev
 from lockstep.errors import UserError
 from lockstep.launch.validate import check_package, count_samples, validate
 from lockstep.recipe import Recipe
+from lockstep.registry import is_file
 from lockstep.training.timing import warm_up
 from lockstep.utils.text import count
 
@@ -30,6 +31,7 @@ class Case:
         number: of `unit`: ranks, or what one process has instead of them: replicas.
         devices: GPUs, or CPU cores, that it may use.
         words: what its command is told beside its folder.
+        target: the recipe's module, or the path of its file.
         profile: steps that torch.profiler records, in all rounds but the first of several: it takes memory.
     """
 
@@ -39,6 +41,7 @@ class Case:
     words: tuple[str, ...] = ()
     unit: str = "rank"
     profile: int = 0
+    target: str = ""
 
     @property
     def name(self) -> str:
@@ -80,7 +83,7 @@ def plan_cases(config: CompareConfig, tool: Recipe, recipes: Iterable[Recipe]) -
             elif each.name == "model_parallel":
                 devices = len(getattr(config, "devices", None) or "ab")
             words = (*common, *(typed(*pair) for pair in own.items()))
-            case = Case(each.name, number, devices, words, "replica" if replicates else "rank", profile)
+            case = Case(each.name, number, devices, words, "replica" if replicates else "rank", profile, each.target)
             try:  # all that its own command would be held to
                 check_package(each)
                 if each.backbone:
@@ -92,6 +95,11 @@ def plan_cases(config: CompareConfig, tool: Recipe, recipes: Iterable[Recipe]) -
             except UserError as error:
                 left_out.append(f"{case.label}: {error}")
     return cases, left_out
+
+
+def case_name(recipe: Recipe) -> str:
+    """What the key `recipes` calls a recipe."""
+    return recipe.target if is_file(recipe.target) else recipe.name
 
 
 def common_words(config: CompareConfig, tool: Recipe, recipe: Recipe) -> list[str]:

@@ -4,7 +4,7 @@ A row is a recipe on a number of ranks, over all its rounds: each figure is the 
 round by round, between runs that met the same machine at about the same time, and then their median.
 
 **Scaling is strong scaling**: the global batch, and so the work of a step, is the same for every number of ranks. A row
-is set against one row: `single` where it is there, else the same recipe on its fewest ranks. `speedup` is images/s over
+is set against one row: `single` where it is there, else the same recipe on its fewest ranks. `speedup` is samples/s over
 that row's. `efficiency` is the speedup over how many times as many devices it has: GPUs; on a machine without, the
 cores that its ranks may use. 1 is ideal.
 
@@ -34,7 +34,7 @@ class ComparisonRow:
     ranks: int
     devices: int
     rounds: int
-    images_per_second: float
+    samples_per_second: float
     slowest: float
     fastest: float
     step_seconds: float
@@ -56,20 +56,32 @@ class ComparisonRow:
     cores_busy: float | None = None  # over all ranks
     main_threads_busy: float | None = None
     threads_busy: float | None = None
-    accuracy: float | None = None
+    unit: str = "images"  # what a sample is called, in the plural
+    metric: str = "accuracy"  # what `reached` is
+    reached: float | None = None  # on the evaluation set, at the end
     start_seconds: float | None = None
     folders: list[str] = field(default_factory=list)
 
 
-def comparison_rows(found: dict[Case, list[Result]]) -> list[ComparisonRow]:
-    """A row for each case that has a run; `found` has the results by round."""
-    return [comparison_row(case, found) for case, results in found.items() if results]
+def comparison_rows(
+    found: dict[Case, list[Result]], metric: str = "eval_accuracy", unit: str = "images"
+) -> list[ComparisonRow]:
+    """A row for each case that has a run.
+
+    Args:
+        found: the results by round.
+        metric: what is best for the task; where that is its loss, and it has a metric, the first of these is shown.
+        unit: what a sample is called, in the plural.
+    """
+    return [comparison_row(case, found, metric, unit) for case, results in found.items() if results]
 
 
-def comparison_row(case: Case, found: dict[Case, list[Result]]) -> ComparisonRow:
+def comparison_row(case: Case, found: dict[Case, list[Result]], metric: str, unit: str) -> ComparisonRow:
     """One case's figures, and what they are against its baseline's."""
+    if metric == "eval_loss":
+        metric = next((name for name in found[case][0] if name.startswith("eval_") and name != metric), metric)
     results = found[case]
-    speeds = [result["images_per_second"] for result in results]
+    speeds = [result["samples_per_second"] for result in results]
     step = statistics.median(result["step_seconds_p50"] for result in results)
     plain = [result for result in results if not result.get("profiled_steps")] or results
     memory = across(plain, "peak_by_device") or across(plain, "peak_memory_bytes_by_rank")
@@ -84,7 +96,7 @@ def comparison_row(case: Case, found: dict[Case, list[Result]]) -> ComparisonRow
         ranks=case.number,
         devices=case.devices,
         rounds=len(results),
-        images_per_second=statistics.median(speeds),
+        samples_per_second=statistics.median(speeds),
         slowest=min(speeds),
         fastest=max(speeds),
         step_seconds=step,
@@ -101,14 +113,16 @@ def comparison_row(case: Case, found: dict[Case, list[Result]]) -> ComparisonRow
         cores_busy=sum(busy) if busy else None,
         main_threads_busy=mean(across(results, "main_thread_busy_by_rank")),
         threads_busy=median(threads),
-        accuracy=median([result.get("eval_accuracy") for result in results]),
+        unit=unit,
+        metric=metric.removeprefix("eval_"),
+        reached=median([result.get(metric) for result in results]),
         start_seconds=median([result.get("start_seconds") for result in results]),
         folders=[result["folder"] for result in results if "folder" in result],
     )
     base = baseline(case, found)
     if base is not None:
         # Round by round: both may have been slow in one of them.
-        theirs = [result["images_per_second"] for result in found[base]]
+        theirs = [result["samples_per_second"] for result in found[base]]
         ratios = [mine / other for mine, other in zip(speeds, theirs, strict=False)]
         made.against = base.label
         made.speedup, made.speedup_from, made.speedup_to = statistics.median(ratios), min(ratios), max(ratios)

@@ -16,7 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from lockstep.compare.figures import ComparisonRow
 from lockstep.compare.plots import DARK, LIGHT, Plot
 from lockstep.compare.report import ComparisonReport
-from lockstep.compare.tables import COLUMN_GROUPS, MEANINGS, percent, text_columns, verify_columns
+from lockstep.compare.tables import COLUMN_GROUPS, MEANINGS, heading, percent, text_columns, verify_columns
 from lockstep.compare.verdicts import verdicts
 from lockstep.utils.text import count, mebibytes
 
@@ -39,7 +39,7 @@ def html_report(report: ComparisonReport, plots: list[Plot]) -> str:
         light=LIGHT,
         dark=DARK,
         tables={heading: columns for heading, columns in tables.items() if columns},
-        meanings={name: meaning for name, meaning in MEANINGS.items() if name in shown},
+        meanings={known: said for name, said in MEANINGS.items() if (known := heading(name, report.rows)) in shown},
         verify_columns=verify_columns(report.verified),
         verify_caption=f"Relative differences from recipes.single: {count(off, 'row') if off else 'no row is'} off.",
         measured=method(report.rows),
@@ -51,8 +51,8 @@ def key_figures(rows: list[ComparisonRow]) -> list[tuple[str, str, str]]:
     """The few numbers that everyone asks for first: (what it is, number, whose)."""
     if not rows:
         return []
-    best = max(rows, key=lambda row: row.images_per_second)
-    found = [("Fastest", f"{best.images_per_second:,.0f} images/s", best.label)]
+    best = max(rows, key=lambda row: row.samples_per_second)
+    found = [("Fastest", f"{best.samples_per_second:,.0f} {best.unit}/s", best.label)]
     if against := [row for row in rows if row.speedup is not None]:
         top = max(against, key=lambda row: row.speedup or 0)
         found.append(("Best speedup", f"{top.speedup:.2f} ×", f"{top.label}, against {top.against}"))
@@ -77,7 +77,7 @@ def method(rows: list[ComparisonRow]) -> list[str]:
         if bases
         else "There is no row that the others could be set against: add single, or another nproc.",
         "Strong scaling: the global batch is the same whatever the number of ranks, so an efficiency of 100 % means that "
-        "twice the devices train twice the images per second.",
+        "twice the devices train twice as fast.",
         "Speeds are global batch over the median step, without the warm-up; evaluations and checkpoints are no part of "
         "them. Communication is taken from a profile of a few steps of each run.",
         "A step taken apart: waiting for data, parts of a cut model that wait for each other (idle), exposed "

@@ -22,7 +22,16 @@ from lockstep.registry import get_recipe
 from lockstep.run import Run
 from lockstep.utils.files import write_json
 
-VERIFY_KEYS = {"model", "data", "precision", "seed", "device", "backend", "start"}  # what recipes.verify is told, too
+VERIFY_KEYS = {
+    "task",
+    "model",
+    "data",
+    "precision",
+    "seed",
+    "device",
+    "backend",
+    "start",
+}  # what recipes.verify is told, too
 
 
 def run_to_end(run: Run[CompareConfig], target: str, words: list[str], out: Path) -> float:
@@ -54,7 +63,7 @@ def measure_case(run: Run[CompareConfig], case: Case, number: int, out: Path) ->
     """The result.json of a case's run in round `number` and, as `start_seconds`, its way to step 1."""
     profiled = case.profile and (number > 1 or run.config.rounds == 1)
     words = [*case.words, *([f"profile={case.profile}"] if profiled else [])]
-    seconds = run_to_end(run, f"lockstep.recipes.{case.recipe}", words, out)
+    seconds = run_to_end(run, case.target, words, out)
     result = json.loads((out / "result.json").read_text())
     return dict(result, start_seconds=seconds - result["wall_seconds"] + result["setup_seconds"])
 

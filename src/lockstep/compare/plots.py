@@ -122,8 +122,8 @@ def make_plots(rows: list[ComparisonRow]) -> list[Plot]:
     plots = [
         Plot(
             "throughput",
-            "Throughput: images per second",
-            "Bars. " + "; ".join(f"{row.label}: {row.images_per_second:,.0f} images/s" for row in rows),
+            f"Throughput: {rows[0].unit} per second",
+            "Bars. " + "; ".join(f"{row.label}: {row.samples_per_second:,.0f} {row.unit}/s" for row in rows),
             lambda axes, theme: draw_throughput(axes, rows, theme),
             height,
         )
@@ -211,11 +211,11 @@ def label_rows(axes: Any, rows: list[ComparisonRow], places: list[float]) -> Non
 def draw_throughput(axes: Any, rows: list[ComparisonRow], theme: Theme) -> None:
     """Bars from 0; a whisker from the slowest round to the fastest."""
     places = list(map(float, range(len(rows))))
-    speeds = [row.images_per_second for row in rows]
+    speeds = [row.samples_per_second for row in rows]
     whiskers = None
     if any(row.rounds > 1 for row in rows):
-        whiskers = [[row.images_per_second - row.slowest for row in rows]]
-        whiskers += [[row.fastest - row.images_per_second for row in rows]]
+        whiskers = [[row.samples_per_second - row.slowest for row in rows]]
+        whiskers += [[row.fastest - row.samples_per_second for row in rows]]
     look = {"ecolor": theme.ink, "elinewidth": 1.3, "capsize": 3.5}
     bars = axes.barh(places, speeds, height=0.62, color=theme.parts["compute"], xerr=whiskers, error_kw=look)
     speedups = ["" if row.speedup is None else f"   {row.speedup:.2f} ×" for row in rows]

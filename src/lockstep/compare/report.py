@@ -58,15 +58,19 @@ def repeat_command(config: CompareConfig, tool: Recipe) -> str:
     return as_installed(f"{interpreter()} -m recipes.compare {shlex.join(words)}".strip())
 
 
-def describe_work(config: CompareConfig, device: str) -> dict[str, str]:
-    """What was trained, by name."""
+def describe_work(config: CompareConfig, device: str, trained: tuple[str, str]) -> dict[str, str]:
+    """What was trained, by name.
+
+    Args:
+        trained: (the model, the data) in words.
+    """
     return {
-        "": f"{config.model.name} on {config.data.name}",
-        "of": f"{config.model.image_size} × {config.model.image_size} pixels",
+        "": trained[0],
+        "on": trained[1],
         "global batch": str(config.global_batch_size),
         "optimizer": config.optim.name,
         "precision": config.precision,
         "at most": count(config.max_steps, "step") if config.max_steps else count(config.epochs, "epoch"),
         "in": count(config.rounds, "round"),
-        "on": device,
+        "device": device,
     }

@@ -33,6 +33,11 @@ def per_rank(values: list[float], worded: Callable[[float], str]) -> str:
     )
 
 
+def score(row: ComparisonRow, digits: int) -> str:
+    """What a row's recipe has reached, in the task's metric."""
+    return percent(row.reached, digits) if "accuracy" in row.metric else figure(row.reached, ".4g")
+
+
 def figure(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
@@ -55,8 +60,8 @@ NAMES = {
 }
 SPEED = {
     "devices": Column(lambda row: str(row.devices), "GPUs; where there is none, the CPU cores that it may use"),
-    "images/s": Column(
-        lambda row: f"{row.images_per_second:,.0f}",
+    "samples/s": Column(
+        lambda row: f"{row.samples_per_second:,.0f}",
         "global batch over the median step, warm-up left out; the median of the rounds",
     ),
     "from, to": Column(
@@ -65,7 +70,7 @@ SPEED = {
     ),
     "speedup": Column(
         lambda row: figure(row.speedup, ".2f"),
-        "images/s over those of the row that is the baseline, round by round, the median",
+        "samples/s over those of the row that is the baseline, round by round, the median",
     ),
     "efficiency": Column(
         lambda row: percent(row.efficiency),
@@ -75,7 +80,7 @@ SPEED = {
     "step ms": Column(lambda row: milliseconds(row.step_seconds), "the median step"),
     "p95 ms": Column(lambda row: milliseconds(row.step_seconds_p95), "95 % of the steps are within it"),
     "start s": Column(lambda row: figure(row.start_seconds, ".1f"), "from the command to its first step"),
-    "accuracy": Column(lambda row: percent(row.accuracy, 1), "on the evaluation set, at the end of the run"),
+    "reached": Column(lambda row: score(row, 1), "on the evaluation set, at the end of the run"),
 }
 STEP_TIME = {
     "compute ms": Column(
@@ -132,9 +137,15 @@ MEANINGS = {
 
 def text_columns(columns: dict[str, Column], rows: list[ComparisonRow]) -> dict[str, list[str]]:
     """The columns that say something, each with a cell a row, behind the rows' names; nothing where none does."""
-    texts = {name: [column.cell(row) for row in rows] for name, column in (NAMES | columns).items()}
+    texts = {heading(name, rows): [column.cell(row) for row in rows] for name, column in (NAMES | columns).items()}
     some = {name: cells for name, cells in texts.items() if any(cells)}
     return some if some.keys() - NAMES.keys() else {}
+
+
+def heading(name: str, rows: list[ComparisonRow]) -> str:
+    """A column's name in the words of the task that is trained."""
+    task = {"samples/s": f"{rows[0].unit}/s", "reached": rows[0].metric.replace("_", " ")} if rows else {}
+    return task.get(name, name)
 
 
 def comparison_tables(title: str, rows: list[ComparisonRow]) -> list[Table]:

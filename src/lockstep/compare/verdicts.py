@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lockstep.compare.figures import ComparisonRow
-from lockstep.compare.tables import percent, shares
+from lockstep.compare.tables import percent, score, shares
 from lockstep.utils.text import count, mebibytes
 
 NOTABLE_SHARE = 0.05  # of a step
@@ -13,12 +13,16 @@ def verdicts(rows: list[ComparisonRow]) -> list[str]:
     """The figures as sentences, the most important first."""
     if not rows:
         return ["No run came to its end."]
-    best = max(rows, key=lambda row: row.images_per_second)
-    said = [f"{best.label} is the fastest: {best.images_per_second:,.0f} images/s{spread(best)}."] if rows[1:] else []
+    best = max(rows, key=lambda row: row.samples_per_second)
+    said = (
+        [f"{best.label} is the fastest: {best.samples_per_second:,.0f} {best.unit}/s{spread(best)}."]
+        if rows[1:]
+        else []
+    )
     largest = {row.recipe: max(other.ranks for other in rows if other.recipe == row.recipe) for row in rows}
     # One rank of what several can do is in the table.
     said += [sentence(row) for row in rows if row.ranks > 1 or largest[row.recipe] == 1]
-    return list(filter(None, [*said, data_sentence(rows), memory_sentence(rows), accuracy_sentence(rows)]))
+    return list(filter(None, [*said, data_sentence(rows), memory_sentence(rows), score_sentence(rows)]))
 
 
 def spread(row: ComparisonRow) -> str:
@@ -28,7 +32,7 @@ def spread(row: ComparisonRow) -> str:
 def sentence(row: ComparisonRow) -> str:
     """One row: how fast against its baseline, and where its time goes."""
     if row.speedup is None or row.efficiency is None:
-        clauses = [f"{row.label} trains {row.images_per_second:,.0f} images/s{spread(row)}"]
+        clauses = [f"{row.label} trains {row.samples_per_second:,.0f} {row.unit}/s{spread(row)}"]
     else:
         clauses = [f"{row.label} is {row.speedup:.2f} × {row.against}"]
         if row.rounds > 1:
@@ -79,16 +83,13 @@ def memory_sentence(rows: list[ComparisonRow]) -> str:
     return f"{words}."
 
 
-def accuracy_sentence(rows: list[ComparisonRow]) -> str:
+def score_sentence(rows: list[ComparisonRow]) -> str:
     """How far apart what they learnt is."""
-    known = [row for row in rows if row.accuracy is not None]
+    known = sorted((row for row in rows if row.reached is not None), key=lambda row: row.reached or 0.0)
     if len(known) < 2:
         return ""
-    by_accuracy = sorted(known, key=lambda row: row.accuracy or 0.0)
-    low, high = by_accuracy[0], by_accuracy[-1]
-    if low.accuracy == high.accuracy:
-        return f"All of them reach an accuracy of {percent(low.accuracy or 0, 2)}."
-    return (
-        f"Accuracies go from {percent(low.accuracy or 0, 2)} ({low.label}) to {percent(high.accuracy or 0, 2)} "
-        f"({high.label})."
-    )
+    low, high, name = known[0], known[-1], known[0].metric.replace("_", " ")
+    if low.reached == high.reached:
+        return f"All of them reach {'an' if name[0] in 'aeiou' else 'a'} {name} of {score(low, 2)}."
+    words = "Accuracies go" if name == "accuracy" else f"Their {name} goes"
+    return f"{words} from {score(low, 2)} ({low.label}) to {score(high, 2)} ({high.label})."

@@ -11,6 +11,7 @@ import shlex
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -20,7 +21,8 @@ from rich.table import Table
 
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config
-from lockstep.config.tasks import is_larger_better, metric_of
+from lockstep.config.tasks import IMAGES, is_larger_better, metric_of, short_name
+from lockstep.registry import is_file
 from lockstep.run import Run
 from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import flat_keys
@@ -68,8 +70,15 @@ def standings_tables(run: Run[TuneConfig], rows: list[dict[str, Any]]) -> list[T
     columns["steps"] = [str(row["steps"]) for row in rows]
     for name in metrics:
         columns[name] = [f"{row[name]:.4f}" if name in row else "" for row in rows]
-    title = f"recipes.{run.config.tune.recipe}, {count(run.config.tune.trials, 'trial')} by {metric_of(run.config)}"
+    title = f"{tuned_name(run.config)}, {count(run.config.tune.trials, 'trial')} by {metric_of(run.config)}"
     return terminal_tables(title, columns, text=("state",), repeated=2)
+
+
+def tuned_name(config: TuneConfig) -> str:
+    """The recipe that is tuned in words, and its task where that is not images."""
+    name = config.tune.recipe
+    said = Path(name).name if is_file(name) else f"recipes.{name}"
+    return said if config.task.name == IMAGES else f"{said} of {short_name(config.task.name)}"
 
 
 class Standings(threading.Thread):
@@ -122,7 +131,9 @@ def retrain_command(run: Run[TuneConfig], row: dict[str, Any]) -> str:
     """The command that trains a trial's model again, to the last bit."""
     stop = [f"max_steps={row['steps']}"] if row["state"] != "finished" else []
     kept = [word for word in row["words"] if not (stop and word.startswith("max_steps="))]
-    return as_installed(f"{interpreter()} -m recipes.{run.config.tune.recipe} {shlex.join([*kept, *stop])}")
+    name = run.config.tune.recipe
+    program = shlex.quote(name) if is_file(name) else f"-m recipes.{name}"
+    return as_installed(f"{interpreter()} {program} {shlex.join([*kept, *stop])}")
 
 
 def write_search_results(run: Run[TuneConfig], rows: list[dict[str, Any]], status: str) -> dict[str, Any]:
