@@ -11,7 +11,6 @@ from typing import Any, Generic
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.callbacks.build import build_callbacks
@@ -30,6 +29,7 @@ from lockstep.memory.tracker import held_bytes
 from lockstep.memory.usage import process_bytes
 from lockstep.tasks.build import blocks_of_task, build_task
 from lockstep.training.auto import choose_for_hardware
+from lockstep.training.optim import Schedule, joined
 from lockstep.training.precision import DTYPES, Scaler, autocast
 
 
@@ -185,8 +185,8 @@ class Run(Generic[ConfigT]):
         self,
         *,
         model: nn.Module,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None = None,
+        optimizer: Optimizer | Sequence[Optimizer],
+        scheduler: Schedule = None,
         whole: Callable[[], nn.Module] | None = None,
         keep: Mapping[str, Stateful] | None = None,
         engine: Engine | None = None,
@@ -203,10 +203,10 @@ class Run(Generic[ConfigT]):
 
         Args:
             model: what is trained, wrapped or not.
-            optimizer: what updates it.
-            scheduler: what sets the optimizer's learning rate, of any of torch's classes, where it is not constant; the
-                recipe calls its step(). Its state is part of the checkpoints, but that of `build_scheduler`'s, which
-                goes to the step at which the run resumes.
+            optimizer: what updates it, or several, each of which updates tensors of its own.
+            scheduler: what sets an optimizer's learning rate, of any of torch's classes, where it is not constant, or
+                several; the recipe calls step(). Their state is part of the checkpoints, but that of
+                `build_scheduler`'s, which goes to the step at which the run resumes.
             whole: called on all ranks together, returns the complete model on each, for evaluation and export; needed
                 where a rank holds only some of its layers. A model sharded by fully_shard is evaluated as it is.
             keep: further objects that checkpoints are to hold, by name, such as an average of the weights.
@@ -220,8 +220,9 @@ class Run(Generic[ConfigT]):
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
         loop = self.loop
-        loop.restore(model, optimizer, scheduler=scheduler, whole=whole, keep=keep, engine=engine)
-        loop.begin(optimizer, model)
+        joint = joined(optimizer)
+        loop.restore(model, joint, scheduler=scheduler, whole=whole, keep=keep, engine=engine)
+        loop.begin(joint, model)
         batches = self.batches(self.step, self.total_steps)
         model.train()
         while loop.before_step():

@@ -22,7 +22,6 @@ from dataclasses import asdict
 
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from lockstep.callbacks.base import CallbackContext, CallbackList, LogRecord
 from lockstep.checkpoint.manager import CheckpointManager, export
@@ -46,7 +45,7 @@ from lockstep.task import option
 from lockstep.training.ddp_buckets import restore_bucket_order
 from lockstep.training.evaluate import Evaluation, Evaluator
 from lockstep.training.local_gradients import LocalGradients
-from lockstep.training.optim import SchedulerState, WarmupLR
+from lockstep.training.optim import JointOptimizer, Schedule, go_to_step, scheduler_states
 from lockstep.training.precision import autocast
 from lockstep.training.random_state import seed_generators
 from lockstep.training.timing import Stopwatch
@@ -100,7 +99,7 @@ class TrainingLoop:
         model: nn.Module,
         optimizer: Optimizer | None = None,
         *,
-        scheduler: LRScheduler | None = None,
+        scheduler: Schedule = None,
         whole: Callable[[], nn.Module] | None = None,
         keep: Mapping[str, Stateful] | None = None,
         engine: Engine | None = None,
@@ -122,12 +121,10 @@ class TrainingLoop:
             own["scaler"] = context.scaler
         if self._source.stream:
             own["stream"] = self._source.stream
-        if optimizer and scheduler and not isinstance(scheduler, WarmupLR):
-            own["scheduler"] = SchedulerState(scheduler, optimizer)
         self._state = TrainingState(
             self.module,
             optimizer,
-            own | dict(keep or {}),
+            own | scheduler_states(scheduler) | dict(keep or {}),
             rank=context.rank,
             device=context.device,
             owns_buffers=self._dims.owns_buffers,
@@ -136,8 +133,7 @@ class TrainingLoop:
         if not context.quiet:  # a tool's run is never resumed
             self._heartbeat.enter("resuming")
             self._resume(model)
-        if isinstance(scheduler, WarmupLR):
-            scheduler.set_step(context.step)
+        go_to_step(scheduler, context.step)
 
     def _resume(self, model: nn.Module) -> None:
         context = self.context
@@ -261,6 +257,8 @@ class TrainingLoop:
             CheckFailed: a callback has found something wrong.
         """
         context = self.context
+        if isinstance(self._optimizer, JointOptimizer):
+            self._optimizer.end_step()
         if not self.callbacks.distorts_time:
             self.timer.stop()
         context.step += 1

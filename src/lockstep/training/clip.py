@@ -14,7 +14,7 @@ Source: https://arxiv.org/abs/1211.5063 (clipping by the norm)
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -39,7 +39,7 @@ def clips(config: GradientsConfig) -> bool:
 @torch.no_grad()
 def clip_gradients(
     model: nn.Module,
-    optimizer: Optimizer,
+    optimizer: Optimizer | Sequence[Optimizer],
     scaler: Scaler | None,
     config: GradientsConfig,
     stages: dist.ProcessGroup | None = None,
@@ -51,6 +51,7 @@ def clip_gradients(
 
     Args:
         model: what is trained, wrapped or not. Its parameters may be sharded.
+        optimizer: what is to make the update; or several, each of which makes its own.
         scaler: fp16's, which unscales the gradients first; None: they are unscaled already. A step in which they
             overflowed is left as it is: the scaler is going to leave it out.
         stages: the ranks that hold the other layers of the model, where this rank holds some only.
@@ -61,7 +62,8 @@ def clip_gradients(
     if not clips(config):
         return
     if scaler is not None and scaler.is_enabled():
-        scaler.unscale_(optimizer)
+        for each in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
+            scaler.unscale_(each)
         if scaler.overflows:
             return
     module = unwrap(model)

@@ -6,7 +6,7 @@ import base64
 import inspect
 import io
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -154,6 +154,111 @@ class MuonAndAdamW(Optimizer):
             part.step()
 
 
+class JointOptimizer(Optimizer):
+    """Several optimizers behind one face: for checkpoints, for who looks on, and for `step()` of all of them.
+
+    Groups and states are the optimizers' own, not copies, and a recipe may step each of them whenever it wants to.
+
+    Raises:
+        UserError: two of them update the same tensor.
+    """
+
+    def __init__(self, parts: Sequence[Optimizer]) -> None:
+        # Not Optimizer's: it would make groups and a state of its own.
+        self.parts = list(parts)
+        self.defaults: dict[str, Any] = {}
+        self._before: list[Callable[..., None]] = []
+        self._after: list[Callable[..., None]] = []
+        self._updating = False  # one of them has made an update in this step
+        owners: dict[int, Optimizer] = {}
+        for part in self.parts:
+            for parameter in (p for group in part.param_groups for p in group["params"]):
+                if owners.setdefault(id(parameter), part) is not part:
+                    raise UserError(
+                        f"optimizer: {type(owners[id(parameter)]).__name__} and {type(part).__name__} both update a tensor "
+                        f"{list(parameter.shape)}; give each parameter to one of them"
+                    )
+            part.register_step_pre_hook(self._begin_update)
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        return [group for part in self.parts for group in part.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+        return {parameter: state for part in self.parts for parameter, state in part.state.items()}
+
+    def step(self, closure: Any = None) -> Any:
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """As one optimizer's: parameters are numbered on from one to the next."""
+        found: dict[str, Any] = {"state": {}, "param_groups": []}
+        for first, part in zip(self._first_numbers(), self.parts, strict=True):
+            own = part.state_dict()
+            found["state"] |= {first + number: state for number, state in own["state"].items()}
+            found["param_groups"] += [_renumbered(group, first) for group in own["param_groups"]]
+        return found
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        states, groups = state_dict["state"], iter(state_dict["param_groups"])
+        for first, part in zip(self._first_numbers(), self.parts, strict=True):
+            own = [_renumbered(next(groups), -first) for _ in part.param_groups]
+            numbers = {number for group in own for number in group["params"]}
+            state = {number: states[first + number] for number in numbers if first + number in states}
+            part.load_state_dict({"state": state, "param_groups": own})
+
+    def _first_numbers(self) -> list[int]:
+        counts = [sum(len(group["params"]) for group in part.param_groups) for part in self.parts]
+        return [sum(counts[:place]) for place in range(len(counts))]
+
+    def register_step_pre_hook(self, hook: Any) -> Any:
+        """Called once in each step of the training, before the first of the optimizers makes its update."""
+        return _Hook(self._before, hook)
+
+    def register_step_post_hook(self, hook: Any) -> Any:
+        """Called once in each step of the training in which any of them has made an update, at its end."""
+        return _Hook(self._after, hook)
+
+    def _begin_update(self, *_: Any) -> None:
+        if not self._updating:
+            self._updating = True
+            for hook in list(self._before):
+                hook(self, (), {})
+
+    def end_step(self) -> None:
+        """To be called when a step of the training is over."""
+        if self._updating:
+            self._updating = False
+            for hook in list(self._after):
+                hook(self, (), {})
+
+
+class _Hook:
+    """What a registered hook is removed by."""
+
+    def __init__(self, hooks: list[Callable[..., None]], hook: Callable[..., None]) -> None:
+        self._hooks, self._hook = hooks, hook
+        hooks.append(hook)
+
+    def remove(self) -> None:
+        self._hooks.remove(self._hook)
+
+
+def _renumbered(group: dict[str, Any], by: int) -> dict[str, Any]:
+    return group | {"params": [number + by for number in group["params"]]}
+
+
+def joined(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
+    """One optimizer: itself, or several behind one face."""
+    return optimizer if isinstance(optimizer, Optimizer) else JointOptimizer(optimizer)
+
+
 # The learning rate --------------------------------------------------------------------------------------------------
 
 
@@ -231,6 +336,27 @@ class SchedulerState:
         self._scheduler.load_state_dict(saved["scheduler"])
         for group, settings in zip(self._optimizer.param_groups, saved["groups"], strict=True):
             group.update(settings)
+
+
+Schedule = LRScheduler | Sequence[LRScheduler] | None
+
+
+def schedulers(given: Schedule) -> list[LRScheduler]:
+    """None, one or several, as a list."""
+    return [] if given is None else list(given) if isinstance(given, Sequence) else [given]
+
+
+def scheduler_states(given: Schedule) -> dict[str, SchedulerState]:
+    """What checkpoints keep of schedulers, by name: nothing of a WarmupLR."""
+    found = {"scheduler" if not place else f"scheduler{place}": each for place, each in enumerate(schedulers(given))}
+    return {name: SchedulerState(each, each.optimizer) for name, each in found.items() if not isinstance(each, WarmupLR)}
+
+
+def go_to_step(given: Schedule, step: int) -> None:
+    """Set the rates of those that follow from the step, WarmupLRs."""
+    for each in schedulers(given):
+        if isinstance(each, WarmupLR):
+            each.set_step(step)
 
 
 def _unpack(text: str) -> dict[str, Any]:
