@@ -58,7 +58,9 @@ class Digits:
 
 @dataclass
 class TwoOptimizersConfig(Config):
-    penalty: float = key(1e-3, "weight of the logits' squared log-sum-exp in the loss, which keeps them small", minimum=0)
+    penalty: float = key(
+        1e-3, "weight of the logits' squared log-sum-exp in the loss, which keeps them small", minimum=0
+    )
     decay: float = key(0.98, "share of the average that stays at each step", minimum=0)
 
 

@@ -53,7 +53,13 @@ class Vit:
 
     def build_model(self) -> nn.Module:
         return VisionTransformer(
-            self.size, self.patch, self.depth, self.heads, self.width, 4 * self.width, num_classes=len(self.train_set.classes)
+            self.size,
+            self.patch,
+            self.depth,
+            self.heads,
+            self.width,
+            4 * self.width,
+            num_classes=len(self.train_set.classes),
         )
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:

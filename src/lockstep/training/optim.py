@@ -349,7 +349,9 @@ def schedulers(given: Schedule) -> list[LRScheduler]:
 def scheduler_states(given: Schedule) -> dict[str, SchedulerState]:
     """What checkpoints keep of schedulers, by name: nothing of a WarmupLR."""
     found = {"scheduler" if not place else f"scheduler{place}": each for place, each in enumerate(schedulers(given))}
-    return {name: SchedulerState(each, each.optimizer) for name, each in found.items() if not isinstance(each, WarmupLR)}
+    return {
+        name: SchedulerState(each, each.optimizer) for name, each in found.items() if not isinstance(each, WarmupLR)
+    }
 
 
 def go_to_step(given: Schedule, step: int) -> None:

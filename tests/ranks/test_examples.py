@@ -1,0 +1,201 @@
+"""A project of one's own, outside the package: every file of examples/ under DDP and FSDP, killed and resumed, and what
+each of them is there to show."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lockstep.config.schema import Config
+from lockstep.distributed.process_group import World
+from lockstep.launch.validate import validate
+from lockstep.recipe import Recipe
+from lockstep.run import Run
+from recipes import ddp, fsdp, single
+from tests.helpers.examples import example, kill_a_rank, write_pictures, write_text
+from tests.helpers.harness import assert_equal, compose_config, execute, lines, result, run_ranks, train
+
+TASKS = {
+    "tabular": ("tabular.py:Diabetes", ("task.dropout=0.1", "global_batch_size=38")),
+    "gpt": ("text_gpt.py:TextGpt", ("task.width=16", "task.depth=2", "global_batch_size=12")),
+    "vit": ("vit_folder.py:Vit", ("task.width=16", "task.depth=2", "task.size=16", "global_batch_size=6")),
+    "digits": ("two_optimizers.py:Digits", ("task.hidden=16", "global_batch_size=96")),
+}
+STEPS = 9
+SHORT = (f"max_steps={STEPS}", "epochs=20", "log_every=1", "checkpoint.every=4", "optim=adamw")
+LOOP: Recipe = importlib.import_module("examples.two_optimizers").train
+CASES: dict[str, tuple[Recipe, str, tuple[str, ...]]] = {
+    **{f"{name} by {recipe.name}": (recipe, name, ()) for name in TASKS for recipe in (ddp.train, fsdp.train)},
+    "a loop of one's own": (LOOP, "digits", ("gradients.log=true",)),
+    "a loop of one's own in fp16": (LOOP, "digits", ("precision=fp16", "accumulate=2", "gradients.clip_norm=1")),
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the examples are told of their data."""
+    folder = tmp_path_factory.mktemp("data")
+    return {
+        "tabular": "",
+        "gpt": f"task.file={write_text(folder / 'text.txt')}",
+        "vit": f"task.folder={write_pictures(folder / 'pictures')}",
+        "digits": "",
+    }
+
+
+def words_of(name: str, data: dict[str, str], own: bool = False) -> list[str]:
+    """The words that train an example's task; `own`: by its own recipe, which names the task itself."""
+    task, words = TASKS[name]
+    return [*([] if own else [f"task={example(task)}"]), *filter(None, [data[name]]), *words, *SHORT]
+
+
+@pytest.mark.slow_except("tabular by ddp", "gpt by fsdp", "vit by ddp", "a loop of one's own")
+@pytest.mark.parametrize("case", CASES)
+def test_killed_and_started_again_it_ends_with_the_same_bits(case: str, data: dict[str, str], tmp_path: Path) -> None:
+    recipe, name, more = CASES[case]
+    words = [*words_of(name, data, own=recipe is LOOP), *more]
+    whole = train(recipe, tmp_path / "whole", 2, *words)
+    kill_a_rank(recipe, example(TASKS[name][0]), tmp_path / "parts", 2, 7, 4, *words)
+    parts = train(recipe, tmp_path / "parts", 2, *words)
+    assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000004"
+    assert_equal(parts, whole)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+    assert not all(torch.equal(tensor, torch.zeros_like(tensor)) for tensor in whole.values())
+
+
+# A ViT on JPEGs: random transforms of torchvision's -------------------------------------------------------------------
+
+
+def batches_of(world: World, recipe: str, config: Config, out: str, start: int) -> list[tuple[Tensor, Tensor]]:
+    """This rank's inputs and targets from step `start` on."""
+    run = Run("ddp", config, world, Path(out))
+    found = run.batches(start, STEPS)
+    return [(batch.inputs.clone(), batch.targets.clone()) for batch in found]
+
+
+def read(ranks: int, workers: int, start: int, data: dict[str, str], out: Path) -> list[tuple[Tensor, Tensor]]:
+    """The global batches from step `start` on, put together from the ranks' shares."""
+    config = compose_config(ddp.train, *words_of("vit", data), f"data.workers={workers}", f"out={out}")
+    validate(config, ddp.train, ranks)
+    shares = run_ranks(batches_of, ranks, "ddp", config, str(out), start)
+    steps = zip(*shares, strict=True)
+    return [tuple(torch.cat(parts) for parts in zip(*step, strict=True)) for step in steps]  # type: ignore[misc]
+
+
+@pytest.mark.slow_except("3-1")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_random_transforms_depend_on_no_rank_no_worker_and_no_resume(
+    ranks: int, workers: int, data: dict[str, str], tmp_path: Path
+) -> None:
+    """RandomResizedCrop, RandomHorizontalFlip and ColorJitter over PIL images: the very same floats."""
+    whole = read(1, 0, 0, data, tmp_path / "whole")
+    assert len(whole) == STEPS
+    first, again = whole[0], whole[2]  # of two epochs: 12 pictures, 6 a batch
+    assert not any(torch.equal(one, other) for one in first[0] for other in again[0]), "each epoch draws anew"
+    for start in (0, 5):
+        found = read(ranks, workers, start, data, tmp_path / f"from {start}")
+        assert len(found) == STEPS - start
+        for (inputs, targets), mine in zip(found, whole[start:], strict=True):
+            assert torch.equal(inputs, mine[0])
+            assert torch.equal(targets, mine[1])
+
+
+@pytest.mark.slow_except("3-1")
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_vit_killed_on_any_ranks_has_one_process_s_losses(
+    ranks: int, workers: int, data: dict[str, str], tmp_path: Path
+) -> None:
+    words = [*words_of("vit", data), "precision=fp64"]
+    execute(single.train, tmp_path / "whole", 1, *words, "data.workers=0")
+    words.append(f"data.workers={workers}")
+    kill_a_rank(ddp.train, example(TASKS["vit"][0]), tmp_path / "parts", ranks, 7, 4, *words)
+    execute(ddp.train, tmp_path / "parts", ranks, *words)
+    assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000004"
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
+
+
+def losses(out: Path) -> list[float]:
+    found = [line["loss"] for line in lines(out) if "loss" in line]
+    assert len(found) == STEPS
+    return found
+
+
+# A GPT on ragged lines: collate and weigh -----------------------------------------------------------------------------
+
+
+@pytest.mark.slow_except("fsdp")
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_every_character_of_ragged_lines_weighs_the_same(name: str, data: dict[str, str], tmp_path: Path) -> None:
+    """15 lines a batch: 3 ranks, 5 lines each, in micro-batches of 3 and 2, all of them of other lengths."""
+    recipe = {"ddp": ddp.train, "fsdp": fsdp.train}[name]
+    words = [*words_of("gpt", data), "precision=fp64", "global_batch_size=15"]
+    alone = train(single.train, tmp_path / "alone", 1, *words)
+    found = train(recipe, tmp_path / "ranks", 3, *words, "accumulate=2")
+    assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "alone"), rel=1e-10)
+    assert all(torch.allclose(found[key], alone[key], rtol=0, atol=1e-10) for key in alone)
+    one, other = (result(tmp_path / run)["eval_bits_per_byte"] for run in ("alone", "ranks"))
+    assert one == pytest.approx(other, rel=1e-10)
+
+
+# A regression: metrics of one's own -----------------------------------------------------------------------------------
+
+
+def test_own_metrics_are_the_same_bits_on_any_ranks_and_scikit_learn_s(data: dict[str, str], tmp_path: Path) -> None:
+    """The weights stay as they were drawn, so that all evaluate the same model."""
+    from sklearn.metrics import mean_absolute_error, r2_score
+
+    words = [*words_of("tabular", data), "optim.lr=0", "optim.weight_decay=0", "eval_batch_size=7", "max_steps=1"]
+    found: list[Any] = []
+    for ranks, recipe in ((1, single.train), (2, ddp.train), (3, fsdp.train)):
+        words[-1] = "max_steps=1"
+        execute(recipe, tmp_path / str(ranks), ranks, *words, f"global_batch_size={12 * ranks}")
+        found.append({key: value for key, value in result(tmp_path / str(ranks)).items() if key.startswith("eval_")})
+    assert found[0] == found[1] == found[2]
+    assert {"eval_mae", "eval_r2", "eval_loss"} <= found[0].keys()
+    task = importlib.import_module("examples.tabular").Diabetes()
+    model = task.build_model().double()
+    model.load_state_dict(torch.load(tmp_path / "1" / "model.pt", weights_only=True))
+    inputs, targets = task.eval_set.tensors
+    with torch.no_grad():
+        predicted = model.eval()(inputs.double()) * task.spread + task.mean
+    # The run computed its forward in fp32.
+    assert found[0]["eval_mae"] == pytest.approx(mean_absolute_error(targets, predicted), rel=1e-5)
+    assert found[0]["eval_r2"] == pytest.approx(r2_score(targets, predicted), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("words", "best"), [(["metric=mae"], "mae"), (["metric=eval_r2"], "r2"), (["metric=mae", "metric_mode=max"], "worst")]
+)
+def test_any_metric_says_what_is_best_and_when_to_stop(
+    words: list[str], best: str, data: dict[str, str], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    more = ["max_steps=null", "epochs=12", "optim.lr=0.05", "patience=2", "checkpoint.best=true"]
+    execute(ddp.train, out, 2, *words_of("tabular", data), *more, *words)
+    name = {"mae": "eval_mae", "r2": "eval_r2", "worst": "eval_mae"}[best]
+    values = [line[name] for line in lines(out) if name in line]
+    extreme = min(values) if best == "mae" else max(values)
+    assert result(out)[f"best_{name}"] == extreme
+    waited = len(values) - 1 - values.index(extreme)
+    assert (waited == 2) == (len(values) < 12)
+
+
+def test_nothing_to_evaluate_and_evaluation_at_the_end_alone(data: dict[str, str], tmp_path: Path) -> None:
+    own = tmp_path / "blind.py"
+    own.write_text(
+        f"import sys\nsys.path.insert(0, {str(Path(example('')).resolve())!r})\nfrom tabular import Diabetes\n\n\n"
+        "class Blind(Diabetes):\n    best = 'loss'\n\n    def __post_init__(self):\n"
+        "        super().__post_init__()\n        self.eval_set = None\n"
+    )
+    execute(ddp.train, tmp_path / "blind", 2, f"task={own}:Blind", *words_of("tabular", data)[1:])
+    assert not any(key.startswith("eval") for line in lines(tmp_path / "blind") for key in line)
+    assert result(tmp_path / "blind")["status"] == "finished"
+    execute(ddp.train, tmp_path / "end", 2, *words_of("tabular", data), "max_steps=18", "eval_every=0")
+    assert [line["step"] for line in lines(tmp_path / "end") if "eval_mae" in line] == [18]
