@@ -179,3 +179,16 @@ def test_the_largest_batch_for_a_gpu_is_found(tmp_path: Path) -> None:
 def test_the_doctor_looks_at_the_gpus(tmp_path: Path) -> None:
     done = run_recipe("doctor", 2, "preflight", "nproc=2", "out=run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# Waiting for another rank ------------------------------------------------------------------------------------------------
+
+
+def test_a_hang_in_nccl_ends_with_who_and_where(tmp_path: Path) -> None:
+    """Long before NCCL's own limit, which ends the process without a word, the flight recorder tells of the collective."""
+    words = ["-m", "tests.helpers.quick"] * (not are_real(2)) or ["-m"]
+    words += ["tests.helpers.hanging", "nproc=2", "timeout_seconds=3", "max_steps=6", "out=run"]
+    done = on_gpus(2, *words, cwd=tmp_path, timeout=50, HOW="sleep", WHO="1")
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = r"error: rank 1 \(.*\) has not reached all_reduce no. \d+ of \[490\], in which rank 0 \(.*\) waited for"
+    assert re.search(said, done.stderr), done.stderr

@@ -5,19 +5,38 @@ Source: https://docs.pytorch.org/tutorials/unstable/flight_recorder_tutorial.htm
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+from collections.abc import Iterator
 from typing import Any
+
+BACKENDS = ("gloo", "nccl", "nccl2", "nccl-lazy")  # each has a recorder of its own; torch's nccl is called nccl2 there
 
 
 def recorded_collectives() -> list[dict[str, Any]]:
-    """The collectives that this process has begun, the last one last. On gloo they are `retired` when they are over."""
-    try:
-        from torch._C._distributed_c10d import _dump_fr_trace_json
+    """The collectives that this process has begun, on any backend, the last one last; `retired` when they are over."""
+    found = {}
+    for dump in _dumps():
+        for entry in json.loads(dump).get("entries", []):
+            numbers = entry["collective_seq_id"], entry["p2p_seq_id"], entry["time_created_ns"]
+            found[group_name(entry), *numbers] = entry  # torch 2.11's two dumps may hold the same
+    return sorted(found.values(), key=lambda entry: int(entry["time_created_ns"]))
 
-        return list(json.loads(_dump_fr_trace_json())["entries"])
-    except (ImportError, RuntimeError, ValueError, KeyError):
-        return []
+
+def _dumps() -> Iterator[bytes]:
+    """What each recorder holds, as JSON. Up to torch 2.14 NCCL's has a function of its own."""
+    import torch._C._distributed_c10d as c10d
+
+    dump, of_nccl = getattr(c10d, "_dump_fr_trace_json", None), getattr(c10d, "_dump_nccl_trace_json", None)
+    try:
+        yield from [dump(backend=name) for name in BACKENDS]
+    except TypeError:  # it takes no backend, or is None
+        for each in filter(None, (dump, of_nccl)):
+            with contextlib.suppress(RuntimeError):
+                yield each()
+    except RuntimeError:
+        return
 
 
 def has_overdue_collective(seconds: float) -> bool:

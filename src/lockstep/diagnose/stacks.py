@@ -37,10 +37,19 @@ def keep_stack(folder: Path, rank: int) -> None:
         old.rename(kept)
 
 
+# What torch's libraries write before they abort a process, in a rank's log: what it means.
+ABORTS = {
+    r"op\.preamble\.length|preamble\.nbytes": "in a collective of another size than the others'",  # gloo
+    r"collective operation timeout|NCCL operation timed out": "ended by NCCL, which had waited too long",
+    r"Watchdog caught exception|entire process down|watchdog thread terminated": "ended by NCCL after an error",
+}
+
+
 def crash_place(stack: Path) -> str:
     """The place of a crash that a stack file tells of; empty where it tells of none.
 
-    faulthandler lists the threads' frames from the innermost outwards, and the main thread last.
+    faulthandler lists the threads' frames from the innermost outwards, and the main thread last. Why a process was
+    aborted stands in the rank's log beside the stack file; rank 0's is the console.
     """
     try:
         text = stack.read_text(errors="replace")
@@ -51,9 +60,17 @@ def crash_place(stack: Path) -> str:
     frames = re.findall(r'^  File "(.+)", line (\d+) in \S+', blocks[-1], re.MULTILINE)
     if not cause or not frames:
         return ""
-    mismatch = cause[1] == "Aborted" and any("/torch/" in file for file, _ in frames)
-    said = "in a collective of another size than the others'" if mismatch else cause[1]
+    log = read_end(stack.with_suffix(".log")) if cause[1] == "Aborted" else ""
+    said = next((meaning for sign, meaning in ABORTS.items() if re.search(sign, log)), cause[1])
     return f"{user_line([(file, int(line)) for file, line in reversed(frames)])}, {said}"
+
+
+def read_end(path: Path, most: int = 2**16) -> str:
+    """The last bytes of a file as text; nothing of one that is not there."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - most))
+        return file.read().decode(errors="replace")
+    return ""
 
 
 def user_line(frames: list[Frame]) -> str:
