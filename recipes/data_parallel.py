@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lockstep import Proof, Run, recipe
+from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.data.batch import cut_tree, first_tensor, join_trees, pieces
@@ -88,8 +88,15 @@ class HostDataParallel(nn.Module):
         return parameters | buffers
 
 
+def check(config: DataParallelConfig, share: int) -> None:
+    """A compiled module's replicas would still call the original, and compute with its weights."""
+    if config.compile:
+        raise UserError("compile=true: replicas of a compiled model compute with the original's weights; leave it out")
+
+
 @recipe(
     config=DataParallelConfig,
+    check=check,
     proof=Proof(
         {"model.norm": "group"}, differs={"model.norm": "batch"}, because="BatchNorm normalises by each replica's chunk"
     ),
@@ -99,8 +106,8 @@ class HostDataParallel(nn.Module):
 def train(run: Run[DataParallelConfig]) -> None:
     model = run.place(run.task.build_model())
     if run.device.type == "cuda":
-        devices = sorted(range(torch.cuda.device_count()), key=lambda device: device != run.device.index)
-        model = nn.DataParallel(model, device_ids=devices[: run.config.replicas])  # the first holds the model
+        devices = [device.index for device in run.world.own_gpus[: run.config.replicas]]
+        model = nn.DataParallel(model, device_ids=devices)  # the first holds the model
     else:
         replicas = run.config.replicas or 2
         torch.set_num_threads(max(1, run.world.threads // replicas))  # the replicas' threads share the cores
@@ -129,7 +136,7 @@ def train(run: Run[DataParallelConfig]) -> None:
             forward_seconds=model.wall_seconds,
         )
     else:
-        peaks = [torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count())]
+        peaks = [torch.cuda.max_memory_allocated(device) for device in devices]
         run.note(f"GPUs: {', '.join(f'{peak / 2**20:,.0f}' for peak in peaks)} MiB at peak", peak_by_device=peaks)
 
 

@@ -18,6 +18,7 @@ parts' idle shares add up to 100 %.
 Source: https://docs.pytorch.org/tutorials/intermediate/model_parallel_tutorial.html
 """
 
+import re
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -40,7 +41,7 @@ from lockstep.training.stage_clock import StageClock
 @dataclass
 class ModelParallelConfig(Config):
     cut: Any = key(AUTO, CUT_HELP)
-    devices: list[str] | None = key(None, "devices of the parts (null: the GPUs, or cpu twice)")
+    devices: list[str] | None = key(None, "devices of the parts (null: two GPUs, or cpu twice)")
     micro_batches: int = key(1, "micro-batches that a global batch is piped through in", minimum=1)
 
     @property
@@ -81,16 +82,18 @@ class ModelParallel(nn.Module):
 
 
 def pick_devices(run: Run[ModelParallelConfig]) -> list[torch.device]:
-    """`devices`, or two GPUs, or the host twice."""
-    asked = run.config.devices
-    if asked is None:
-        asked = ["cuda:0", "cuda:1"] if torch.cuda.device_count() > 1 else [str(run.device)] * 2
-    return [torch.device(name) for name in asked]
+    """`devices`, or two GPUs that no other rank uses, or this rank's device twice."""
+    if run.config.devices is not None:
+        return [torch.device(name) for name in run.config.devices]
+    own = run.world.own_gpus
+    return own[:2] if len(own) > 1 else [run.device] * 2
 
 
 def check(config: ModelParallelConfig, share: int) -> None:
     """Every device must exist, and the cut must make a part for each."""
     allowed = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+    if config.cluster is not None:  # a login node need not have the GPUs
+        allowed += [name for name in config.devices or [] if re.fullmatch(r"cuda:\d+", name)]
     if config.devices is not None and (len(config.devices) < 2 or not set(config.devices) <= set(allowed)):
         raise UserError(
             f"devices=[{','.join(config.devices)}]: allowed are two or more of {', '.join(allowed)}, repeated or not"

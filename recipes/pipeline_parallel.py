@@ -200,11 +200,23 @@ def check(config: PipelineConfig, share: int) -> None:
             f"micro_batches={pieces}: schedule={name} takes them in rounds of about {stages}, which must be equal; "
             f"allowed are multiples of {stages}"
         )
+    here = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.cluster is None:  # else it is for the ranks to say what they have
+        refuse_gloo_between_gpus(here if config.device == "auto" else config.device, config.backend)
     if config.accumulate > 1:
         raise UserError(f"accumulate={config.accumulate}: a pipeline accumulates by itself; set micro_batches instead")
     model = sketch(config)
     blocks = blocks_of_task(known_task(config), model)
     check_cut(lambda: model, wanted_cut(config), stages * STAGES_A_RANK[name], blocks)
+
+
+def refuse_gloo_between_gpus(device: str, backend: str) -> None:
+    """gloo would hand the address of a GPU's memory to a socket."""
+    if device == "cuda" and backend == "gloo":
+        raise UserError(
+            "backend=gloo: cannot send activations from one GPU to another; set backend=nccl, with a GPU for each rank, "
+            "or device=cpu"
+        )
 
 
 def wanted_cut(config: PipelineConfig) -> Any:
@@ -225,6 +237,7 @@ def wanted_cut(config: PipelineConfig) -> Any:
     next_command="python -m recipes.model_parallel     the same cut without the pipeline: one part always waits",
 )
 def train(run: Run[PipelineConfig]) -> None:
+    refuse_gloo_between_gpus(run.device.type, run.world.backend)
     mesh = init_device_mesh(run.device.type, (run.shards, run.config.stages), mesh_dim_names=("data", "stage"))
     data_group, stage_group = mesh.get_group("data"), mesh.get_group("stage")
     model = run.place(run.task.build_model())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from tests.helpers.gpus import are_real, emulated, on_gpus, run_recipe
-from tests.helpers.harness import ROOT, assert_equal, result, tensors_of
+from tests.helpers.harness import ROOT, assert_equal, clean_environment, result, tensors_of
+from tests.helpers.processes import free_port
 
 PROVEN = set(
     "data_parallel ddp deepspeed_zero fsdp grad_accumulation lightning_fabric lightning_trainer model_parallel "
@@ -47,17 +50,17 @@ def test_ddp_over_nccl_trains_what_the_cpu_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [2, 4])
-def test_every_recipe_is_proven_on_gpus(count: int, tmp_path: Path) -> None:
-    """In fp64, and in the 16 bits that only GPUs compute in."""
-    rows = []
-    for precision in ("fp64", "bf16"):
-        train("verify", count, precision, f"nproc={count}", f"precision={precision}", cwd=tmp_path)
-        rows += json.loads((tmp_path / precision / "verify.json").read_text())
-    equal = {(row["recipe"], row["precision"]) for row in rows if row["verdict"] == "equal"}
-    others = {(row["recipe"], row["precision"]) for row in rows} - equal
-    assert others == {("deepspeed_zero", "fp64")}, "which has no fp64"
-    assert {recipe for recipe, precision in equal if precision == "bf16"} == PROVEN
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("count", "ranks", "names"), [(2, 2, []), (4, 4, []), (4, 2, ["model_parallel", "data_parallel"])]
+)
+def test_every_recipe_is_proven_on_gpus(count: int, ranks: int, names: list[str], tmp_path: Path) -> None:
+    words = [f"nproc={ranks}", "precision=fp64", *[f"recipes=[{','.join(names)}]"] * bool(names), "out=run"]
+    done = run_recipe("verify", count, *words, cwd=tmp_path, timeout=580)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    assert {row["recipe"] for row in rows if row["verdict"] == "equal"} == ({*names} or PROVEN - {"deepspeed_zero"})
+    assert {row["recipe"] for row in rows if row["verdict"] != "equal"} <= {"deepspeed_zero"}, "which has no fp64"
 
 
 @pytest.mark.slow
@@ -70,6 +73,53 @@ def test_a_run_in_two_parts_is_the_run_in_one(recipe: str, tmp_path: Path) -> No
     assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000003"
     assert len(losses(tmp_path / "parts")) == 6
     assert same(losses(tmp_path / "parts"), losses(tmp_path / "whole"), 2)
+
+
+# Devices ---------------------------------------------------------------------------------------------------------------
+
+
+def test_recipes_of_one_process_keep_to_their_device(tmp_path: Path) -> None:
+    """device=cpu is not two GPUs, and what one process does on several has the memory and generators of each."""
+    words = [*SMALL, "max_steps=1", "checkpoint.every=1"]
+    said = train("model_parallel", 2, "cpu", *words, "device=cpu", cwd=tmp_path)
+    assert "on cpu" in said
+    assert "cuda" not in said
+    assert json.loads((tmp_path / "cpu" / "environment.json").read_text())["devices"] == [], "it has asked no GPU"
+    train("model_parallel", 2, "gpu", *words, cwd=tmp_path)
+    saved = tensors_of(tmp_path / "gpu" / "checkpoints" / "step-00000001")
+    assert {"rng.0.cuda", "rng.0.cuda 1"} <= saved.keys()
+
+
+def test_ranks_that_disagree_about_their_devices_are_named(tmp_path: Path) -> None:
+    """Two of a GPU each, started by hand: one that has none, and two that have the same."""
+    cases = {
+        ("0", ""): "device=auto: rank 1 (HERE) sees no CUDA device, and the others do; set device=cpu, or start",
+        ("1", "1"): "ranks 0 (HERE), 1 (HERE) have one GPU (",
+    }
+    for visible, words in cases.items():
+        place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", "recipes.ddp", *SMALL, "max_steps=1", "out=run"],
+                cwd=tmp_path,
+                env=clean_environment() | emulated(2) | place | {"RANK": str(rank), "CUDA_VISIBLE_DEVICES": gpu},
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank, gpu in enumerate(visible)
+        ]
+        for process in ranks:
+            _, said = process.communicate(timeout=120)
+            assert process.returncode == 2, said
+            assert re.sub(r"\([^()]*\)", "(HERE)", said, count=words.count("HERE")).startswith(f"error: {words}"), said
+            assert said.count("\n") == 1
+
+
+def test_gloo_between_gpus_is_refused_where_it_cannot_carry(tmp_path: Path) -> None:
+    done = run_recipe("pipeline_parallel", 2, *SMALL, "nproc=2", "backend=gloo", "out=run", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: backend=gloo: cannot send activations from one GPU to another"), done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 # Waiting ---------------------------------------------------------------------------------------------------------------

@@ -285,7 +285,13 @@ TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
     (compare.train, AUTO | COMPARE),
     (single.train, {"stages=2": ["stages=2", "pipeline_parallel"]}),
     (single.train, {"nproc=2": ["error: recipes.single runs on 1 rank, not 2; set nproc=1, or --nproc-per-node=1\n"]}),
-    (data_parallel.train, {"nproc=2": ["recipes.data_parallel runs on 1 rank, not 2"]}),
+    (
+        data_parallel.train,
+        {
+            "nproc=2": ["recipes.data_parallel runs on 1 rank, not 2"],
+            "compile=true": ["compile=true: replicas of a compiled model"],
+        },
+    ),
     (grad_accumulation.train, {"accumulate=49": ["accumulate=49", "only 48 images"]}),
     (grad_accumulation.train, {"accumulate=5 accumulate_by=unbind": ["accumulate=5", "48 images", "chunk"]}),
     (sync_batchnorm.train, {"model.norm=group": ["no BatchNorm", *NO_BATCHNORM]}),

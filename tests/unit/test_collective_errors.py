@@ -52,8 +52,14 @@ def test_nccls_words_are_those_of_torch() -> None:
 @pytest.mark.parametrize(
     ("log", "said"),
     [
-        ("[enforce fail at pair.cc:465] op.preamble.length <= op.nbytes. 2000 vs 1960", "in a collective of another size"),
-        ("[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)", "ended by NCCL, which had waited"),
+        (
+            "[enforce fail at pair.cc:465] op.preamble.length <= op.nbytes. 2000 vs 1960",
+            "in a collective of another size",
+        ),
+        (
+            "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=3)",
+            "ended by NCCL, which had waited",
+        ),
         ("free(): invalid pointer", "Aborted"),
     ],
 )

@@ -28,15 +28,12 @@ def _dumps() -> Iterator[bytes]:
     """What each recorder holds, as JSON. Up to torch 2.14 NCCL's has a function of its own."""
     import torch._C._distributed_c10d as c10d
 
-    dump, of_nccl = getattr(c10d, "_dump_fr_trace_json", None), getattr(c10d, "_dump_nccl_trace_json", None)
-    try:
-        yield from [dump(backend=name) for name in BACKENDS]
-    except TypeError:  # it takes no backend, or is None
-        for each in filter(None, (dump, of_nccl)):
-            with contextlib.suppress(RuntimeError):
-                yield each()
-    except RuntimeError:
-        return
+    one, of_nccl = getattr(c10d, "_dump_fr_trace_json", None), getattr(c10d, "_dump_nccl_trace_json", None)
+    with contextlib.suppress(RuntimeError):
+        try:
+            yield from [one(backend=name) for name in BACKENDS] if one else []
+        except TypeError:  # it knows gloo's alone
+            yield from [dump() for dump in (one, of_nccl) if dump]
 
 
 def has_overdue_collective(seconds: float) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from lockstep.distributed.devices import check_nproc, resolve_device, share_of_cores
+from lockstep.distributed.devices import agree_on_devices, gpu_of, share_of_cores
 from lockstep.distributed.heartbeat import Heartbeat
 from lockstep.distributed.interfaces import interface_towards
 from lockstep.distributed.rendezvous import check_in
@@ -57,6 +57,15 @@ class World:
         """For DistributedDataParallel: this rank's device, or None on CPU."""
         return [self.device.index] if self.device.type == "cuda" else None
 
+    @property
+    def own_gpus(self) -> list[torch.device]:
+        """The GPUs that this rank alone uses, its device first: those that are left over are dealt out to all ranks of
+        the host. None on CPU."""
+        if self.device.type != "cuda":
+            return []
+        ranks_here, count = self.hosts.count(self.hosts[self.rank]), torch.cuda.device_count()
+        return [torch.device("cuda", number) for number in range(self.device.index, count, ranks_here)]
+
 
 def join_process_group(
     store: dist.Store,
@@ -75,14 +84,14 @@ def join_process_group(
     """Become a rank: check in unless `hosts` says that all have, bind the device, set the threads, make the group.
 
     Raises:
-        UserError: a rank is missing, or this host lacks the device.
+        UserError: a rank is missing, or has no device, or not the same kind as the others, or another rank's GPU.
     """
-    device, backend = resolve_device(device, backend)
     if hosts is None:
         store, hosts, _ = check_in(store, rank, world_size, timeout_seconds)
     mine = [r for r, host in enumerate(hosts) if host == hosts[rank]]
     if local_rank is None:
         local_rank = mine.index(rank)
+    device, backend = agree_on_devices(store, rank, hosts, local_rank, device, backend, timeout_seconds)
     # Every rank would otherwise start a thread per core. Counted by host, not by agent, so that each way of starting
     # the same ranks gives each the same threads and with them the same bits.
     threads = threads or share_of_cores(len(mine), os.environ)
@@ -95,9 +104,7 @@ def join_process_group(
     if away and (interface := interface_towards(away[0])):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     if device == "cuda":
-        if backend == "nccl" and torch.cuda.device_count() > 1:  # one visible GPU is one that was given to this rank
-            check_nproc(local_rank + 1, device, backend)
-        where = torch.device("cuda", local_rank % torch.cuda.device_count())
+        where = gpu_of(local_rank)
         torch.cuda.set_device(where)
         torch.set_float32_matmul_precision("high" if tf32 else "highest")
         torch.backends.cudnn.allow_tf32 = tf32

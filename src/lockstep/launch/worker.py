@@ -206,10 +206,12 @@ def shorten(run: Run) -> None:
     config = run.config
     run.data.limit_evaluation()
     if run.device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(run.device)
-        room = int(config.memory_fraction * free)
-        torch.cuda.set_per_process_memory_fraction(room / total, run.device)
-        run.note("", trial_room_bytes=room)
+        rooms = []
+        for gpu in run.world.own_gpus:  # a recipe may use more than this rank's first
+            free, total = torch.cuda.mem_get_info(gpu)
+            rooms.append(int(config.memory_fraction * free))
+            torch.cuda.set_per_process_memory_fraction(rooms[-1] / total, gpu)
+        run.note("", trial_room_bytes=rooms[0])
 
 
 def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Store, list[str]]:

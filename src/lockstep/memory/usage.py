@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from lockstep.distributed.devices import gpus_in_use
+
 
 def process_bytes(entry: str) -> int:
     """An entry of /proc/self/status: VmRSS, the resident memory; VmHWM, its peak; VmSize and VmData, what is mapped."""
@@ -93,7 +95,7 @@ def peak_from_now(device: torch.device) -> Callable[[], int]:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """This rank's peak: memory torch allocated on the GPU, or the process's resident set on CPU (it is the device)."""
+    """This rank's peak: memory torch allocated on the fullest of its GPUs, or the process's resident set on CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return max(torch.cuda.max_memory_allocated(gpu) for gpu in gpus_in_use(device))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lockstep.distributed.devices import gpus_in_use
+
 
 def generators(device: torch.device) -> dict[str, Tensor]:
     """The state of every random number generator of this process, as tensors."""
@@ -20,8 +22,8 @@ def generators(device: torch.device) -> dict[str, Tensor]:
         "python": torch.tensor([*words, float("nan") if gauss is None else gauss], dtype=torch.float64),
         "numpy": torch.tensor([*keys.tolist(), position, has_gauss, cached], dtype=torch.float64),
     }
-    if device.type == "cuda":
-        found["cuda"] = torch.cuda.get_rng_state(device)
+    for gpu in gpus_in_use(device):  # the rank's own keeps its name on whichever GPU it resumes
+        found["cuda" if gpu == device else f"cuda {gpu.index}"] = torch.cuda.get_rng_state(gpu)
     return found
 
 
@@ -43,5 +45,7 @@ def set_generators(states: dict[str, Tensor], device: torch.device) -> None:
         *keys, position, has_gauss, cached = states["numpy"].tolist()
         array = np.array(keys, dtype=np.uint32)
         np.random.set_state(("MT19937", array, int(position), int(has_gauss), cached))
-    if "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+    for gpu in gpus_in_use(device):
+        name = "cuda" if gpu == device else f"cuda {gpu.index}"
+        if name in states:
+            torch.cuda.set_rng_state(states[name], gpu)

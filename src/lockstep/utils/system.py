@@ -30,7 +30,8 @@ def system_info(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
         "cpu": cpu_name(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "device": device,
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
+        # On CPU not asked for: that would take memory of every GPU for a context that nothing uses.
+        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count() if device != "cpu" else 0)],
         "backend": backend,
         "environment": {name: os.environ[name] for name in keep if name in os.environ},
     }
