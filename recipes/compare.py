@@ -8,9 +8,9 @@ that says why.
 
 Reported are samples/s with the spread of the rounds, speedup and efficiency against `single` (the global batch stays
 the same: strong scaling), communication and the share of a step in which nothing hides it, idle parts, waiting for
-data, memory by rank and its imbalance (the largest over the mean), busy cores, the accuracy (or what the task measures) reached, the way to
-the first step. Of DataParallel's threads it tells how many computed at a time: where that is far below their number,
-they waited for each other in one interpreter.
+data, memory by rank and its imbalance (the largest over the mean), busy cores, what the task measures (the accuracy of
+images), the way to the first step. Of DataParallel's threads it tells how many computed at a time: where that is far
+below their number, they waited for each other in one interpreter.
 
 How: lockstep/compare/cases.py says what is run, measure.py runs it, figures.py defines every figure; tables.py,
 verdicts.py, plots.py and html_report.py show them.

@@ -63,6 +63,6 @@ def kill_a_rank(recipe: Recipe, task: str, out: Path, ranks: int, step: int, sav
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(found, "loss", dies)  # ranks are forked, and inherit it
-        with pytest.raises(AssertionError, match="died without a word|Connection closed by peer"):
+        with pytest.raises(AssertionError, match=r"died without a word|Connection closed by peer"):
             execute(recipe, out, ranks, *words)
     out.with_name("killed").unlink()

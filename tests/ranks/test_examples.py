@@ -171,7 +171,8 @@ def test_own_metrics_are_the_same_bits_on_any_ranks_and_scikit_learn_s(data: dic
 
 
 @pytest.mark.parametrize(
-    ("words", "best"), [(["metric=mae"], "mae"), (["metric=eval_r2"], "r2"), (["metric=mae", "metric_mode=max"], "worst")]
+    ("words", "best"),
+    [(["metric=mae"], "mae"), (["metric=eval_r2"], "r2"), (["metric=mae", "metric_mode=max"], "worst")],
 )
 def test_any_metric_says_what_is_best_and_when_to_stop(
     words: list[str], best: str, data: dict[str, str], tmp_path: Path
