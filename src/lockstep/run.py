@@ -29,7 +29,7 @@ from lockstep.memory.tracker import held_bytes
 from lockstep.memory.usage import process_bytes
 from lockstep.tasks.build import blocks_of_task, build_task
 from lockstep.training.auto import choose_for_hardware
-from lockstep.training.optim import Schedule, joined
+from lockstep.training.optim import Schedule, as_one_optimizer
 from lockstep.training.precision import DTYPES, Scaler, autocast
 
 
@@ -220,7 +220,7 @@ class Run(Generic[ConfigT]):
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
         loop = self.loop
-        joint = joined(optimizer)
+        joint = as_one_optimizer(optimizer)
         loop.restore(model, joint, scheduler=scheduler, whole=whole, keep=keep, engine=engine)
         loop.begin(joint, model)
         batches = self.batches(self.step, self.total_steps)

@@ -73,6 +73,7 @@ def test_killed_and_started_again_it_ends_with_the_same_bits(case: str, data: di
 
 def batches_of(world: World, recipe: str, config: Config, out: str, start: int) -> list[tuple[Tensor, Tensor]]:
     """This rank's inputs and targets from step `start` on."""
+    (Path(out) / "ranks").mkdir(parents=True, exist_ok=True)
     run = Run("ddp", config, world, Path(out))
     found = run.batches(start, STEPS)
     return [(batch.inputs.clone(), batch.targets.clone()) for batch in found]

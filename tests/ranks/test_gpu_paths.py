@@ -78,6 +78,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(recipe: str, tmp_path: Path) -> No
 # Devices ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recipes_of_one_process_keep_to_their_device(tmp_path: Path) -> None:
     """device=cpu is not two GPUs, and what one process does on several has the memory and generators of each."""
     words = [*SMALL, "max_steps=1", "checkpoint.every=1"]
@@ -90,6 +91,7 @@ def test_recipes_of_one_process_keep_to_their_device(tmp_path: Path) -> None:
     assert {"rng.0.cuda", "rng.0.cuda 1"} <= saved.keys()
 
 
+@pytest.mark.slow
 def test_ranks_that_disagree_about_their_devices_are_named(tmp_path: Path) -> None:
     """Two of a GPU each, started by hand: one that has none, and two that have the same."""
     cases = {
@@ -115,6 +117,7 @@ def test_ranks_that_disagree_about_their_devices_are_named(tmp_path: Path) -> No
             assert said.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_gloo_between_gpus_is_refused_where_it_cannot_carry(tmp_path: Path) -> None:
     done = run_recipe("pipeline_parallel", 2, *SMALL, "nproc=2", "backend=gloo", "out=run", cwd=tmp_path)
     assert done.returncode == 2
@@ -155,12 +158,13 @@ def host_waits_in_three_steps(folder: Path, *words: str) -> list[str]:
     return re.findall(r"WAITS (.*)", done.stdout)
 
 
-@pytest.mark.slow_except("fp32", "bf16")
+@pytest.mark.slow_except("bf16")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_step_waits_for_the_gpu(precision: str, tmp_path: Path) -> None:
     assert host_waits_in_three_steps(tmp_path, f"precision={precision}") == []
 
 
+@pytest.mark.slow
 def test_a_step_that_waits_is_heard(tmp_path: Path) -> None:
     """Once a step: the NaN guard asks all ranks whether all numbers are finite."""
     found = host_waits_in_three_steps(tmp_path, "gradients.stop_on_nan=true")

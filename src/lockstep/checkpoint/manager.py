@@ -218,7 +218,8 @@ class CheckpointManager:
     def result(self) -> dict[str, Any]:
         """What result.json says of checkpoints."""
         there = self._checkpoints
-        return {
+        best = {} if self.best is None else {f"best_{self.metric}": self.best if self._higher_is_better else -self.best}
+        return best | {
             "resumed_from": self.resumed_from,
             "checkpoint_stall_seconds": there.stall_seconds if there else 0.0,
             "checkpoints_failed": there.failed if there else 0,

@@ -88,7 +88,7 @@ def agree_on_devices(
         keys = [str(number) for number in range(len(hosts))]
         come = wait_for_keys(room, keys, timeout_seconds)
         verdict = (
-            judge_devices([json.loads(room.get(key)) for key in keys], hosts, device) if come else "a rank is gone"
+            compare_devices([json.loads(room.get(key)) for key in keys], hosts, device) if come else "a rank is gone"
         )
         room.set("verdict", verdict)
     elif not wait_for_keys(room, ["verdict"], timeout_seconds + 30):
@@ -99,7 +99,7 @@ def agree_on_devices(
     return chosen
 
 
-def judge_devices(found: list[dict[str, str]], hosts: list[str], asked: str) -> str:
+def compare_devices(found: list[dict[str, str]], hosts: list[str], asked: str) -> str:
     """What is wrong with the ranks' devices, or nothing.
 
     Args:

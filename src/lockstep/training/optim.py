@@ -254,7 +254,7 @@ def _renumbered(group: dict[str, Any], by: int) -> dict[str, Any]:
     return group | {"params": [number + by for number in group["params"]]}
 
 
-def joined(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
+def as_one_optimizer(optimizer: Optimizer | Sequence[Optimizer]) -> Optimizer:
     """One optimizer: itself, or several behind one face."""
     return optimizer if isinstance(optimizer, Optimizer) else JointOptimizer(optimizer)
 
