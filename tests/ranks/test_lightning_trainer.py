@@ -140,7 +140,8 @@ def handlers_while_training(world: World, config: str, out: str) -> list[Any]:
     seen = []
 
     def noted(task: Images, *args: Any) -> torch.Tensor:
-        seen.append([signal.getsignal(sign) is ours for sign in signals.SIGNALS])
+        if torch.is_grad_enabled():  # a step's loss, and not an evaluation's
+            seen.append([signal.getsignal(sign) is ours for sign in signals.SIGNALS])
         return cross_entropy(*args)
 
     def ours(*_: Any) -> None: ...

@@ -218,11 +218,11 @@ def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> N
     _, images = load_data(config.data, 8, 0)
     model = build_model(config.model).eval()
     model.load_state_dict(torch.load(tmp_path / "1" / "model.pt", weights_only=True))
-    batch = images.fetch(torch.arange(len(images)), None)
+    pixels, labels = images.fetch(torch.arange(len(images)), None)
     with torch.no_grad():
-        predicted = model(batch.inputs.float() / 127.5 - 1).argmax(1)
-    wrong = (predicted != batch.targets).nonzero().flatten()[:5].tolist()
-    expected = [(sample, int(batch.targets[sample]), int(predicted[sample])) for sample in wrong]
+        predicted = model(pixels.float() / 127.5 - 1).argmax(1)
+    wrong = (predicted != labels).nonzero().flatten()[:5].tolist()
+    expected = [(sample, int(labels[sample]), int(predicted[sample])) for sample in wrong]
     assert [tuple(each.values()) for each in found[0]] == expected
     assert (tmp_path / "3" / "misclassified.png").read_bytes() == (tmp_path / "1" / "misclassified.png").read_bytes()
     board = events(tmp_path / "3")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -16,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lockstep.config.schema import Config, to_yaml
 from lockstep.config.tasks import IMAGES, find_class, short_name, where
+from lockstep.data.batch import describe
 from lockstep.data.loader import Samples, default_pair
 from lockstep.data.streams import Stream, is_stream
 from lockstep.errors import UserError
@@ -45,7 +47,37 @@ def build_task(config: Config) -> Any:
         raise UserError(f"task={short_name(name)}: cannot be made: {where(error, file.resolve())}") from None
     if name != IMAGES:
         check_data_sets(task, short_name(name))
+        check_first_loss(task, short_name(name))
     return task
+
+
+def check_first_loss(task: Any, name: str) -> None:
+    """Have the first call of a task's `loss` say what does not fit, with the shapes; later ones are the task's own.
+
+    Raises:
+        UserError: from that call: it fails, or gives something else than one number.
+    """
+
+    def first(outputs: Any, targets: Any) -> Any:
+        del task.loss
+        shapes = f"outputs {describe(outputs)}, targets {describe(targets)}"
+        try:
+            found = task.loss(outputs, targets)
+        except (UserError, torch.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            file = Path(str(getattr(sys.modules.get(type(task).__module__), "__file__", "")))
+            said = where(error, file.resolve())
+            raise UserError(f"task={name}: loss(outputs, targets) failed: {said}; {shapes}") from error
+        if not isinstance(found, torch.Tensor) or found.dim():
+            raise UserError(
+                f"task={name}: loss(outputs, targets) gave {describe(found)}, and a loss is one number, a tensor "
+                f"without dims: take its mean; {shapes}"
+            )
+        return found
+
+    with contextlib.suppress(AttributeError, TypeError):  # a class with slots has no place for it
+        task.loss = first
 
 
 def check_data_sets(task: Any, name: str) -> None:
