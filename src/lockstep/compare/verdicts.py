@@ -89,7 +89,7 @@ def score_sentence(rows: list[ComparisonRow]) -> str:
     if len(known) < 2:
         return ""
     low, high, name = known[0], known[-1], known[0].metric.replace("_", " ")
-    if low.reached == high.reached:
+    if score(low, 2) == score(high, 2):
         return f"All of them reach {'an' if name[0] in 'aeiou' else 'a'} {name} of {score(low, 2)}."
     words = "Accuracies go" if name == "accuracy" else f"Their {name} goes"
     return f"{words} from {score(low, 2)} ({low.label}) to {score(high, 2)} ({high.label})."
