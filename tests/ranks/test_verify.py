@@ -94,7 +94,7 @@ BROKEN = {
     ),
     "accumulation that does not weight its pieces": (
         "grad_accumulation",
-        "scaler.scale(loss * weight)",
+        "scaler.scale(loss * micro.weight)",
         "scaler.scale(loss)",
     ),
     "one all-reduce left out": (
