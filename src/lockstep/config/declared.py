@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from omegaconf import OmegaConf
-
 from lockstep.config.schema import Config, from_yaml
 from lockstep.config.tasks import absolute, import_file, named_task, short_name, task_of_content, with_task
 from lockstep.errors import UserError
@@ -216,6 +214,8 @@ def listed(value: str) -> list[str]:
 
 def read_config(recipe: CommandLine, text: str) -> Config:
     """A recipe's frozen config, from `to_yaml`'s text."""
+    from omegaconf import OmegaConf  # not above: `lockstep.registry` imports this module, and needs no configs
+
     content = OmegaConf.to_container(OmegaConf.create(text))
     return from_yaml(text, schema_of(recipe, cast(dict[str, Any], content)))
 
