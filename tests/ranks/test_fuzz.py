@@ -120,8 +120,8 @@ def other_random_numbers(patch: Patch) -> None:
 def samples_shifted(patch: Patch) -> None:
     sampler = batches.StepSampler
 
-    def shifted(size: int, batch_size: int, seed: int, rank: int, ranks: int, first: int, last: int) -> Any:
-        return sampler(size, batch_size, seed, rank, ranks, first + bool(first), last + bool(first))
+    def shifted(size: int, batch_size: int, seed: int, rank: int, ranks: int, first: int, last: int, *more: Any) -> Any:
+        return sampler(size, batch_size, seed, rank, ranks, first + bool(first), last + bool(first), *more)
 
     patch.setattr(batches, "StepSampler", shifted)
 
