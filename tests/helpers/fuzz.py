@@ -52,6 +52,7 @@ from lockstep.launch import worker
 from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.verify.trace import difference
+from tests.helpers import fuzz_tasks
 from tests.helpers import overflowing_scaler as overflow
 from tests.helpers.harness import compose_config, preload, renew_threads, tensors_of
 from tests.helpers.narrow_resnet import NarrowResNet
@@ -74,6 +75,10 @@ IMAGES = 144, 36  # of the digits
 SIZE = ("global_batch_size=36", "epochs=4", "log_every=1", "optim.warmup_steps=3", "threads=1", "timeout_seconds=120")
 STEPS = 16
 LOGGED = ("step", "loss", "lr", "loss_scale", "skipped_steps", "eval_loss", "eval_accuracy", "eval_f1")
+LOGGED += ("eval_bits_per_token", "eval_token_accuracy", "eval_error")
+TASKS = ("images", "FewSequences", "Ragged", "Weighted", "Read")  # the built-in one, and those of fuzz_tasks
+OWN_RECIPE = "own_recipe"  # tests.helpers.own_recipe, in the place of the recipe whose wrap it has
+WRAPS = {"single": "none", "ddp": "ddp", "fsdp": "fsdp"}
 
 Tensors = dict[str, Tensor]
 
@@ -91,13 +96,19 @@ class Setup:
     saving: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shown = [word.removeprefix("checkpoint.") for word in self.words + self.saving if word not in SIZE]
+        words = [word for word in self.words + self.saving if word not in SIZE and not word.startswith("task=")]
+        shown = [f"task={self.task}", *(word.removeprefix("checkpoint.") for word in words)]
         return f"{self.recipe} × {self.ranks} {' '.join(shown)}"
 
     @property
     def target(self) -> Recipe:
-        found: Recipe = importlib.import_module(f"recipes.{self.recipe}").train
+        module = f"tests.helpers.{OWN_RECIPE}" if self.recipe == OWN_RECIPE else f"recipes.{self.recipe}"
+        found: Recipe = importlib.import_module(module).train
         return found
+
+    @property
+    def task(self) -> str:
+        return next((word.rpartition(":")[2] for word in self.words if word.startswith("task=")), TASKS[0])
 
 
 @dataclass(frozen=True)
@@ -182,7 +193,35 @@ def draw(seed: int) -> Plan:
         faults.append(draw_fault(dice, sizes[number] if sizes else ranks, saves=STEPS // every))
         harm = dice.random() < 0.4
         damages.append(Damage(dice.choice(DAMAGES), dice.random(), dice.random()) if harm else None)
+    recipe, words = draw_task(random.Random(f"lockstep task {seed}"), recipe, words, resized=bool(sizes))
     return Plan(Setup(recipe, ranks, tuple(words), tuple(saving)), tuple(faults), tuple(damages), sizes)
+
+
+def draw_task(dice: random.Random, recipe: str, words: list[str], resized: bool) -> tuple[str, list[str]]:
+    """What is trained, and by whom: (recipe, words), each as it was or another one in its place.
+
+    Args:
+        resized: the starts are on different numbers of ranks.
+    """
+    able = ("images", "Weighted") if recipe == "sync_batchnorm" else TASKS  # whose model has BatchNorm
+    task = dice.choice(able)
+    if task != "images":
+        words = [word for word in words if not word.startswith("model.")]
+        words += [f"task={fuzz_tasks.__file__}:{task}", "optim.lr=0.003", f"data.workers={dice.choice((0, 0, 0, 1))}"]
+    if resized:  # other ranks draw other dropout, and see other batches
+        words += {
+            "FewSequences": ["task.dropout=0"],
+            "Ragged": ["task.dropout=0"],
+            "Weighted": ["task.norm=layer"],
+        }.get(task, [])
+    if task == "Read":
+        # A stream that is each rank's own part resumes on as many ranks as it was saved by.
+        kinds = ("task.addressed=true", "task.addressed=false", "task.per_rank=true")
+        words.append(dice.choice(kinds[:2] if resized else kinds))
+    if recipe in WRAPS and dice.random() < 0.4:
+        words.append(f"wrap={WRAPS[recipe]}")
+        recipe = OWN_RECIPE
+    return recipe, words
 
 
 def draw_fault(dice: random.Random, ranks: int, saves: int) -> Fault:

@@ -20,7 +20,22 @@ from lockstep.checkpoint.state import TrainingState
 from lockstep.data import batches
 from lockstep.distributed.signals import SIGNALS, Agreement
 from tests.helpers import fuzz
-from tests.helpers.fuzz import DAMAGES, OWN, RANKS, SIZE, Blow, Damage, Fault, Plan, Setup, draw, play, play_launched
+from tests.helpers.fuzz import (
+    DAMAGES,
+    OWN,
+    OWN_RECIPE,
+    RANKS,
+    SIZE,
+    TASKS,
+    Blow,
+    Damage,
+    Fault,
+    Plan,
+    Setup,
+    draw,
+    play,
+    play_launched,
+)
 
 Patch = pytest.MonkeyPatch
 
@@ -52,11 +67,15 @@ def test_nothing_is_lost_in_many_runs() -> None:
 
 
 def test_a_seed_decides_all_that_is_drawn() -> None:
-    plans = [draw(seed) for seed in range(500)]
-    assert plans == [draw(seed) for seed in range(500)]
-    assert {(plan.setup.recipe, plan.setup.ranks) for plan in plans} == {
-        (recipe, ranks) for recipe, choices in RANKS.items() for ranks in choices
-    }
+    plans = [draw(seed) for seed in range(1000)]
+    assert plans == [draw(seed) for seed in range(1000)]
+    drawn = {(plan.setup.recipe, plan.setup.ranks) for plan in plans}
+    own = {(recipe, ranks) for recipe, ranks in drawn if recipe == OWN_RECIPE}
+    assert drawn - own == {(recipe, ranks) for recipe, choices in RANKS.items() for ranks in choices}
+    assert {ranks for _, ranks in own} == {1, 2, 3, 4}
+    assert {plan.setup.task for plan in plans} == {plan.setup.task for plan in plans if plan.sizes} == set(TASKS)
+    assert {word for plan in plans for word in plan.setup.words if word.startswith("task.per_rank")}
+    assert not any(word.startswith("task.per_rank") for plan in plans if plan.sizes for word in plan.setup.words)
     faults = [fault for plan in plans for fault in plan.faults]
     assert {fault.sign for fault in faults} == {signal.SIGKILL, *SIGNALS}
     assert {damage.kind for plan in plans for damage in plan.damages if damage} == set(DAMAGES)
