@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from lockstep.callbacks import gradient_stats
-from lockstep.checkpoint.directory import list_checkpoints
+from lockstep.checkpoint.directory import list_checkpoints, read_pointer
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
+from lockstep.loggers.console import ConsoleReport
 from lockstep.run import Run
 from lockstep.training.clip import clip_gradients
 from recipes import ddp, deepspeed_zero, single
@@ -202,11 +203,61 @@ def test_under_fp16_an_overflow_is_the_scaler_s_and_the_norm_is_unscaled(name: s
     assert all(mine == pytest.approx(theirs, rel=0.1) for mine, theirs in norms)
 
 
-def test_without_it_a_nan_trains_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    poison("forward", 2, monkeypatch)
-    execute(ddp.train, tmp_path / "run", 2, *SHORT)
+def said_on_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file that gets the lines which rank 0 of the next run writes for people."""
+    said = tmp_path / "said"
+
+    def line(report: ConsoleReport, text: str) -> None:
+        if dist.get_rank() == 0:
+            with said.open("a") as file:
+                print(text, file=file)
+
+    monkeypatch.setattr(ConsoleReport, "line", line)
+    return said
+
+
+NAN = (*DATA, "epochs=4", "max_steps=8", "log_every=1", "checkpoint.every=1", "checkpoint.best=true")
+
+
+@pytest.mark.slow_except("ddp")
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "pipeline_parallel", "deepspeed_zero", "lightning_trainer"])
+def test_weights_that_are_nan_end_the_run_and_are_not_saved(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = {"pipeline_parallel": ("stages=2", "micro_batches=2"), "deepspeed_zero": ("stage=3",)}.get(name, ())
+    poison("forward", 1 + 2 * 2 + 1 if own[:1] == ("stages=2",) else 3, monkeypatch)
+    train = importlib.import_module(f"recipes.{name}").train
+    with pytest.raises(AssertionError, match=r"after step \d, \S+ is not finite on rank \d.* gradients.allow_nan=true"):
+        execute(train, tmp_path / "run", 2, *NAN, *own)
+    saved = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [each.name for each in saved[:1]] == ["step-00000002"]
+    assert not (tmp_path / "run" / "model.pt").exists()
+    assert read_pointer(tmp_path / "run" / "checkpoints", "BEST") == saved[0]
+
+
+def test_allow_nan_trains_on_and_saves_nothing_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison("forward", 3, monkeypatch)
+    said = said_on_rank_0(tmp_path, monkeypatch)
+    execute(ddp.train, tmp_path / "run", 2, *NAN, "gradients.allow_nan=true")
+    assert said.read_text().count("gradients.allow_nan=true: training continues") == 1
     assert result(tmp_path / "run")["status"] == "finished"
     assert math.isnan(numbers(tmp_path / "run")[-1]["loss"])
+    folder = tmp_path / "run" / "checkpoints"
+    assert list_checkpoints(folder)[0].name == "step-00000002"
+    assert read_pointer(folder, "BEST") == folder / "step-00000002"
+
+
+def test_a_nan_loss_over_finite_weights_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a recipe leaves out a step; nothing is lost then."""
+    record = Run.record
+    monkeypatch.setattr(
+        Run, "record", lambda run, *, loss, weight=1.0: record(run, loss=loss * math.nan, weight=weight)
+    )
+    said = said_on_rank_0(tmp_path, monkeypatch)
+    execute(ddp.train, tmp_path / "run", 2, *NAN)
+    assert said.read_text().count("the loss is nan; the weights are still finite") == 1
+    assert result(tmp_path / "run")["status"] == "finished"
+    assert list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step-00000008"
 
 
 def hooks_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:

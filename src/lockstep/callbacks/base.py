@@ -40,6 +40,7 @@ class CallbackContext:
         updated: whether the last step changed the weights; fp16's scaler leaves out a step that overflows.
         paused_seconds: time so far that does not count for the speed that is logged.
         train_loss: of the last logged step, over the global batch; None before there is one.
+        train_loss_step: the number of that step; 0 before there is one.
         scaler: fp16's, where the recipe has asked for one.
         notes: further fields of result.json.
 
@@ -65,6 +66,7 @@ class CallbackContext:
     updated: bool = True
     paused_seconds: float = 0.0
     train_loss: float | None = None
+    train_loss_step: int = 0
     scaler: Scaler | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)

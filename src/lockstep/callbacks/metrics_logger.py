@@ -79,7 +79,7 @@ class MetricsLogger(Callback):
 
         def write(step: int) -> None:
             found, peak = read()
-            context.train_loss = found["loss"]
+            context.train_loss, context.train_loss_step = found["loss"], step
             scalars.update(found, peak_memory_bytes=peak)
             self._write(context, step, scalars)
             for logger in self._loggers if record.histograms else ():

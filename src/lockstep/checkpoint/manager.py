@@ -184,8 +184,11 @@ class CheckpointManager:
         self._checkpoints.save(state.tensors(), facts | state.facts(), files=state.files, best=best)
         self._saved_at, self.saved_step = time.perf_counter(), step
 
-    def judge(self, result: Evaluation) -> None:
+    def judge(self, result: Evaluation, eligible: bool = True) -> None:
         """Keep count of what is best. All ranks hold the same evaluation to the last bit, so they judge alike.
+
+        Args:
+            eligible: whether it may be the best at all.
 
         Raises:
             UserError: the task has no such metric.
@@ -194,7 +197,7 @@ class CheckpointManager:
         if self.metric not in known:
             raise UserError(f"metric={self.metric}: the task has no such metric; allowed are {', '.join(known)}")
         value = known[self.metric] if self._higher_is_better else -known[self.metric]
-        if value == value and (self.best is None or value > self.best):  # no NaN is best
+        if eligible and value == value and (self.best is None or value > self.best):  # no NaN is best
             self.best, self._best_is_new, self.waited = value, self._config.checkpoint.best, 0
         else:
             self.waited += 1

@@ -120,6 +120,9 @@ class GradientsConfig:
     stop_on_nan: bool = key(
         False, "end the run where a layer's output or gradient is not finite, and name layer, step and rank", free=True
     )
+    allow_nan: bool = key(
+        False, "train on where weights have become NaN or infinite, instead of ending; they are never saved", free=True
+    )
 
 
 @dataclass
@@ -303,6 +306,8 @@ def check_limits(config: GradientsConfig) -> None:
         raise UserError(f"gradients.clip_value={values}: allowed are a pattern and a number, such as {{fc.*: 0.1}}")
     limits = {"warn_above": config.warn_above, "clip_norm": config.clip_norm}
     limits |= {f"clip_value.{name}": value for name, value in (values or {}).items()}
+    if config.stop_on_nan and config.allow_nan:
+        raise UserError("gradients.allow_nan=true: allowed is false where gradients.stop_on_nan=true")
     for name, limit in limits.items():
         if limit is not None and not (type(limit) in (int, float) and limit > 0 and math.isfinite(limit)):
             raise UserError(f"gradients.{name}={limit}: allowed are finite numbers above 0")

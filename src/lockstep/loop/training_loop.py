@@ -36,6 +36,7 @@ from lockstep.distributed.heartbeat import TRAINING, WAITING
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.signals import Agreement, Listener, Preempted
 from lockstep.errors import CheckFailed, UserError
+from lockstep.loop.finite import FiniteCheck
 from lockstep.loop.result import result_fields
 from lockstep.loop.show import show
 from lockstep.memory.tracker import state_bytes
@@ -159,10 +160,7 @@ class TrainingLoop:
                 restore_bucket_order(model, example.inputs, self.context.device)
 
     def begin(self, optimizer: Optimizer, model: nn.Module) -> None:
-        """Start to listen, to log and to keep time, when the state to start from is in place.
-
-        Args:
-            model: wrapped or not.
+        """Start to listen, to log and to keep time, when the state to start from is in place; `model` may be wrapped.
 
         Raises:
             NothingLeft: it is that of the last step.
@@ -185,6 +183,7 @@ class TrainingLoop:
         context.module, context.model, context.optimizer = self.module, model, optimizer
         context.gradients = self._local_gradients(optimizer)
         self.callbacks.on_train_begin(context)
+        self._finite = FiniteCheck(context, self._stop)
         context.report.start(
             parameters=self._parameters,
             task=source.task,
@@ -227,7 +226,7 @@ class TrainingLoop:
         if leaves and self._listener:
             self._listener.announce(sign)
         due = due or leaves or self.checkpoints.is_due(context.step, last)
-        if due and context.step > self.checkpoints.saved_step and not context.quiet:
+        if due and context.step > self.checkpoints.saved_step and not context.quiet and self._finite.check_weights():
             self._save()
         if leaves:
             self._leave(sign)
@@ -276,13 +275,13 @@ class TrainingLoop:
         except CheckFailed:
             self._stop()
             raise
+        self._finite.check_loss()
         if context.is_logged(context.step):
             self.callbacks.on_log(context, LogRecord())
         self._stepped_at = time.perf_counter()
         every = context.config.eval_every * context.steps_per_epoch
-        evaluates = context.step == context.total_steps or (every > 0 and context.step % every == 0)
-        evaluates = evaluates and self.evaluator.has_data
-        if evaluates:
+        due = context.step == context.total_steps or (every > 0 and context.step % every == 0)
+        if evaluates := due and self.evaluator.has_data:
             self.callbacks.on_evaluation_begin(context)
             self._heartbeat.enter("evaluating")
         return evaluates
@@ -299,7 +298,7 @@ class TrainingLoop:
         context = self.context
         self.evaluation = evaluation
         self.callbacks.on_evaluation_end(context, evaluation)
-        self.checkpoints.judge(evaluation)
+        self.checkpoints.judge(evaluation, eligible=self._finite.check_weights())
         if self.checkpoints.is_out_of_patience and context.step < context.total_steps:
             waited = self.checkpoints.waited
             context.say(f"stopping early: {self.checkpoints.metric} has not become better in {waited} evaluations")
@@ -366,6 +365,7 @@ class TrainingLoop:
                 f"{context.recipe} left run.steps after step {context.step} of {context.total_steps}; "
                 "run the loop to its end, or set max_steps"
             )
+        self._finite.check_weights()
         self._heartbeat.enter("finishing")
         self.checkpoints.wait()
         whole = self._whole()
