@@ -71,6 +71,14 @@ class Task:
         """{name: value} of the whole evaluation set from the added-up (sum, count): by default sum / count."""
         return {name: float(total.double() / count) for name, (total, count) in totals.items()}
 
+    def torchmetrics(self) -> Mapping[str, Any]:
+        """{name: torchmetrics.Metric}, beside `metrics` or instead: new ones at each call, for one evaluation.
+
+        Each gets `update(outputs, targets)` of every batch, floats in float64, and computes one number: exactly what it
+        makes of the whole evaluation set, on any number of ranks. Its states may be reduced by sum, cat, min and max.
+        """
+        return {}
+
     show: Callable[[Any], str] | None = None  # show(model) → text for the end of a run; all ranks call it together
     weigh: Callable[[Any], Tensor] | None = None  # weigh(targets) → items that the loss is a mean over, such as tokens
     collate: Callable[[list[Any]], Any] | None = None  # collate(samples) → (inputs, targets); None: default_collate

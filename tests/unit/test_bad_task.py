@@ -95,6 +95,29 @@ class OtherData(Fine):
             self.train_set = TensorDataset(torch.ones(16, 2), torch.ones(16, 1))
 
 
+class Averages(Fine):
+    def torchmetrics(self):
+        from torchmetrics import PearsonCorrCoef
+        return {"r": PearsonCorrCoef()}
+
+
+class Wraps(Fine):
+    def torchmetrics(self):
+        from torchmetrics import MeanSquaredError, MinMaxMetric
+        return {"mse": MinMaxMetric(MeanSquaredError())}
+
+
+class OtherWay(Fine):
+    def torchmetrics(self):
+        from torchmetrics import MeanSquaredError
+        return {"mse": MeanSquaredError()}
+
+
+class NoMetric(Fine):
+    def torchmetrics(self):
+        return {"mse": mse_loss}
+
+
 @dataclass
 class Required(Fine):
     path: str = None
@@ -122,6 +145,16 @@ BEFORE: dict[str, tuple[list[str], list[str]]] = {
     "no length": (["task=FILE:NoLength"], ["its train_set, a Rows, has no __len__"]),
     "arguments": (["task=FILE:Needs"], ["Needs(path) takes arguments that no key can set; make it a dataclass"]),
     "its own error": (["task=FILE:Raises"], ["cannot be made: FileNotFoundError: no such table: rows.csv", "line"]),
+    "a metric that is not exact": (
+        ["task=FILE:Averages"],
+        ["torchmetrics()['r']: PearsonCorrCoef reduces its state", "allowed are sum from zero, cat, min and max"],
+    ),
+    "a metric of metrics": (["task=FILE:Wraps"], ["['mse']: MinMaxMetric wraps other metrics; hand in each of those"]),
+    "a metric's direction": (
+        ["task=FILE:OtherWay"],
+        ["['mse']: MeanSquaredError is better when smaller; add it to the task's lower_is_better"],
+    ),
+    "no metric": (["task=FILE:NoMetric"], ["torchmetrics()['mse'] is function; allowed is a torchmetrics.Metric"]),
     "another type": (["task=FILE:Fine", "task.hidden=wide"], ["task.hidden", "'wide'", "Integer"]),
     "a misspelt field": (["task=FILE:Fine", "task.hiden=8"], ["unknown key task.hiden; did you mean task.hidden?"]),
     "another task's model": (

@@ -24,6 +24,7 @@ from lockstep.errors import UserError
 from lockstep.models.blocks import default_blocks
 from lockstep.task import option
 from lockstep.tasks.images import Images
+from lockstep.training.handed_metrics import handed_in
 
 
 def build_task(config: Config) -> Any:
@@ -47,6 +48,7 @@ def build_task(config: Config) -> Any:
         raise UserError(f"task={short_name(name)}: cannot be made: {where(error, file.resolve())}") from None
     if name != IMAGES:
         check_data_sets(task, short_name(name))
+        handed_in(task)  # refuses here what no evaluation could take
         check_first_loss(task, short_name(name))
     return task
 

@@ -18,6 +18,7 @@ from lockstep.distributed.collectives import gather_objects
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.errors import UserError
 from lockstep.task import metrics_of, option, summary_of
+from lockstep.training.handed_metrics import HandedMetrics
 from lockstep.training.precision import autocast
 
 KEPT = 64  # wrong predictions that an evaluation remembers
@@ -41,6 +42,9 @@ class Evaluation:
         return {"eval_loss": self.loss} | {f"eval_{name}": value for name, value in self.metrics.items()}
 
 
+Layout = dict[str, list[tuple[list[int], bool]]]  # of a metric: (shape, is whole) of sum and count, or of its sums
+
+
 class Tally:
     """Sums over this rank's batches of an evaluation, which become everyone's.
 
@@ -57,10 +61,11 @@ class Tally:
     def __init__(self, task: Any, sampler: EvalSampler, group: dist.ProcessGroup | None) -> None:
         self._task, self._group, self._sampler = task, group, sampler
         self._metrics, self._weigh = metrics_of(task), option(task, "weigh")
+        self._handed = HandedMetrics(task)
         self._numbers = iter(sampler.numbers())
         self._rows: dict[int, Tensor] = {}  # of a batch: loss, items, samples, then what is no whole number
         self._whole: Tensor | None = None
-        self._layout: dict[str, list[tuple[list[int], bool]]] = {}  # name -> (shape, is whole) of sum and of count
+        self._layout: Layout = {}
         self._wrong = torch.empty(0, 3, dtype=torch.int64)
 
     def add(self, outputs: Any, batch: Batch) -> None:
@@ -75,10 +80,15 @@ class Tally:
         # A batch without any item has no mean, and 0 × nan would be nan. Nothing here waits for a GPU.
         row = [torch.where(items > 0, loss * items, 0.0), items, count]
         whole: list[Tensor] = []
-        layout: dict[str, list[tuple[list[int], bool]]] = {}
-        for name, pair in self._metrics(outputs, targets).items():
+        layout: Layout = {}
+        parts = {name: _pair_of(name, pair) for name, pair in self._metrics(outputs, targets).items()}
+        if twice := sorted(parts.keys() & self._handed.names):
+            raise UserError(
+                f"the task has the metric {twice[0]} in metrics() and in torchmetrics(); rename one of them"
+            )
+        for name, values in (parts | self._handed.add(number, outputs, targets)).items():
             layout[name] = []
-            for number_or_tensor in _pair_of(name, pair):
+            for number_or_tensor in values:
                 value = torch.as_tensor(number_or_tensor, device=device).detach()
                 is_whole = not value.is_floating_point()
                 layout[name].append((list(value.shape), is_whole))
@@ -121,10 +131,10 @@ class Tally:
         if int(sums[2]) != self._sampler.size:
             raise RuntimeError(f"evaluation counted {sums[2]:g} samples of {self._sampler.size}")
         totals = _as_laid_out(layout, sums[3:], whole.cpu())
-        metrics = self._summarise(totals, device)
+        metrics = self._summarise(totals)
         return Evaluation(float(sums[0] / sums[1]), metrics, int(sums[2]), self._gather_wrong(device))
 
-    def _agree(self) -> dict[str, list[tuple[list[int], bool]]]:
+    def _agree(self) -> Layout:
         """What the metrics are called and of what shape; a rank without a batch has seen none."""
         everyone = gather_objects(self._layout if self._rows else None, self._group)
         known = [(rank, each) for rank, each in enumerate(everyone) if each is not None]
@@ -136,15 +146,24 @@ class Tally:
                 )
         return known[0][1] if known else {}
 
-    def _summarise(self, totals: Mapping[str, tuple[Tensor, Tensor]], device: torch.device) -> dict[str, float]:
-        """The task's own summary, made by rank 0 alone, for what computes it may take a second to import."""
+    def _summarise(self, totals: Mapping[str, tuple[Tensor, ...]]) -> dict[str, float]:
+        """The task's own summary, made by rank 0 alone, for what computes it may take a second to import.
+
+        Raises:
+            UserError: on all ranks: a metric that was handed in is no number.
+        """
         if not totals:
             return {}
-        found: list[Any] = [None]
-        if dist.get_rank() == 0:
-            found = [{name: float(value) for name, value in summary_of(self._task)(totals).items()}]
+        handed = self._handed.compute(totals, self._group)
+        found: list[Any] = [handed]
+        if dist.get_rank() == 0 and not isinstance(handed, UserError):
+            own: Any = {name: total for name, total in totals.items() if name not in self._handed.names}
+            summary = summary_of(self._task)(own) if own else {}
+            found = [{name: float(value) for name, value in summary.items()} | handed]
         if dist.get_world_size() > 1:
             dist.broadcast_object_list(found, src=0, group=self._group)
+        if isinstance(found[0], UserError):
+            raise found[0]
         return dict(found[0])
 
     def _gather_wrong(self, device: torch.device) -> tuple[tuple[int, int, int], ...]:
@@ -182,9 +201,9 @@ def _pair_of(name: str, pair: Any) -> tuple[Any, Any]:
     raise UserError(f"metrics(outputs, targets)[{name!r}] is {type(pair).__name__}; allowed is (sum, count)")
 
 
-def _as_laid_out(layout: Mapping[str, Any], real: Tensor, whole: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+def _as_laid_out(layout: Layout, real: Tensor, whole: Tensor) -> dict[str, tuple[Tensor, ...]]:
     """The sums and counts of each metric, in their shapes."""
-    found: dict[str, tuple[Tensor, Tensor]] = {}
+    found: dict[str, tuple[Tensor, ...]] = {}
     for name, parts in layout.items():
         values = []
         for shape, is_whole in parts:
@@ -192,7 +211,7 @@ def _as_laid_out(layout: Mapping[str, Any], real: Tensor, whole: Tensor) -> dict
             source = whole if is_whole else real
             values.append(source[:size].reshape(shape))
             whole, real = (whole[size:], real) if is_whole else (whole, real[size:])
-        found[name] = (values[0], values[1])
+        found[name] = tuple(values)
     return found
 
 
