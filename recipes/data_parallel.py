@@ -48,6 +48,7 @@ class HostDataParallel(nn.Module):
         # functional_call swaps a module's tensors while it runs, so each thread needs a module object of its own.
         self._shells = [copy.deepcopy(module) for _ in range(replicas)]  # a list: not registered as submodules
         self.thread_seconds, self.wall_seconds = 0.0, 0.0
+        self._draws: bool | None = None  # whether the model draws random numbers, once that is known
 
     def forward(self, inputs: Any) -> Any:
         """inputs of N samples to outputs of N samples."""
@@ -70,10 +71,19 @@ class HostDataParallel(nn.Module):
 
         started = time.perf_counter()
         threads = [threading.Thread(target=apply, args=(number,)) for number in range(len(chunks))]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        # Unlike GPUs, the threads of a host share one generator. Where the model draws from it, as dropout does, they take
+        # turns; else who comes first would decide on the numbers, and no run would be repeated by another.
+        if self.training and self._draws is not False:
+            before = torch.get_rng_state()
+            for thread in threads:
+                thread.start()
+                thread.join()
+            self._draws = self._draws or not torch.equal(before, torch.get_rng_state())
+        else:
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
         self.wall_seconds += time.perf_counter() - started
         for output in outputs:
             if isinstance(output, BaseException):

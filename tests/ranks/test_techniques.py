@@ -408,6 +408,23 @@ def test_replicas_follow_the_weights() -> None:
     assert torch.allclose(parallel(batch.inputs), before + 1, rtol=0, atol=1e-12)
 
 
+class Late(nn.Module):
+    """Dropout that the first replica comes to last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        time.sleep(0.1 if bool(x[0, 0] == 0) else 0.0)
+        return torch.nn.functional.dropout(x + 1, 0.5, self.training)
+
+
+def test_replicas_draw_random_numbers_in_their_order_and_not_in_the_clock_s() -> None:
+    inputs = torch.arange(40.0).view(8, 5)
+    model, parallel = Late(), HostDataParallel(Late(), 2)
+    torch.manual_seed(0)
+    found = [parallel(inputs) for _ in range(3)]
+    torch.manual_seed(0)
+    assert all(torch.equal(each, torch.cat([model(chunk) for chunk in inputs.chunk(2)])) for each in found)
+
+
 def test_batch_norm_keeps_the_statistics_of_the_first_chunk() -> None:
     model, batch = make_model("batch").double(), make_batch(7)
     first, whole = copy.deepcopy(model), copy.deepcopy(model)
