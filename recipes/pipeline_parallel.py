@@ -152,6 +152,13 @@ def build_stages(
     return stages, parts
 
 
+def another(stage: TimedStage) -> TimedStage:
+    """The same stage for samples of another size: what it receives is as large as in its first step."""
+    found = TimedStage(stage.submod, stage.stage_index, stage.num_stages, stage.device, group=stage.group)
+    found.watch = stage.watch
+    return found
+
+
 def build_schedule(
     run: Run[PipelineConfig], stages: list[TimedStage], loss_fn: Callable[[Tensor, Tensor], Tensor]
 ) -> Any:
@@ -261,16 +268,21 @@ def train(run: Run[PipelineConfig]) -> None:
             loss = loss * (micro.weight * len(micros))
         return scaler.scale(loss)
 
-    schedule = build_schedule(run, stages, scaled_loss)
+    schedules: dict[Any, Any] = {}  # by the shapes of the inputs, which are those of the longest sample of a batch
     clock = Stopwatch(run.device)
     for batch in run.steps(model=mine, optimizer=optimizer, scheduler=scheduler, whole=whole):
-        inputs = tuple(tree_tensors(batch.inputs)) if first else ()
+        inputs = tuple(tree_tensors(batch.inputs))
+        shapes = tuple((x.shape, x.dtype) for x in inputs)  # the same on all ranks of a pipeline, as its batch is
+        if shapes not in schedules:
+            schedules[shapes] = build_schedule(run, [another(stage) for stage in stages], scaled_loss)
         micros[:] = [micro_batch(batch, *bounds) for bounds in pieces(batch.count, run.config.micro_batches)]
         numbers = torch.arange(len(micros))  # the schedule cuts tensors alone, and targets may be anything
         losses: list[Tensor] = []
         clock.start()
         with run.autocast():  # the schedule runs forwards and backwards, and divides the gradients by micro_batches
-            schedule.step(*inputs, **({"target": numbers, "losses": losses} if last else {}))
+            schedules[shapes].step(
+                *(inputs if first else ()), **({"target": numbers, "losses": losses} if last else {})
+            )
         clock.stop()
         if last:  # only here the model ends, and with it the loss is known
             run.record(loss=torch.stack(losses).mean() / scaler.get_scale())

@@ -1,4 +1,4 @@
-"""Transfer learning: a trained backbone, frozen, under a new head for other classes.
+"""Transfer learning: a trained backbone, frozen, under a new head for other classes or other data.
 
 Load every tensor but the head's, freeze what the new task need not change, train the rest. Three things go wrong where
 this meets other ranks. DistributedDataParallel decides when it wraps the model what it will average: whoever freezes
@@ -13,10 +13,14 @@ crosses the network is the head's gradient. `freeze=[conv1.*, bn1.*, layer1.*]` 
 
 The backbone is `resume=PATH`: a run, one of its checkpoints, or any file with a state_dict, whatever its head; or
 `weights=imagenet`: torchvision's, downloaded once. Started again in the same `out=`, the run goes on where it was.
+The head is the model's last Linear or, where it has none, its last Conv2d. So it is of a model of your own
+(`task=FILE.py:Class`), whose backbone is a run of the same model on other data, or a file of its weights; `freeze` says
+otherwise where the head is not all that is to be trained.
 
     python -m recipes.ddp data.classes=[0,1,2,3,4] out=base                             five digits, then the other five
     python -m recipes.transfer_learning resume=base data.classes=[5,6,7,8,9] optim=adamw unfreeze_epoch=2
     python -m recipes.transfer_learning weights=imagenet model.image_size=224 unfreeze_epoch=5
+    python -m recipes.transfer_learning task=my_task.py:Gpt task.text=mine.txt resume=base freeze=[blocks.0.*]
 
 Expect: an accuracy of 0.96 or more on the other five digits with the second command, in a minute on two CPU cores.
 Source: https://arxiv.org/abs/1411.1792, https://docs.pytorch.org/tutorials/beginner/transfer_learning_tutorial.html
@@ -89,6 +93,11 @@ def prepare(run: Run[TransferConfig], model: nn.Module) -> None:
     freeze_parameters(model, run.config.freeze)
 
 
+def ends_of(names: list[str]) -> list[str]:
+    """What a model's parameters are called, at its two ends."""
+    return names if len(names) < 6 else [names[0], names[1], names[3], "…", names[-2]]
+
+
 def check(config: TransferConfig, share: int) -> None:
     """The patterns must match, something must be left to train, and the backbone must be there and fit."""
     model = sketch(config)
@@ -97,8 +106,8 @@ def check(config: TransferConfig, share: int) -> None:
     for pattern in config.freeze or []:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise UserError(
-                f"{text}: {pattern} matches no parameter; they are called {names[0]}, {names[1]}, {names[3]}, …, "
-                f"{names[-2]}; allowed are such names, also with * and ?"
+                f"{text}: {pattern} matches no parameter; they are called {', '.join(ends_of(names))}; "
+                "allowed are such names, also with * and ?"
             )
     head = head_of(model)
     frozen = [name for name in names if is_frozen(name, config.freeze, head)]
@@ -162,7 +171,7 @@ def train(run: Run[TransferConfig]) -> None:
         optimizer.zero_grad()
 
     kept = sum(parameter.numel() for parameter in frozen)
-    run.note(f"frozen: {kept:,} of {count_parameters(model)[0]:,} parameters")
+    run.note(f"frozen: {kept:,} of {count_parameters(model)[0]:,} parameters; head: {head_of(model.module)}*")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count
 from lockstep.verify.config import VerifyConfig
-from lockstep.verify.proofs import proof_cases, verify_case
+from lockstep.verify.proofs import proof_batch, proof_cases, verify_case
 from lockstep.verify.reference import SINGLE, check_against
 from lockstep.verify.report import progress_line, verdict_notes, verify_tables
 from lockstep.verify.rows import VerifyRow
@@ -57,7 +57,7 @@ def check(config: VerifyConfig, share: int) -> None:
     recipes_with_proofs(config.recipes)
 
 
-@recipe(config=VerifyConfig, looks_at="recipes", single_training=False, check=check)
+@recipe(config=VerifyConfig, looks_at="recipes", single_training=False, check=check, batch=proof_batch)
 def train(run: Run[VerifyConfig]) -> None:
     single = get_recipe("single")
     cases = proof_cases(recipes_with_proofs(run.config.recipes), run.config, run.device.type)

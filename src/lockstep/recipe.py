@@ -61,6 +61,8 @@ class Recipe:
         stands_for: of a tool that looks at one recipe, called with the config: which one.
         looks_at: of a tool: the key that names the recipes it runs, whose own keys it then has, too.
         single_training: whether it is one training, for which one batch size can be found.
+        batch: of a tool for which global_batch_size=auto is a number to be chosen, and none to be found by trials:
+            called with (samples in the training set, ranks).
         word: the key that a first word without `=` on the command line is the value of.
         several: the key whose value is a list of whole numbers on this tool's command line; config has it as `<key>s`.
         alone: called with the config before anything else; where it returns an exit code it has done all there is to
@@ -81,6 +83,7 @@ class Recipe:
     stands_for: Callable[[Any], Recipe] | None = None
     looks_at: str | None = None
     single_training: bool = True
+    batch: Callable[[int, int], int] | None = None
     word: str | None = None
     several: str | None = None
     alone: Callable[[Any], int | None] | None = None

@@ -40,9 +40,9 @@ def write_pictures(folder: Path, train: int = 12, val: int = 6, side: int = 20) 
     return folder
 
 
-def write_text(file: Path) -> Path:
-    """60 lines of 3 to 33 characters."""
-    file.write_text(TEXT)
+def write_text(file: Path, mirrored: bool = False) -> Path:
+    """60 lines of 3 to 33 characters; `mirrored`: other ones."""
+    file.write_text("".join(f"{line[::-1]}\n" for line in TEXT.splitlines()) if mirrored else TEXT)
     return file
 
 

@@ -18,7 +18,7 @@ from lockstep.distributed.process_group import World
 from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.run import Run
-from recipes import ddp, fsdp, single
+from recipes import ddp, fsdp, pipeline_parallel, single
 from tests.helpers.examples import example, kill_a_rank, write_pictures, write_text
 from tests.helpers.harness import assert_equal, compose_config, execute, lines, result, run_ranks, train
 
@@ -132,14 +132,22 @@ def losses(out: Path) -> list[float]:
 # A GPT on ragged lines: collate and weigh -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow_except("fsdp")
-@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+RAGGED: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
+    "ddp": (ddp.train, 3, ("accumulate=2",)),
+    "fsdp": (fsdp.train, 3, ("accumulate=2",)),
+    "pipeline": (pipeline_parallel.train, 2, ("micro_batches=5",)),
+}
+
+
+@pytest.mark.slow_except("fsdp", "pipeline")
+@pytest.mark.parametrize("name", RAGGED)
 def test_every_character_of_ragged_lines_weighs_the_same(name: str, data: dict[str, str], tmp_path: Path) -> None:
-    """15 lines a batch: 3 ranks, 5 lines each, in micro-batches of 3 and 2, all of them of other lengths."""
-    recipe = {"ddp": ddp.train, "fsdp": fsdp.train}[name]
+    """15 lines a batch: 3 ranks, 5 lines each, in micro-batches of 3 and 2, all of them of other lengths; or two stages,
+    between which each batch's activations are as long as its longest line."""
+    recipe, ranks, more = RAGGED[name]
     words = [*words_of("gpt", data), "precision=fp64", "global_batch_size=15"]
     alone = train(single.train, tmp_path / "alone", 1, *words)
-    found = train(recipe, tmp_path / "ranks", 3, *words, "accumulate=2")
+    found = train(recipe, tmp_path / "ranks", ranks, *words, *more)
     assert losses(tmp_path / "ranks") == pytest.approx(losses(tmp_path / "alone"), rel=1e-10)
     assert all(torch.allclose(found[key], alone[key], rtol=0, atol=1e-10) for key in alone)
     one, other = (result(tmp_path / run)["eval_bits_per_byte"] for run in ("alone", "ranks"))

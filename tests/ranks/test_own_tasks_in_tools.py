@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 
+from lockstep.registry import get_recipe, list_recipes
+from lockstep.verify.proofs import proof_batch
 from recipes import verify
+from tests.helpers.examples import example, write_pictures, write_text
 from tests.helpers.harness import command, execute
 
 TASK = '''
@@ -81,8 +84,9 @@ def rows_of(out: Path) -> list[dict[str, Any]]:
     return found
 
 
-def test_every_strategy_trains_a_task_of_ones_own_as_one_process_does(own: Path, tmp_path: Path) -> None:
-    words = (f"task={own}:Line", "precision=fp64", "max_steps=3", "eval_batch_size=20")
+def test_every_strategy_trains_a_task_of_ones_own_as_one_process_does(tmp_path: Path) -> None:
+    """The command of its docs, for a few recipes."""
+    words = (f"task={example('tabular.py:Diabetes')}", "precision=fp64", "max_steps=3")
     execute(verify.train, tmp_path / "run", 2, "recipes=[data_parallel,ddp,fsdp,pipeline_parallel]", *words)
     rows = rows_of(tmp_path / "run")
     assert [(row["recipe"], row["verdict"]) for row in rows] == [
@@ -91,16 +95,59 @@ def test_every_strategy_trains_a_task_of_ones_own_as_one_process_does(own: Path,
     assert all(row["weights"] <= 1e-10 and row["gradients"] <= 1e-10 for row in rows)
 
 
+EXAMPLES = {
+    "tabular": ("tabular.py:Diabetes", ()),
+    "gpt": ("text_gpt.py:TextGpt", ("task.width=16", "task.depth=2")),
+    "vit": ("vit_folder.py:Vit", ("task.width=16", "task.depth=2", "task.size=16")),
+    "language": ("language", ()),
+}
+
+
 @pytest.mark.slow
-def test_every_recipe_is_proven_or_says_why_not(own: Path, tmp_path: Path) -> None:
-    done = command("-m", "recipes.verify", f"task={own}:Line", "out=run", cwd=tmp_path, timeout=400)
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_every_recipe_is_proven_or_says_why_not(name: str, tmp_path: Path) -> None:
+    """As typed, and nothing of the batch: the ViT's folder holds 12 pictures to train on."""
+    task, words = EXAMPLES[name]
+    more = {
+        "gpt": f"task.file={write_text(tmp_path / 'text.txt')}",
+        "vit": f"task.folder={write_pictures(tmp_path / 'pictures')}",
+    }.get(name)
+    asked = f"task={task if name == 'language' else example(task)}"
+    done = command(
+        "-m", "recipes.verify", asked, *words, *filter(None, [more]), "nproc=2", "out=run", cwd=tmp_path, timeout=400
+    )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "rows of Line (hidden=8, norm=False) on TensorDataset" in done.stdout
     rows = rows_of(tmp_path / "run")
-    assert {row["verdict"].partition(":")[0] for row in rows} == {"equal", "not run"}
-    unable = [row for row in rows if row["verdict"] != "equal"]
-    assert all("holds no BatchNorm" in row["verdict"] for row in unable)
-    assert {row["recipe"] for row in unable} == {"lightning_fabric", "lightning_trainer", "sync_batchnorm"}
+    named = {(row["recipe"], row["precision"]): row for row in rows if not row["variant"].startswith("sync_batchnorm")}
+    equal = {recipe for (recipe, precision), row in named.items() if precision == "fp64" and row["verdict"] == "equal"}
+    unable = {recipe: row for (recipe, precision), row in named.items() if precision == "fp64" and recipe not in equal}
+    assert unable.keys() == {"deepspeed_zero", "sync_batchnorm"}
+    assert equal == {name for name in list_recipes() if get_recipe(name).proofs} - unable.keys()
+    assert unable["deepspeed_zero"]["verdict"].startswith("not run: precision=fp64: DeepSpeed's optimizer computes in")
+    assert "holds no BatchNorm to synchronise" in unable["sync_batchnorm"]["verdict"]
+    assert named["deepspeed_zero", "fp32"]["verdict"] == "equal"
+    for row in rows:
+        assert row["verdict"] == "equal" or row["verdict"].startswith("not run: ")
+        assert len(row["verdict"].splitlines()) == 1
+        if row["verdict"] == "equal" and row["precision"] == "fp64":
+            assert max(row["loss"], row["gradients"], row["weights"], row["buffers"], row["evaluation"]) <= 1e-10
+
+
+@pytest.mark.parametrize(("samples", "ranks", "size"), [(1437, 2, 28), (12, 2, 12), (11, 3, 6), (3, 2, 2), (1, 2, 2)])
+def test_the_batch_fits_the_data_set(samples: int, ranks: int, size: int) -> None:
+    assert proof_batch(samples, ranks) == size
+
+
+def test_the_batch_is_what_was_asked_for_or_one_that_fits(own: Path, tmp_path: Path) -> None:
+    """The task itself wants 150, which is no number for a proof."""
+    own.write_text(TASK.replace("    norm: bool", "    defaults = {'global_batch_size': 150}\n    norm: bool"))
+    words = (f"task={own}:Line", "recipes=[ddp]", "precision=fp64", "max_steps=1")
+    for asked, size in (("global_batch_size=auto", 28), ("global_batch_size=50", 50)):
+        out = tmp_path / str(size)
+        execute(verify.train, out, 2, asked, *words)
+        assert rows_of(out)[0]["verdict"] == "equal"
+        assert f"global_batch_size: {size}\n" in (out / "config.yaml").read_text()
+        assert json.loads((out / "single-fp64" / "result.json").read_text())["samples_seen"] == size
 
 
 @pytest.mark.slow

@@ -479,7 +479,7 @@ def test_a_finished_run_without_checkpoints_cannot_go_on(tmp_path: Path) -> None
         (["model.norm=group"], "holds bn1.num_batches_tracked, which the model has not"),
         (
             ["model.num_classes=12"],
-            "fc.weight is [10, 32] there and [12, 32] here; set model=… and model.num_classes=…",
+            "fc.weight is [10, 32] there and [12, 32] here; set model=…, model.norm=…, or the keys of your task, to the model",
         ),
     ],
 )

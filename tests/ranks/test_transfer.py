@@ -28,6 +28,7 @@ from lockstep.run import Run
 from lockstep.training.optim import lr_factor
 from recipes import ddp, transfer_learning
 from tests.helpers.command_line import assert_one_line, run_main
+from tests.helpers.examples import example, write_text
 from tests.helpers.harness import ROOT, assert_equal, command, compose_config, execute, lines, result, run_ranks
 from tests.helpers.http_site import Site, serving
 from tests.helpers.narrow_resnet import narrow_resnet18
@@ -160,6 +161,63 @@ def test_head_first_then_everything_is_what_a_plain_loop_computes(ranks: int, tm
     assert mine.keys() == theirs.keys()
     for name, tensor in theirs.items():
         assert (mine[name] - tensor).norm() <= 1e-10 * tensor.norm().clamp(min=1e-3), name
+
+
+# A task of one's own -------------------------------------------------------------------------------------------------
+
+SMALL = """
+import torch
+from dataclasses import dataclass
+from torch import nn
+from torch.nn.functional import mse_loss
+from torch.utils.data import TensorDataset
+
+@dataclass
+class Small:
+    layer: str = "linear"
+    def __post_init__(self):
+        self.train_set = TensorDataset(torch.ones(96, 4), torch.ones(96, 4))
+    def build_model(self):
+        return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) if self.layer == "linear" else nn.Sequential(nn.LayerNorm(4))
+    def loss(self, outputs, targets):
+        return mse_loss(outputs, targets)
+"""
+OWN_BAD = {
+    "weights=imagenet": ["weights=imagenet", "for task=images; task=Small takes resume=PATH"],
+    "resume=auto": [
+        "weights=null: there is nothing to transfer from; set resume=PATH (a run, a checkpoint or a file of "
+    ],
+    "weights=random task.layer=norm": ["Sequential: has no Linear and no Conv2d", "recipes.ddp resume=PATH"],
+    "weights=random freeze=[conv1.*]": ["conv1.* matches no parameter; they are called 0.weight, 0.bias, 1.weight, "],
+    "resume=WEIGHTS": ["holds no 0.bias", "or the keys of your task"],
+}
+
+
+@pytest.mark.parametrize("words", OWN_BAD)
+def test_of_a_task_of_ones_own_it_says_in_one_line_what_it_needs(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.py").write_text(SMALL)
+    torch.save({"0.weight": torch.ones(4, 4)}, tmp_path / "weights.pt")
+    monkeypatch.chdir(tmp_path)
+    asked = f"task=small.py:Small {words.replace('WEIGHTS', 'weights.pt')}"
+    refused(asked, transfer_learning.train, OWN_BAD[words], monkeypatch, capfd)
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_the_head_of_a_gpt_of_ones_own_learns_another_text(tmp_path: Path) -> None:
+    """Its last Linear is trained; the rest stays to the last bit. By pattern, all but the first block is."""
+    task = (f"task={example('text_gpt.py:TextGpt')}", "task.width=16", "task.depth=2", "global_batch_size=12")
+    short = (*task, "max_steps=3", "log_every=1", "optim=adamw", "optim.warmup_steps=0")
+    execute(ddp.train, tmp_path / "base", 2, *short, f"task.file={write_text(tmp_path / 'one.txt')}")
+    other = f"task.file={write_text(tmp_path / 'other.txt', mirrored=True)}"
+    for pattern, left in (("null", {"output"}), ("[blocks.0.*]", {"blocks", "bytes", "norm", "output", "places"})):
+        out = tmp_path / str(len(left))
+        execute(transfer_learning.train, out, 2, *short, other, f"resume={tmp_path / 'base'}", f"freeze={pattern}")
+        there, here = weights(tmp_path / "base" / "model.pt"), weights(out / "model.pt")
+        assert changed(here, there) == left
+        assert all(torch.equal(here[name], there[name]) for name in here if name.startswith("blocks.0."))
+        assert "parameters; head: output.*" in (out / "ranks" / "0.log").read_text()
 
 
 # What is refused ----------------------------------------------------------------------------------------------------

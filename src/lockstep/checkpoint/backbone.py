@@ -11,6 +11,7 @@ from lockstep.checkpoint import directory
 from lockstep.checkpoint.weights import check_weights, read_weights
 from lockstep.config.run_directory import checkpoint_folder, read_result
 from lockstep.config.schema import Config
+from lockstep.config.tasks import IMAGES, short_name
 from lockstep.errors import UserError
 from lockstep.models.pretrained import torchvision_file
 from lockstep.models.resnet import SMALL_IMAGE
@@ -24,20 +25,26 @@ def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None
     Raises:
         UserError: neither of the two is set, or both, or the weights are not there or those of another model.
     """
+    images = config.task.name == IMAGES
     given = config.resume not in ("auto", "never")
     if given == (pretrained is not None):
         what = "one of them is too many" if given else "there is nothing to transfer from"
         raise UserError(
             f"resume={config.resume} and weights={pretrained or 'null'}: {what}; set resume=PATH (a run, "
-            "a checkpoint or a file of weights), or weights=imagenet"
+            f"a checkpoint or a file of weights){', or weights=imagenet' if images else ''}"
         )
     if pretrained == "random":
         return {}
+    if pretrained and not images:
+        raise UserError(
+            f"weights={pretrained}: torchvision's weights are for task=images; task={short_name(config.task.name)} takes "
+            "resume=PATH, a run of this task or a file of its model's weights"
+        )
     path = torchvision_file(config, pretrained) if pretrained else Path(config.resume).expanduser()
     weights = {name: tensor for name, tensor in plain_weights(path).items() if not name.startswith(head)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(head)}
     there, here = (tensors.get("conv1.weight", torch.empty(0)).shape for tensors in (weights, wanted))
-    if there != here and len(there) == len(here) == 4 and there[:2] == here[:2]:
+    if images and there != here and len(there) == len(here) == 4 and there[:2] == here[:2]:
         raise UserError(
             f"{path}: conv1.weight is {there[-1]} × {there[-1]} there and {here[-1]} × {here[-1]} here, where images "
             f"of {config.model.image_size} pixels get another stem (up to {SMALL_IMAGE} the small one); "

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from lockstep.errors import UserError
 
+SAME_MODEL = "set model=…, model.norm=…, or the keys of your task, to the model that was saved"
+
 
 def check_shape(path: Path, name: str, there: tuple[int, ...] | None, here: tuple[int, ...]) -> None:
     """Refuse a tensor that is missing or has another shape; raises UserError."""
     if there is None:
-        raise UserError(f"{path}: holds no {name}; set model=… and model.norm=… to the model that was saved")
+        raise UserError(f"{path}: holds no {name}; {SAME_MODEL}")
     if there != here:
-        raise UserError(
-            f"{path}: {name} is {list(there)} there and {list(here)} here; "
-            "set model=… and model.num_classes=… to the model that was saved"
-        )
+        raise UserError(f"{path}: {name} is {list(there)} there and {list(here)} here; {SAME_MODEL}")
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -52,4 +51,4 @@ def check_weights(path: Path, weights: Mapping[str, Tensor], wanted: Mapping[str
         check_shape(path, name, tuple(weights[name].shape) if name in weights else None, tuple(tensor.shape))
     more = sorted(set(weights) - set(wanted))
     if more:
-        raise UserError(f"{path}: holds {more[0]}, which the model has not; set model=… to the model that was saved")
+        raise UserError(f"{path}: holds {more[0]}, which the model has not; {SAME_MODEL}")

@@ -255,6 +255,8 @@ def with_defaults(words: list[str], schema: type[Config]) -> list[str]:
     task = schema().task.name
     declared = {} if task == IMAGES else getattr(find_class(task), "defaults", {})
     given = {re.split("[=@]", word.lstrip("+~"))[0] for word in words}
+    if schema().global_batch_size == AUTO:  # a tool that chooses its batch itself
+        given.add("global_batch_size")
     mine = [typed(name, value) for name, value in declared.items() if not {name, name.partition(".")[0]} & given]
     return [*mine, *words]
 

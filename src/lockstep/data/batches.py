@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lockstep.config.keys import AUTO
 from lockstep.config.schema import Config
 from lockstep.config.tasks import short_name
 from lockstep.data.batch import Batch, first_tensor, map_tensors, tree_tensors
@@ -206,6 +207,11 @@ def train_size(task: Any, config: Config) -> int:
         raise UserError(
             f"task={short_name(config.task.name)}: its train_set is a stream without a length; set max_steps, or give "
             "the task epoch_samples"
+        )
+    if config.global_batch_size == AUTO:
+        raise UserError(
+            f"global_batch_size=auto: task={short_name(config.task.name)}'s train_set is a stream without a length; set "
+            "a number, or give the task epoch_samples"
         )
     return int(config.max_steps * config.global_batch_size)
 

@@ -137,7 +137,7 @@ def launch_recipe(recipe: Recipe) -> int:
             restarts = 0 if environment.TRIAL in variables else config.max_restarts
             return int(launcher.launch(target, variables, nproc=nproc, max_restarts=restarts, **more, **how))
 
-        if config.global_batch_size == AUTO:
+        if config.global_batch_size == AUTO and recipe.batch is None:
             warm()
             target = recipe.subject(config).target
             config.global_batch_size = batch_size.find_batch_size(config, recipe, nproc, partial(start, target=target))

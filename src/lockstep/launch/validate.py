@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,9 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     check_package(recipe)
     check_values(config)
     check_optimizer(config.optim)
+    chooses = recipe.batch if config.global_batch_size == AUTO else None
+    if chooses:
+        config.global_batch_size = chooses(sys.maxsize, world_size)  # a stream may be counted in batches
     refuse_auto(config)
     if config.logger.wandb:
         require("wandb", "logger=wandb")
@@ -62,6 +66,8 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     check_batch(config, world_size)
     classes, samples = counted or count_samples(config)
     unit = unit_of(config)
+    if chooses:
+        config.global_batch_size = chooses(samples, world_size)
     if config.global_batch_size > samples:
         raise UserError(
             f"global_batch_size={config.global_batch_size}: the training set has only {samples} {unit}; "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from lockstep.errors import UserError
+
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters of a model."""
@@ -18,11 +20,17 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def head_of(model: nn.Module) -> str:
-    """What the names of the parameters of a classifier's last layer begin with: `fc.`, `classifier.3.`, `heads.head.`.
+    """What the names of the parameters of a model's last layer begin with: `fc.`, `classifier.3.`, `heads.head.`.
 
-    It is the last Linear or, where there is none, as in SqueezeNet, the last convolution.
+    It is the last Linear or, where there is none, as in SqueezeNet, the last 2-dimensional convolution.
+
+    Raises:
+        UserError: the model has neither.
     """
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    if linear:
-        return f"{linear[-1]}."
-    return [f"{name}." for name, module in model.named_modules() if isinstance(module, nn.Conv2d)][-1]
+    for kind in (nn.Linear, nn.Conv2d):
+        if found := [name for name, module in model.named_modules() if isinstance(module, kind) and name]:
+            return f"{found[-1]}."
+    raise UserError(
+        f"{type(model).__name__}: has no Linear and no Conv2d below it, so no head that could be told from its backbone; "
+        "train the whole of it with recipes.ddp resume=PATH"
+    )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from lockstep.config.keys import key
+from lockstep.config.keys import AUTO, key
 from lockstep.config.schema import ToolConfig
 
 
 @dataclass
 class VerifyConfig(ToolConfig):
+    global_batch_size: Any = key(
+        AUTO, "samples of a step, over all ranks; auto: 14 for each rank, or fewer where there are fewer", minimum=1
+    )
     recipes: list[str] | None = key(None, "recipes that are proven, also FILE.py (null: all of lockstep's)")
     against: str | None = key(
         None,

@@ -90,7 +90,8 @@ def proof_cases(recipes: Iterable[Recipe], config: Config, device: str) -> list[
         against = reference_of(recipe, getattr(config, "against", None))
         differs = proof.because if config.task.name != IMAGES else ""
         for precision in precisions if every_precision else [config.precision]:
-            if precision in proof.precisions or not every_precision:  # asked for, and said to be impossible
+            # What a recipe lacks of the precision that proves most, or was asked for, is said in a row.
+            if precision in proof.precisions or precision == "fp64" or not every_precision:
                 cases.append(ProofCase(recipe, proof, precision, proof.settings, differs, against))
         if proof.differs and every_precision:
             cases.append(ProofCase(recipe, proof, proof.precisions[0], proof.differs, proof.because, against))
@@ -98,10 +99,9 @@ def proof_cases(recipes: Iterable[Recipe], config: Config, device: str) -> list[
 
 
 def proof_config(run: Run[Any], schema: type[Config], precision: str, values: dict[str, Any]) -> Config:
-    """What both sides train, each in its own config class: few steps, small batches, every step logged, one evaluation at the end."""
+    """What both sides train, each in its own config class: few steps, every one of them logged, one evaluation at the end."""
     common: dict[str, Any] = {
         "precision": precision,
-        "global_batch_size": batch_of(run),
         "max_steps": run.config.max_steps or PROOF_STEPS[precision],
         "log_every": 1,
         "eval_every": 0,
@@ -112,10 +112,13 @@ def proof_config(run: Run[Any], schema: type[Config], precision: str, values: di
     return with_values(convert(run.asked, schema), common | values)
 
 
-def batch_of(run: Run[Any]) -> int:
-    """Samples of a step: some for each rank, or of a small data set as many as there are."""
-    ranks = run.world.world_size
-    return min(SAMPLES_PER_RANK, max(1, run.data.train_size // ranks)) * ranks
+def proof_batch(samples: int, ranks: int) -> int:
+    """Samples of a step, over all ranks: some for each rank, or of a small data set as many as there are.
+
+    A number for each rank that is even: a pipeline pipes the batch through in 4 micro-batches.
+    """
+    share = min(SAMPLES_PER_RANK, max(1, samples // ranks))
+    return (share if share < 2 else share - share % 2) * ranks
 
 
 def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict[str, Trace | None]) -> VerifyRow:
