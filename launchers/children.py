@@ -13,6 +13,7 @@ import multiprocessing.resource_tracker
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -60,10 +61,18 @@ def attempt(begin: Callable[[str, str, int], Failed], target: str, folder: str, 
 
 def open_store() -> TCPStore:
     """Where the ranks of one machine meet: held by this process, so that runs side by side never race for a port."""
-    store = TCPStore("localhost", 0, is_master=True, timeout=timedelta(seconds=60), wait_for_workers=False)
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port)}
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": f"localhost:{store.port}"}
+    store = loopback_store()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RUN_ID": f"127.0.0.1:{store.port}"}
     return store
+
+
+def loopback_store() -> TCPStore:
+    """A store on a free port that no other machine can reach; torch's own would listen on all interfaces."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    port, minute = listening.getsockname()[1], timedelta(seconds=60)
+    options: dict[str, Any] = {"is_master": True, "wait_for_workers": False, "master_listen_fd": listening.detach()}
+    return TCPStore("127.0.0.1", port, timeout=minute, **options)
 
 
 def start(function: Callable[..., Any], args: tuple[Any, ...], nproc: int, method: str) -> Failed:

@@ -3,7 +3,9 @@
 The same as `torchrun --standalone --nproc-per-node=N -m TARGET`, but the first failing rank's traceback is all that is
 shown, the exit code is that rank's, and a signal goes on to the ranks, which save and leave instead of being killed.
 
-With start=spawn torchrun's own engine starts an interpreter a rank. With start=fork, which CPU ranks have unless told
+With start=spawn torchrun's own engine starts an interpreter a rank. Its agents would meet in a store that listens on all
+interfaces and unpickle what they find there; here there is one agent, whose store nobody but this machine can reach, and
+nothing in it is unpickled. With start=fork, which CPU ranks have unless told
 otherwise, the ranks are copies of this process, and torch is imported once, not once more in each of them.
 Source: https://docs.pytorch.org/docs/stable/elastic/run.html
 """
@@ -41,10 +43,8 @@ def launch(
         # Kept through all attempts: ranks started by hand note their run directory in it.
         with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
             return attempts(lambda: copy(target, nproc, folder), max_restarts, ranks)
-    # torch 2.15's restarted gloo ranks otherwise find the dead ranks' addresses in the agent's store and hang on them.
-    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-    # Each attempt is an agent of its own, with max_restarts=0: the engine's restart would also bring back ranks that
-    # were asked to leave.
+    # Each attempt is an agent of its own, with max_restarts=0 and a store of its own: the engine's restart would also
+    # bring back ranks that were asked to leave, and new ranks would find dead ones' addresses in the store.
     return attempts(lambda: run(target, nproc), max_restarts)
 
 
@@ -71,8 +71,12 @@ def run(target: str, nproc: int) -> int:
     """One attempt with torchrun's engine; return as `launch` does."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import rendezvous_handler_registry
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from lockstep.launchers.loopback import BACKEND, AloneOnLoopback
+
+    rendezvous_handler_registry.register(BACKEND, AloneOnLoopback)
     command = [target] if target.endswith(".py") else ["-m", target]
     with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
         config = LaunchConfig(
@@ -80,8 +84,8 @@ def run(target: str, nproc: int) -> int:
             max_nodes=1,
             nproc_per_node=nproc,
             run_id=os.path.basename(folder),
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",  # port 0: any free one, so runs side by side never meet
+            rdzv_backend=BACKEND,
+            rdzv_endpoint="localhost:0",
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=folder),

@@ -101,8 +101,11 @@ def join_process_group(
     set_group_timeouts(timeout_seconds)
     group_store = dist.PrefixStore("group", store)
     away = [host for host in hosts if host != hosts[rank]]
-    if away and (interface := interface_towards(away[0])):
+    # On one machine that is loopback, where no other one can connect.
+    if interface := interface_towards(away[0] if away else "127.0.0.1"):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        if not away:
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
     if device == "cuda":
         where = gpu_of(local_rank)
         torch.cuda.set_device(where)

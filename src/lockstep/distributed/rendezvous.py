@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import ipaddress
 import json
 import socket
 import sys
@@ -37,12 +39,15 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
         )
 
     def connect() -> dist.Store:
+        listening = listen_at(place.master_addr, place.master_port) if serves else None
+        options: dict[str, Any] = {"master_listen_fd": listening.detach()} if listening else {}
         return dist.TCPStore(
             place.master_addr,
             place.master_port,
             is_master=serves,
             timeout=timedelta(seconds=timeout_seconds),
             wait_for_workers=False,  # it would wait without saying who is missing; check_in names them
+            **options,
         )
 
     # If something listens there that is no store, TCPStore waits for ever, whatever its timeout.
@@ -50,11 +55,30 @@ def open_store(place: Place, timeout_seconds: float) -> dist.Store:
         return dist.PrefixStore("lockstep", run_within(timeout_seconds, connect))
     except TimeoutError:
         raise UserError(f"{where}: something answers there that is no store; set a free MASTER_PORT") from None
-    except (RuntimeError, ValueError) as error:  # DistNetworkError among them
+    except (RuntimeError, ValueError, OSError) as error:  # DistNetworkError among them
         text = str(error).lower()
         if "eaddrinuse" in text or "address already in use" in text:
             raise UserError(f"{where}: the port is in use on {socket.gethostname()}; set a free MASTER_PORT") from None
         raise UserError(f"{where}: no store there ({str(error).splitlines()[0]}); set another MASTER_PORT") from None
+
+
+def listen_at(host: str, port: int) -> socket.socket | None:
+    """A socket that listens where MASTER_ADDR says and nowhere else, for the store; None: on all interfaces, as torch's.
+
+    Only localhost and an address of this machine's are taken at their word: other machines may know a name by another
+    address than this one does.
+    """
+    try:
+        address = ipaddress.ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        return None
+    family = socket.AF_INET6 if address.version == 6 else socket.AF_INET
+    try:
+        return socket.create_server((str(address), port), family=family)
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:  # the address of something that passes it on
+            return None
+        raise
 
 
 def run_within(seconds: float, work: Callable[[], Returned]) -> Returned:
