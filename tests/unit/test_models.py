@@ -89,10 +89,7 @@ OTHERS = {  # {name: side of the images}
 def test_any_classification_model_of_torchvision_by_its_name(name: str) -> None:
     config = ModelConfig(name=name, num_classes=7, image_size=OTHERS[name])
     check_model(config)
-    assert config.norm == (
-        "batch" if any(isinstance(m, nn.BatchNorm2d) for m in build_model(config).modules()) else "own"
-    )
-    assert config.init == "own"
+    assert (config.norm, config.init) == ("own", "own")
     images = torch.randn(2, 3, OTHERS[name], OTHERS[name])
     outputs = build_model(config)(images)
     assert outputs.shape == (2, 7)
@@ -124,7 +121,9 @@ def test_a_model_s_own_arguments_reach_it() -> None:
         ({"name": "vit_b16"}, ["model=vit_b16", "resnet18", "nearest: vit_b_16"]),
         ({"name": "vit_b_16", "image_size": 40}, ["model.image_size=40", "16 × 16", "image_size=32 or 48"]),
         ({"name": "densenet121", "image_size": 8}, ["model.image_size=8", "too small", "image_size=224"]),
-        ({"name": "swin_t", "norm": "group"}, ["model.norm=group", "no BatchNorm"]),
+        ({"name": "swin_t", "norm": "group"}, ["model.norm=group: swin_t has no BatchNorm to replace; leave"]),
+        ({"name": "vit_b_32", "norm": "batch"}, ["model.norm=batch: vit_b_32 has no BatchNorm and gets none; leave"]),
+        ({"name": "convnext_tiny", "init": "kaiming"}, ["model.init=kaiming", "convnext_tiny has torchvision's"]),
         ({"name": "vgg11", "arguments": {"drop": 1}}, ["model.arguments.drop", "vgg11", "dropout"]),
         ({"name": "vit_b_32", "image_size": 64, "arguments": {"num_layers": 1}}, ["num_layers", "multiple values"]),
         ({"name": "resnet18", "arguments": {"width": 1}}, ["model.arguments={'width': 1}", "resnet18 takes none"]),

@@ -34,12 +34,10 @@ class ModelConfig:
     num_classes: int | None = key(None, "outputs of the last layer (null: the data set's classes)", minimum=1)
     image_size: int | None = key(None, "side of the square input in pixels (null: the data set's)", minimum=8)
     norm: str = key(
-        "batch",
-        "normalisation layer; own: what the model has, and what one without BatchNorm gets",
-        ("batch", "group", "own"),
+        "own", "normalisation layer; own: what the model has, of ResNets BatchNorm", ("batch", "group", "own")
     )
     init: str = key(
-        "kaiming", "weight initialisation; own: torchvision's, the default but of ResNets", ("kaiming", "xavier", "own")
+        "own", "weight initialisation; own: torchvision's, but of ResNets kaiming", ("kaiming", "xavier", "own")
     )
     arguments: dict[str, Any] = key(
         {}, "further arguments of torchvision's class, such as {dropout: 0.1}; not of ResNets", open=True

@@ -18,7 +18,7 @@ from lockstep.data.image_files import check_data
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE
 from lockstep.models.torchvision_models import check_model
-from lockstep.tasks.build import known_task, sketch
+from lockstep.tasks.build import has_batchnorm, known_task, sketch
 from lockstep.training.clip import limits
 from lockstep.training.optim import check_optimizer
 from lockstep.training.timing import warm_up
@@ -192,7 +192,7 @@ def check_batchnorm(config: Config, share: int) -> None:
     pixels = math.ceil(size / (8 if size <= SMALL_IMAGE and config.model.name in RESNETS else 32))
     largest = math.ceil(share / max(config.accumulate, config.pipeline_micro_batches))
     smallest = share % largest or largest  # chunk's last piece is the ragged one
-    if config.model.norm == "batch" and pixels == 1 and smallest == 1:
+    if pixels == 1 and smallest == 1 and config.model.norm != "group" and has_batchnorm(config):
         raise UserError(
             f"global_batch_size={config.global_batch_size}: leaves a forward with a single image, whose last layers are one pixel: "
             "BatchNorm has nothing to average; set a larger batch_size, fewer micro-batches, or model.norm=group"

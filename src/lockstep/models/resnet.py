@@ -42,7 +42,7 @@ def norm_layer(name: str) -> Callable[[int], nn.Module]:
 
     GroupNorm(32) is Wu & He's (https://arxiv.org/abs/1803.08494); every ResNet width is a multiple of 32.
     """
-    return nn.BatchNorm2d if name == "batch" else partial(nn.GroupNorm, 32)
+    return partial(nn.GroupNorm, 32) if name == "group" else nn.BatchNorm2d
 
 
 def init_weights(module: nn.Module, scheme: str) -> None:

@@ -7,6 +7,7 @@ import inspect
 import math
 import typing
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,13 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lockstep.config.schema import RESNETS, ModelConfig
 from lockstep.errors import UserError
 
-OWN = "own"  # the normalisation, or the initialisation, that torchvision gives a model
-
 
 def check_model(config: ModelConfig) -> None:
     """Hold the name to torchvision's, and what is asked of a model other than our ResNets to what it can be.
-
-    `norm` and `init`, where the model has another than the ResNets' default, are set to what it has.
 
     Raises:
         UserError: no such model, or it cannot take images of this size, these arguments or this normalisation.
@@ -32,8 +29,6 @@ def check_model(config: ModelConfig) -> None:
             raise UserError(
                 f"model.arguments={config.arguments}: {config.name} takes none; choose another model, or leave them out"
             )
-        config.norm = "batch" if config.norm == OWN else config.norm
-        config.init = "kaiming" if config.init == OWN else config.init
         return
     from torchvision import models
 
@@ -44,15 +39,15 @@ def check_model(config: ModelConfig) -> None:
             f"model={config.name}: allowed are {', '.join(RESNETS)}, and the names of torchvision's other "
             f"classification models; nearest: {near}"
         )
-    asked = config.norm
-    config.norm = OWN
-    config.init = OWN if config.init == "kaiming" else config.init
+    if config.init == "kaiming":
+        raise UserError(
+            f"model.init=kaiming: is the ResNets'; {config.name} has torchvision's; set model.init=xavier, or leave it out"
+        )
     with torch.device("meta"):
-        model = build_torchvision_model(config)
-    if any(isinstance(module, _BatchNorm) for module in model.modules()):
-        config.norm = "batch" if asked == OWN else asked
-    elif asked == "group":
-        raise UserError(f"model.norm=group: {config.name} has no BatchNorm to replace; leave model.norm out")
+        model = build_torchvision_model(replace(config, norm="own"))
+    if config.norm != "own" and not any(isinstance(module, _BatchNorm) for module in model.modules()):
+        what = "to replace; " if config.norm == "group" else "and gets none; "
+        raise UserError(f"model.norm={config.norm}: {config.name} has no BatchNorm {what}leave model.norm out")
     size = config.image_size
     assert size is not None
     try:

@@ -175,9 +175,11 @@ def require_batchnorm(config: Config, setting: str) -> None:
     """
     if has_batchnorm(config):
         return
-    if config.task.name == IMAGES:
+    if config.task.name == IMAGES and config.model.norm == "group":
         raise UserError(f"{setting}model.norm={config.model.norm} holds no BatchNorm; set model.norm=batch")
-    raise UserError(f"{setting}task={short_name(config.task.name)} holds no BatchNorm to synchronise; use recipes.ddp")
+    images = config.task.name == IMAGES
+    what = f"model={config.model.name}" if images else f"task={short_name(config.task.name)}"
+    raise UserError(f"{setting}{what} holds no BatchNorm to synchronise; use recipes.ddp")
 
 
 def blocks_of_task(task: Any, model: nn.Module) -> Sequence[str]:

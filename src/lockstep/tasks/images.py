@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lockstep.config.schema import Config
+from lockstep.config.schema import RESNETS, Config
 from lockstep.data.datasets import ImageDataset, load_data
 from lockstep.data.transforms import Normalise
 from lockstep.models.resnet import build_model
@@ -96,7 +96,8 @@ class Images(Task):
     def describe(self) -> tuple[str, str]:
         """(the model, the data) in words."""
         model, data = self.config.model, self.config.data
-        return f"{model.name}, {model.norm} norm", f"{data.name}, {self.size} × {self.size} pixels"
+        norm = "batch" if model.norm == "own" and model.name in RESNETS else model.norm
+        return f"{model.name}, {norm} norm", f"{data.name}, {self.size} × {self.size} pixels"
 
     def pictures(self, samples: list[int]) -> Tensor:
         """Images of the evaluation set by their numbers: uint8 [N, 3, H, W]."""
