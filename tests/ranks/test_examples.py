@@ -20,7 +20,7 @@ from lockstep.recipe import Recipe
 from lockstep.run import Run
 from recipes import ddp, fsdp, pipeline_parallel, single
 from tests.helpers.examples import example, kill_a_rank, write_pictures, write_text
-from tests.helpers.harness import assert_equal, compose_config, execute, lines, result, run_ranks, train
+from tests.helpers.harness import assert_equal, compose_config, execute, lines, result, run_ranks, tensors_of, train
 
 TASKS = {
     "tabular": ("tabular.py:Diabetes", ("task.dropout=0.1", "global_batch_size=38")),
@@ -212,3 +212,47 @@ def test_nothing_to_evaluate_and_evaluation_at_the_end_alone(data: dict[str, str
     assert result(tmp_path / "blind")["status"] == "finished"
     execute(ddp.train, tmp_path / "end", 2, *words_of("tabular", data), "max_steps=18", "eval_every=0")
     assert [line["step"] for line in lines(tmp_path / "end") if "eval_mae" in line] == [18]
+
+
+# A loop of one's own, which evaluates an average of the weights -------------------------------------------------------
+
+
+def test_the_best_that_is_exported_is_what_was_evaluated(data: dict[str, str], tmp_path: Path) -> None:
+    """The average, and not the weights that are trained; after a kill as well."""
+    words = [*words_of("digits", data, own=True), "epochs=4", "max_steps=null", "checkpoint.best=true", "decay=0.9"]
+    words += ["optim.lr=0.3", "checkpoint.every=1000", "checkpoint.asynchronous=true"]
+    execute(LOOP, tmp_path / "whole", 2, *words)
+    found = result(tmp_path / "whole")
+    values = {line["step"]: line["eval_accuracy"] for line in lines(tmp_path / "whole") if "eval_accuracy" in line}
+    best = max(values, key=values.__getitem__)
+    assert best < max(values), "else this would show nothing: choose another learning rate"
+    weights = torch.load(tmp_path / "whole" / "best.pt", weights_only=True)
+    assert accuracy(weights) == found["best_eval_accuracy"] == values[best]
+    kept = read_pointer(tmp_path / "whole" / "checkpoints", "BEST")
+    assert kept is not None
+    saved = tensors_of(kept)
+    assert_equal({name: saved[f"keep.average.module.{name}"] for name in weights}, weights)
+    assert not any(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in weights.items())
+    kill_a_rank(LOOP, example(TASKS["digits"][0]), tmp_path / "parts", 2, best + 3, best, *words)
+    assert_equal(train(LOOP, tmp_path / "parts", 2, *words), torch.load(tmp_path / "whole" / "model.pt"))
+    assert_equal(torch.load(tmp_path / "parts" / "best.pt", weights_only=True), weights)
+
+
+def accuracy(weights: dict[str, Tensor]) -> float:
+    """Of the digits' model with these weights, over its evaluation set."""
+    task = importlib.import_module("examples.two_optimizers").Digits(hidden=16)
+    model = task.build_model()
+    model.load_state_dict(weights)
+    inputs, targets = task.eval_set.tensors
+    with torch.no_grad():
+        return float((model.eval()(inputs).argmax(1) == targets).double().mean())
+
+
+def test_a_model_that_is_only_put_together_is_not_saved_twice(data: dict[str, str], tmp_path: Path) -> None:
+    """What `whole` gives in a pipeline is what its stages have saved."""
+    words = [*words_of("gpt", data), "checkpoint.best=true", "eval_every=1", "checkpoint.every=4"]
+    execute(pipeline_parallel.train, tmp_path / "run", 2, *words)
+    kept = read_pointer(tmp_path / "run" / "checkpoints", "BEST")
+    assert kept is not None
+    assert not any(name.startswith("whole.") for name in tensors_of(kept))
+    assert (tmp_path / "run" / "best.pt").exists()

@@ -444,7 +444,7 @@ def enter(recipe: Recipe, ranks: int, *words: str) -> None:
     [
         (["optim.lr=0.5"], "optim.lr=0.5 (there: 0.02)"),
         (["epochs=4"], "epochs=4 (there: 3)"),
-        (["seed=1", "model.norm=group"], "model.norm=group (there: batch), seed=1 (there: 0)"),
+        (["seed=1", "model.norm=group"], "model.norm=group (there: own), seed=1 (there: 0)"),
         (["resume=never"], "not empty"),
     ],
 )

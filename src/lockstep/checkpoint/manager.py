@@ -181,7 +181,8 @@ class CheckpointManager:
             "config": self._text,
         }
         best, self._best_is_new = self._best_is_new, False
-        self._checkpoints.save(state.tensors(), facts | state.facts(), files=state.files, best=best)
+        tensors = state.tensors() | (state.exported() if best else {})
+        self._checkpoints.save(tensors, facts | state.facts(), files=state.files, best=best)
         self._saved_at, self.saved_step = time.perf_counter(), step
 
     def judge(self, result: Evaluation, eligible: bool = True) -> None:
@@ -245,7 +246,9 @@ class CheckpointManager:
             from lockstep.checkpoint import dcp
 
             weights = {name: torch.empty_like(tensor) for name, tensor in last.items()}
-            dcp.load_tensors(best, {f"model.{name}": tensor for name, tensor in weights.items()}, alone=True)
+            own = any(name.startswith("whole.") for name in dcp.tensor_metadata(best))
+            prefix = "whole" if own else "model"  # TrainingState.exported
+            dcp.load_tensors(best, {f"{prefix}.{name}": tensor for name, tensor in weights.items()}, alone=True)
         export(weights, self._folder.parent / "best.pt")
 
 

@@ -12,7 +12,7 @@ has helpers for such names, but to read or set an optimizer's state they take a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 from lockstep.checkpoint.directory import FileContents
 from lockstep.checkpoint.types import Engine, Stateful, require_tensor
 from lockstep.checkpoint.weights import check_shape
-from lockstep.distributed.dtensor import load_full_state_dict
+from lockstep.distributed.dtensor import full_state_dict, load_full_state_dict, local_shard
 from lockstep.errors import UserError
 from lockstep.training.random_state import generators, set_generators
 
@@ -36,6 +36,7 @@ class TrainingState:
         module: what this rank holds of the model, unwrapped, under the names of the whole model.
         keep: {name: object}, kept besides model and optimizer; equal on all ranks.
         engine: what keeps model and optimizer instead, in files of its own.
+        whole: gives what is evaluated and exported, complete, where a recipe says so; all ranks call it together.
         owns_buffers: whether this rank's buffers count. Ranks that share a module's work each have running statistics
             of their own where BatchNorm is local; evaluation and DDP take the first one's, and so does a checkpoint.
     """
@@ -50,7 +51,9 @@ class TrainingState:
         device: torch.device,
         owns_buffers: bool,
         engine: Engine | None = None,
+        whole: Callable[[], nn.Module] | None = None,
     ) -> None:
+        self.whole = whole
         self.module, self.optimizer, self.keep, self.engine = module, optimizer, keep, engine
         self.rank, self.device, self.owns_buffers = rank, device, owns_buffers
         names = {id(parameter): name for name, parameter in module.named_parameters()}
@@ -82,6 +85,27 @@ class TrainingState:
         for name, thing in self.keep.items():
             found |= {f"keep.{name}.{k}": v for k, v in thing.state_dict().items() if isinstance(v, Tensor)}
         return found | {f"rng.{self.rank}.{name}": state for name, state in generators(self.device).items()}
+
+    def exported(self) -> dict[str, Tensor]:
+        """On rank 0 what would be exported now, as `whole.NAME`; nothing where that is the model that `tensors` has.
+
+        It is something else where a recipe evaluates an average of the weights. All ranks call it together.
+        """
+        if self.whole is None or self.engine:
+            return {}
+        whole = self.whole()
+        theirs, parameters = whole.state_dict(), {name for name, _ in self.module.named_parameters()}
+        differs = any(
+            name not in theirs or not _equal(tensor, theirs[name])
+            for name, tensor in self._model().items()
+            if name in parameters or self.owns_buffers
+        )
+        anywhere = torch.tensor(float(differs), device=self.device)
+        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
+        if not anywhere:
+            return {}
+        found = full_state_dict(whole, self.device, keep=self.rank == 0)
+        return {f"whole.{name}": tensor for name, tensor in found.items()}
 
     def facts(self) -> dict[str, Any]:
         """What of the state is no tensor, as JSON."""
@@ -152,3 +176,9 @@ class TrainingState:
         if self.engine:
             return {}
         return {name: require_tensor(value, name) for name, value in self.module.state_dict().items()}
+
+
+def _equal(mine: Tensor, other: Tensor) -> bool:
+    """Whether this rank holds the same of both, to the last bit."""
+    mine, other = local_shard(mine), local_shard(other)
+    return mine.dtype == other.dtype and mine.shape == other.shape and torch.equal(mine, other.to(mine.device))

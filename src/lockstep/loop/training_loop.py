@@ -130,6 +130,7 @@ class TrainingLoop:
             device=context.device,
             owns_buffers=self._dims.owns_buffers,
             engine=engine,
+            whole=whole,
         )
         if not context.quiet:  # a tool's run is never resumed
             self._heartbeat.enter("resuming")
