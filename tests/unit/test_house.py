@@ -93,6 +93,7 @@ def test_launchers_import_nothing_of_training() -> None:
         "torchrun.py": {"torch"},
         "children.py": {"torch"},
         "lightning_start.py": {"lightning"},
+        "loopback.py": {"torch"},
         "slurm.py": {"submitit"},
     }
     for path in python_files("launchers"):
