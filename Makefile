@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
 SIDE_BY_SIDE := --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-soak test-all fuzz check format board bench bench-gpu clean help slurm chromium cc
+.PHONY: demo test test-slow test-soak test-all fuzz check format board bench bench-gpu clean help slurm chromium mpi cc
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -12,16 +12,16 @@ help:  ## list the targets
 demo: .venv/installed  ## train ResNet-18 on real digits with two ranks, about a minute
 	@$(BIN)/python -m recipes.ddp
 
-test: .venv/installed slurm chromium cc  ## at least one test of everything, in minutes: no network, no GPU needed
+test: .venv/installed slurm chromium mpi cc  ## at least one test of everything, in minutes: no network, no GPU needed
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not soak"
 
-test-slow: .venv/installed slurm chromium cc  ## the other tests, three at a time, for clusters mostly wait: over half an hour
+test-slow: .venv/installed slurm chromium mpi cc  ## the other tests, three at a time, for clusters mostly wait: over half an hour
 	$(BIN)/pytest $(SIDE_BY_SIDE) --numprocesses=3 -m slow
 
-test-soak: .venv/installed slurm chromium cc  ## whole trainings, every recipe proven by the command, long series of kills
+test-soak: .venv/installed slurm chromium mpi cc  ## whole trainings, every recipe proven by the command, long series of kills
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m soak
 
-test-all: .venv/installed slurm chromium cc  ## all three
+test-all: .venv/installed slurm chromium mpi cc  ## all three
 	$(BIN)/pytest $(SIDE_BY_SIDE)
 
 N ?= 100
@@ -55,6 +55,10 @@ chromium:  # a browser for the test that looks at recipes.compare's report; it i
 	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || test "$$(id -u)" != 0 || \
 		! command -v apt-get >/dev/null || \
 		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium)
+
+mpi:  # Open MPI's mpirun, for the test that starts ranks with it
+	@command -v mpirun >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends openmpi-bin)
 
 cc:  # a C compiler for the emulated GPUs; the tests that need one fail without it, and say so
 	@command -v cc >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \

@@ -45,6 +45,18 @@ def by_variables(out: Path, cwd: Path, nproc: int) -> None:
     start_all([words] * nproc, cwd, [shared | {"RANK": str(rank)} for rank in range(nproc)])
 
 
+def by_mpirun(out: Path, cwd: Path, nproc: int) -> None:
+    """The real one, of Open MPI."""
+    words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-np", str(nproc)]
+    start_all([[*words, sys.executable, "-m", "recipes.ddp", *SMOKE, f"out={out}"]], cwd)
+
+
+def by_the_old_launcher(out: Path, cwd: Path, nproc: int) -> None:
+    """It adds --local-rank=N to each rank's words, as deepspeed's does."""
+    words = [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", f"--nproc-per-node={nproc}"]
+    start_all([[*words, f"--master-port={free_port()}", "-m", "recipes.ddp", *SMOKE, f"out={out}"]], cwd)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, torch.Tensor]]:
     """What forked ranks of the test harness make of the same config."""
@@ -63,6 +75,8 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
         (by_two_agents, 2),
         (by_two_agents, 4),
         (by_variables, 2),
+        (by_mpirun, 2),
+        (by_the_old_launcher, 2),
     ],
 )
 def test_every_start_gives_the_same_run(start, nproc, weights, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]

@@ -32,6 +32,7 @@ from recipes import (
 )
 from tests.helpers.command_line import assert_one_line, run_main
 from tests.helpers.harness import command
+from tests.helpers.processes import free_port
 
 NO_GPU = not torch.cuda.is_available()
 
@@ -323,6 +324,13 @@ def test_a_directory_that_holds_something_is_never_written_to(tmp_path, monkeypa
     ("variables", "parts"),
     [
         ({"WORLD_SIZE": "2"}, ["WORLD_SIZE=2", "RANK"]),
+        ({"PET_NNODES": "2"}, ["PET_NNODES=2", "torchrun -m"]),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
+            ["mpirun (Open MPI) started rank 1 of 4", "MASTER_ADDR"],
+        ),
+        ({"PMI_RANK": "0", "PMI_SIZE": "2"}, ["MPICH, Intel MPI", "rank 0 of 2", "MASTER_PORT"]),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "2"}, ["flux run started rank 0 of 2", "MASTER_PORT"]),
         ({"RANK": "0"}, ["RANK=0", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]),
         ({"RANK": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, ["RANK=2", "WORLD_SIZE=2"]),
         ({"RANK": "one", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}, ["RANK=one", "whole numbers"]),
@@ -337,6 +345,27 @@ def test_half_an_environment_is_refused(variables, parts, tmp_path, monkeypatch,
     said = capfd.readouterr().err
     assert said.count("\n") == 1
     assert all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize("word", ["--local_rank=0", "--nproc=2", "-x", "--", "-epochs=3"])
+def test_an_option_that_there_is_not_gets_one_line(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(ddp.train, [word], monkeypatch) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"error: {word}: no such option; allowed are words such as seed=1, and --help, ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rank_gets_that_line_too(tmp_path: Path) -> None:
+    """torchrun would take a rank that ended with Hydra's page and 0 for one that has trained."""
+    place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = command("-m", "recipes.ddp", "--foo", cwd=tmp_path, **place)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "--foo: no such option" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_exit_code_is_the_process_s(tmp_path: Path) -> None:

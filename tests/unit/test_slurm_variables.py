@@ -23,6 +23,23 @@ def test_a_task_of_srun_s_is_a_rank() -> None:
     assert other.master_port != place.master_port, "two steps of a job do not meet"
 
 
+def test_a_process_of_mpirun_s_is_a_rank() -> None:
+    size = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+    places = [discover(size | {"OMPI_COMM_WORLD_RANK": str(rank)}) for rank in range(4)]
+    assert [(place.rank, place.world_size, place.master_addr) for place in places if place] == [
+        (rank, 4, "127.0.0.1") for rank in range(4)
+    ]
+    assert len({place.master_port for place in places if place}) == 1
+    assert discover({"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}) is None
+    # Inside a job, mpirun's daemons are srun's tasks, and their variables reach the ranks.
+    there = discover(STEP | size | {"OMPI_COMM_WORLD_RANK": "1"})
+    assert there is not None
+    assert there.rank == 1
+    # srun --mpi=pmi2 tells the same twice.
+    same = discover(STEP | {"PMI_RANK": STEP["SLURM_PROCID"], "PMI_SIZE": STEP["SLURM_STEP_NUM_TASKS"]})
+    assert same == discover(STEP)
+
+
 @pytest.mark.parametrize(
     "missing",
     [

@@ -34,6 +34,11 @@ from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
 QUOTES = "\"'"
+# Hydra's: https://hydra.cc/docs/advanced/hydra-command-line-flags
+OPTIONS = (
+    "--help -h --hydra-help --version --cfg -c --resolve --package -p --multirun -m --run -r --config-dir -cd "
+    "--config-name -cn --config-path -cp --info -i --shell-completion -sc --experimental-rerun"
+).split()
 
 
 def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
@@ -43,6 +48,7 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
         UserError: an unknown key or option, a wrong type, a syntax error.
         SystemExit: something was to be printed (--help), and is.
     """
+    check_options(sys.argv[1:])
     words = [spelled_task(word) for word in sys.argv[1:]]
     if {"--help", "-h"} & set(words):
         schema, (directory, _) = schema_of(recipe, words), config_source(recipe)
@@ -89,6 +95,18 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
         raise explain(error, recipe, schema) from None
     if found:
         raise found[0]
+
+
+def check_options(words: list[str]) -> None:
+    """Refuse an option that is not Hydra's, which would answer with a page.
+
+    Raises:
+        UserError: naming it.
+    """
+    for word in words:
+        if word.startswith("-") and word.partition("=")[0] not in OPTIONS:
+            shown = ", ".join(option for option in OPTIONS if option.startswith("--"))
+            raise UserError(f"{word}: no such option; allowed are words such as seed=1, and {shown}")
 
 
 def compose_another(recipe: CommandLine, words: list[str]) -> Config:

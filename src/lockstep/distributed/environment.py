@@ -1,12 +1,13 @@
 """Which rank this process is, as its launcher says.
 
 Every launcher gives every rank torchrun's environment (https://docs.pytorch.org/docs/stable/elastic/run.html):
-RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Nothing else is needed to join. A bare `srun` gives its own
-variables instead, from which these follow.
+RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT. Nothing else is needed to join. A bare `srun` or `mpirun` gives
+its own variables instead, from which these follow.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from collections.abc import Mapping
@@ -39,8 +40,15 @@ def discover(env: Mapping[str, str]) -> Place | None:
         UserError: the variables are incomplete or contradict each other.
     """
     if "RANK" not in env:
-        if in_a_step_of_many(env):
+        if mpi := mpi_of(env):
+            env = {**env, **from_mpi(env, mpi)}
+        elif in_a_step_of_many(env):
             env = {**env, **from_srun(env)}
+        elif env.get("PET_NNODES", "1") not in ("1", "1:1"):
+            raise UserError(
+                f"PET_NNODES={env['PET_NNODES']}: these are torchrun's variables, as Kubeflow sets them; start torchrun -m "
+                "recipes.NAME in each container, or unset them"
+            )
         elif "WORLD_SIZE" in env:
             raise UserError(
                 f"WORLD_SIZE={env['WORLD_SIZE']} is set but RANK is not: set RANK to 0…WORLD_SIZE−1 in each process, "
@@ -73,6 +81,56 @@ def discover(env: Mapping[str, str]) -> Place | None:
         attempt=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
         nodes=nodes_of_tasks(env) if in_a_step_of_many(env) else (),
     )
+
+
+@dataclass(frozen=True)
+class Mpi:
+    """The variables by which a launcher of MPI programs tells a process its number, how many there are, and how many of
+    them on its host."""
+
+    name: str
+    rank: str
+    size: str
+    local_size: str
+
+
+MPI = (
+    Mpi("mpirun (Open MPI)", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    Mpi("mpirun (MVAPICH)", "MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE"),
+    Mpi("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_SIZE"),
+    Mpi("mpiexec (PALS)", "PALS_RANKID", "PALS_SIZE", "PALS_LOCAL_SIZE"),
+    Mpi("flux run", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_SIZE"),
+    Mpi("mpiexec (MPICH, Intel MPI)", "PMI_RANK", "PMI_SIZE", "MPI_LOCALNRANKS"),
+)
+
+
+def mpi_of(env: Mapping[str, str]) -> Mpi | None:
+    """The launcher of MPI programs that started this process as one of several; None: none did, or srun did."""
+    for mpi in MPI:
+        size = env.get(mpi.size, "1")
+        if mpi.rank in env and size.isdecimal() and int(size) > 1:
+            by_srun = (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")) == (env[mpi.rank], size)
+            return None if by_srun else mpi
+    return None
+
+
+def from_mpi(env: Mapping[str, str], mpi: Mpi) -> dict[str, str]:
+    """torchrun's variables from those of an MPI launcher.
+
+    Raises:
+        UserError: nothing says where rank 0 is.
+    """
+    rank, size = env[mpi.rank], env[mpi.size]
+    found = {"RANK": rank, "WORLD_SIZE": size}
+    if "MASTER_ADDR" in env and "MASTER_PORT" in env:
+        return found
+    if env.get(mpi.local_size) != size:
+        raise UserError(
+            f"{mpi.name} started rank {rank} of {size}, and nothing says where rank 0 is: set MASTER_ADDR to the first "
+            "host and MASTER_PORT to a free port for all ranks (mpirun -x MASTER_ADDR=host0 -x MASTER_PORT=29500)"
+        )
+    # All on this host, children of one mpirun: the same port for all of them without a word between them.
+    return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(15000 + os.getppid() % 15000)} | found
 
 
 def in_a_step_of_many(env: Mapping[str, str]) -> bool:

@@ -11,7 +11,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -57,6 +57,7 @@ class Command(Recipe):
         signal.signal(signal.SIGINT, signal.default_int_handler)  # recipes/__init__.py had it end the process at once
         try:
             cluster.adopt(self)
+            take_local_rank(sys.argv, os.environ)
             place = discover(os.environ)
             code = launch_recipe(self) if place is None else None
         except UserError as error:
@@ -71,6 +72,20 @@ class Command(Recipe):
             sys.exit(code)
         assert place is not None
         worker.work(self, place)
+
+
+def take_local_rank(words: list[str], env: MutableMapping[str, str]) -> None:
+    """Take `--local-rank=N` off a rank's command line, where torch.distributed.launch and deepspeed put it."""
+    if "RANK" not in env:
+        return
+    for word in [word for word in words if word.partition("=")[0] in ("--local-rank", "--local_rank")]:
+        at = words.index(word)
+        name, _, value = words.pop(at).partition("=")
+        if not value and words[at:]:
+            value = words.pop(at)
+        if not value.isdecimal():
+            raise UserError(f"{name}={value}: allowed are whole numbers from 0 up")
+        env.setdefault("LOCAL_RANK", value)
 
 
 def make_recipe(train: Callable[[Run], None] | None = None, **options: Any) -> Any:

@@ -13,10 +13,12 @@ from typing import NoReturn
 
 from lockstep.config.declared import declared, own_task
 from lockstep.config.tasks import IMAGES, named_task
+from lockstep.distributed.environment import MPI
 from lockstep.errors import UserError
 from lockstep.utils.places import as_installed
 
-RANKS = ("RANK", "LOCKSTEP_LAUNCHER_PID", "SLURM_STEP_ID")  # variables of a process that is a rank, or might be one
+# Variables of a process that is a rank, or might be one.
+RANKS = ("RANK", "LOCKSTEP_LAUNCHER_PID", "SLURM_STEP_ID", *(mpi.rank for mpi in MPI))
 
 
 def answer(folder: Path) -> None:

@@ -18,7 +18,7 @@ SAVING_SECONDS = 60  # for a run that a killed start has left behind, and that i
 # What makes a rank of a process, and what Ray sets for its own workers: neither is the command's that is started here.
 NOT_INHERITED = (
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK GROUP_WORLD_SIZE ROLE_ MASTER_ LOCKSTEP_ TORCHELASTIC_ "
-    "RAY_ PYTHONBREAKPOINT SPT_NOENV"
+    "RAY_ OMPI_ PMI_ PMIX_ MV2_ MPI_LOCAL JSM_ PALS_ FLUX_ PYTHONBREAKPOINT SPT_NOENV"
 )
 # The kernel tells the command when whoever started it has died, even of kill -9: it then saves and leaves, as it does
 # when it is asked to. Set by a process that then becomes the command, because code between fork and exec may find any

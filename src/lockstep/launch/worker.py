@@ -78,9 +78,9 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
         end_with_launcher()
         try:
             config, out, store, hosts = frozen_config(recipe, place)
-        except SystemExit:  # --help and the like have printed what they were asked for
+        except SystemExit as asked:  # --help and the like have printed what they were asked for
             sys.stdout.flush()
-            os._exit(0)
+            os._exit(asked.code if isinstance(asked.code, int) else 0)
         if place.rank:
             try:
                 redirect_output(out / "ranks" / f"{place.rank}.log")
