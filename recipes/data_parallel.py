@@ -102,6 +102,11 @@ def check(config: DataParallelConfig, share: int) -> None:
     """A compiled module's replicas would still call the original, and compute with its weights."""
     if config.compile:
         raise UserError("compile=true: replicas of a compiled model compute with the original's weights; leave it out")
+    if config.checkpoint_activations != "none":
+        raise UserError(
+            f"checkpoint_activations={config.checkpoint_activations}: by the time of backward the replicas' weights are "
+            "gone, and their blocks cannot compute again; leave it out, or use recipes.ddp"
+        )
 
 
 @recipe(

@@ -43,6 +43,7 @@ from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.training.accumulate import micro_batches
+from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.precision import AUTOCAST, DTYPES
@@ -162,6 +163,8 @@ def train(run: Run[FsdpConfig]) -> None:
     with torch.device("meta"):
         model: Any = run.task.build_model().to(dtype)
     refuse_tied(model)
+    # Before: a block's second forward then lies inside of its backward, when its weights are gathered anyway.
+    checkpoint_activations(model, run.blocks(model), run.config.checkpoint_activations)
     shard(model, make_mesh(run), run)
     deal(model, whole, run)
     del whole

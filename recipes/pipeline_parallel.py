@@ -207,6 +207,11 @@ def check(config: PipelineConfig, share: int) -> None:
             f"micro_batches={pieces}: schedule={name} takes them in rounds of about {stages}, which must be equal; "
             f"allowed are multiples of {stages}"
         )
+    if name == "zero_bubble" and config.checkpoint_activations == "selective":
+        raise UserError(
+            "checkpoint_activations=selective: schedule=zero_bubble runs backward in two halves, and torch gives away "
+            "what selective keeps in the first; allowed are none, full, K, or another schedule"
+        )
     here = "cuda" if torch.cuda.is_available() else "cpu"
     if config.cluster is None:  # else it is for the ranks to say what they have
         refuse_gloo_between_gpus(here if config.device == "auto" else config.device, config.backend)

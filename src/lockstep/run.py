@@ -28,6 +28,7 @@ from lockstep.loop.training_loop import TrainingLoop
 from lockstep.memory.tracker import held_bytes
 from lockstep.memory.usage import process_bytes
 from lockstep.tasks.build import blocks_of_task, build_task
+from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.auto import choose_for_hardware
 from lockstep.training.optim import Schedule, as_one_optimizer
 from lockstep.training.precision import DTYPES, Scaler, autocast
@@ -122,10 +123,11 @@ class Run(Generic[ConfigT]):
     # What recipes call ------------------------------------------------------------------------------------------
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to this rank's device in the configured dtype and memory format; compile it if asked to."""
+        """Move a model to this rank's device in its dtype and memory format; checkpoint its blocks, compile it if asked."""
         model = model.to(device=self.device, dtype=DTYPES[self.config.precision])
         if self.config.channels_last:
             model = model.to(memory_format=torch.channels_last)
+        checkpoint_activations(model, self.blocks(model), self.config.checkpoint_activations)
         if self.config.compile:
             model.compile()  # in place: the state_dict keeps its names
         if self.prepare:
@@ -219,8 +221,7 @@ class Run(Generic[ConfigT]):
         Raises:
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
-        loop = self.loop
-        joint = as_one_optimizer(optimizer)
+        loop, joint = self.loop, as_one_optimizer(optimizer)
         loop.restore(model, joint, scheduler=scheduler, whole=whole, keep=keep, engine=engine)
         loop.begin(joint, model)
         batches = self.batches(self.step, self.total_steps)

@@ -198,6 +198,12 @@ class Config:
     )
     patience: int | None = key(None, "end after so many evaluations without a better `metric` (null: never)", minimum=1)
     accumulate: int = key(1, "micro-batches a step", minimum=1)
+    checkpoint_activations: Any = key(
+        "none",
+        "what blocks compute again in backward, and do not keep: none, full, selective (all but the dear operations), "
+        "or K: every K-th block in full",
+        free=True,
+    )
     memory: str | None = key(
         None, "report: count what each layer holds during the first step, into memory.json", ("report",), free=True
     )
@@ -289,6 +295,13 @@ def check_values(config: Config) -> None:
             "as torch.optim.RMSprop"
         )
     check_limits(config.gradients)
+    asked = config.checkpoint_activations
+    if asked not in ("none", "full", "selective") and not (type(asked) is int and asked >= 1):
+        raise UserError(f"checkpoint_activations={asked}: allowed are none, full, selective, and numbers from 1 up")
+    if asked != "none" and config.compile:
+        raise UserError(
+            f"checkpoint_activations={asked}: compile=true decides by itself what is computed again; leave one out"
+        )
     if config.profile > 100:
         raise UserError(f"profile={config.profile}: allowed are 0…100, for all that they do is kept in memory")
     if config.logger.images > 64:

@@ -18,7 +18,8 @@ from lockstep.data.image_files import check_data
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE
 from lockstep.models.torchvision_models import check_model
-from lockstep.tasks.build import has_batchnorm, known_task, sketch
+from lockstep.tasks.build import blocks_of_task, has_batchnorm, known_task, sketch
+from lockstep.training.activation_checkpointing import check_blocks
 from lockstep.training.clip import limits
 from lockstep.training.optim import check_optimizer
 from lockstep.training.timing import warm_up
@@ -85,6 +86,8 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
         fill_in_images(config, classes)
     if config.resume not in ("auto", "never") and not recipe.backbone:
         check_source(config)
+    if config.checkpoint_activations != "none":
+        check_blocks(blocks_of_task(known_task(config), sketch(config)), config.checkpoint_activations)
     if config.gradients.clip_value:
         limits(config.gradients, [name for name, _ in sketch(config).named_parameters()])
     share = config.global_batch_size // (world_size // config.model_parallel_size)

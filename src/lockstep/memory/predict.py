@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 from lockstep.config.schema import Config
 from lockstep.data.batch import map_tensors
 from lockstep.memory.tracker import KINDS, LayerMemory, MemoryTracker, local_bytes, memory_by_layer
-from lockstep.tasks.build import known_task, one_sample, sketch
+from lockstep.tasks.build import blocks_of_task, known_task, one_sample, sketch
+from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.optim import build_optimizer, states_per_weight
 from lockstep.training.precision import AUTOCAST, DTYPES
 
@@ -84,6 +85,7 @@ def _training(
             model = task.build_model().train()
     finally:
         torch.set_default_dtype(before)
+    checkpoint_activations(model, blocks_of_task(task, model), config.checkpoint_activations)
     inputs, targets = (map_tensors(partial(_empty, samples, config, device), each) for each in example)
     optimizer = build_optimizer(replace(config.optim, lr=0.0, weight_decay=0.0), model)
 
