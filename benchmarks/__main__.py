@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import common
 
-ALL = ("answers", "startup", "loop", "peers", "communication", "pipeline", "checkpoint", "saves", "input")
+ALL = ("answers", "startup", "loop", "peers", "communication", "pipeline", "recompute", "checkpoint", "saves", "input")
 
 
 def main() -> None:

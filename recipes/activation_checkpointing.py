@@ -44,6 +44,7 @@ from lockstep.training.activation_checkpointing import keeping_all
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 
+
 @recipe(
     proof=(
         Proof(

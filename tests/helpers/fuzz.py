@@ -66,6 +66,7 @@ RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(
 )
 RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "fsdp": (2, 3, 4)}
 RANKS |= dict.fromkeys(("lightning_fabric", "lightning_trainer"), (1, 2, 3))
+KEEP_ALL = ("data_parallel",)  # what cannot compute activations again in backward
 RESIZED = ("fsdp",)  # started on another number of ranks each time: compared in fp64, and no longer bit by bit
 COPIES = {("fsdp", 4): ("replicate=2",)}
 OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2", "micro_batches=4")}
@@ -189,6 +190,8 @@ def draw(seed: int) -> Plan:
         sizes = (ranks, *(dice.choice(RANKS[recipe]) for _ in range(count)))
     if not sizes and random.Random(f"lockstep fp16 {seed}").random() < 0.15:  # drawn apart: seeds keep their plans
         words += overflow.WORDS
+    if recipe not in KEEP_ALL and random.Random(f"lockstep checkpointed {seed}").random() < 0.15:
+        words.append("checkpoint_activations=2")
     for number in range(count):
         faults.append(draw_fault(dice, sizes[number] if sizes else ranks, saves=STEPS // every))
         harm = dice.random() < 0.4

@@ -85,7 +85,9 @@ def test_a_block_keeps_its_input_and_every_second_one_keeps_all(tmp_path: Path) 
         execute(single.train, tmp_path / mode, 1, *SHORT, *TOKENS, "task.dropout=0", f"checkpoint_activations={mode}")
         report = json.loads((tmp_path / mode / "memory.json").read_text())["ranks"][0]
         layers[mode] = {layer["name"]: layer["activations"] for layer in report["layers"]}
-    inside = {mode: sum(held for name, held in found.items() if name.startswith("blocks.1")) for mode, found in layers.items()}
+    inside = {
+        mode: sum(held for name, held in found.items() if name.startswith("blocks.1")) for mode, found in layers.items()
+    }
     assert inside["full"] == layers["full"]["blocks.1"] == 4 * tokens * width
     assert inside["2"] == inside["full"] < inside["none"] / 10
     first = {name: held for name, held in layers["none"].items() if name.startswith("blocks.0.mlp")}
@@ -110,7 +112,9 @@ def test_the_prediction_knows_of_it() -> None:
 def _predicted(world: object) -> None:
     found = {}
     for mode in ("none", "selective", "full"):
-        config = compose_config(single.train, f"checkpoint_activations={mode}", "model.num_classes=10", "model.image_size=16")
+        config = compose_config(
+            single.train, f"checkpoint_activations={mode}", "model.num_classes=10", "model.image_size=16"
+        )
         found[mode] = predict_memory(config, 12, peak=False).sums()
     kept = [found[mode]["activations"] for mode in ("full", "selective", "none")]
     assert kept == sorted(set(kept))

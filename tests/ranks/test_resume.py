@@ -32,6 +32,7 @@ from lockstep.recipe import Recipe
 from lockstep.run import Run
 from lockstep.training.random_state import generators, set_generators
 from recipes import (
+    activation_checkpointing,
     data_parallel,
     ddp,
     deepspeed_zero,
@@ -54,6 +55,7 @@ RESNET18 = resnet.resnet18
 SHORT = (*DATA, "log_every=1", "optim.warmup_steps=2", "checkpoint.every=4")
 STEPS = 12
 RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
+    "activation_checkpointing": (activation_checkpointing.train, 2, ("checkpoint_activations=selective",)),
     "deepspeed_zero": (deepspeed_zero.train, 2, ("stage=3", "optim=adamw")),
     "single": (single.train, 1, ("optim=adamw",)),
     "ddp": (ddp.train, 2, ()),

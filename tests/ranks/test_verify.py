@@ -24,7 +24,18 @@ from tests.helpers.harness import ROOT, command, execute, preload
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-PROVEN = ["data_parallel", "ddp", "deepspeed_zero", "fsdp", "grad_accumulation", "lightning_fabric", "lightning_fabric"]
+PROVEN = [
+    "activation_checkpointing",
+    "activation_checkpointing",
+    "activation_checkpointing",
+    "data_parallel",
+    "ddp",
+    "deepspeed_zero",
+    "fsdp",
+    "grad_accumulation",
+    "lightning_fabric",
+    "lightning_fabric",
+]
 PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
 PROVEN += ["transfer_learning", "transfer_learning"]
 
@@ -58,7 +69,15 @@ def check_rows(out: Path) -> None:
     assert all(row["verdict"] == "equal" for row in proofs)
     assert all(row["weights"] <= 1e-10 and row["loss"] <= 1e-10 for row in proofs if row["precision"] == "fp64")
     measured = [row for row in rows if row not in proofs]
-    names = ["data_parallel", "ddp", "deepspeed_zero", "fsdp", "grad_accumulation", "pipeline_parallel"]
+    names = [
+        "activation_checkpointing",
+        "data_parallel",
+        "ddp",
+        "deepspeed_zero",
+        "fsdp",
+        "grad_accumulation",
+        "pipeline_parallel",
+    ]
     assert [row["recipe"] for row in measured] == names
     assert all(row["loss"] > 1e-3 for row in measured), "a batch norm that does differ: the comparison can see it"
 

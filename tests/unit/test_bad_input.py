@@ -63,6 +63,13 @@ DDP = {
     "profile=101": ["profile=101", "0…100"],
     "profile=7 max_steps=12": ["profile=7", "the run's 12 steps", "0…6"],
     "profile=1 max_steps=2": ["profile=1", "the run's 2 steps", "0…0"],
+    "checkpoint_activations=some": [
+        "checkpoint_activations=some: allowed are none, full, selective, and numbers from 1"
+    ],
+    "checkpoint_activations=0": ["checkpoint_activations=0: allowed are none, full, selective, and numbers from 1"],
+    "checkpoint_activations=9": ["checkpoint_activations=9", "8 blocks", "1…8"],
+    "checkpoint_activations=5 task=language": ["checkpoint_activations=5", "4 blocks", "1…4"],
+    "checkpoint_activations=full compile=true": ["checkpoint_activations=full", "compile=true", "leave one out"],
     "memory=report compile=true": ["memory=report", "compile=true"],
     "recipes=[ddp]": ["recipes=[ddp]", "recipes.ddp does not use it", "doctor"],
     "compile=maybe": ["compile=maybe", "bool"],
@@ -213,6 +220,7 @@ TUNE = {
     "tune.address=127.0.0.1:1": ["tune.address=127.0.0.1:1", "ray start --head"],
 }
 PIPELINE = {
+    "schedule=zero_bubble checkpoint_activations=selective": ["checkpoint_activations=selective", "none, full, K"],
     "cut=layer9": ["cut=layer9", "layer1, layer2, layer3, layer4", "layer4.1", "balanced"],
     "cut=[layer2,layer3]": ["cut=[layer2,layer3]", "makes 3 parts, not 2"],
     "stages=3 nproc=2": ["stages=3", "2 ranks", "nproc"],
@@ -291,6 +299,7 @@ TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
         {
             "nproc=2": ["recipes.data_parallel runs on 1 rank, not 2"],
             "compile=true": ["compile=true: replicas of a compiled model"],
+            "checkpoint_activations=full": ["checkpoint_activations=full", "recipes.ddp"],
         },
     ),
     (grad_accumulation.train, {"accumulate=49": ["accumulate=49", "only 48 images"]}),

@@ -25,6 +25,7 @@ CLIP = "clip_gradients(model, optimizer, scaler, run.config.gradients)"
 SCALER = ["scaler.step(optimizer)", "scaler.update()"]
 # The lines of single.py that a technique replaces by its own; every other line of single.py stands in every recipe.
 REPLACES: dict[str, list[str]] = {
+    "activation_checkpointing": [],
     "data_parallel": [],
     "deepspeed_zero": [
         STEPS,

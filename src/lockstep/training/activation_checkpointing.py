@@ -38,7 +38,7 @@ DEAR = (  # operations whose results `selective` keeps: to compute them again wo
     *("_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention"),
 )
 # torch 2.15 asks whether what `selective` keeps is shown to those who count saved tensors; older ones do not show it.
-SHOWN = (
+SHOWN: dict[str, Any] = (
     {"respect_saved_tensors_hooks": True}
     if "respect_saved_tensors_hooks" in inspect.signature(checkpoint).parameters
     else {}
@@ -134,7 +134,7 @@ def checkpoint_activations(model: nn.Module, blocks: Sequence[str], mode: str | 
     check_blocks(blocks, mode)
     for number, name in enumerate(blocks, start=1):
         block = model.get_submodule(name)
-        block.__class__ = checkpointed_class(type(block))
+        block.__class__ = checkpointed_class(cast(Any, type(block)))
         every = mode if isinstance(mode, int) else 1
         how = FULL if isinstance(mode, int) else mode
         cast(CheckpointedBlock, block).recomputes = how if number % every == 0 else NONE
