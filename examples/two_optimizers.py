@@ -93,11 +93,11 @@ def train(run: Run[TwoOptimizersConfig]) -> None:
             scaler.scale((loss + config.penalty * penalty) * micro.weight).backward()
             run.record(loss=loss, penalty=penalty, weight=micro.weight)
         clip_gradients(model, optimizers, scaler, config.gradients)
+        scaler.step(optimizers)  # of all or, where fp16 overflows, of none
+        scaler.update()
         for optimizer, scheduler in zip(optimizers, schedulers, strict=True):
-            scaler.step(optimizer)
             scheduler.step()
             optimizer.zero_grad()
-        scaler.update()
         average.update_parameters(model.module)
 
 

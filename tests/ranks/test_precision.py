@@ -18,11 +18,13 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from lockstep import run
+from lockstep.config.schema import GradientsConfig
 from lockstep.errors import UserError
 from lockstep.loop import training_loop
 from lockstep.loop.training_loop import TrainingLoop
 from lockstep.run import Run
 from lockstep.tasks.images import Images
+from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_scheduler
 from lockstep.training.precision import Scaler
 from lockstep.verify.trace import angle
@@ -154,6 +156,40 @@ def test_a_training_that_has_diverged_ends_with_a_line() -> None:
     assert (scaler.get_scale(), scaler.skipped, scaler.left_out) == (1.0, 16, True)
     with pytest.raises(UserError, match=r"17 steps left out.*lower optim.lr, or set precision=bf16"):
         leave_out()
+
+
+@pytest.mark.parametrize("clips", [False, True])
+@pytest.mark.parametrize("broken", [0, 1])
+def test_of_several_optimizers_all_make_their_updates_or_none_does(broken: int, clips: bool) -> None:
+    """Whichever of them has the gradient that is not finite, and whether gradients were unscaled before the update."""
+    layers = [nn.Linear(2, 1), nn.Linear(2, 1)]
+    model, scaler = nn.ModuleList(layers), Scaler(torch.device("cpu"))
+    optimizers = [torch.optim.AdamW(layers[0].parameters(), fused=True), torch.optim.SGD(layers[1].parameters())]
+    moved = []
+    for step in range(3):
+        before = [layer.weight.detach().clone() for layer in layers]
+        factors = [torch.inf if step == 1 and number == broken else 1.0 for number in range(2)]
+        loss = torch.stack([factor * layer(torch.ones(2)) for factor, layer in zip(factors, layers, strict=True)]).sum()
+        scaler.scale(loss).backward()
+        clip_gradients(model, optimizers, scaler, GradientsConfig(clip_norm=0.1 if clips else None))
+        scaler.step(optimizers)
+        scaler.update()
+        moved.append([not torch.equal(old, layer.weight) for old, layer in zip(before, layers, strict=True)])
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+    assert moved == [[True, True], [False, False], [True, True]]
+    assert (scaler.skipped, scaler.get_scale()) == (1, 2.0**15)
+
+
+def test_several_optimizers_are_not_stepped_one_by_one() -> None:
+    layers, scaler = [nn.Linear(1, 1), nn.Linear(1, 1)], Scaler(torch.device("cpu"))
+    scaler.scale(sum(layer(torch.ones(1)) for layer in layers)).backward()
+    for optimizer in [torch.optim.SGD(layer.parameters()) for layer in layers]:
+        scaler.step(optimizer)
+    with pytest.raises(
+        UserError, match=r"fp16: scaler.step took 2 optimizers one by one.*; call scaler.step\(\[...\]\)"
+    ):
+        scaler.update()
 
 
 def test_in_other_precisions_it_costs_nothing_and_keeps_nothing() -> None:

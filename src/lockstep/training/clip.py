@@ -62,8 +62,7 @@ def clip_gradients(
     if not clips(config):
         return
     if scaler is not None and scaler.is_enabled():
-        for each in [optimizer] if isinstance(optimizer, Optimizer) else optimizer:
-            scaler.unscale_(each)
+        scaler.unscale_together([optimizer] if isinstance(optimizer, Optimizer) else optimizer)
         if scaler.overflows:
             return
     module = unwrap(model)

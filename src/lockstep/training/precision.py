@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp.grad_scaler import OptState
 from torch.optim import Optimizer
 
 from lockstep.distributed.dtensor import local_shard
@@ -42,6 +44,9 @@ class Scaler(torch.amp.GradScaler):
     stays a function of the step alone. Weights and optimizer stay as they are, and hooks on the optimizer's step
     (where gradients are clipped, on values that are unscaled already) are not called.
 
+    Several optimizers are stepped together, `scaler.step([muon, adamw])`: one by one, torch would leave out the update of
+    one and make the other's.
+
     Args:
         device: where the ranks communicate.
         first: the scale to begin with.
@@ -56,6 +61,7 @@ class Scaler(torch.amp.GradScaler):
         super().__init__(device.type, init_scale=first, growth_interval=GOOD_STEPS, enabled=enabled)
         self.skipped = 0
         self.left_out = self._overflow = False
+        self._alone: set[int] = set()  # optimizers that were stepped by themselves since the last update
         if enabled:
             # Where the first steps are left out, the scheduler's step() comes before the optimizer's, as it should.
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
@@ -66,12 +72,42 @@ class Scaler(torch.amp.GradScaler):
         """Whether the gradients of this step, unscaled already, are not all finite: it is going to be left out."""
         return self._overflow
 
+    def unscale_together(self, optimizers: Sequence[Optimizer]) -> None:
+        """Divide the gradients of all by the scale, where that is not done; where one's are not finite, no one's are."""
+        if not self.is_enabled():
+            return
+        for each in optimizers:
+            if self._per_optimizer_states[id(each)]["stage"] is OptState.READY:
+                self.unscale_(each)
+        if self._overflow:
+            for each in optimizers:
+                for found in self._per_optimizer_states[id(each)]["found_inf_per_device"].values():
+                    found.fill_(1.0)
+
+    def step(self, optimizer: Optimizer | Sequence[Optimizer], *args: Any, **kwargs: Any) -> float | None:
+        """Make the update of an optimizer, or of several: of all of them, or of none."""
+        if not isinstance(optimizer, Optimizer):
+            self.unscale_together(optimizer)
+            for each in optimizer:
+                super().step(each, *args, **kwargs)
+            return None
+        if self.is_enabled():
+            self._alone.add(id(optimizer))
+        return super().step(optimizer, *args, **kwargs)
+
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Halve the scale after a step that was left out, double it after many that were not.
 
         Raises:
-            UserError: not even a loss that is not scaled up has finite gradients. On all ranks.
+            UserError: not even a loss that is not scaled up has finite gradients; or several optimizers were stepped
+                one by one. On all ranks.
         """
+        if len(self._alone) > 1:
+            raise UserError(
+                f"precision=fp16: scaler.step took {len(self._alone)} optimizers one by one, and could leave out the update "
+                "of one of them alone; call scaler.step([...]) with all of them, or set precision=bf16"
+            )
+        self._alone.clear()
         super().update(new_scale)
         self._count()
 
