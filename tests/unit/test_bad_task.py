@@ -10,7 +10,7 @@ from recipes import ddp, single
 from tests.helpers.command_line import assert_one_line, run_main
 
 HEAD = """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -119,6 +119,16 @@ class NoMetric(Fine):
 
 
 @dataclass
+class Weights(Fine):
+    weights: list[float] = field(default_factory=list)
+    as_list: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.sample_weights = self.weights if self.as_list else torch.tensor(self.weights)
+
+
+@dataclass
 class Required(Fine):
     path: str = None
 """
@@ -155,6 +165,19 @@ BEFORE: dict[str, tuple[list[str], list[str]]] = {
         ["['mse']: MeanSquaredError is better when smaller; add it to the task's lower_is_better"],
     ),
     "no metric": (["task=FILE:NoMetric"], ["torchmetrics()['mse'] is function; allowed is a torchmetrics.Metric"]),
+    "too few weights": (
+        ["task=FILE:Weights", "task.weights=[1,2]"],
+        ["task=Weights: sample_weights is float32 [2] for 16 samples; allowed is a tensor with one number from 0 up"],
+    ),
+    "a list of weights": (["task=FILE:Weights", "task.as_list=true"], ["sample_weights is [] for 16 samples"]),
+    "a negative weight": (
+        ["task=FILE:Weights", f"task.weights={[-1.0] + 15 * [2.0]}".replace(" ", "")],
+        ["sample_weights has numbers from -1 to 2; allowed"],
+    ),
+    "no weight": (
+        ["task=FILE:Weights", f"task.weights={16 * [0.0]}".replace(" ", "")],
+        ["sample_weights has numbers from 0 to 0; allowed", "not all of them 0"],
+    ),
     "another type": (["task=FILE:Fine", "task.hidden=wide"], ["task.hidden", "'wide'", "Integer"]),
     "a misspelt field": (["task=FILE:Fine", "task.hiden=8"], ["unknown key task.hiden; did you mean task.hidden?"]),
     "another task's model": (

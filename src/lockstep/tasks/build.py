@@ -105,11 +105,17 @@ def check_data_sets(task: Any, name: str) -> None:
     weights = option(task, "sample_weights")
     if weights is not None and is_stream(task.train_set):
         raise UserError(f"task={name}: sample_weights draw samples by their number, and a stream's have none")
-    if weights is not None and (len(weights) != len(task.train_set) or bool((weights < 0).any())):
-        raise UserError(
-            f"task={name}: sample_weights has {len(weights)} numbers for {len(task.train_set)} samples; allowed is one "
-            "number from 0 up for each"
-        )
+    if weights is not None:
+        _check_weights(weights, len(task.train_set), name)
+
+
+def _check_weights(weights: Any, size: int, name: str) -> None:
+    allowed = "allowed is a tensor with one number from 0 up for each sample, not all of them 0"
+    if not isinstance(weights, torch.Tensor) or weights.shape != (size,):
+        raise UserError(f"task={name}: sample_weights is {describe(weights)} for {size} samples; {allowed}")
+    if bool((~torch.isfinite(weights)).any()) or bool((weights < 0).any()) or not bool(weights.any()):
+        least, most = weights.min().item(), weights.max().item()
+        raise UserError(f"task={name}: sample_weights has numbers from {least:g} to {most:g}; {allowed}")
 
 
 @functools.lru_cache(maxsize=2)
