@@ -87,10 +87,10 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run[FsdpConfig]) -> None:
         mean = torch.float32 if config.reduce == "fp32" else torch.bfloat16
         arithmetic = MixedPrecisionPolicy(param_dtype=AUTOCAST[run.config.precision], reduce_dtype=mean)
         rest = replace(arithmetic, output_dtype=torch.float32)  # the logits, for the loss
-        for layer in model.modules():
-            if isinstance(layer, _BatchNorm):  # takes 16-bit images with fp32 weights, as under autocast
-                own = MixedPrecisionPolicy(cast_forward_inputs=False)
-                fully_shard(layer, mp_policy=own, reshard_after_forward=False, **options)
+        norms: list[nn.Module] = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
+        if norms:  # they take 16-bit images with fp32 weights, as under autocast; few numbers, gathered all at once
+            own = MixedPrecisionPolicy(cast_forward_inputs=False)
+            fully_shard(norms, mp_policy=own, reshard_after_forward=False, **options)
     for name in run.blocks(model):
         block = model.get_submodule(name)
         if not any(True for _ in block.parameters()):  # nothing to gather

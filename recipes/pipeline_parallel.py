@@ -290,7 +290,7 @@ def train(run: Run[PipelineConfig]) -> None:
             )
         clock.stop()
         if last:  # only here the model ends, and with it the loss is known
-            run.record(loss=torch.stack(losses).mean() / scaler.get_scale())
+            run.record(loss=scaler.unscale_loss(torch.stack(losses).mean()))
         average_gradients(mine, data_group)
         clip_gradients(mine, optimizer, scaler, run.config.gradients, stage_group)
         scaler.step(optimizer)  # unscales the gradients, unless that is done; if one is not finite, no rank updates

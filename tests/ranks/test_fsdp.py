@@ -151,13 +151,7 @@ def test_what_crosses_the_network_and_how_often(tmp_path: Path, monkeypatch: Any
     And weights are gathered for the forward and, where they were freed, for the backward; the stem's and the
     classifier's are not freed in between. An evaluation of one batch is one forward more.
     """
-    context: Any = multiprocessing.get_context("fork")
-    calls = {}
-    for what in ("reduce_scatter", "all_gather"):
-        new, old = f"{what}_single", {"all_gather": "all_gather_into_tensor"}.get(what, "reduce_scatter_tensor")
-        name = new if hasattr(dist, new) else old
-        calls[what] = context.Value("i", 0)
-        monkeypatch.setattr(dist, name, counted(getattr(dist, name), calls[what]))
+    calls = counted_calls(monkeypatch)
     words = (*SHORT, "precision=fp64", "model.norm=group", "global_batch_size=10", "max_steps=2")
     expected = train(ddp.train, tmp_path / "ddp", 2, *words)
     found = []
@@ -175,6 +169,45 @@ def test_what_crosses_the_network_and_how_often(tmp_path: Path, monkeypatch: Any
         (ranks * steps * groups, ranks * (3 * steps * both + evaluation)),
         (ranks * 3 * steps * groups, ranks * (3 * steps * both + evaluation)),
     ]
+
+
+@pytest.mark.slow
+def test_all_batch_norms_are_gathered_at_once_in_16_bits(tmp_path: Path, monkeypatch: Any) -> None:
+    """The 19 of this ResNet keep weights in fp32, so they are no part of their blocks: one group, and not one each."""
+    calls, shard = counted_calls(monkeypatch), fsdp.fully_shard
+
+    def one_by_one(modules: Any, **options: Any) -> Any:
+        return [shard(each, **options) for each in modules] if isinstance(modules, list) else shard(modules, **options)
+
+    found, weights = [], []
+    for way in (shard, one_by_one):
+        monkeypatch.setattr(fsdp, "fully_shard", way)
+        for count in calls.values():
+            count.value = 0
+        out, words = (
+            tmp_path / str(len(found)),
+            (*SHORT, "precision=bf16", "optim=adamw", "eval_every=0", "max_steps=2"),
+        )
+        weights.append(train(fsdp.train, out, 2, *words))
+        found.append((calls["reduce_scatter"].value, calls["all_gather"].value))
+    assert_identical(weights[0], weights[1])
+    ranks, steps, blocks = 2, 2, 9  # 8 of them, and the rest
+    assert found == [
+        (ranks * steps * (blocks + norms), ranks * (steps * (2 * blocks - 1 + norms) + blocks + norms))
+        for norms in (1, 19)
+    ], "an evaluation of one batch is one forward more"
+
+
+def counted_calls(monkeypatch: Any) -> dict[str, Any]:
+    """How often ranks, which are forked from here, scatter and gather, by the name of what they do."""
+    context: Any = multiprocessing.get_context("fork")
+    calls = {}
+    for what in ("reduce_scatter", "all_gather"):
+        new, old = f"{what}_single", {"all_gather": "all_gather_into_tensor"}.get(what, "reduce_scatter_tensor")
+        name = new if hasattr(dist, new) else old
+        calls[what] = context.Value("i", 0)
+        monkeypatch.setattr(dist, name, counted(getattr(dist, name), calls[what]))
+    return calls
 
 
 def counted(function: Any, count: Any) -> Any:

@@ -132,27 +132,52 @@ import os, warnings
 
 import torch
 
+from lockstep.training.evaluate import Tally
+
 heard = []
 
 
-def hook(run):
-    torch.cuda.set_sync_debug_mode("warn" if 3 <= run.step < 6 else "default")
-    warnings.simplefilter("always")
+def listen(really):
+    torch.cuda.set_sync_debug_mode("warn" if really else "default")
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("always", "called a synchronizing")
     warnings.showwarning = lambda message, kind, file, line, *more: heard.append(f"{message} at {file}:{line}")
+
+
+def hook(run):
+    if "OF_EVALUATION" in os.environ:
+        return
+    listen(3 <= run.step < 6)
     if run.step == 6 and run.world.rank == 0:
         print("".join(f"WAITS {each}\\n" for each in heard) + "STEPS 3", flush=True)
+
+
+batches, add = [], Tally.add
+
+
+def add_and_listen(self, *args):
+    batches.append(1)
+    add(self, *args)
+    listen(1 <= len(batches) < 4)
+    if len(batches) == 4:
+        print("".join(f"WAITS {each}\\n" for each in heard) + "STEPS 3", flush=True)
+
+
+if "OF_EVALUATION" in os.environ:
+    Tally.add = add_and_listen
 """
 
 
-def host_waits_in_three_steps(folder: Path, *words: str) -> list[str]:
-    """Where rank 0 of two waited for its GPU in three steady steps of recipes.ddp."""
+def host_waits_in_three_steps(folder: Path, *words: str, **environment: str) -> list[str]:
+    """Where rank 0 of two waited for its GPU in three steady steps of recipes.ddp, or with OF_EVALUATION in three
+    batches of an evaluation."""
     code, last = (ROOT / "recipes" / "ddp.py").read_text(), "        optimizer.zero_grad()\n"
     assert last in code
     (folder / "ddp.py").write_text(code.replace(last, last + "        __import__('hook').hook(run)\n"))
     (folder / "hook.py").write_text(WAITS)
     shape = ["nproc=2", "global_batch_size=8", "eval_every=0", "max_steps=7", "log_every=100"]
     quick = [] if are_real(2) else ["-m", "tests.helpers.quick"]
-    done = on_gpus(2, *quick, "ddp.py", *shape, "out=run", *words, cwd=folder)
+    done = on_gpus(2, *quick, "ddp.py", *shape, "out=run", *words, cwd=folder, **environment)
     assert done.returncode == 0, done.stderr
     assert "STEPS 3" in done.stdout
     return re.findall(r"WAITS (.*)", done.stdout)
@@ -162,6 +187,25 @@ def host_waits_in_three_steps(folder: Path, *words: str) -> list[str]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_step_waits_for_the_gpu(precision: str, tmp_path: Path) -> None:
     assert host_waits_in_three_steps(tmp_path, f"precision={precision}") == []
+
+
+@pytest.mark.slow
+def test_neither_a_logged_step_waits_nor_a_batch_of_an_evaluation(tmp_path: Path) -> None:
+    """A loss is read one step later; how many images were taken for others is read when all of them are counted."""
+    folders = [tmp_path / "logged", tmp_path / "evaluated"]
+    for folder in folders:
+        folder.mkdir()
+    assert host_waits_in_three_steps(folders[0], "log_every=1") == []
+    words = ["max_steps=1", "eval_batch_size=32"]
+    assert host_waits_in_three_steps(folders[1], *words, OF_EVALUATION="1") == []
+
+
+@pytest.mark.slow
+def test_fp16_waits_once_per_step(tmp_path: Path) -> None:
+    """Whether its gradients overflowed, which decides about the update."""
+    found = host_waits_in_three_steps(tmp_path, "precision=fp16")
+    assert len(found) == 3, found
+    assert {"precision.py" in each for each in found} == {True}
 
 
 @pytest.mark.slow
@@ -227,6 +271,40 @@ def test_the_largest_batch_for_a_gpu_is_found(tmp_path: Path) -> None:
     found = int(done.stdout.partition("global_batch_size=auto: ")[2].partition(",")[0])
     assert 8 <= found < 1437, "a card of 512 MiB does not hold all images at once"
     assert "out of memory" in done.stdout + done.stderr, "a larger one was tried"
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_on_one_rank_started_by_hand_ends_them_all(tmp_path: Path) -> None:
+    """Nobody ends rank 0, and nothing tells it but rank 1 itself: rank 1's connections stay open."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    words = [*SMALL, "global_batch_size=1024", "model.image_size=64", "max_steps=2", "timeout_seconds=600", "out=run"]
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.quick", "recipes.ddp", *words],
+            cwd=tmp_path,
+            env=clean_environment()
+            | emulated(2, mib)
+            | place
+            | {"RANK": str(rank)}
+            | ({"LINGER": "1"} if rank else {}),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, mib in enumerate((4096, 64))
+    ]
+    try:
+        _, said = ranks[0].communicate(timeout=100)
+        page = ranks[1].stderr.readline() if ranks[1].stderr else ""
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == 1, said
+    assert re.fullmatch(
+        r"rank 0 stopped because another rank did: rank 1 \(.*\) failed in step \d \(.*\): "
+        r"OutOfMemory: out of memory on rank 1 .*\n",
+        said,
+    ), said
+    assert page.startswith("error: out of memory on rank 1 (cuda:1) in step 1"), page
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.callbacks.base import Callback, CallbackContext, LogRecord
-from lockstep.distributed.collectives import gather_objects
+from lockstep.distributed.collectives import gather_objects, read_later
 from lockstep.errors import UserError
 from lockstep.loggers.base import Logger, Misclassified
 from lockstep.loggers.build import build_loggers
@@ -157,11 +157,10 @@ class MetricsLogger(Callback):
             total[0] = 1
             total[1 : 1 + size] = torch.stack([value.double().to(context.device) for value in self._sums.values()])
         total[1 + size + context.rank] = peak_memory_bytes(context.device)
-        work = dist.all_reduce(total, async_op=True)
+        arrived = read_later(total, dist.all_reduce(total, async_op=True))
 
         def read() -> tuple[dict[str, float], int]:
-            work.wait()
-            count, *numbers = total.tolist()
+            count, *numbers = arrived().tolist()
             if not count:
                 raise UserError(f"{context.recipe}: no loss to log; call run.record(loss=loss) in every step")
             found = {name: number / count for name, number in zip(self._names, numbers, strict=False)}

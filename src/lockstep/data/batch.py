@@ -93,6 +93,13 @@ def first_tensor(tree: Any, what: str) -> Tensor:
     raise UserError(f"{what} hold no tensor ({describe(tree)}): a dataset gives (inputs, targets) with tensors in both")
 
 
+def as_scalar(value: Any, device: torch.device) -> Tensor:
+    """A number as a tensor on a device, which does not wait for it as a copy of the number would; a tensor as it is."""
+    if isinstance(value, bool | int | float):
+        return torch.full((), value, device=device)
+    return torch.as_tensor(value, device=device)
+
+
 def on_device_of(outputs: Any, targets: Any) -> Any:
     """Targets where the outputs are: a model that is split over devices answers on its last one."""
     device = first_tensor(outputs, "the model's outputs").device

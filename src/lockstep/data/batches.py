@@ -14,7 +14,7 @@ from torch import Tensor
 from lockstep.config.keys import AUTO
 from lockstep.config.schema import Config
 from lockstep.config.tasks import short_name
-from lockstep.data.batch import Batch, first_tensor, map_tensors, tree_tensors
+from lockstep.data.batch import Batch, as_scalar, first_tensor, map_tensors, tree_tensors
 from lockstep.data.loader import Samples, build_loader, default_pair
 from lockstep.data.sampler import EvalSampler, StepSampler
 from lockstep.data.streams import Stream, is_stream, read_whole
@@ -218,7 +218,4 @@ def train_size(task: Any, config: Config) -> int:
 
 def items_of(weigh: Any, targets: Any) -> Tensor:
     """How many items a loss is a mean over, as float64 on the targets' device: whole numbers are exact."""
-    found = weigh(targets)
-    if not isinstance(found, Tensor):
-        found = torch.tensor(found, device=first_tensor(targets, "the targets").device)
-    return found.double()
+    return as_scalar(weigh(targets), first_tensor(targets, "the targets").device).double()

@@ -36,7 +36,7 @@ from lockstep.diagnose.flight_recorder import (
     recorded_collectives,
 )
 from lockstep.diagnose.stacks import LOCKSTEP, VERDICT_MARK, Frame, has_content, keep_stack, source_line, user_line
-from lockstep.diagnose.verdict import explain_wait, position, rank_state
+from lockstep.diagnose.verdict import at_step, explain_wait, list_ranks, position, rank_state
 from lockstep.distributed.heartbeat import FAILED, Beat, Heartbeat, read_heartbeat
 from lockstep.distributed.interfaces import lost_link
 from lockstep.distributed.rendezvous import run_within
@@ -121,6 +121,20 @@ class Watchdog:
             faulthandler.disable()
             with contextlib.suppress(OSError):
                 self._stack_file.unlink()
+
+    def tell(self) -> None:
+        """After `close`: have all other ranks leave because this one has failed, where they would not notice: over NCCL
+        they would wait in their collective for timeout_seconds. Returns when they have read it, or after STORE_SECONDS.
+        """
+        if not self._overdue:
+            return
+        first = self._try_store(lambda: self._store.compare_set(CALL_KEY, "", str(self._rank)))
+        if first is not None and int(first) == self._rank:
+            mine = self.heartbeat.facts
+            text = f"{list_ranks([mine])} failed{at_step(mine)}: {mine['end']}"
+            told = json.dumps({"by": self._rank, "text": text, "readers": self._world_size})
+            self._try_store(lambda: self._store.set(VERDICT_KEY, told))
+            self._leave_last(self._world_size, waits=True)
 
     def ask(self, error: BaseException | None, patience: float = 0.0) -> WatchdogTimeout:
         """Ask all ranks where they are; return the verdict, the same on all ranks that ask.

@@ -122,10 +122,19 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
             error = watchdog.ask(error, patience if lost_a_peer(error) else 0)
         elif watchdog:
             watchdog.close(f"{type(error).__name__}: {error}")
+            if fails_alone(error):
+                watchdog.tell()
         leave(error, code, told_to_stop=bool(listener.received))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def fails_alone(error: BaseException) -> bool:
+    """Whether other ranks are to be told, because they have not failed alike and nobody ends them: neither a launcher of
+    ours nor torchrun. A mistake and a failed check are the same on all ranks; memory runs out on one."""
+    started = LAUNCHER in os.environ or "TORCHELASTIC_ERROR_FILE" in os.environ
+    return not started and (isinstance(error, out_of_memory.OutOfMemory) or not isinstance(error, UserError))
 
 
 def preload() -> None:

@@ -25,13 +25,14 @@ class CsvLogger(Logger):
     def _open(self, columns: Sequence[str]) -> None:
         """Write the file anew with these columns and all that it has, for a run that now logs other things."""
         path = self._path
-        before = list(csv.DictReader(path.open(newline=""))) if path.exists() else []
+        text = path.read_text() if path.exists() else ""
+        before = list(csv.DictReader(io.StringIO(text, newline="")))
         self._names = list(dict.fromkeys([*columns, *(before[0] if before else ())]))
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._names)
+        anew = io.StringIO(newline="")
+        writer = csv.DictWriter(anew, self._names)
         writer.writeheader()
         writer.writerows(before)
-        write_atomically(path, text.getvalue())
+        write_atomically(path, anew.getvalue())
         self._file = path.open("a", buffering=1, newline="")
         self._writer = csv.DictWriter(self._file, self._names)
 

@@ -61,11 +61,14 @@ class Images(Task):
         return F.cross_entropy(outputs, targets)
 
     def metrics(self, outputs: Tensor, targets: Tensor) -> Mapping[str, tuple[Any, Any]]:
-        """Accuracy, and of each class the images, those taken for it, and those rightly so, which F1 is made of."""
-        taken_for, classes = outputs.argmax(1), outputs.shape[1]
-        right = taken_for == targets
-        counts = [which.bincount(minlength=classes) for which in (targets, taken_for, targets[right])]
-        size = len(targets)
+        """Accuracy, and of each class the images, those taken for it, and those rightly so, which F1 is made of.
+
+        bincount would wait for the GPU: how long its result is depends on the data.
+        """
+        taken_for, classes, size = outputs.argmax(1), outputs.shape[1], len(targets)
+        right = (taken_for == targets).long()
+        one, none = torch.ones_like(right), right.new_zeros(classes)
+        counts = [none.scatter_add(0, *each) for each in ((targets, one), (taken_for, one), (targets, right))]
         return {"accuracy": (right.sum(), size), "f1": (torch.stack(counts), size)}
 
     def summarise(self, totals: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
@@ -73,10 +76,10 @@ class Images(Task):
         return {"accuracy": float(right.double() / size), "f1": macro_f1(*totals["f1"][0].double())}
 
     def mistakes(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Rows (place in the batch, label, prediction) of the images that were taken for something else: [M, 3]."""
-        taken_for = outputs.argmax(1)
-        places = (taken_for != targets).nonzero().flatten()
-        return torch.stack([places, targets[places], taken_for[places]], 1)
+        """Rows (place in the batch, label, prediction) of the images: [N, 3]; of those taken for what they are, the
+        place is -1."""
+        taken_for, places = outputs.argmax(1), torch.arange(len(targets), device=targets.device)
+        return torch.stack([torch.where(taken_for == targets, -1, places), targets, taken_for], 1)
 
     def to_device(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         images, size = inputs, self.size

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.config.schema import Config
-from lockstep.data.batch import Batch, first_tensor, map_tensors, on_device_of
+from lockstep.data.batch import Batch, as_scalar, first_tensor, map_tensors, on_device_of
 from lockstep.data.batches import BatchSource, items_of
 from lockstep.data.sampler import EvalSampler
 from lockstep.distributed.collectives import gather_objects
@@ -89,7 +89,7 @@ class Tally:
         for name, values in (parts | self._handed.add(number, outputs, targets)).items():
             layout[name] = []
             for number_or_tensor in values:
-                value = torch.as_tensor(number_or_tensor, device=device).detach()
+                value = as_scalar(number_or_tensor, device).detach()
                 is_whole = not value.is_floating_point()
                 layout[name].append((list(value.shape), is_whole))
                 (whole if is_whole else row).append(value)
@@ -103,10 +103,10 @@ class Tally:
         if whole:
             counts = torch.cat([value.long().flatten() for value in whole])
             self._whole = counts if self._whole is None else self._whole + counts
-        if hasattr(self._task, "mistakes") and len(self._wrong) < KEPT:
-            rows = self._task.mistakes(outputs, targets)[:KEPT].cpu()
-            rows[:, 0] += number * self._sampler.batch_size
-            self._wrong = torch.cat([self._wrong, rows])[:KEPT]
+        if hasattr(self._task, "mistakes"):
+            rows = self._task.mistakes(outputs, targets)
+            rows[:, 0] += torch.where(rows[:, 0] < 0, 0, number * self._sampler.batch_size)
+            self._wrong = first_wrong(torch.cat([self._wrong.to(rows.device), rows]), KEPT)
 
     def result(self, device: torch.device) -> Evaluation:
         """All ranks' sums; all call it together.
@@ -118,12 +118,12 @@ class Tally:
         layout = self._agree()
         shapes = [part for parts in layout.values() for part in parts]
         width = 3 + sum(_size(shape) for shape, is_whole in shapes if not is_whole)
-        table = torch.zeros(self._sampler.batches(), width, dtype=torch.float64)
+        table = torch.zeros(self._sampler.batches(), width, dtype=torch.float64, device=device)
         for number, row in self._rows.items():
             table[number] = row
         count = sum(_size(shape) for shape, is_whole in shapes if is_whole)
         whole = torch.zeros(count, dtype=torch.int64) if self._whole is None else self._whole
-        table, whole = table.to(device), whole.to(device)
+        whole = whole.to(device)
         dist.all_reduce(table)
         if count:
             dist.all_reduce(whole)
@@ -175,6 +175,15 @@ class Tally:
         dist.all_reduce(table)
         rows = sorted((table.flatten(0, 1).cpu() - 1).tolist())
         return tuple((sample, label, predicted) for sample, label, predicted in rows if sample >= 0)[:KEPT]
+
+
+def first_wrong(rows: Tensor, most: int) -> Tensor:
+    """The first `most` of the rows (sample, label, prediction) whose sample is no negative number, before others.
+
+    Their number is known to the device alone: to ask it would be to wait for it.
+    """
+    order = torch.argsort((rows[:, 0] < 0).byte(), stable=True)
+    return rows[order[:most]]
 
 
 def _in_double(tensor: Tensor) -> Tensor:

@@ -62,6 +62,7 @@ class Scaler(torch.amp.GradScaler):
         self.skipped = 0
         self.left_out = self._overflow = False
         self._alone: set[int] = set()  # optimizers that were stepped by themselves since the last update
+        self._found: dict[int, bool] = {}  # whether an optimizer's gradients of this step overflow
         if enabled:
             # Where the first steps are left out, the scheduler's step() comes before the optimizer's, as it should.
             warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`")
@@ -81,6 +82,7 @@ class Scaler(torch.amp.GradScaler):
                 self.unscale_(each)
         if self._overflow:
             for each in optimizers:
+                self._found[id(each)] = True
                 for found in self._per_optimizer_states[id(each)]["found_inf_per_device"].values():
                     found.fill_(1.0)
 
@@ -94,6 +96,16 @@ class Scaler(torch.amp.GradScaler):
         if self.is_enabled():
             self._alone.add(id(optimizer))
         return super().step(optimizer, *args, **kwargs)
+
+    def unscale_loss(self, loss: Tensor) -> Tensor:
+        """A loss that `scale` has scaled, as it was; before the step's `update`. Does not wait for the GPU."""
+        return loss if not self.is_enabled() or self._scale is None else loss / self._scale.to(loss.device)
+
+    def _maybe_opt_step(self, optimizer: Optimizer, optimizer_state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As torch's, which would ask the GPU again what `_unscale_grads_` has asked."""
+        if id(optimizer) not in self._found:
+            return super()._maybe_opt_step(optimizer, optimizer_state, *args, **kwargs)
+        return None if self._found[id(optimizer)] else optimizer.step(*args, **kwargs)
 
     def update(self, new_scale: float | Tensor | None = None) -> None:
         """Halve the scale after a step that was left out, double it after many that were not.
@@ -120,6 +132,7 @@ class Scaler(torch.amp.GradScaler):
 
     def _count(self) -> None:
         self.left_out, self._overflow = self._overflow, False
+        self._found.clear()
         self.skipped += self.left_out
         if self.left_out and self.get_scale() < 1:
             raise UserError(
@@ -156,5 +169,6 @@ class Scaler(torch.amp.GradScaler):
                 found_inf = torch.maximum(found_inf, found.to(found_inf.device))
             if dist.is_initialized() and dist.get_world_size() > 1:
                 dist.all_reduce(found_inf, dist.ReduceOp.MAX)
-        self._overflow = self._overflow or bool(found_inf.item())
+        self._found[id(optimizer)] = overflows = bool(found_inf.item())  # the one wait for the GPU in a step
+        self._overflow = self._overflow or overflows
         return {found_inf.device: found_inf}
