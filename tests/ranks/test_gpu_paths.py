@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers import handed_metrics
 from tests.helpers.gpus import are_real, emulated, on_gpus, run_recipe
 from tests.helpers.harness import ROOT, assert_equal, clean_environment, result, tensors_of
 from tests.helpers.processes import free_port
@@ -73,6 +74,20 @@ def test_a_run_in_two_parts_is_the_run_in_one(recipe: str, tmp_path: Path) -> No
     assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000003"
     assert len(losses(tmp_path / "parts")) == 6
     assert same(losses(tmp_path / "parts"), losses(tmp_path / "whole"), 2)
+
+
+@pytest.mark.slow
+def test_metrics_of_torchmetrics_are_reckoned_on_gpus(tmp_path: Path) -> None:
+    words = [f"task={handed_metrics.__file__}:Handed", "precision=fp64", "global_batch_size=24", "max_steps=4"]
+    words += ["eval_batch_size=7", "nproc=2", "threads=1"]
+    for where in ("gpu", "cpu"):
+        train("ddp", 2, where, *words, cwd=tmp_path, cpu=where == "cpu")
+    found, expected = (
+        {name: value for name, value in result(tmp_path / where).items() if name.startswith("eval_")}
+        for where in ("gpu", "cpu")
+    )
+    assert {"eval_auroc", "eval_f1", "eval_calibration", "eval_spread"} <= found.keys()
+    assert found == (pytest.approx(expected, rel=1e-8) if are_real(2) else expected)
 
 
 # Devices ---------------------------------------------------------------------------------------------------------------
