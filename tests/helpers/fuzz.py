@@ -62,7 +62,7 @@ START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes 
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
 ALONE = ("single", "data_parallel", "model_parallel")
 RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(
-    ("ddp", "sync_batchnorm", "grad_accumulation", "transfer_learning"), (1, 2, 3)
+    ("ddp", "sync_batchnorm", "grad_accumulation", "transfer_learning", "zero1"), (1, 2, 3)
 )
 RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "fsdp": (2, 3, 4)}
 RANKS |= dict.fromkeys(("lightning_fabric", "lightning_trainer"), (1, 2, 3))

@@ -45,6 +45,7 @@ from recipes import (
     single,
     sync_batchnorm,
     transfer_learning,
+    zero1,
 )
 from tests.helpers.harness import compose_config, execute, lines, result, run_ranks, tensors_of
 
@@ -73,6 +74,7 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "transfer_learning": (transfer_learning.train, 3, ("weights=random", "freeze=[conv1.*,*bn*,layer2.*]")),
     "unfrozen while saved": (transfer_learning.train, 3, ("weights=random", "unfreeze_epoch=1", "optim=adamw")),
     "unfrozen when resumed": (transfer_learning.train, 3, ("weights=random", "unfreeze_epoch=2")),
+    "zero1": (zero1.train, 3, ("optim=adamw", "accumulate=2")),
     "pipelines": (pipeline_parallel.train, 4, ("stages=2", "micro_batches=2", "optim=adamw")),
 }
 

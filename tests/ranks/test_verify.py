@@ -38,6 +38,7 @@ PROVEN = [
 ]
 PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
 PROVEN += ["transfer_learning", "transfer_learning"]
+PROVEN += ["zero1", "zero1"]
 
 
 @pytest.mark.soak
@@ -77,6 +78,7 @@ def check_rows(out: Path) -> None:
         "fsdp",
         "grad_accumulation",
         "pipeline_parallel",
+        "zero1",
     ]
     assert [row["recipe"] for row in measured] == names
     assert all(row["loss"] > 1e-3 for row in measured), "a batch norm that does differ: the comparison can see it"

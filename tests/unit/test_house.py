@@ -62,6 +62,7 @@ REPLACES: dict[str, list[str]] = {
     ],
     "sync_batchnorm": [],
     "transfer_learning": [OPTIMIZER],
+    "zero1": [],
 }
 TOOLS = {"verify", "compare", "doctor", "tune"}
 DEMONSTRATIONS = {"checkpoint_resume"}  # single's loop several times over, taken apart

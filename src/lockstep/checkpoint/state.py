@@ -133,8 +133,12 @@ class TrainingState:
             shape = tuple(saved[name].size) if name in saved else None
             check_shape(path, name.removeprefix("model."), shape, tuple(tensor.shape))
         moments: list[dict[str, Tensor]] = []
+        keeps = getattr(self.optimizer, "keeps", lambda parameter: True)
         for name, parameter in self.trained:
             prefix = f"optim.{name}."
+            if not keeps(parameter):  # another rank reads its state
+                moments.append({})
+                continue
             mine = {key.removeprefix(prefix): saved[key] for key in saved if key.startswith(prefix)}
             moments.append(
                 {

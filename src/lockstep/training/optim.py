@@ -132,6 +132,9 @@ class MuonAndAdamW(Optimizer):
         shared = {name: arguments[name] for name in ("lr", "weight_decay")}
         split = []
         for group in groups:
+            if "muon" in group:  # another one's, such as a rank's part of it, with places for what others have
+                split.append(group)
+                continue
             matrices = [parameter for parameter in group["params"] if parameter.dim() == 2]
             others = [parameter for parameter in group["params"] if parameter.dim() != 2]
             parts = [{**group, "params": matrices, "muon": True}, {**group, "params": others, "muon": False}]
