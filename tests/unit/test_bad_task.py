@@ -101,6 +101,12 @@ class Averages(Fine):
         return {"r": PearsonCorrCoef()}
 
 
+class CannotMake(Fine):
+    def torchmetrics(self):
+        from torchmetrics.classification import MulticlassAUROC
+        return {"auroc": MulticlassAUROC(num_classes=-1)}
+
+
 class Wraps(Fine):
     def torchmetrics(self):
         from torchmetrics import MeanSquaredError, MinMaxMetric
@@ -159,6 +165,7 @@ BEFORE: dict[str, tuple[list[str], list[str]]] = {
         ["task=FILE:Averages"],
         ["torchmetrics()['r']: PearsonCorrCoef reduces its state", "allowed are sum from zero, cat, min and max"],
     ),
+    "a metric that cannot be made": (["task=FILE:CannotMake"], ["torchmetrics() failed: ValueError: ", "num_classes"]),
     "a metric of metrics": (["task=FILE:Wraps"], ["['mse']: MinMaxMetric wraps other metrics; hand in each of those"]),
     "a metric's direction": (
         ["task=FILE:OtherWay"],

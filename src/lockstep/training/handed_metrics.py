@@ -30,10 +30,13 @@ def handed_in(task: Any) -> dict[str, Any]:
     """{name: torchmetrics.Metric}, new ones, that compute in float64; empty where the task hands none in.
 
     Raises:
-        UserError: one of them is no metric, cannot be put together from batches, or says that it is better in the other
-            direction than the task.
+        UserError: they cannot be made; one is no metric, cannot be put together from batches, or says that it is better
+            in the other direction than the task.
     """
-    found = task.torchmetrics() if hasattr(task, "torchmetrics") else {}
+    try:
+        found = task.torchmetrics() if hasattr(task, "torchmetrics") else {}
+    except Exception as error:
+        raise UserError(f"torchmetrics() failed: {type(error).__name__}: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping):
         raise UserError(f"torchmetrics() gave {describe(found)}; allowed is {{name: torchmetrics.Metric}}")
     for name, metric in found.items():
