@@ -8,7 +8,10 @@ import pytest
 import torch
 from torchvision.models import resnet
 
+from tests.helpers import gpus
 from tests.helpers.narrow_resnet import narrow_resnet18
+
+gpus.hide()
 
 # A file is one worker's: begun last, one of these would keep that worker busy long after the others have ended.
 LONGEST_FIRST = "test_slurm test_accuracy test_readme test_fuzz test_checkpoint_faults test_verify test_resume".split()
@@ -23,7 +26,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: places.get(item.path.stem, len(places)))
     named: dict[tuple[str, str], set[str]] = {}  # cases that `slow_except` names and that have not been seen yet
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if item.get_closest_marker("gpu") and not gpus.own_gpus():
             item.add_marker(pytest.mark.skip(reason="no CUDA device on this machine"))
         if (quick := item.get_closest_marker("slow_except")) and isinstance(item, pytest.Function):
             case = item.callspec.id
@@ -40,6 +43,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _one_thread() -> None:
     # Ranks are forked from this process, and a fork must not inherit a running thread pool.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _gpus_for_who_means_them(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.node.get_closest_marker("gpu"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(gpus.own_gpus()))
 
 
 @pytest.fixture(scope="module")

@@ -15,17 +15,34 @@ from tests.helpers.harness import command
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # the environment of a command that is to see none
 
 
+MACHINES = "TESTS_OWN_GPUS"  # which of this machine's the tests were given
+
+
+def hide() -> None:
+    """Have this process and its commands see no GPU, as most tests mean it; who means one asks for it below.
+
+    What there is is kept in the environment, from which pytest's workers have it.
+    """
+    if MACHINES not in os.environ:
+        count = torch.cuda.device_count()
+        given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+        os.environ[MACHINES] = given if count else ""
+    os.environ |= NO_GPU
+
+
+def own_gpus() -> list[str]:
+    """This machine's, as CUDA_VISIBLE_DEVICES names them."""
+    return list(filter(None, os.environ.get(MACHINES, "").split(",")))
+
+
 def are_real(count: int) -> bool:
     """Whether `gpus(count)` are this machine's own: no two of them compute the same digits as a CPU."""
-    return torch.cuda.device_count() >= count
+    return len(own_gpus()) >= count
 
 
 def gpus(count: int) -> dict[str, str]:
     """The environment of a command that sees so many GPUs."""
-    if not are_real(count):
-        return emulated(count)
-    mine = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
-    return {"CUDA_VISIBLE_DEVICES": ",".join(mine.split(",")[:count])}
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own_gpus()[:count])} if are_real(count) else emulated(count)
 
 
 def emulated(count: int, mib: int = 4096) -> dict[str, str]:
@@ -35,7 +52,7 @@ def emulated(count: int, mib: int = 4096) -> dict[str, str]:
     """
     if torch.version.cuda is None:
         pytest.skip("torch is built without CUDA here")
-    return emulated_gpus(count, mib)
+    return emulated_gpus(count, mib) | {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(count)))}
 
 
 def on_gpus(

@@ -239,6 +239,7 @@ def checkpoint(out: Path, step: int) -> dict[str, torch.Tensor]:
     return {name: x for name, x in tensors_of(out / "checkpoints" / f"step-{step:08}").items() if "rng." not in name}
 
 
+@pytest.mark.slow
 def test_two_gpus_save_beside_training_and_resume(tmp_path: Path) -> None:
     """Every one of the checkpoints: the first is copied by torch's stager, the others by one call for all tensors."""
     for steps in (6, 7):
@@ -253,6 +254,7 @@ def test_two_gpus_save_beside_training_and_resume(tmp_path: Path) -> None:
             assert_equal(checkpoint(tmp_path / "gpu", step), checkpoint(tmp_path / "cpu", step))
 
 
+@pytest.mark.slow
 def test_a_copy_that_is_read_too_early_is_seen(tmp_path: Path) -> None:
     """With no patience for the GPUs, their checkpoints hold what was in the host's memory before."""
     if are_real(2):
