@@ -267,8 +267,8 @@ TRANSFER = {
     "resume=nowhere": ["resume=nowhere", "no such file or folder"],
     "resume=.": ["resume=.", "holds no checkpoint"],
 }
-AUTO = {"global_batch_size=auto": ["is no single training; set a number"]}
 COMPARE = {
+    "global_batch_size=auto": ["is no single training; set a number"],
     "recipes=[ddp,nope]": ["recipes=[nope]", "no such recipe", "pipeline_parallel"],
     "nproc=0": ["nproc=0", "from 1 up"],
     "nproc=1,x": ["nproc=1,x", "allowed are whole numbers", "nproc=1,2,4"],
@@ -290,8 +290,8 @@ TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
     (deepspeed_zero.train, ZERO),
     (fsdp.train, FSDP),
     (transfer_learning.train, TRANSFER),
-    (verify.train, AUTO | {"recipes=[nope]": ["recipes=[nope]", "no such recipe", "ddp", "single"]}),
-    (compare.train, AUTO | COMPARE),
+    (verify.train, {"recipes=[nope]": ["recipes=[nope]", "no such recipe", "ddp", "single"]}),
+    (compare.train, COMPARE),
     (single.train, {"stages=2": ["stages=2", "pipeline_parallel"]}),
     (single.train, {"nproc=2": ["error: recipes.single runs on 1 rank, not 2; set nproc=1, or --nproc-per-node=1\n"]}),
     (
