@@ -18,6 +18,7 @@ import torch
 
 from lockstep.recipe import Recipe
 from recipes import ddp
+from tests.helpers.gpus import emulated
 from tests.helpers.harness import ROOT, assert_equal, command, train
 from tests.helpers.processes import wait_until
 from tests.helpers.slurm_box import Box, Command
@@ -471,3 +472,16 @@ def test_tasks_are_found_on_uneven_nodes(box: Box) -> None:
     env = {"SLURM_STEP_NODELIST": "gpu[1-2],big7", "SLURM_STEP_TASKS_PER_NODE": "2(x2),1"}
     done = box.run(sys.executable, "-c", script, env=env)
     assert done.stdout.split() == ["gpu1", "gpu1", "gpu2", "gpu2", "big7"], done.stderr
+
+
+@pytest.mark.slow
+def test_a_node_s_gpus_are_its_ranks(box: Box, tmp_path: Path) -> None:
+    """A rank per GPU that Slurm gives, over NCCL, and the CPU's training."""
+    words = ["-m", "recipes.ddp", *DIGITS, "precision=fp64", "model.norm=group", "out=run", "+cluster=slurm"]
+    asked = ["cluster.gpus_per_node=2"]
+    done = box.run(sys.executable, *words, *asked, cwd=tmp_path, env=emulated(2), timeout=280)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (found["device"], found["backend"], found["world_size"]) == ("cuda", "nccl", 2)
+    expected = on_this_machine(tmp_path, 2, *DIGITS, "precision=fp64", "model.norm=group")
+    assert_equal(torch.load(tmp_path / "run" / "model.pt"), expected)
