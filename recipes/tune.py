@@ -42,7 +42,7 @@ from lockstep.launch.validate import count_samples
 from lockstep.registry import check_name, get_recipe
 from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import SearchSpace
-from lockstep.tune.standings import Standings, read_trials, standings_tables, write_search_results
+from lockstep.tune.standings import Standings, read_trials, standings_tables, tuned_name, write_search_results
 from lockstep.tune.trial import SAME_FOR_ALL, TUNE_KEYS, check_draws, plan_trials, trial_words
 from lockstep.tune.tuner import make_tuner, wait_for_trials
 from lockstep.utils.text import count
@@ -61,7 +61,7 @@ def tuned_recipe(config: TuneConfig) -> Recipe:
 def check(config: TuneConfig, share: int) -> None:
     """Whatever can be drawn must be what the recipe takes; and an earlier search can only be resumed as it was."""
     tune, each = config.tune, tuned_recipe(config)
-    space = SearchSpace(tune.space, each)
+    space = SearchSpace(tune.space, each, config.task.name)
     if not space.texts:
         raise UserError("tune.space: is empty; choose tune=asha, or set 'tune.space.optim.lr=loguniform(1e-4, 1e-1)'")
     for key in space.texts:
@@ -104,7 +104,7 @@ def train(run: Run[TuneConfig]) -> None:
         raise problem
     many = f"{count(plan.concurrent, 'trial')} at once" if plan.concurrent else "as many trials at once as have room"
     run.report.line(
-        f"tune: {count(run.config.tune.trials, 'trial')} of recipes.{each.name}, {many}, each "
+        f"tune: {count(run.config.tune.trials, 'trial')} of {tuned_name(run.config)}, {many}, each "
         f"{count(plan.ranks, 'rank')} with {count(plan.threads, 'thread')}"
     )
     at_once = plan.concurrent or 1

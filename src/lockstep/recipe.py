@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lockstep.config.declared import own_task
 from lockstep.config.schema import Config
+from lockstep.config.tasks import short_name
 
 if TYPE_CHECKING:
     from torch import nn
@@ -56,7 +58,7 @@ class Recipe:
         check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
         proof: what `recipes.verify` holds it to, one or several; None: nothing.
         backbone: resume=PATH names what it takes a part of (Run.backbone), which its `check` looks at.
-        task: the only task that it trains: a class in its own file, or a name as `task=` takes it; None: any.
+        task: what it trains where the command names no task: a class in its own file, or a name as `task=` takes it.
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
         stands_for: of a tool that looks at one recipe, called with the config: which one.
         looks_at: of a tool: the key that names the recipes it runs, whose own keys it then has, too.
@@ -119,6 +121,9 @@ class Recipe:
     def __call__(self, run: Run) -> None:
         from lockstep.loop.training_loop import NothingLeft  # torch
 
+        own, named = own_task(self), run.config.task.name
+        if own not in (None, named):
+            run.report.line(f"task={short_name(named)} instead of the recipe's own task, {short_name(str(own))}")
         with contextlib.suppress(NothingLeft):  # it was cut off between its last step and its result
             self.train(run)
         run.finish()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import torch
 from lockstep.recipe import Recipe
 from recipes import ddp
 from tests.helpers.gpus import emulated
-from tests.helpers.harness import ROOT, assert_equal, command, train
+from tests.helpers.harness import ROOT, assert_equal, command, lines, train
 from tests.helpers.processes import wait_until
 from tests.helpers.slurm_box import Box, Command
 
@@ -140,6 +141,22 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["hosts"] == ["node1"] * 2 + ["node2"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "one run directory, and nothing beside it"
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 4, *DIGITS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("named", ["../project/tabular.py:Diabetes", "package.tabular:Diabetes"])
+def test_an_own_task_is_found_from_another_folder(named: str, box: Box, tmp_path: Path) -> None:
+    """A file by a relative path, and a module of a package in the current folder, on two nodes."""
+    for folder in (tmp_path / "project", tmp_path / "here" / "package"):
+        folder.mkdir(parents=True)
+        shutil.copy(ROOT / "examples" / "tabular.py", folder)
+    words = ["global_batch_size=30", "task.hidden=8", "max_steps=3", "log_every=1", "threads=1"]
+    job = ["-m", "recipes.ddp", f"task={named}", *words, "out=run", "cluster.nodes=2"]
+    code, said = end(start(box, tmp_path / "here", *job))
+    assert code == 0, said
+    here = [f"task={ROOT / 'examples' / 'tabular.py'}:Diabetes", *words]
+    assert_equal(weights(tmp_path / "here" / "run"), on_this_machine(tmp_path, 2, *here))
+    assert lines(tmp_path / "here" / "run") == lines(tmp_path / "reference")
 
 
 ENGINES: dict[str, list[str]] = {

@@ -130,6 +130,7 @@ def test_ranks_that_disagree_about_their_devices_are_named(tmp_path: Path) -> No
             assert process.returncode == 2, said
             assert re.sub(r"\([^()]*\)", "(HERE)", said, count=words.count("HERE")).startswith(f"error: {words}"), said
             assert said.count("\n") == 1
+        assert list(tmp_path.iterdir()) == [], "nothing may be created"
 
 
 @pytest.mark.slow

@@ -176,7 +176,7 @@ def test_the_doctor_sets_the_measured_beside_the_sum(name: str, tmp_path: Path) 
         doctor.train, tmp_path / "run", 2, "check=memory", f"recipes=[{name}]", "global_batch_size=24", "accumulate=2"
     )
     found = json.loads((tmp_path / "run" / "memory.json").read_text())
-    assert found["images"] == 6
+    assert (found["samples"], found["unit"]) == (6, "images")
     held = found["ranks"][0]["total"]
     assert held["activations"] == pytest.approx(found["total"]["activations"], rel=0.02)
     assert sum(held[kind] for kind in KINDS[:3]) == pytest.approx(found["sharded"][name]["total"], rel=0.01)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lockstep.config.declared import read_config
+from lockstep.config.run_directory import freeze
+from lockstep.config.schema import to_yaml
+from lockstep.distributed.process_group import World
+from lockstep.launch.validate import validate
+from lockstep.launch.worker import carry_out
 from lockstep.registry import get_recipe, list_recipes
+from lockstep.run import Run
 from lockstep.verify.proofs import proof_batch
-from recipes import verify
+from recipes import doctor, verify
 from tests.helpers.examples import example, write_pictures, write_text
-from tests.helpers.harness import command, execute
+from tests.helpers.harness import command, compose_config, execute, run_ranks
 
 TASK = '''
 """A line to be fitted, and a recipe that trains it."""
@@ -203,3 +211,71 @@ def test_what_is_no_recipe_is_said_in_a_line(word: str, said: str, tmp_path: Pat
     assert said in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+# compare, tune and doctor -----------------------------------------------------------------------------------------------
+
+
+def test_doctor_counts_the_memory_of_the_task_s_own_samples(tmp_path: Path) -> None:
+    words = (f"task={example('tabular.py:Diabetes')}", "global_batch_size=38", "check=memory", "recipes=[ddp]")
+    execute(doctor.train, tmp_path / "run", 2, *words)
+    found = json.loads((tmp_path / "run" / "memory.json").read_text())
+    assert (found["samples"], found["unit"]) == (19, "patients")
+    assert found["total"]["parameters"] == found["ranks"][0]["total"]["parameters"] == 4 * (11 * 64 + 65)
+
+
+@pytest.mark.slow
+def test_doctor_examines_a_recipe_of_ones_own(own: Path, tmp_path: Path) -> None:
+    done = command("-m", "recipes.doctor", "recipes=[line.py]", "global_batch_size=30", "out=run", cwd=tmp_path)
+    assert "5 steps of line in fp64: equal, weights within" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_comparison_of_own_recipes_tells_of_their_task(own: Path, tmp_path: Path) -> None:
+    """What is trained comes with the file; the report has words for it, and not for images."""
+    own.write_text(TASK.replace("    norm: bool", "    unit = 'lines'\n    norm: bool"))
+    words = ("recipes=[single,ddp,line.py]", "rounds=1", "max_steps=4", "profile=0", "global_batch_size=30", "out=run")
+    done = command("-m", "recipes.compare", *words, "verify=true", cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = (tmp_path / "run" / "report.html").read_text()
+    shown = re.sub(r"<style>.*?</style>|<[^>]+>", " ", report, flags=re.DOTALL).partition("Config")[0]
+    assert "Line (hidden=8, norm=False) on TensorDataset: 3 recipes" in shown
+    assert "lines/s" in shown
+    assert not re.search(r"\bimages?\b|accuracy|resnet|digits", shown, re.IGNORECASE)
+    found = json.loads((tmp_path / "run" / "compare.json").read_text())
+    assert [row["recipe"] for row in found["rows"]] == ["single", "ddp", "line"]
+    assert {row["verdict"] for row in found["verified"]} == {"equal"}
+    assert not re.search(r"\bimages?\b", done.stdout)
+
+
+@pytest.mark.slow
+def test_a_search_over_an_own_recipe_and_the_keys_of_its_task(own: Path, tmp_path: Path) -> None:
+    words = ("tune.recipe=line.py", "tune=asha", "tune.trials=2", "tune.nproc=1", "epochs=2", "out=run")
+    space = ("tune.space.task.hidden=choice(4, 12)", "tune.space.global_batch_size=choice(30, 50)")
+    done = command("-m", "recipes.tune", *words, *space, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Line" in done.stdout
+    assert "images" not in done.stdout
+    assert f" {own} " in done.stdout, "the command that trains the best one again"
+    for trial in ("0", "1"):
+        config = (tmp_path / "run" / "trials" / trial / "config.yaml").read_text()
+        assert re.search(r"hidden: (4|12)\n", config)
+
+
+def test_another_task_than_a_recipe_s_own_is_said(own: Path, tmp_path: Path) -> None:
+    """The command's counts, and the run's log says so."""
+    other = tmp_path / "other.py"
+    other.write_text(TASK.partition("@recipe")[0].replace("class Line", "class Other"))
+    line = get_recipe(str(own))
+    said = "task=Other instead of the recipe's own task, Line\n"
+    for task, told in ((f"task={other}:Other", True), (f"task={own}:Line", False), ("seed=0", False)):
+        config = compose_config(line, task, f"out={tmp_path / task.rpartition('=')[2][-5:]}", "max_steps=1")
+        validate(config, line, 1)
+        out = freeze(config, line.name)
+        run_ranks(carried_out, 1, str(own), to_yaml(config), str(out))
+        assert (said in (out / "ranks" / "0.log").read_text()) == told
+
+
+def carried_out(world: World, file: str, config: str, out: str) -> None:
+    line = get_recipe(file)
+    carry_out(line, Run(line.name, read_config(line, config), world, Path(out), quiet=True))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +14,8 @@ import pytest
 import torch
 
 from recipes import ddp
-from tests.helpers.harness import ROOT, command, train
+from tests.helpers.examples import example
+from tests.helpers.harness import ROOT, assert_equal, command, lines, train
 from tests.helpers.processes import TORCHRUN, free_port, start_all
 
 in_an_interpreter = partial(command, fresh=True)  # its start is what is tested
@@ -93,6 +96,69 @@ def test_every_start_gives_the_same_run(start, nproc, weights, tmp_path: Path) -
     assert f"{share} thread" in (out / "ranks" / "1.log").read_text(), "no more threads than cores"
 
 
+OWN = ["global_batch_size=30", "task.hidden=8", "max_steps=3", "log_every=1", "optim=adamw", "threads=1"]
+FILE = "../project/tabular.py:Diabetes"  # from a folder beside it
+
+
+def own_words(task: str) -> list[str]:
+    return ["-m", "recipes.ddp", f"task={task}", *OWN, "out=run"]
+
+
+def own_by_python(cwd: Path, task: str, *words: str, **variables: str) -> None:
+    done = in_an_interpreter(*own_words(task), "nproc=2", *words, cwd=cwd, **variables)
+    assert done.returncode == 0, done.stderr
+
+
+def own_by_torchrun(cwd: Path, task: str) -> None:
+    start_all([[*TORCHRUN, "--nproc-per-node=2", f"--master-port={free_port()}", *own_words(task)]], cwd)
+
+
+def own_by_variables(cwd: Path, task: str) -> None:
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    start_all([[sys.executable, *own_words(task)]] * 2, cwd, [shared | {"RANK": str(rank)} for rank in range(2)])
+
+
+def python_path(cwd: Path) -> dict[str, str]:
+    """The project on PYTHONPATH, as of a package that is not installed."""
+    return {"PYTHONPATH": os.pathsep.join([str(cwd.parent / "project"), os.environ.get("PYTHONPATH", "")])}
+
+
+OWN_STARTS: dict[str, Callable[[Path], None]] = {
+    "spawn": lambda cwd: own_by_python(cwd, FILE, "start=spawn"),
+    "fork": lambda cwd: own_by_python(cwd, FILE, "start=fork"),
+    "torchrun": lambda cwd: own_by_torchrun(cwd, FILE),
+    "variables": lambda cwd: own_by_variables(cwd, FILE),
+    "lightning": lambda cwd: own_by_python(cwd, FILE, "+cluster=lightning"),
+    "module here": lambda cwd: own_by_python(cwd, "package.own.tabular:Diabetes"),
+    "module here by torchrun": lambda cwd: own_by_torchrun(cwd, "package.own.tabular:Diabetes"),
+    "module on PYTHONPATH": lambda cwd: own_by_python(cwd, "elsewhere.tabular:Diabetes", **python_path(cwd)),
+    "module on PYTHONPATH, spawned": lambda cwd: own_by_python(
+        cwd, "elsewhere.tabular:Diabetes", "start=spawn", **python_path(cwd)
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the test harness's forked ranks make of the example in its place."""
+    out = tmp_path_factory.mktemp("own") / "run"
+    train(ddp.train, out, 2, f"task={example('tabular.py:Diabetes')}", *OWN)
+    return out
+
+
+@pytest.mark.slow_except("torchrun")
+@pytest.mark.parametrize("start", OWN_STARTS)
+def test_an_own_task_is_the_same_run_by_every_start_from_any_folder(start: str, own_run: Path, tmp_path: Path) -> None:
+    source, here = ROOT / "examples" / "tabular.py", tmp_path / "here"
+    for folder in (tmp_path / "project", tmp_path / "project" / "elsewhere", here / "package" / "own"):
+        folder.mkdir(parents=True)
+        shutil.copy(source, folder)
+    OWN_STARTS[start](here)
+    assert lines(here / "run") == lines(own_run)
+    assert_equal(*(torch.load(out / "model.pt", weights_only=True) for out in (here / "run", own_run)))
+    assert sorted(path.name for path in here.iterdir()) == ["package", "run"]
+
+
 @pytest.mark.slow
 def test_without_out_the_directory_is_named_by_recipe_and_time(tmp_path: Path) -> None:
     done = command("-m", "recipes.single", *SMOKE, cwd=tmp_path)
@@ -109,6 +175,18 @@ def test_a_sweep_is_one_run_a_point(tmp_path: Path) -> None:
     rates = [(tmp_path / "sweep" / point / "config.yaml").read_text() for point in ("0", "1")]
     assert "lr: 0.01" in rates[0]
     assert "lr: 0.02" in rates[1]
+
+
+@pytest.mark.slow
+def test_a_sweep_over_tasks_is_one_run_a_task(tmp_path: Path) -> None:
+    """Each with its own keys, in one command."""
+    tasks = f"task={example('tabular.py:Diabetes')},{example('two_optimizers.py:Digits')}"
+    words = ("task.hidden=8", "max_steps=2", "eval_every=0", "out=sweep")
+    done = command("-m", "recipes.single", "-m", tasks, *words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads((tmp_path / "sweep" / point / "result.json").read_text()) for point in ("0", "1")]
+    assert [each["task"].rpartition(":")[2] for each in found] == ["Diabetes", "Digits"]
+    assert ["eval_mae" in each for each in found] == [True, False]
 
 
 @pytest.mark.slow

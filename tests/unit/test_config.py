@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from itertools import product, zip_longest
 from pathlib import Path
 
 import pytest
 
 from lockstep.config import help
+from lockstep.config.compose import compose
 from lockstep.config.declared import declared, own_keys, read_config, schema_of
 from lockstep.config.keys import walk
 from lockstep.config.schema import Config, check_values, to_yaml
+from lockstep.config.tasks import short_name
 from lockstep.errors import UserError
 from recipes import ddp
 from tests.helpers.harness import ROOT, command, compose_config
@@ -173,3 +176,61 @@ def test_the_list_of_recipes_has_a_line_for_each() -> None:
     said = command("-m", "recipes")
     for name in RECIPES:
         assert any(line.split(maxsplit=1)[0] == name and len(line) > 30 for line in said.stdout.splitlines() if line)
+
+
+TWO_TASKS = """
+from dataclasses import dataclass
+
+@dataclass
+class NAME:
+    hidden: int = 3
+    NAME: int = 1
+    train_set = ()
+    def build_model(self): ...
+    def loss(self, outputs, targets): ...
+"""
+SWEEPS = {
+    "model=resnet18,resnet34": ["resnet18", "resnet34"],
+    "model.name=resnet18,resnet34": ["resnet18", "resnet34"],
+    "model=vit_b_16,resnet18": ["vit_b_16", "resnet18"],
+    "task=a.py:A task.hidden=8,16": ["A 8", "A 16"],
+    "task=a.py:A,b.py:B": ["A 3", "B 3"],
+    "task=images,a.py:A": ["resnet18", "A 3"],
+    "task=a.py:A,b.py:B task.hidden=8,16 seed=1": ["A 8", "A 16", "B 8", "B 16"],
+}
+
+
+@pytest.mark.parametrize("words", SWEEPS)
+def test_a_sweep_over_models_and_tasks(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A point for each, every task with keys of its own, and a folder for each point."""
+    for name in "AB":
+        (tmp_path / f"{name.lower()}.py").write_text(TWO_TASKS.replace("NAME", name))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ddp", "-m", *words.split(), "out=sweep"])
+    found: list[Config] = []
+    compose(ddp.train, found.append)
+    told = [
+        each.model.name if each.task.name == "images" else f"{short_name(each.task.name)} {vars(each.task)['hidden']}"
+        for each in found
+    ]
+    assert told == SWEEPS[words]
+    assert [each.out for each in found] == [f"sweep/{number}" for number in range(len(found))]
+
+
+def test_a_bad_task_of_a_sweep_is_refused_before_the_first_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.py").write_text(TWO_TASKS.replace("NAME", "A"))
+    (tmp_path / "b.py").write_text(TWO_TASKS.replace("NAME", "B"))
+    monkeypatch.chdir(tmp_path)
+    cases = {
+        "-m task=a.py:A,none.py:B": "none.py:B: no such file",
+        "-m task=a.py:A,b.py:B task.A=2": "task.A",
+        "task=a.py:A,b.py:B": "several tasks are a sweep, a run for each; add -m",
+    }
+    for words, said in cases.items():
+        monkeypatch.setattr(sys, "argv", ["ddp", *words.split()])
+        found: list[Config] = []
+        with pytest.raises(UserError, match=re.escape(said)):
+            compose(ddp.train, found.append)
+        assert found == []

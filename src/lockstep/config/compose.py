@@ -29,7 +29,7 @@ from lockstep.config.declared import CommandLine, listed, schema_of
 from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import RESNETS, ClusterConfig, Config
-from lockstep.config.tasks import absolute, check_group_words, with_defaults
+from lockstep.config.tasks import BUILT_IN, absolute, check_group_words, named_task, with_defaults
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
@@ -49,12 +49,54 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
         SystemExit: something was to be printed (--help), and is.
     """
     check_options(sys.argv[1:])
-    words = [spelled_task(word) for word in sys.argv[1:]]
-    if {"--help", "-h"} & set(words):
+    tasks, typed_words = swept_tasks(sys.argv[1:]), sys.argv[1:]
+    if {"--help", "-h"} & set(typed_words):
+        words = [spelled_task(word) for word in typed_words]
         schema, (directory, _) = schema_of(recipe, words), config_source(recipe)
         more = [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
         print(help.text(recipe, schema, [directory, *more], everything="all" in words))
         raise SystemExit(0)
+    if not tasks:
+        run_hydra(recipe, *spelled(recipe, typed_words), use)
+        return
+    # Each task has keys of its own, so it is a sweep of its own; the points are numbered through.
+    sweeps = [spelled(recipe, [f"task={task}" if is_task(word) else word for word in typed_words]) for task in tasks]
+    points: list[Config] = []
+    for words, schema in sweeps:
+        run_hydra(recipe, words, schema, points.append)
+    root = Path(str(points[0].out)).parent
+    for number, config in enumerate(points):
+        name = Path(str(config.out)).name
+        config.out = str(root / (str(number) if name.isdecimal() else name))
+        use(config)
+
+
+def is_task(word: str) -> bool:
+    return re.match(r"\+{0,2}task(\.name)?=", word) is not None
+
+
+def swept_tasks(words: list[str]) -> list[str]:
+    """The tasks of `-m task=a.py:A,b.py:B`; none where there are not several.
+
+    Raises:
+        UserError: there are, and this is no sweep.
+    """
+    value = named_task(words) or ""
+    names = [each.strip(f" {QUOTES}") for each in value.split(",")]
+    if len(names) == 1 or not all(name in BUILT_IN or ":" in name for name in names):
+        return []
+    if not {"-m", "--multirun"} & set(words):
+        raise UserError(f"task={value}: several tasks are a sweep, a run for each; add -m, or name one")
+    return names
+
+
+def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Config]]:
+    """(a command's words as Hydra takes them, the config class of its keys).
+
+    Raises:
+        UserError: an unknown key, or a task that is none.
+    """
+    words = [spelled_task(word) for word in words]
     if recipe.word:
         words = spelled_out(words, recipe.word)
     words = [by_name(word, recipe) for word in words]
@@ -67,7 +109,11 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
     check_names(words, recipe, schema)
     check_group_words(words, schema().task.name, recipe.name)
     check_cluster_words(words)
-    words = with_defaults(words, schema)
+    return with_defaults(words, schema), schema
+
+
+def run_hydra(recipe: CommandLine, words: list[str], schema: type[Config], use: Callable[[Config], None]) -> None:
+    """Have Hydra compose these words, and call `use` with each config; raises as `compose`."""
     sys.argv = [sys.argv[0], *words]
     GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
     register(recipe, schema)
@@ -160,9 +206,9 @@ def spelled_out(words: list[str], key: str) -> list[str]:
 
 def spelled_task(word: str) -> str:
     """`task=my_task.py:Gpt` as `task.name=/home/me/my_task.py:Gpt`: Hydra would take the first for a whole group."""
-    name, equals, value = word.partition("=")
-    if name not in ("task", "task.name") or not equals:
+    if not is_task(word):
         return word
+    value = word.partition("=")[2]
     return f"task.name={json.dumps(absolute(value.strip(QUOTES)))}"
 
 
@@ -177,13 +223,14 @@ def spelled_files(word: str, key: str) -> str:
 
 
 def by_name(word: str, recipe: CommandLine) -> str:
-    """`model=vit_b_16`, of which no YAML tells, as `model.name=vit_b_16`."""
+    """`model=vit_b_16`, of which no YAML tells, as `model.name=vit_b_16`; of several, none by its YAML."""
     name, _, value = word.partition("=")
-    if name != "model" or not re.fullmatch(r"\w+", value):
+    if name != "model" or not re.fullmatch(r"\w+(,\w+)*", value):
         return word
     given = [Path(each.partition("=")[2]) for each in sys.argv[1:] if each.startswith("--config-dir=")]
     folders = [folder("conf"), config_source(recipe)[0], *given]
-    return word if any((each / "model" / f"{value}.yaml").is_file() for each in folders) else f"model.name={value}"
+    known = [any((each / "model" / f"{model}.yaml").is_file() for each in folders) for model in value.split(",")]
+    return word if all(known) else f"model.name={value}"
 
 
 def in_plural(word: str, key: str) -> str:

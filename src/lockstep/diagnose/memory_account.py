@@ -39,11 +39,12 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     ranks, peaks = measure_steps(run, recipe, config)
     if run.world.rank:
         return
-    images = samples_at_once(run.config, run.shards)
-    found = predict_memory(run.config, images, run.device.type)
+    samples = samples_at_once(run.config, run.shards)
+    found = predict_memory(run.config, samples, run.device.type)
     shards = sharded_state_bytes(run.config, run.world.world_size)
     report = {
-        "images": images,
+        "samples": samples,
+        "unit": option(run.task, "unit"),
         "total": found.sums(),
         "layers": [asdict(layer) for layer in found.layers],
         "expected_peak": found.peak,
@@ -52,7 +53,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
         "sharded": shards,
     }
     write_json(run.out / "memory.json", report)
-    print_account(run, found, images)
+    print_account(run, found, samples)
     line = run.report.line
     line(f"held, MiB by rank    {summarize_memory(ranks)} (recipes.{recipe.name}, {config.max_steps} steps)")
     line(f"measured peak, MiB   {', '.join(map(mebibytes, peaks))} by rank: the rise of {PEAK_OF[run.device.type]}")
@@ -93,10 +94,11 @@ def measure_steps(run: Run[Any], recipe: Recipe, config: Config) -> tuple[list[d
     return json.loads((out / "memory.json").read_text())["ranks"] if run.world.rank == 0 else [], peaks
 
 
-def print_account(run: Run[Any], found: MemoryPrediction, images: int) -> None:
+def print_account(run: Run[Any], found: MemoryPrediction, samples: int) -> None:
     """What the model needs by layer, and the peak to expect."""
     config = run.config
-    what = f"{described(run.task, config)[0]}, {images} {option(run.task, 'unit')} at a time, {config.precision}, {config.optim.name}"
+    at_once = f"{samples} {option(run.task, 'unit')} at a time"
+    what = f"{described(run.task, config)[0]}, {at_once}, {config.precision}, {config.optim.name}"
     run.report.console.print(memory_table(found.layers, f"{what}: MiB that one whole model holds during a step"))
     peak = "; ".join(f"{kind} {mebibytes(size)}" for kind, size in found.peak.items())
     run.report.line(f"expected peak, MiB   {mebibytes(sum(found.peak.values()))}: {peak}")

@@ -128,6 +128,30 @@ def wait_for_keys(store: dist.Store, keys: list[str], timeout_seconds: float) ->
         pause = min(2 * pause, 0.02)
 
 
+def from_rank_0(
+    store: dist.Store, rank: int, name: str, work: Callable[[], dict[str, str]], timeout_seconds: float
+) -> dict[str, str]:
+    """What `work` returns on rank 0, which alone calls it, on all ranks.
+
+    Args:
+        name: of the answer in the store, for this once.
+
+    Raises:
+        UserError: rank 0 has ended without an answer.
+    """
+    if rank == 0:
+        try:
+            told = work()
+        except BaseException as error:
+            told = {"error": f"rank 0 failed: {error}"}
+            raise
+        finally:
+            store.set(name, json.dumps(told))
+    elif not wait_for_keys(store, [name], timeout_seconds):
+        raise UserError("rank 0 ended before it had sent a config; its own words say why")
+    return dict(json.loads(store.get(name)))
+
+
 def check_in(
     store: dist.Store,
     rank: int,

@@ -27,10 +27,10 @@ from lockstep.diagnose.verdict import describe_failure
 from lockstep.diagnose.watchdog import Watchdog, WatchdogTimeout
 from lockstep.distributed import process_group
 from lockstep.distributed.collective_errors import lost_a_peer, timed_out
-from lockstep.distributed.devices import resolve_device
+from lockstep.distributed.devices import agree_on_devices, resolve_device
 from lockstep.distributed.environment import LAUNCHER, RUN_DIRECTORY, TRIAL, Place
 from lockstep.distributed.heartbeat import FINISHED, Heartbeat
-from lockstep.distributed.rendezvous import check_in, leave_store, open_store, wait_for_keys
+from lockstep.distributed.rendezvous import check_in, from_rank_0, leave_store, open_store
 from lockstep.distributed.signals import PREEMPTED, Listener, Preempted, alone_under_srun, end_with_parent, unsaved
 from lockstep.errors import Busy, UserError
 from lockstep.launch.validate import validate
@@ -227,7 +227,7 @@ def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Stor
     """The run's config and directory, the store where the ranks meet, and the host of each.
 
     A launcher of ours has put both on disk. Where the ranks were started by hand there is nothing yet: rank 0 composes,
-    checks and makes the directory, and tells the others over the store.
+    checks, and makes the directory when it is known that each rank has a device, and tells the others over the store.
     """
     if RUN_DIRECTORY in os.environ:
         out = Path(os.environ[RUN_DIRECTORY])
@@ -241,20 +241,19 @@ def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Stor
     seconds = float(asked[-1]) if asked and asked[-1].isdecimal() else float(Config().timeout_seconds)
     # First of all: where a rank is missing, nothing is created.
     store, hosts, known = meet(place, seconds, recall())
-    if place.rank == 0:
-        try:
-            told = compose_by_hand(recipe, place.world_size, next(filter(None, known), ""))
-        except BaseException as error:
-            told = {"error": f"rank 0 failed: {error}"}
-            raise
-        finally:
-            store.set("run", json.dumps(told))
-    elif not wait_for_keys(store, ["run"], COMPOSE_SECONDS):
-        raise UserError("rank 0 ended before it had sent a config; its own words say why")
-    told = json.loads(store.get("run"))
+    name = next(filter(None, known), "")
+    told = from_rank_0(
+        store, place.rank, "run", lambda: compose_by_hand(recipe, place.world_size, name), COMPOSE_SECONDS
+    )
     if "config" in told:
-        remember(told["out"])
-        return read_config(recipe, told["config"]), Path(told["out"]), store, hosts
+        config = read_config(recipe, told["config"])
+        local_rank = int(os.environ.get("LOCAL_RANK", hosts[: place.rank].count(hosts[place.rank])))
+        before = dist.PrefixStore("before", store)
+        agree_on_devices(before, place.rank, hosts, local_rank, config.device, config.backend, seconds)
+        told = from_rank_0(store, place.rank, "directory", lambda: enter_directory(recipe, config), COMPOSE_SECONDS)
+        if "out" in told:
+            remember(told["out"])
+            return config, Path(told["out"]), store, hosts
     leave_store(store, place.rank, place.world_size)
     if "error" not in told:
         raise SystemExit(0)
@@ -301,13 +300,13 @@ def recall() -> str:
 
 
 def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, str]:
-    """Compose, check and freeze, on rank 0 of ranks that were started by hand; return what the others need.
+    """Compose and check, on rank 0 of ranks that were started by hand; return what the others need.
 
     Args:
         known: the run directory of an earlier attempt, or nothing.
 
     Returns:
-        `config` and `out`, or `error`, or nothing where Hydra has only printed something (--help, --cfg).
+        `config`, or `error`, or nothing where Hydra has only printed something (--help, --cfg).
     """
     told: dict[str, str] = {}
 
@@ -321,11 +320,7 @@ def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, st
         config = replace(config, cluster=None)  # it has done its part, and the run can be continued anywhere
         validate(config, recipe, world_size)
         resolve_device(config.device, config.backend)
-        out = run_directory.freeze(config, recipe.name)
-        if out is None:
-            print(run_directory.ALREADY_FINISHED.format(out=config.out))
-            return
-        told.update(config=to_yaml(config), out=str(out))
+        told["config"] = to_yaml(config)
 
     try:
         if known:
@@ -343,6 +338,18 @@ def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, st
     except SystemExit:
         return {}
     return told
+
+
+def enter_directory(recipe: Recipe, config: Config) -> dict[str, str]:
+    """Make the run directory, as rank 0 of ranks that were started by hand: `out`, `error`, or nothing to be done."""
+    try:
+        out = run_directory.freeze(config, recipe.name)
+    except UserError as error:
+        return {"error": str(error)}
+    if out is None:
+        print(run_directory.ALREADY_FINISHED.format(out=config.out))
+        return {}
+    return {"out": str(out)}
 
 
 def redirect_output(log: Path) -> None:

@@ -210,7 +210,7 @@ def held_bytes(
     """What this process's memory is held by, in bytes by name; the last line is what no list of tensors explains.
 
     Args:
-        before: bytes that it held before it had a model: on the CPU the interpreter, libraries and images.
+        before: bytes that it held before it had a model: on the CPU the interpreter, libraries and data.
     """
     parameters = list(model.parameters()) if model is not None else []
     states = [value for state in optimizer.state.values() for value in state.values()] if optimizer else []
@@ -227,5 +227,5 @@ def held_bytes(
         found["CUDA itself and other processes"] = max(0, everything - free - torch.cuda.memory_reserved(device))
         return found
     found["activations and the rest"] = max(0, process_bytes("VmRSS") - before - sum(found.values()))
-    found["interpreter, libraries, images"] = before
+    found["interpreter, libraries, data"] = before
     return found

@@ -25,6 +25,7 @@ from typing import Any
 from lockstep.config.declared import CommandLine
 from lockstep.config.keys import walk
 from lockstep.config.schema import Config
+from lockstep.config.tasks import with_task
 from lockstep.errors import UserError
 
 RANGES = ("uniform", "loguniform", "randint", "lograndint")
@@ -76,6 +77,7 @@ class SearchSpace:
     Args:
         tree: {key: text}, also nested as a config is.
         recipe: whose settings they are.
+        task: what it trains, whose keys are drawn as well; None: images.
 
     Attributes:
         draws: by the name of the key, or `key 2` for the second of several that one key needs.
@@ -84,16 +86,17 @@ class SearchSpace:
         UserError: a key that no config has, or a text that is none of the above.
     """
 
-    def __init__(self, tree: Mapping[str, Any], recipe: CommandLine) -> None:
+    def __init__(self, tree: Mapping[str, Any], recipe: CommandLine, task: str | None = None) -> None:
         self.texts = dict(flat_keys(tree))
         self.draws: dict[str, Draw] = {}
-        self._known = {name for name, _, _ in walk(recipe.config())}
+        schema = with_task(recipe.config, task)
+        self._known = {name for name, _, _ in walk(schema())}
         self._expressions: dict[str, Expression] = {}
         for key, text in self.texts.items():
             if key not in self._known:
                 from lockstep.config.explain import unknown_key  # Hydra: only a process that checks needs it
 
-                raise unknown_key(key, recipe, recipe.config, " in tune.space")
+                raise unknown_key(key, recipe, schema, " in tune.space")
             try:
                 if not isinstance(text, str):
                     raise ValueError(f"{ALLOWED}; a fixed value is set as {key}={text}")

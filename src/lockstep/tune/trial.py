@@ -55,7 +55,9 @@ def trial_words(config: TuneConfig, tool: Recipe, recipe: Recipe, plan: TrialPla
     """The overrides that all trials have in common. The threads are part of them: other threads, other last bits."""
     from lockstep.config.compose import overrides  # Hydra
 
-    rest = overrides(tool, config, recipe, TUNE_KEYS | set(SearchSpace(config.tune.space, recipe).texts))
+    rest = overrides(
+        tool, config, recipe, TUNE_KEYS | set(SearchSpace(config.tune.space, recipe, config.task.name).texts)
+    )
     numbers = [f"nproc={plan.ranks}", f"threads={plan.threads}"]
     if config.tune.address is not None and config.device == "auto":  # it might be another one on each node
         numbers.append(f"device={'cuda' if plan.gpus else 'cpu'}")

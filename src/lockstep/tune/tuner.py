@@ -29,7 +29,7 @@ def make_searcher(config: TuneConfig, recipe: Recipe, common: list[str]) -> Any:
 
     from lockstep.config.compose import compose_another
 
-    space, base = SearchSpace(config.tune.space, recipe), compose_another(recipe, common)
+    space, base = SearchSpace(config.tune.space, recipe, config.task.name), compose_another(recipe, common)
 
     class Numbered(Searcher):
         number = 0
