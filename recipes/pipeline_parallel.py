@@ -184,9 +184,23 @@ def average_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
             gradient.div_(size)
 
 
-def gather_model(model: nn.Module, parts: list[Part], size: int) -> nn.Module:
-    """The complete model on every rank: each stage's tensors from the rank of the first pipeline that trains it."""
-    whole = copy.deepcopy(model)
+def leave_to_others(parts: list[Part], stages: list[TimedStage]) -> None:
+    """Take the stages of other ranks off this rank's GPU."""
+    mine = [parts[stage.stage_index] for stage in stages]
+    for part in parts:
+        part.to(stages[0].device if part in mine else "cpu")
+    for part in mine:  # once more: a layer without weights may be in several parts
+        part.to(stages[0].device)
+
+
+def gather_model(model: nn.Module, parts: list[Part], mine: nn.Module, size: int, device: torch.device) -> nn.Module:
+    """The complete model on every rank: each stage's tensors from the rank of the first pipeline that trains it.
+
+    On a GPU this rank's own weights are in it themselves, for they are the same on all ranks of a stage; the others are
+    there as long as what is returned. BatchNorm's statistics, which are not the same, are copies.
+    """
+    own = mine.parameters() if device.type == "cuda" else ()
+    whole = copy.deepcopy(model, {id(parameter): parameter for parameter in own}).to(device)
     every = whole.state_dict()
     for number, part in enumerate(parts):
         for name in part.state_dict():
@@ -255,13 +269,15 @@ def train(run: Run[PipelineConfig]) -> None:
     model = run.place(run.task.build_model())
     stages, parts = build_stages(run, model, stage_group)
     first, last = stages[0].is_first, stages[-1].is_last
+    if run.device.type == "cuda":
+        leave_to_others(parts, stages)
     mine = join([parts[stage.stage_index] for stage in stages], model)
     optimizer = build_optimizer(run.config.optim, mine)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     def whole() -> nn.Module:
-        return gather_model(model, parts, run.config.stages)
+        return gather_model(model, parts, mine, run.config.stages, run.device)
 
     micros: list[MicroBatch] = []  # of the step
 

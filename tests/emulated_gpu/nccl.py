@@ -17,8 +17,7 @@ from .memory import current_gpu, host_view, on_gpu
 
 NCCL: set[str] = set()  # names of the groups
 # As long as a collective may still be under way, so is its memory.
-UNDER_WAY: list[list[Tensor]] = []
-MOST_UNDER_WAY = 64
+UNDER_WAY: list[tuple[Any, list[Tensor]]] = []
 # gloo knows nothing of a GPU's memory in these: it would hand a device's pointer to a socket.
 NOT_OF_GLOO = ("c10d::send", "c10d::recv_", "c10d::recv_any_source_")
 
@@ -58,8 +57,9 @@ def collective(func: Any, name: str, args: Any, kwargs: Any, leaves: list[Any]) 
     mine, named = tree_map(flat_host_view, args), tree_map(flat_host_view, kwargs)
     result = func(*mine, **named)
     given = {id(view): x for x, view in zip(leaves, tree_flatten((mine, named))[0], strict=True) if on_gpu(x)}
-    UNDER_WAY.append(tensors)
-    del UNDER_WAY[:-MOST_UNDER_WAY]
+    UNDER_WAY[:] = [each for each in UNDER_WAY if not each[0].is_completed()]
+    works = [x for x in tree_flatten(result)[0] if isinstance(x, torch.ScriptObject)]
+    UNDER_WAY.extend((torch._C._distributed_c10d.Work.unbox(work), tensors) for work in works)
     return tree_map(lambda y: given.get(id(y), y) if isinstance(y, Tensor) else y, result)
 
 

@@ -326,6 +326,17 @@ def test_memory_that_runs_out_on_one_rank_started_by_hand_ends_them_all(tmp_path
 
 
 @pytest.mark.slow
+def test_a_pipeline_s_rank_never_holds_the_model_twice(tmp_path: Path) -> None:
+    """It is 44 MiB: while it is placed and while it is evaluated, a rank has it once, and else its own stage of it."""
+    words = ["nproc=2", "global_batch_size=8", "eval_batch_size=8", "max_steps=2", "eval_every=0", "threads=1"]
+    done = on_gpus(2, "-m", "recipes.pipeline_parallel", *words, "out=run", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = result(tmp_path / "run")
+    peak = found["peak_memory_bytes_by_rank"][0]  # the first stage's, which has 3 MiB of weights
+    assert 44 < peak / 2**20 < 66
+
+
+@pytest.mark.slow
 def test_the_doctor_looks_at_the_gpus(tmp_path: Path) -> None:
     done = run_recipe("doctor", 2, "preflight", "nproc=2", "out=run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
