@@ -125,7 +125,6 @@ def python_path(cwd: Path) -> dict[str, str]:
 
 OWN_STARTS: dict[str, Callable[[Path], None]] = {
     "spawn": lambda cwd: own_by_python(cwd, FILE, "start=spawn"),
-    "fork": lambda cwd: own_by_python(cwd, FILE, "start=fork"),
     "torchrun": lambda cwd: own_by_torchrun(cwd, FILE),
     "variables": lambda cwd: own_by_variables(cwd, FILE),
     "lightning": lambda cwd: own_by_python(cwd, FILE, "+cluster=lightning"),
