@@ -35,8 +35,8 @@ class ShardedOptimizer(ZeroRedundancyOptimizer):
         settings = {name: value for name, value in optimizer.defaults.items() if name in takes}
         super().__init__(optimizer.param_groups, kind, **settings)
 
-    @property
-    def state(self) -> dict[Tensor, Any]:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, Any]:
         """{parameter: its state}, of the parameters that this rank updates."""
         return self.optim.state if "optim" in vars(self) else {}
 

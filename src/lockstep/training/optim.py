@@ -29,7 +29,8 @@ def build_optimizer(config: OptimConfig, model: Trained) -> Optimizer:
 
     `optim.name` is sgd, adamw, adam, lion or muon, or a class of torch.optim such as torch.optim.RMSprop. It gets
     `optim.lr`, `optim.weight_decay` where it has one, sgd `optim.momentum` and `optim.nesterov`, and each what is in
-    `optim.arguments`. Muon is made for matrices: it updates the parameters of two dims, and AdamW all others.
+    `optim.arguments`. Muon is made for matrices: it updates the parameters of two dims, and AdamW all others, embeddings
+    too, whose rows are a table and no matrix.
 
     Args:
         model: a module, wrapped or not; several, such as the stages of one rank; or groups of parameters as torch's
@@ -45,7 +46,7 @@ def build_optimizer(config: OptimConfig, model: Trained) -> Optimizer:
     cls, arguments = optimizer_class(config), optimizer_arguments(config)
     try:
         if cls.__name__ == "Muon":
-            return MuonAndAdamW(groups, arguments)
+            return MuonAndAdamW(groups, arguments, embeddings_of(model))
         return cls(groups, **arguments)
     except (TypeError, ValueError) as error:
         raise UserError(f"optim.name={config.name}: {error}; optim.* has its arguments") from None
@@ -60,6 +61,13 @@ def parameter_groups(model: Trained) -> list[dict[str, Any]]:
         return [{**group, "params": list(group["params"])} for group in cast(list[dict[str, Any]], found)]
     modules = cast(list[nn.Module], found)
     return [{"params": [parameter for module in modules for parameter in module.parameters()]}]
+
+
+def embeddings_of(model: Trained) -> list[Tensor]:
+    """The weights of the nn.Embeddings in one or more modules; of groups of parameters nobody knows."""
+    modules = [model] if isinstance(model, nn.Module) else [each for each in model if isinstance(each, nn.Module)]
+    layers = (layer for module in modules for layer in module.modules())
+    return [layer.weight for layer in layers if isinstance(layer, nn.Embedding)]
 
 
 def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -118,7 +126,7 @@ def states_per_weight(config: OptimConfig) -> tuple[int, int]:
 
 
 class MuonAndAdamW(Optimizer):
-    """Muon for the parameters of two dims, AdamW for all others, behind one optimizer's face.
+    """Muon for the parameters of two dims that are no embeddings, AdamW for all others, behind one optimizer's face.
 
     Both get the same learning rate and weight decay: Muon's updates are scaled to the size that AdamW's have.
     Source: https://kellerjordan.github.io/posts/muon/, https://arxiv.org/abs/2502.16982 (the scaling)
@@ -126,17 +134,21 @@ class MuonAndAdamW(Optimizer):
     Args:
         groups: of parameters, of any number of dims.
         arguments: Muon's; AdamW gets the learning rate and the weight decay of them.
+        embeddings: parameters of two dims that are AdamW's.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> None:
+    def __init__(
+        self, groups: list[dict[str, Any]], arguments: dict[str, Any], embeddings: Sequence[Tensor] = ()
+    ) -> None:
+        tables = {id(each) for each in embeddings}
         shared = {name: arguments[name] for name in ("lr", "weight_decay")}
         split = []
         for group in groups:
             if "muon" in group:  # another one's, such as a rank's part of it, with places for what others have
                 split.append(group)
                 continue
-            matrices = [parameter for parameter in group["params"] if parameter.dim() == 2]
-            others = [parameter for parameter in group["params"] if parameter.dim() != 2]
+            matrices = [each for each in group["params"] if each.dim() == 2 and id(each) not in tables]
+            others = [each for each in group["params"] if each.dim() != 2 or id(each) in tables]
             parts = [{**group, "params": matrices, "muon": True}, {**group, "params": others, "muon": False}]
             split += [part for part in parts if part["params"]]
         super().__init__(split, shared)
