@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from lockstep.config.compose import compose
 from lockstep.recipe import Recipe
 from recipes import (
     compare,
@@ -418,3 +419,55 @@ def test_a_corrupt_image_found_while_training_is_named_in_one_line(tmp_path: Pat
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1, done.stderr
     assert str(bad.relative_to(tmp_path)) in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "kept"),
+    [
+        ("1e3", "1e3"),
+        ("010", "010"),
+        ("true", "true"),
+        ("a=b", "a=b"),
+        ("f(x", "f(x"),
+        ("[a]", "[a]"),
+        ("a,b", "a,b"),
+        ("ünï", "ünï"),
+        ("a#b", "a#b"),
+        ("it's", "it's"),
+        ("a\\b", "a\\b"),
+        ("with space", "with space"),
+        ('"in quotes"', "in quotes"),
+    ],
+)
+def test_a_folder_s_name_is_taken_as_it_is_typed(
+    typed: str, kept: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And so it can be pasted from the command that a run prints to continue it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ddp", f"out={typed}"])
+    found: list[str | None] = []
+    compose(ddp.train, lambda config: found.append(config.out))
+    assert found == [kept]
+
+
+@pytest.mark.parametrize("out", ["", "n" * 300, "a/" + "n" * 300, "link", "link/x", "/dev/null/x"])
+def test_a_folder_that_cannot_be_made_gets_one_line(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A link that leads nowhere, too, which was taken for a folder that is there, for ever."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("/nonexistent/folder")
+    assert run_main(ddp.train, [f"out={out}"], monkeypatch) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1
+    assert said.startswith(f"error: out={out}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+
+
+def test_outputs_that_is_a_dead_link_gets_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").symlink_to("/nonexistent/folder")
+    assert run_main(ddp.train, [], monkeypatch) == 2
+    assert "is a link to /nonexistent/folder, which is not there" in capfd.readouterr().err

@@ -11,13 +11,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -106,6 +108,8 @@ def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Conf
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
     words = [added(quoted(word, open_keys(schema, texts=True)), schema) for word in words]
+    sweeps = bool({"-m", "--multirun"} & set(words))
+    words = [verbatim(word, text_keys(schema), sweeps) for word in words]
     check_names(words, recipe, schema)
     check_group_words(words, schema().task.name, recipe.name)
     check_cluster_words(words)
@@ -259,6 +263,38 @@ def quoted(word: str, texts: tuple[str, ...]) -> str:
     if not equals or not name.lstrip("+").startswith(texts) or value[:1] in "\"'":
         return word
     return f"++{name.lstrip('+')}={json.dumps(value)}"
+
+
+def verbatim(word: str, texts: set[str], sweeps: bool) -> str:
+    """`out=1e3` or `out=a=b` as Hydra takes it for a text: in quotes, where it would read something else or nothing.
+
+    Args:
+        texts: the keys whose values are texts.
+        sweeps: whether `KEY=a,b` stands for several points.
+    """
+    name, equals, value = word.partition("=")
+    if not equals or name.lstrip("+") not in texts:
+        return word
+    try:
+        read = OverridesParser.create().parse_override(word)
+        given = "several" if read.is_sweep_override() and sweeps else read.value()
+    except HydraException:
+        given = NotImplemented
+    if value and (given is None or isinstance(given, str)):
+        return word
+    return f"{name}={QuotedString(value, Quote.single).with_quotes()}"
+
+
+def text_keys(schema: type, prefix: str = "") -> set[str]:
+    """The keys whose values are texts, null perhaps."""
+    found = set()
+    for entry in fields(schema):
+        inner = entry.default_factory
+        if isinstance(inner, type) and is_dataclass(inner):
+            found |= text_keys(inner, f"{prefix}{entry.name}.")
+        elif str(entry.type) in ("str", "str | None", "<class 'str'>", "typing.Optional[str]"):
+            found.add(f"{prefix}{entry.name}")
+    return found | (set() if prefix or not issubclass(schema, Config) else text_keys(ClusterConfig, "cluster."))
 
 
 def added(word: str, schema: type[Config]) -> str:

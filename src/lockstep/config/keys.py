@@ -99,6 +99,8 @@ def check_rules(config: Any) -> None:
         if rule["choices"] and value is not None and value not in rule["choices"]:
             allowed = (str(each).lower() if isinstance(each, bool) else str(each) for each in rule["choices"])
             raise UserError(f"{name}={value}: allowed are {', '.join(allowed)}")
+        if value == "" and not rule["open"] and not name.startswith("task."):
+            raise UserError(f"{name}=: is empty; allowed are texts of at least one character, or leave {name} away")
         numbers = value if isinstance(value, list) else [value]
         if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
             raise UserError(f"{name}={value}: allowed are finite numbers")

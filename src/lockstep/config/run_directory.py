@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import re
 import shutil
 import time
@@ -154,18 +155,29 @@ def make_run_directory(out: str | None, recipe: str) -> Path:
     """
     wanted = Path(out).expanduser() if out else Path("outputs", recipe, time.strftime("%Y-%m-%d_%H-%M-%S"))
     wanted = wanted.absolute()
-    if out and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-        raise UserError(f"out={out}: not empty; name a new folder, or empty it")
+    for link in (wanted, *wanted.parents):
+        if os.path.islink(link) and not os.path.exists(link):
+            raise UserError(
+                f"out={out or wanted}: {link} is a link to {os.readlink(link)}, which is not there; make that folder, or "
+                "name another"
+            )
+    longest = os.pathconf("/", "PC_NAME_MAX")
+    if any(len(os.fsencode(part)) > longest for part in wanted.parts):
+        raise UserError(f"out={out}: a name in it is too long; allowed are {longest} bytes")
     path, again = wanted, 1
     while True:
         try:
+            if out and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+                raise UserError(f"out={out}: not empty; name a new folder, or empty it")
             # A second run in the same second gets a name of its own.
             path.mkdir(parents=True, exist_ok=out is not None)
             break
-        except FileExistsError:
+        except OSError as error:
+            if not isinstance(error, FileExistsError) or not path.exists():
+                raise UserError(
+                    f"out={out or path}: cannot be made ({error.strerror}); name a folder you can write to"
+                ) from None
             again += 1
             path = wanted.with_name(f"{wanted.name}-{again}")
-        except OSError as error:
-            raise UserError(f"out={path}: cannot be made ({error.strerror}); name a folder you can write to") from None
     (path / "ranks").mkdir()
     return path
