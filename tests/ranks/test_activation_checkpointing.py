@@ -33,8 +33,9 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "fsdp in bf16": ("fsdp", 2, (*IMAGES, "precision=bf16")),
     "fsdp in copies": ("fsdp", 4, (*TOKENS, "replicate=2", "reshard_after_forward=false")),
     "1f1b": ("pipeline_parallel", 2, IMAGES),
-    "interleaved": ("pipeline_parallel", 2, (*TOKENS, "schedule=interleaved")),
-    "zero bubble": ("pipeline_parallel", 2, (*TOKENS, "schedule=zero_bubble")),
+    # Cut alike in each run: measured, the cut would move, and with it what each stage draws.
+    "interleaved": ("pipeline_parallel", 2, (*TOKENS, "schedule=interleaved", "cut=even")),
+    "zero bubble": ("pipeline_parallel", 2, (*TOKENS, "schedule=zero_bubble", "cut=even")),
     "model_parallel": ("model_parallel", 1, IMAGES),
     "transfer_learning": ("transfer_learning", 2, (*IMAGES, "weights=random", "freeze=[conv1.*,*bn*,layer2.*]")),
     "deepspeed_zero": ("deepspeed_zero", 2, (*TOKENS, "stage=3")),
