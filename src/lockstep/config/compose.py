@@ -11,15 +11,13 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from pathlib import Path
 
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -32,15 +30,11 @@ from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import RESNETS, ClusterConfig, Config
 from lockstep.config.tasks import BUILT_IN, absolute, check_group_words, named_task, with_defaults
+from lockstep.config.words import check_options, text_keys, verbatim
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
 QUOTES = "\"'"
-# Hydra's: https://hydra.cc/docs/advanced/hydra-command-line-flags
-OPTIONS = (
-    "--help -h --hydra-help --version --cfg -c --resolve --package -p --multirun -m --run -r --config-dir -cd "
-    "--config-name -cn --config-path -cp --info -i --shell-completion -sc --experimental-rerun"
-).split()
 
 
 def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
@@ -147,18 +141,6 @@ def run_hydra(recipe: CommandLine, words: list[str], schema: type[Config], use: 
         raise found[0]
 
 
-def check_options(words: list[str]) -> None:
-    """Refuse an option that is not Hydra's, which would answer with a page.
-
-    Raises:
-        UserError: naming it.
-    """
-    for word in words:
-        if word.startswith("-") and word.partition("=")[0] not in OPTIONS:
-            shown = ", ".join(option for option in OPTIONS if option.startswith("--"))
-            raise UserError(f"{word}: no such option; allowed are words such as seed=1, and {shown}")
-
-
 def compose_another(recipe: CommandLine, words: list[str]) -> Config:
     """The config that another recipe's command with these words would compose.
 
@@ -263,38 +245,6 @@ def quoted(word: str, texts: tuple[str, ...]) -> str:
     if not equals or not name.lstrip("+").startswith(texts) or value[:1] in "\"'":
         return word
     return f"++{name.lstrip('+')}={json.dumps(value)}"
-
-
-def verbatim(word: str, texts: set[str], sweeps: bool) -> str:
-    """`out=1e3` or `out=a=b` as Hydra takes it for a text: in quotes, where it would read something else or nothing.
-
-    Args:
-        texts: the keys whose values are texts.
-        sweeps: whether `KEY=a,b` stands for several points.
-    """
-    name, equals, value = word.partition("=")
-    if not equals or name.lstrip("+") not in texts:
-        return word
-    try:
-        read = OverridesParser.create().parse_override(word)
-        given = "several" if read.is_sweep_override() and sweeps else read.value()
-    except HydraException:
-        given = NotImplemented
-    if value and (given is None or isinstance(given, str)):
-        return word
-    return f"{name}={QuotedString(value, Quote.single).with_quotes()}"
-
-
-def text_keys(schema: type, prefix: str = "") -> set[str]:
-    """The keys whose values are texts, null perhaps."""
-    found = set()
-    for entry in fields(schema):
-        inner = entry.default_factory
-        if isinstance(inner, type) and is_dataclass(inner):
-            found |= text_keys(inner, f"{prefix}{entry.name}.")
-        elif str(entry.type) in ("str", "str | None", "<class 'str'>", "typing.Optional[str]"):
-            found.add(f"{prefix}{entry.name}")
-    return found | (set() if prefix or not issubclass(schema, Config) else text_keys(ClusterConfig, "cluster."))
 
 
 def added(word: str, schema: type[Config]) -> str:
