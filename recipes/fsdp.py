@@ -88,9 +88,11 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run[FsdpConfig]) -> None:
         arithmetic = MixedPrecisionPolicy(param_dtype=AUTOCAST[run.config.precision], reduce_dtype=mean)
         rest = replace(arithmetic, output_dtype=torch.float32)  # the logits, for the loss
         norms: list[nn.Module] = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-        if norms:  # they take 16-bit images with fp32 weights, as under autocast; few numbers, gathered all at once
-            own = MixedPrecisionPolicy(cast_forward_inputs=False)
-            fully_shard(norms, mp_policy=own, reshard_after_forward=False, **options)
+        own = MixedPrecisionPolicy(cast_forward_inputs=False)  # 16-bit images with fp32 weights, as under autocast
+        # Few numbers, gathered all at once; a block that computes again in backward needs its own norms alone.
+        for together in [norms] if run.config.checkpoint_activations == "none" else [[norm] for norm in norms]:
+            if together:
+                fully_shard(together, mp_policy=own, reshard_after_forward=False, **options)
     for name in run.blocks(model):
         block = model.get_submodule(name)
         if not any(True for _ in block.parameters()):  # nothing to gather
