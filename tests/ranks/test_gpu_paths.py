@@ -17,8 +17,8 @@ from tests.helpers.harness import ROOT, assert_equal, clean_environment, result,
 from tests.helpers.processes import free_port
 
 PROVEN = set(
-    "data_parallel ddp deepspeed_zero fsdp grad_accumulation lightning_fabric lightning_trainer model_parallel "
-    "pipeline_parallel sync_batchnorm transfer_learning".split()
+    "activation_checkpointing data_parallel ddp deepspeed_zero fsdp grad_accumulation lightning_fabric lightning_trainer "
+    "model_parallel pipeline_parallel sync_batchnorm transfer_learning zero1".split()
 )
 SMALL = ["precision=fp64", "model.norm=group", "global_batch_size=8", "log_every=1", "eval_every=0", "threads=1"]
 
