@@ -47,22 +47,21 @@ bench: .venv/installed  ## the benchmarks, as one table of paired ratios
 bench-gpu: .venv/installed  ## ResNet-50 on one GPU, beside a bare loop and the device's own rates; 8 minutes
 	$(BIN)/python -m benchmarks.gpu
 
+# $(call need,COMMAND,PACKAGES): Debian's packages, where the command is not there and root may install them.
+need = command -v $(1) >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
+	(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends $(2))
+
 slurm:  # a real Slurm for the tests that run on one (slurm/box); nothing of it is started
-	@command -v slurmctld >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
-		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends slurm-wlm)
+	@$(call need,slurmctld,slurm-wlm)
 
 chromium:  # a browser for the test that looks at recipes.compare's report; it is given no network
-	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || test "$$(id -u)" != 0 || \
-		! command -v apt-get >/dev/null || \
-		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends chromium)
+	@command -v google-chrome >/dev/null || $(call need,chromium,chromium)
 
 mpi:  # Open MPI's mpirun, for the test that starts ranks with it
-	@command -v mpirun >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
-		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends openmpi-bin)
+	@$(call need,mpirun,openmpi-bin)
 
 cc:  # a C compiler for the emulated GPUs; the tests that need one fail without it, and say so
-	@command -v cc >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \
-		(apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends gcc libc6-dev)
+	@$(call need,cc,gcc libc6-dev)
 
 clean:  ## remove the environment and all runs
 	rm -rf .venv outputs

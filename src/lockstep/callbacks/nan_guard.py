@@ -6,12 +6,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.schema import Config
-from lockstep.distributed.collectives import gather_objects
+from lockstep.distributed.collectives import gather_objects, on_any_rank
 from lockstep.errors import CheckFailed
 
 
@@ -45,14 +44,9 @@ class NanGuard(Callback):
             CheckFailed: naming the layer, the step and the rank where it came first.
         """
         found, self._hooks.blind = self._hooks.found(), False
-        if found is None and self._finite:
-            flags = torch.stack([finite.to(context.device) for finite in self._finite.values()]).tolist()
-            bad = [name for name, finite in zip(self._finite, flags, strict=True) if not finite]
-            if bad:  # backward comes from the end
-                found = (2, f"the gradient of {bad[-1]}, averaged over the ranks,")
-        anyone = torch.tensor(float(found is not None), device=context.device)
-        dist.all_reduce(anyone)
-        if not anyone.item():
+        if found is None and (bad := names_of_false(self._finite, context.device)):  # backward comes from the end
+            found = (2, f"the gradient of {bad[-1]}, averaged over the ranks,")
+        if not on_any_rank(found is not None, context.device):
             return
         everyone = enumerate(gather_objects(found, None))
         # Forward passes through a pipeline's ranks upwards, backward downwards.
@@ -68,6 +62,12 @@ class NanGuard(Callback):
             gradient = self._gradients.gradient(parameter)
             if gradient is not None:
                 self._finite[name] = gradient.isfinite().all()
+
+
+def names_of_false(flags: dict[str, Tensor], device: torch.device) -> list[str]:
+    """The names of the flags that are false, in their order; all are read at once, which waits for the device once."""
+    values = torch.stack([flag.to(device) for flag in flags.values()]).tolist() if flags else []
+    return [name for name, value in zip(flags, values, strict=True) if not value]
 
 
 class NonFiniteHooks:

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from lockstep.checkpoint.directory import FileContents
 from lockstep.checkpoint.types import Engine, Stateful, require_tensor
 from lockstep.checkpoint.weights import check_shape
+from lockstep.distributed.collectives import on_any_rank
 from lockstep.distributed.dtensor import full_state_dict, load_full_state_dict, local_shard
 from lockstep.errors import UserError
 from lockstep.training.random_state import generators, set_generators
@@ -100,9 +101,7 @@ class TrainingState:
             for name, tensor in self._model().items()
             if name in parameters or self.owns_buffers
         )
-        anywhere = torch.tensor(float(differs), device=self.device)
-        dist.all_reduce(anywhere, dist.ReduceOp.MAX)
-        if not anywhere:
+        if not on_any_rank(differs, self.device):
             return {}
         found = full_state_dict(whole, self.device, keep=self.rank == 0)
         return {f"whole.{name}": tensor for name, tensor in found.items()}

@@ -102,8 +102,8 @@ def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Conf
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
     words = [added(quoted(word, open_keys(schema, texts=True)), schema) for word in words]
-    sweeps = bool({"-m", "--multirun"} & set(words))
-    words = [verbatim(word, text_keys(schema), sweeps) for word in words]
+    texts, sweeps = text_keys(schema), bool({"-m", "--multirun"} & set(words))
+    words = [verbatim(word, texts, sweeps) for word in words]
     check_names(words, recipe, schema)
     check_group_words(words, schema().task.name, recipe.name)
     check_cluster_words(words)

@@ -34,6 +34,13 @@ def gather_numbers(value: float, device: torch.device) -> list[float]:
     return everyone.tolist()
 
 
+def on_any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether a flag is set on any rank, the same on every rank."""
+    anyone = torch.tensor(float(flag), device=device)
+    dist.all_reduce(anyone, dist.ReduceOp.MAX)
+    return bool(anyone.item())
+
+
 def read_later(tensor: Tensor, work: Any) -> Callable[[], Tensor]:
     """Begin to bring a collective's result to the host; what is returned gives it, there.
 

@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.callbacks.base import CallbackContext
-from lockstep.distributed.collectives import gather_objects
+from lockstep.callbacks.nan_guard import names_of_false
+from lockstep.distributed.collectives import gather_objects, on_any_rank
 from lockstep.errors import CheckFailed
 
 
@@ -57,9 +57,7 @@ class FiniteCheck:
         if context.quiet:  # a tool judges by itself
             return True
         mine = first_not_finite(context)
-        bad = torch.tensor(float(bool(mine)), device=context.device)
-        dist.all_reduce(bad)
-        if not bad.item():
+        if not on_any_rank(bool(mine), context.device):
             return True
         everyone = gather_objects(mine, context.world.control)
         rank, name = next((rank, name) for rank, name in enumerate(everyone) if name)
@@ -92,10 +90,7 @@ def first_not_finite(context: CallbackContext) -> str:
     for name, buffer in context.module.named_buffers():
         if may_be_infinite(buffer):
             flags[name] = ~buffer.isnan().any()
-    if not flags:
-        return ""
-    finite = torch.stack([flag.to(context.device) for flag in flags.values()]).tolist()
-    return next((name for name, good in zip(flags, finite, strict=True) if not good), "")
+    return next(iter(names_of_false(flags, context.device)), "")
 
 
 def may_be_infinite(tensor: Tensor) -> bool:

@@ -91,6 +91,10 @@ class HandedMetrics:
     def __init__(self, task: Any) -> None:
         self._metrics = handed_in(task)
         self.names = frozenset(self._metrics)
+        self._sums = {  # by metric, those of its states that are sums
+            name: [state for state in metric._defaults if _reduction(metric, state) == "sum"]
+            for name, metric in self._metrics.items()
+        }
         self._kept: dict[int, Kept] = {}  # by the number of the batch
 
     def add(self, number: int, outputs: Any, targets: Any) -> dict[str, tuple[Tensor, ...]]:
@@ -101,8 +105,8 @@ class HandedMetrics:
         """
         sums: dict[str, tuple[Tensor, ...]] = {}
         self._kept[number] = {}
+        device = first_tensor(outputs, "the model's outputs").device
         for name, metric in self._metrics.items():
-            device = first_tensor(outputs, "the model's outputs").device
             if metric.device != device:
                 metric.to(device)
             metric.reset()
@@ -114,8 +118,8 @@ class HandedMetrics:
                     f"torchmetrics()[{name!r}].update(outputs, targets) failed: {type(error).__name__}: {said}; outputs "
                     f"{describe(outputs)}, targets {describe(targets)}: write a subclass whose update takes them"
                 ) from error
-            sums[name] = tuple(getattr(metric, state) for state in self._sums(metric))
-            for state in metric._defaults.keys() - set(self._sums(metric)):
+            sums[name] = tuple(getattr(metric, state) for state in self._sums[name])
+            for state in metric._defaults.keys() - set(self._sums[name]):
                 value = getattr(metric, state)
                 if isinstance(value, list):
                     if not value:
@@ -158,16 +162,13 @@ class HandedMetrics:
             found[name] = float(value)
         return found
 
-    def _sums(self, metric: Any) -> list[str]:
-        return [state for state in metric._defaults if _reduction(metric, state) == "sum"]
-
     def _fill(self, name: str, metric: Any, sums: tuple[Tensor, ...], batches: list[Kept]) -> None:
         """Put a metric into the state of one that has seen all batches."""
         metric.to("cpu")
         metric.reset()
-        for state, total in zip(self._sums(metric), sums, strict=True):
+        for state, total in zip(self._sums[name], sums, strict=True):
             setattr(metric, state, total.to(metric._defaults[state].dtype))
-        for state in metric._defaults.keys() - set(self._sums(metric)):
+        for state in metric._defaults.keys() - set(self._sums[name]):
             values = [kept[name, state] for kept in batches if (name, state) in kept]
             how = _reduction(metric, state)
             if how == "cat":
