@@ -21,7 +21,7 @@ Source: https://docs.pytorch.org/tutorials/intermediate/model_parallel_tutorial.
 import re
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ from lockstep.training.stage_clock import StageClock
 
 @dataclass
 class ModelParallelConfig(Config):
+    several_devices: ClassVar[bool] = True
     cut: Any = key(AUTO, CUT_HELP)
     devices: list[str] | None = key(None, "devices of the parts (null: two GPUs, or cpu twice)")
     micro_batches: int = key(1, "micro-batches that a global batch is piped through in", minimum=1)

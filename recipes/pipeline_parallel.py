@@ -13,7 +13,8 @@ summary sets each rank's measured idle share beside the formula.
 
 With more ranks than `stages` there are several pipelines, each with its share of the batch: the mesh is ("data",
 "stage"), and equal stages average their gradients over the data axis. BatchNorm normalises micro-batches one by one;
-`model.norm=group` computes exactly what recipes.single does.
+`model.norm=group` computes exactly what recipes.single does. Evaluation, too, goes through the stages, without a
+schedule: no rank ever has another stage's weights on its GPU.
 
     python -m recipes.pipeline_parallel                                      2 stages, 4 micro-batches, 1F1B
     python -m recipes.pipeline_parallel schedule=gpipe micro_batches=8 cut=balanced
@@ -24,10 +25,9 @@ Source: https://arxiv.org/abs/1811.06965 (GPipe), https://arxiv.org/abs/2104.044
 https://arxiv.org/abs/2401.10241 (zero bubble), https://docs.pytorch.org/docs/stable/distributed.pipelining.html
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -41,7 +41,9 @@ from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
 from lockstep.data.batch import pieces, tree_tensors, with_tensors
 from lockstep.distributed.collectives import gather_numbers
+from lockstep.parallel.in_turn import PartsInTurn
 from lockstep.parallel.partition import Part, check_cut, choose_cuts, join, split
+from lockstep.parallel.replicas import average_gradients
 from lockstep.tasks.build import blocks_of_task, known_task, sketch
 from lockstep.training.accumulate import MicroBatch, micro_batch
 from lockstep.training.clip import clip_gradients
@@ -51,6 +53,7 @@ from lockstep.training.timing import Stopwatch
 
 @dataclass
 class PipelineConfig(Config):
+    model_parallel_key: ClassVar[str] = "stages"
     stages: int = key(2, "ranks that a model is cut over", minimum=1)
     cut: Any = key(AUTO, CUT_HELP)
     micro_batches: int = key(4, "micro-batches that a global batch is piped through in", minimum=1)
@@ -59,10 +62,6 @@ class PipelineConfig(Config):
         "order of the micro-batches' forwards and backwards",
         ("gpipe", "1f1b", "interleaved", "zero_bubble"),
     )
-
-    @property
-    def model_parallel_size(self) -> int:
-        return self.stages
 
     @property
     def pipeline_micro_batches(self) -> int:
@@ -146,7 +145,7 @@ def build_stages(
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     stages = []
     for number in range(rank, count, size):  # rank r holds stages r, r + size, …
-        part = Contiguous(parts[number], memory_format, example if number == 0 else None)
+        part = Contiguous(parts[number].to(run.device), memory_format, example if number == 0 else None)
         stages.append(TimedStage(part, number, count, run.device, group=stage_group))
         stages[-1].watch = Stopwatch(run.device)
     return stages, parts
@@ -172,40 +171,18 @@ def build_schedule(
     return kind(list(stages), pieces, loss_fn=loss_fn)
 
 
-def average_gradients(module: nn.Module, group: dist.ProcessGroup) -> None:
-    """All-reduce every gradient among the ranks that hold the same stage. DDP would overlap this with backward, but it
-    expects one backward a step, and here each micro-batch has its own."""
-    size = dist.get_world_size(group)
-    if size > 1:
-        gradients = [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
-        for work in [dist.all_reduce(gradient, group=group, async_op=True) for gradient in gradients]:
-            work.wait()
-        for gradient in gradients:
-            gradient.div_(size)
+def gather_model(model: nn.Module, parts: list[Part], size: int, device: torch.device) -> nn.Module:
+    """The complete model: each stage's tensors from the rank of the first pipeline that trains it.
 
-
-def leave_to_others(parts: list[Part], stages: list[TimedStage]) -> None:
-    """Take the stages of other ranks off this rank's GPU."""
-    mine = [parts[stage.stage_index] for stage in stages]
-    for part in parts:
-        part.to(stages[0].device if part in mine else "cpu")
-    for part in mine:  # once more: a layer without weights may be in several parts
-        part.to(stages[0].device)
-
-
-def gather_model(model: nn.Module, parts: list[Part], mine: nn.Module, size: int, device: torch.device) -> nn.Module:
-    """The complete model on every rank: each stage's tensors from the rank of the first pipeline that trains it.
-
-    On a GPU this rank's own weights are in it themselves, for they are the same on all ranks of a stage; the others are
-    there as long as what is returned. BatchNorm's statistics, which are not the same, are copies.
+    Other ranks' tensors arrive one by one on `device`, and stay in the host's memory, where the model was built.
     """
-    own = mine.parameters() if device.type == "cuda" else ()
-    whole = copy.deepcopy(model, {id(parameter): parameter for parameter in own}).to(device)
-    every = whole.state_dict()
+    every = model.state_dict()
     for number, part in enumerate(parts):
         for name in part.state_dict():
-            dist.broadcast(every[name], src=number % size)
-    return whole
+            arrived = every[name].to(device)
+            dist.broadcast(arrived, src=number % size)
+            every[name].copy_(arrived)
+    return model
 
 
 def check(config: PipelineConfig, share: int) -> None:
@@ -269,16 +246,23 @@ def train(run: Run[PipelineConfig]) -> None:
     model = run.place(run.task.build_model())
     stages, parts = build_stages(run, model, stage_group)
     first, last = stages[0].is_first, stages[-1].is_last
-    if run.device.type == "cuda":
-        leave_to_others(parts, stages)
     mine = join([parts[stage.stage_index] for stage in stages], model)
     optimizer = build_optimizer(run.config.optim, mine)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     def whole() -> nn.Module:
-        return gather_model(model, parts, mine, run.config.stages, run.device)
+        return gather_model(model, parts, run.config.stages, run.device)
 
+    in_turn = PartsInTurn(
+        {stage.stage_index: stage.submod for stage in stages},
+        stages[0].num_stages,
+        stage_group,
+        data_group,
+        lambda: stages[-1].submod.gives,
+        run.device,
+    )
+    model.forward = in_turn.forward  # for whoever calls the whole model, such as a task that shows what it has learnt
     micros: list[MicroBatch] = []  # of the step
 
     def scaled_loss(outputs: Any, number: Tensor) -> Tensor:
@@ -291,7 +275,7 @@ def train(run: Run[PipelineConfig]) -> None:
 
     schedules: dict[Any, Any] = {}  # by the shapes of the inputs, which are those of the longest sample of a batch
     clock = Stopwatch(run.device)
-    for batch in run.steps(model=mine, optimizer=optimizer, scheduler=scheduler, whole=whole):
+    for batch in run.steps(model=mine, optimizer=optimizer, scheduler=scheduler, whole=whole, evaluated=in_turn):
         inputs = tuple(tree_tensors(batch.inputs))
         shapes = tuple((x.shape, x.dtype) for x in inputs)  # the same on all ranks of a pipeline, as its batch is
         if shapes not in schedules:

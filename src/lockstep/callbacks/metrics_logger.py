@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lockstep.callbacks.base import Callback, CallbackContext, LogRecord
+from lockstep.callbacks.model_flops import rates, work_of_a_sample
 from lockstep.distributed.collectives import gather_objects, read_later
 from lockstep.errors import UserError
 from lockstep.loggers.base import Logger, Misclassified
@@ -35,10 +36,14 @@ class MetricsLogger(Callback):
         self._sums: dict[str, Tensor] = {}  # of what the recipe records in a step, by name
         self._names: list[str] = []  # of what it records in every step
         self._loggers: list[Logger] = []
+        self._work: dict[str, Any] = {}  # that a sample of tokens is, on rank 0
         self._pending: Callable[[], None] | None = None  # writes down the logged step that is under way
 
     def on_train_begin(self, context: CallbackContext) -> None:
         if context.rank == 0:
+            self._work = work_of_a_sample(context.config, self._task, context.world)
+            context.note("", **self._work)
+            context.columns += [name for name, rate in rates(self._work, 1.0).items() if rate is not None]
             self._loggers = build_loggers(
                 context.out,
                 context.config,
@@ -75,6 +80,7 @@ class MetricsLogger(Callback):
         self._logged_step, self._logged_at = context.step, now
         scalars = {"loss": 0.0, "lr": context.learning_rate, f"{self._unit}_per_second": round(speed, 1)}
         scalars |= {"peak_memory_bytes": 0} | context.loss_scaling | record.scalars
+        scalars |= {name: rate for name, rate in rates(self._work, speed).items() if rate is not None}
         read = self._reduce_loss_and_memory(context)
 
         def write(step: int) -> None:
@@ -101,14 +107,15 @@ class MetricsLogger(Callback):
         context.report.evaluation(context.step, evaluation)
 
     def on_train_end(self, context: CallbackContext, evaluation: Evaluation | None) -> None:
-        """Give the loggers a few images that the trained model gets wrong; result.json says which they are."""
+        """Give the loggers a few pictures of what the trained model gets wrong; result.json says which samples."""
         wrong = evaluation.wrong[: context.config.logger.images] if evaluation else ()
-        if not hasattr(self._task, "mistakes"):
+        if not option(self._task, "mistakes"):
             return
         names = ("sample", "label", "predicted")
         context.note("", misclassified=[dict(zip(names, each, strict=True)) for each in wrong])
-        if wrong and self._loggers and not context.quiet and hasattr(self._task, "pictures"):
-            images = self._task.pictures([sample for sample, _, _ in wrong])
+        pictures = option(self._task, "pictures")
+        if wrong and self._loggers and not context.quiet and pictures:
+            images = pictures([sample for sample, _, _ in wrong])
             shown = [Misclassified(*each, image) for each, image in zip(wrong, images, strict=True)]
             for logger in self._loggers:
                 logger.log_misclassified(context.step, shown)

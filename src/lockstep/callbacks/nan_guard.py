@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_objects, on_any_rank
+from lockstep.distributed.dtensor import local_shard
 from lockstep.errors import CheckFailed
 
 
@@ -27,7 +28,7 @@ class NanGuard(Callback):
             context.module,
             outputs=not self._config.compile,
             gradients=not self._may_overflow,
-            blind=self._config.model_parallel_size > 1,
+            blind=self._config.model_parallel_size > 1 and not self._config.shares_activations,
         )
         self._gradients = context.gradients
         if not self._may_overflow:
@@ -117,10 +118,10 @@ class NonFiniteHooks:
     def _look(self, what: tuple[int, str], tensor: Tensor) -> None:
         if self.blind:
             return
-        number = len(self._looks)
+        tensor, number = local_shard(tensor.detach()), len(self._looks)
         self._looks.append(what)
         earlier = self._first.get(tensor.device)
         if earlier is None:
             earlier = torch.tensor(self.NONE, device=tensor.device)
-        now = torch.where(tensor.detach().isfinite().all(), self.NONE, number)
+        now = torch.where(tensor.isfinite().all(), self.NONE, number)
         self._first[tensor.device] = torch.minimum(earlier, now)

@@ -159,7 +159,7 @@ class ProfileSteps(Callback):
 def read_trace(path: Path) -> list[Event]:
     """The events of a trace."""
     found = []
-    for each in json.loads(path.read_text())["traceEvents"]:
+    for each in json.loads(path.read_text(encoding="utf-8"))["traceEvents"]:
         if each.get("ph") == "X" and each.get("cat") not in ("Trace", "gpu_user_annotation"):
             start, arguments = each["ts"] / 1e6, each.get("args", {})
             thread = f"{each['pid']}/{each['tid']}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.distributed.collectives import gather_numbers
+from lockstep.distributed.cores import usable_cores
 from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, Heartbeat
 from lockstep.training.timing import WARM_UP, warm_up
 from lockstep.utils.text import count
@@ -64,7 +64,7 @@ class StepTimeMonitor(Callback):
         waits = shares.get("data_wait_share", [0.0])
         if max(waits) > DATA_WAIT_SHARE:
             longest = waits.index(max(waits))
-            world, cores = context.world, len(os.sched_getaffinity(0))
+            world, cores = context.world, usable_cores()
             threads = world.threads if context.device.type == "cpu" else 1
             ranks = world.hosts.count(world.hosts[0])
             advice = loader_advice(self._workers, ranks=ranks, threads=threads, cores=cores)

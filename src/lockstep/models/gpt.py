@@ -1,4 +1,4 @@
-"""A small Llama-style GPT: RMSNorm, rotary positions, grouped-query attention, SwiGLU.
+"""A small Llama-style GPT: RMSNorm, rotary positions, grouped-query attention, SwiGLU or a mixture of experts.
 
 Source: https://arxiv.org/abs/2302.13971 (Llama), https://arxiv.org/abs/2305.13245 (grouped-query attention),
 https://arxiv.org/abs/2002.05202 (SwiGLU), https://arxiv.org/abs/2104.09864 (rotary positions),
@@ -10,13 +10,14 @@ Like every model here it knows one device and nothing of ranks: parallelism is a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-LayerT = TypeVar("LayerT", nn.Embedding, nn.Linear)
+from lockstep.models.experts import Experts, MixtureOfExperts
+from lockstep.models.layers import SwiGLU, projection, undrawn
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class GPTConfig:
         vocabulary: number of tokens that there are.
         dropout: share of the numbers that is dropped in training, after the embedding and each half of a block.
         rope_base: of the rotary positions' wave lengths.
+        experts: in each block, as many SwiGLUs of which a token takes `experts_per_token`; 0: one, which all take.
+        capacity: of an expert in each sequence, as a multiple of its equal share; None: all tokens that come.
     """
 
     layers: int
@@ -42,6 +45,9 @@ class GPTConfig:
     vocabulary: int = 32_000
     dropout: float = 0.0
     rope_base: float = 10_000.0
+    experts: int = 0
+    experts_per_token: int = 2
+    capacity: float | None = None
 
     @property
     def head_width(self) -> int:
@@ -51,7 +57,8 @@ class GPTConfig:
     def parameters(self) -> int:
         """Of all weights: those of the embedding and those of the output, which are not tied, counted separately."""
         attention = 2 * self.width * self.width + 2 * self.width * self.kv_heads * self.head_width
-        block = attention + 3 * self.width * self.hidden + 2 * self.width
+        router = self.experts * self.width
+        block = attention + router + max(1, self.experts) * 3 * self.width * self.hidden + 2 * self.width
         return 2 * self.vocabulary * self.width + self.layers * block + self.width
 
 
@@ -67,9 +74,10 @@ GPT_SIZES = {
 }
 
 
-def gpt_config(size: str, vocabulary: int, dropout: float = 0.0) -> GPTConfig:
-    """A size of the table, for so many tokens."""
-    return replace(GPT_SIZES[size], vocabulary=vocabulary, dropout=dropout)
+def gpt_config(size: str, vocabulary: int, dropout: float = 0.0, kv_heads: int | None = None) -> GPTConfig:
+    """A size of the table, for so many tokens; `kv_heads`: in place of the size's own."""
+    shape = GPT_SIZES[size]
+    return replace(shape, vocabulary=vocabulary, dropout=dropout, kv_heads=kv_heads or shape.kv_heads)
 
 
 class GPT(nn.Module):
@@ -78,6 +86,7 @@ class GPT(nn.Module):
     T may be anything: positions are angles, which no parameter depends on.
     Embedding and output are not tied: they lie at the two ends of a model that may be cut anywhere between its blocks.
     There are no buffers. The forward is plain: torch.fx traces it with the blocks as leaf modules.
+    With experts it gives (logits, unevenness [N]) in training: the sum over the blocks of lockstep.models.experts' balance.
 
     The weights are drawn from torch's global generator. After building on the meta device and `to_empty`, call
     `init_weights`, or load a state_dict.
@@ -91,6 +100,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, eps=1e-5)
         self.output = projection(config.width, config.vocabulary)
+        self.outcome = InTraining()
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -109,50 +119,65 @@ class GPT(nn.Module):
             elif isinstance(module, nn.Linear):
                 addends = 2 * self.config.layers if name.endswith(("attention.output", "mlp.down")) else 1
                 nn.init.normal_(module.weight, std=(module.in_features * addends) ** -0.5)
+            elif isinstance(module, Experts):
+                module.init_weights(2 * self.config.layers)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Any:
         x = self.dropout(self.embedding(tokens))
+        if not self.config.experts:
+            for block in self.blocks:
+                x = block(x)
+            return self.output(self.norm(x))
+        every = 0.0
         for block in self.blocks:
-            x = block(x)
-        return self.output(self.norm(x))
+            x, uneven = block(x)
+            every = uneven + every
+        return self.outcome(self.output(self.norm(x)), every)
 
 
-def projection(inputs: int, outputs: int) -> nn.Linear:
-    """A linear layer without a bias."""
-    return undrawn(nn.Linear(inputs, outputs, bias=False, device="meta"))
+class InTraining(nn.Module):
+    """Two tensors in training, and the first alone in evaluation: a module, so that a traced forward asks each time."""
 
-
-def undrawn(layer: LayerT) -> LayerT:
-    """A layer that was made on the meta device, with memory for its weight on torch's default device.
-
-    Made there at once it would draw weights that `init_weights` replaces: many seconds for 1B, and other random numbers
-    than those that `init_weights` alone draws.
-    """
-    layer.weight = nn.Parameter(torch.empty(layer.weight.shape))
-    return layer
+    def forward(self, first: Tensor, second: Tensor) -> Any:
+        return (first, second) if self.training else first
 
 
 class Block(nn.Module):
-    """One layer, [N, T, width] to [N, T, width]: attention, then SwiGLU, each on the normalised input and added to it."""
+    """One layer, [N, T, width] to [N, T, width]: attention, then SwiGLU, each on the normalised input and added to it.
+
+    With experts it gives how unevenly they are used besides, [N].
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.width, eps=1e-5)
         self.attention = Attention(config)
         self.mlp_norm = nn.RMSNorm(config.width, eps=1e-5)
-        self.mlp = SwiGLU(config)
+        self.mlp: nn.Module = SwiGLU(config.width, config.hidden)
+        if config.experts:
+            self.mlp = MixtureOfExperts(
+                config.width, config.hidden, config.experts, config.experts_per_token, config.capacity
+            )
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         x = x + self.dropout(self.attention(self.attention_norm(x)))
-        return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        outputs = self.mlp(self.mlp_norm(x))
+        if isinstance(outputs, tuple):
+            return x + self.dropout(outputs[0]), outputs[1]
+        return x + self.dropout(outputs)
 
 
 class Attention(nn.Module):
     """Causal self-attention, [N, T, width] to [N, T, width], with rotary positions and grouped queries.
 
     The number of heads is read off the projections' outputs, so that they may be sharded by heads.
+
+    Attributes:
+        positions: of the tokens in their sequence, int64 [T]; None: 0 … T − 1.
     """
+
+    positions: Tensor | None = None
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -168,35 +193,22 @@ class Attention(nn.Module):
             project(x).unflatten(2, (-1, self.head_width)).transpose(1, 2)  # [N, heads, T, head_width]
             for project in (self.query, self.key, self.value)
         )
-        cos, sin = rotation(x.shape[1], self.head_width, self.rope_base, x)
+        positions = torch.arange(x.shape[1], device=x.device) if self.positions is None else self.positions
+        cos, sin = rotation(positions, self.head_width, self.rope_base, x)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=self.grouped)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
 
-class SwiGLU(nn.Module):
-    """[N, T, width] to [N, T, width]: down(silu(gate(x)) · up(x))."""
-
-    def __init__(self, config: GPTConfig) -> None:
-        super().__init__()
-        self.gate = projection(config.width, config.hidden)
-        self.up = projection(config.width, config.hidden)
-        self.down = projection(config.hidden, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-def rotation(length: int, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine, [length, head_width] each, of the angles position · base^(−2i / head_width), for `rotate`.
+def rotation(positions: Tensor, head_width: int, base: float, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine, [T, head_width] each, of the angles position · base^(−2i / head_width), for `rotate`.
 
     They are computed where they are used: a buffer would be empty after `to_empty`, and would have to move between
-    devices. In fp32, or in fp64 where `like`, which also gives the device, is fp64: bf16 cannot count beyond 256.
+    devices. In fp32, or in fp64 where `like`, on the positions' device, is fp64: bf16 cannot count beyond 256.
     """
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    positions = torch.arange(length, device=like.device, dtype=dtype)
     exponents = torch.arange(0, head_width, 2, device=like.device, dtype=dtype) / head_width
-    angles = positions[:, None] * base**-exponents
+    angles = positions.to(dtype)[:, None] * base**-exponents
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 

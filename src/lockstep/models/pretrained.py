@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import sys
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import torch
 from lockstep.config.schema import RESNETS, Config
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE
-
-DOWNLOAD_SECONDS = 30.0  # without an answer
+from lockstep.utils.downloads import answers_awaited
 
 
 def torchvision_file(config: Config, name: str) -> Path:
@@ -42,19 +40,16 @@ def torchvision_file(config: Config, name: str) -> Path:
     url = known[name].url
     file = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
     if not file.is_file():
-        before = socket.getdefaulttimeout()
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(DOWNLOAD_SECONDS)
             # The name ends with the beginning of the file's SHA-256; it gets that name when it is complete.
             digest = file.stem.rpartition("-")[2]
-            torch.hub.download_url_to_file(url, str(file), digest, progress=sys.stderr.isatty())
+            with answers_awaited():
+                torch.hub.download_url_to_file(url, str(file), digest, progress=sys.stderr.isatty())
         except (OSError, RuntimeError) as error:
             said = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"weights={name}: {url} could not be fetched ({said}); put it at {file} by hand, or anywhere and set "
                 "resume=FILE instead"
             ) from None
-        finally:
-            socket.setdefaulttimeout(before)
     return file

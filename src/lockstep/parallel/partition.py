@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from lockstep.config.keys import AUTO
+from lockstep.data.batch import tree_tensors
 from lockstep.errors import UserError
 from lockstep.parallel.graph import carried, carrier, named_blocks, plain_nodes, trace_forward
 
@@ -105,7 +106,7 @@ def choose_cuts(model: nn.Module, cut: Any, parts: int, inputs: Any, names: Name
         cut: a layer or block name, a list of them, `even`: as many blocks in each, `balanced`: measured on `inputs`, or
             `auto`: before layer3 in two parts where there is one, else `even`.
         parts: how many parts there are to be.
-        inputs: a micro-batch on the device where the model is, a tuple where its forward takes several arguments.
+        inputs: a micro-batch on the device that is measured, a tuple where its forward takes several arguments.
         names: the blocks, or a function that names them; None: those that the model is seen to have.
 
     Raises:
@@ -169,16 +170,21 @@ def check_count(cut: str, blocks: int, parts: int) -> None:
 
 
 def measure_units(model: nn.Module, inputs: Any, names: Names = None, rounds: int = 7) -> list[float]:
-    """Seconds of each unit's forward and backward: the median of several rounds, for a noisy one misplaces a cut."""
+    """Seconds of each unit's forward and backward: the median of several rounds, for a noisy one misplaces a cut.
+
+    Each unit is on the inputs' device as long as it computes, so that the whole model need not fit there.
+    """
     model = copy.deepcopy(model).train()
     parts = split(model, list(units(model, names))[1:], names)
     seconds: list[list[float]] = [[] for _ in parts]
-    device = next(model.parameters()).device
+    home = next(model.parameters()).device
+    device = next((x.device for x in tree_tensors(inputs)), home)
     for _ in range(rounds):
         values = inputs if isinstance(inputs, tuple) else (inputs,)
         for number, part in enumerate(parts):
             if number:
                 values = tuple(x.detach().requires_grad_(x.requires_grad) for x in values)
+            part.to(device)
             started = _clock(device)
             outputs = part(*values)
             values = outputs if isinstance(outputs, tuple) else (outputs,)
@@ -186,6 +192,7 @@ def measure_units(model: nn.Module, inputs: Any, names: Names = None, rounds: in
             if wanted:
                 torch.autograd.backward([x.sum() for x in wanted])
             seconds[number].append(_clock(device) - started)
+            part.to(home)
     return [statistics.median(times) for times in seconds]
 
 
