@@ -1,15 +1,14 @@
-"""What a rank computes on: device and backend, ranks per machine, threads per rank."""
+"""What a rank computes on: device and backend, ranks per machine."""
 
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Mapping
 
 import torch
 import torch.distributed as dist
 
-from lockstep.distributed.rendezvous import describe_ranks, leave_store, wait_for_keys
+from lockstep.distributed.rendezvous import describe_ranks
+from lockstep.distributed.store import close_question, get_many, leave_store, wait_for_keys
 from lockstep.errors import UserError
 
 
@@ -79,6 +78,7 @@ def agree_on_devices(
         chosen = resolve_device(device, backend)
         found = {"device": chosen[0], "backend": chosen[1]}
         if chosen[0] == "cuda":
+            found["local_rank"] = str(local_rank)
             found["gpu"] = str(torch.cuda.get_device_properties(gpu_of(local_rank)).uuid)
     except UserError as error:
         found["error"] = str(error)
@@ -86,9 +86,12 @@ def agree_on_devices(
     room.set(str(rank), json.dumps(found))
     if rank == 0:
         keys = [str(number) for number in range(len(hosts))]
-        come = wait_for_keys(room, keys, timeout_seconds)
+        wait_for_keys(room.clone(), keys, timeout_seconds)
+        come = not close_question(room, keys)
         verdict = (
-            compare_devices([json.loads(room.get(key)) for key in keys], hosts, device) if come else "a rank is gone"
+            compare_devices([json.loads(each) for each in get_many(room, keys)], hosts, device)
+            if come
+            else "a rank is gone"
         )
         room.set("verdict", verdict)
     elif not wait_for_keys(room, ["verdict"], timeout_seconds + 30):
@@ -108,7 +111,7 @@ def compare_devices(found: list[dict[str, str]], hosts: list[str], asked: str) -
     """
 
     def name(ranks: list[int]) -> str:
-        return describe_ranks(ranks[:8], tuple(hosts)) + " …" * (len(ranks) > 8)
+        return describe_ranks(ranks, hosts)
 
     wrong = [rank for rank, each in enumerate(found) if "error" in each]
     if len(wrong) == len(found):
@@ -128,16 +131,10 @@ def compare_devices(found: list[dict[str, str]], hosts: list[str], asked: str) -
             owners.setdefault((hosts[rank], each["gpu"]), []).append(rank)
     for (_, gpu), ranks in owners.items():
         if len(ranks) > 1:
+            local = {found[rank].get("local_rank") for rank in ranks}
+            same = f"all have LOCAL_RANK={local.pop()}; let the launcher set it, or " if len(local) == 1 else ""
             return (
-                f"{name(ranks)} have one GPU ({gpu}), and with backend=nccl each needs its own: start no more ranks on "
+                f"{name(ranks)} have one GPU ({gpu}), and with backend=nccl each needs its own: {same}start no more ranks on "
                 "a host than it has GPUs, give each task its own (srun --gpus-per-task=1), or set backend=gloo"
             )
     return ""
-
-
-def share_of_cores(ranks_here: int, env: Mapping[str, str]) -> int:
-    """The cores for one rank. Slurm may have bound each of its tasks to its own already, which must not be shared."""
-    cores = len(os.sched_getaffinity(0))
-    if "SLURM_STEP_ID" in env and "SLURM_CPUS_PER_TASK" in env and ranks_here > 1:
-        return min(int(env["SLURM_CPUS_PER_TASK"]), cores)
-    return max(1, cores // ranks_here)

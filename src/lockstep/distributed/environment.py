@@ -17,6 +17,7 @@ from lockstep.errors import UserError
 
 RUN_DIRECTORY = "LOCKSTEP_RUN_DIR"  # set by launchers that start ranks for a run that is already frozen
 LAUNCHER = "LOCKSTEP_LAUNCHER_PID"
+POINT = "LOCKSTEP_POINT"  # of a sweep, what is this run's own, as `optim.lr=0.1`
 TRIAL = "LOCKSTEP_TRIAL"  # set for ranks that only try whether a batch fits
 
 
@@ -62,10 +63,10 @@ def discover(env: Mapping[str, str]) -> Place | None:
             f"RANK={env['RANK']} is set but not {', '.join(missing)}: a rank needs all four, or none of them"
         )
     numbers = {}
-    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"):
-        if not env[name].isdecimal():
+    for name in ("RANK", "WORLD_SIZE", "MASTER_PORT", "LOCAL_RANK"):
+        if not env.get(name, "0").isdecimal():
             raise UserError(f"{name}={env[name]}: allowed are whole numbers from 0 up")
-        numbers[name] = int(env[name])
+        numbers[name] = int(env.get(name, "0"))
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
         raise UserError(
             f"RANK={env['RANK']}: allowed are 0…{numbers['WORLD_SIZE'] - 1} (WORLD_SIZE={env['WORLD_SIZE']})"

@@ -24,6 +24,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lockstep.config.own_files import descriptor_of
+from lockstep.utils.system import stat_fields
+
 TRAINING, WAITING = STEP_PHASES = "training", "waiting for data"
 DATA_WAIT_SHARE = 0.05  # share of its steps from which a rank's wait for data is mentioned
 FILE_BYTES = 8192  # bytes of a heartbeat file, more than a line ever has
@@ -38,6 +41,9 @@ class Heartbeat:
 
     Args:
         folder: the run's ranks/; None: nothing is written, as for a tool's ranks.
+
+    Attributes:
+        moves: changes of phase, and what `move` has counted within one.
     """
 
     def __init__(self, folder: Path | None = None, rank: int = 0) -> None:
@@ -47,7 +53,7 @@ class Heartbeat:
         self._rest = json.dumps(self.facts)[1:]  # the end of the line: all that no change of phase changes
         self._spent: dict[str, float] = {}  # seconds passed
         self._seconds: dict[str, str] = {}  # the same, as it stands in the line
-        self._taken, self._since = 0, 0.0
+        self._taken, self._since, self.moves = 0, 0.0, 0
         self._used = self._used_before = NO_TIME  # in steps; by the last time that the clocks were read
         self._file: int | None = None
         self._schedule: int | None = None
@@ -55,13 +61,14 @@ class Heartbeat:
             self._schedule = os.open("/proc/self/schedstat", os.O_RDONLY)  # the main thread's
         if folder is not None:
             with contextlib.suppress(OSError):  # a full disk costs the heartbeat, not the run
-                self._file = os.open(folder / f"{rank}.heartbeat", os.O_RDWR | os.O_CREAT, 0o644)
+                self._file = descriptor_of(folder / f"{rank}.heartbeat", os.O_RDWR | os.O_CREAT)
         self.enter("starting", 0)
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Begin a phase; `step`: the one that is being taken, else as before."""
         if step is not None:
             self.facts["step"] = step
+        self.move()
         now, before = time.perf_counter(), self.facts.get("phase")
         if before is not None:
             self._spent[before] = spent = self._spent.get(before, 0.0) + now - self._since
@@ -74,6 +81,10 @@ class Heartbeat:
         self._since = now
         self.facts["phase"], self.facts["at"] = phase, time.time()
         self._write()
+
+    def move(self) -> None:
+        """Say, from any thread, that a long phase moves on: another batch is evaluated, another tensor written."""
+        self.moves += 1
 
     def of_steps(self) -> tuple[float, float, float, float]:
         """Seconds of this start's steps so far: all, computed by the process, by its main thread, waiting for data."""
@@ -137,13 +148,13 @@ def read_heartbeat(folder: Path, rank: int) -> Beat:
     """What a rank wrote last; only its number where it wrote nothing."""
     for _ in range(3):  # it may be writing
         with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads((folder / f"{rank}.heartbeat").read_text()))
+            return dict(json.loads((folder / f"{rank}.heartbeat").read_text(encoding="utf-8")))
     return {"rank": rank}
 
 
 def process_state(pid: int) -> tuple[str, int | None]:
     """(letter of its state, its start in ticks since boot) of a process of this machine; ("", None): there is none."""
     with contextlib.suppress(OSError, IndexError, ValueError):
-        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        words = stat_fields(pid)
         return words[0], int(words[19])
     return "", None

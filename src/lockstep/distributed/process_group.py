@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -10,7 +11,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from lockstep.distributed.devices import agree_on_devices, gpu_of, share_of_cores
+from lockstep.distributed.cores import threads_of_rank
+from lockstep.distributed.devices import agree_on_devices, gpu_of
 from lockstep.distributed.heartbeat import Heartbeat
 from lockstep.distributed.interfaces import interface_towards
 from lockstep.distributed.rendezvous import check_in
@@ -38,6 +40,13 @@ def new_gloo_group(timeout_seconds: float) -> dist.ProcessGroup:
     return group
 
 
+def leave_in_time(seconds: float) -> None:
+    """End this process, when all is done, even where a backend takes longer than that to give up its connections."""
+    guard = threading.Timer(seconds, os._exit, [0])
+    guard.daemon = True
+    guard.start()
+
+
 @dataclass(frozen=True)
 class World:
     """All the ranks of one run, seen from one of them."""
@@ -51,6 +60,7 @@ class World:
     threads: int
     control: dist.ProcessGroup | None = None  # a gloo group for objects and signals, where NCCL carries the tensors
     heartbeat: Heartbeat = field(default_factory=Heartbeat)  # where this rank is, for those who wait for it
+    threads_by: str = ""  # who says how many threads, such as OMP_NUM_THREADS=2
 
     @property
     def device_ids(self) -> list[int] | None:
@@ -94,9 +104,10 @@ def join_process_group(
     device, backend = agree_on_devices(store, rank, hosts, local_rank, device, backend, timeout_seconds)
     # Every rank would otherwise start a thread per core. Counted by host, not by agent, so that each way of starting
     # the same ranks gives each the same threads and with them the same bits.
-    threads = threads or share_of_cores(len(mine), os.environ)
-    if torch.get_num_threads() != threads:
-        torch.set_num_threads(threads)
+    threads, said_by = threads_of_rank(len(mine), threads, os.environ)
+    # Also where there are as many: a forked rank's copy of torch's thread pool is dead, and two threads of backward that
+    # come to replace it at once would abort the process ("Invalid thread pool!").
+    torch.set_num_threads(threads)
     timeout = collective_timeout(timeout_seconds, backend)
     set_group_timeouts(timeout_seconds)
     group_store = dist.PrefixStore("group", store)
@@ -120,4 +131,6 @@ def join_process_group(
         where = torch.device("cpu")
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
     control = new_gloo_group(timeout_seconds) if backend != "gloo" else None
-    return World(rank, world_size, local_rank, hosts, where, backend, threads, control, heartbeat or Heartbeat())
+    return World(
+        rank, world_size, local_rank, hosts, where, backend, threads, control, heartbeat or Heartbeat(), said_by
+    )

@@ -1,8 +1,9 @@
 """One owner of signals: a rank that is asked to stop notes it, and all ranks stop together at a step boundary.
 
 A scheduler that takes a machine back sends SIGTERM, SIGUSR1 or SIGUSR2 some time before it kills; a person presses
-Ctrl-C. Saving inside a handler would find the ranks in the middle of a collective, and perhaps only one of them
-signalled. So here a signal raises a flag, and `Agreement` makes of one rank's flag every rank's decision.
+Ctrl-C, or closes the terminal (SIGHUP, which nohup has ignored). Saving inside a handler would find the ranks in the
+middle of a collective, and perhaps only one of them signalled. So here a signal raises a flag, and `Agreement` makes of
+one rank's flag every rank's decision.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 PREEMPTED = os.EX_TEMPFAIL  # 75, "try again later" in sysexits.h: the exit code of a run that wants to be requeued
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 AGREE_SECONDS = 0.2  # a collective between every two steps would cost a small model a tenth of its speed
 AGREE_STEPS = 64  # at most so many steps without asking, should steps grow longer
 
@@ -50,7 +51,9 @@ class Listener:
         self._first = 0.0
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
-        for number in SIGNALS:
+        nohup = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        self._heard = [number for number in SIGNALS if number != signal.SIGHUP or not nohup]
+        for number in self._heard:
             signal.signal(number, lambda *_: None)
             signal.siginterrupt(number, False)  # else a write to a full pipe, or C++ code, meets EINTR
         signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
@@ -81,7 +84,7 @@ class Listener:
     def close(self) -> None:
         """Give the signals back: from here on each does what it does by default."""
         signal.set_wakeup_fd(-1)
-        for number in SIGNALS:
+        for number in self._heard:
             signal.signal(number, signal.SIG_DFL)
 
 
