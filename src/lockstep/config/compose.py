@@ -6,6 +6,7 @@ Hydra only composes. It does not change the working directory, makes no output d
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import re
@@ -20,17 +21,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from lockstep.config import help
+from lockstep.config import help, sweep
 from lockstep.config.declared import CommandLine, listed, schema_of
 from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import RESNETS, ClusterConfig, Config
 from lockstep.config.tasks import BUILT_IN, absolute, check_group_words, named_task, with_defaults
-from lockstep.config.words import check_options, text_keys, verbatim
+from lockstep.config.words import check_options, check_single, text_keys, verbatim
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
@@ -81,7 +82,7 @@ def swept_tasks(words: list[str]) -> list[str]:
     names = [each.strip(f" {QUOTES}") for each in value.split(",")]
     if len(names) == 1 or not all(name in BUILT_IN or ":" in name for name in names):
         return []
-    if not {"-m", "--multirun"} & set(words):
+    if not sweep.is_sweep(words):
         raise UserError(f"task={value}: several tasks are a sweep, a run for each; add -m, or name one")
     return names
 
@@ -102,33 +103,46 @@ def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Conf
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
     words = [added(quoted(word, open_keys(schema, texts=True)), schema) for word in words]
-    texts, sweeps = text_keys(schema), bool({"-m", "--multirun"} & set(words))
+    texts, sweeps = text_keys(schema), sweep.is_sweep(words)
     words = [verbatim(word, texts, sweeps) for word in words]
     check_names(words, recipe, schema)
+    check_single(words)
     check_group_words(words, schema().task.name, recipe.name)
     check_cluster_words(words)
     return with_defaults(words, schema), schema
 
 
 def run_hydra(recipe: CommandLine, words: list[str], schema: type[Config], use: Callable[[Config], None]) -> None:
-    """Have Hydra compose these words, and call `use` with each config; raises as `compose`."""
-    sys.argv = [sys.argv[0], *words]
+    """Have Hydra compose these words, and call `use` with each config when all are known; raises as `compose`."""
+    typed_words, sys.argv = sys.argv, [sys.argv[0], *words]
     GlobalHydra.instance().clear()  # a rank that is a copy of the submitting process has that one's
     register(recipe, schema)
     directory, name = config_source(recipe)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # let exceptions through: `explain` words them
     found: list[BaseException] = []
+    configs: list[Config] = []
+    place = ""
 
     def task(composed: DictConfig) -> None:
         if found:
             return
         try:
-            use(to_config(composed, recipe, schema))
+            configs.append(to_config(composed, recipe, schema))
         except BaseException as error:
             found.append(error)  # kept out of Hydra: it is not Hydra's, nor to be worded as if it were
 
     try:
-        if any(word.startswith("-") or "hydra" in word for word in words):
+        if sweep.is_sweep(words) and sweep.is_plain(words):
+            with hydra.initialize_config_dir(str(directory), version_base="1.3"):
+                for number, point in enumerate(sweep.points(words)):
+                    composed = load_config(name, point, RunMode.MULTIRUN)
+                    with read_write(composed), open_dict(composed):
+                        composed.hydra.mode, composed.hydra.job.num = RunMode.MULTIRUN, number
+                        place = place or composed.hydra.sweep.dir  # named by the time
+                        composed.hydra.sweep.dir = place
+                    HydraConfig.instance().set_config(copy.deepcopy(composed))
+                    task(without_hydra(composed))
+        elif any(word.startswith("-") or "hydra" in word for word in words):
             hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
         else:  # it would compose twice, the first time to learn whether this is a sweep, which it is not
             with hydra.initialize_config_dir(str(directory), version_base="1.3"):
@@ -137,8 +151,12 @@ def run_hydra(recipe: CommandLine, words: list[str], schema: type[Config], use: 
                 task(without_hydra(composed))
     except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
         raise explain(error, recipe, schema) from None
+    finally:
+        sys.argv = typed_words
     if found:
         raise found[0]
+    for config in configs:
+        use(config)
 
 
 def compose_another(recipe: CommandLine, words: list[str]) -> Config:
@@ -171,9 +189,9 @@ def other_source(directory: Path) -> Iterator[None]:
         yield
 
 
-def load_config(name: str | None, words: list[str]) -> DictConfig:
+def load_config(name: str | None, words: list[str], mode: RunMode = RunMode.RUN) -> DictConfig:
     """The config of this name with these overrides, and Hydra's own part in it."""
-    return GlobalHydra.instance().config_loader().load_configuration(name, overrides=words, run_mode=RunMode.RUN)
+    return GlobalHydra.instance().config_loader().load_configuration(name, overrides=words, run_mode=mode)
 
 
 def without_hydra(composed: DictConfig) -> DictConfig:
@@ -284,10 +302,11 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
         "model.num_classes": config.model.num_classes == config.data.num_classes,
         "model.image_size": config.model.image_size == config.data.image_size,
     }
+    own = {f"task.{name}" for name in recipe.config.task_defaults}  # a recipe's own default may be another one
     return groups + [
         typed(name, value)
         for name, value, _ in walk(config)
-        if not (follows.get(name) or {name, name.partition(".")[0]} & skip) and value != plain[name]
+        if not (follows.get(name) or {name, name.partition(".")[0]} & skip) and (value != plain[name] or name in own)
     ]
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import ast
 import functools
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Protocol, cast
 
 from lockstep.config.schema import Config, from_yaml
@@ -64,7 +66,7 @@ class Declared:
 def declared(path: Path) -> Declared | None:
     """What the file of a recipe says of itself; None where it holds no recipe, or one that must be run to know it."""
     try:
-        tree = ast.parse(path.read_text())
+        tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):  # a file beside a recipe of yours may be anything
         return None
     for node in tree.body:
@@ -74,7 +76,7 @@ def declared(path: Path) -> Declared | None:
                 continue
             given = {each.arg: each.value for each in decorator.keywords} if isinstance(decorator, ast.Call) else {}
             try:
-                config = _execute(tree, given["config"]) if "config" in given else Config
+                config = _execute(tree, given["config"], path) if "config" in given else Config
             except Exception:  # it needs more of its file than a config class may: whoever imports it will know
                 return None
             constants: dict[str, Any] = {
@@ -90,8 +92,11 @@ def declared(path: Path) -> Declared | None:
     return None
 
 
-def _execute(tree: ast.Module, name: ast.expr) -> type[Config]:
-    """The config class of this name, from its definition and the imports from modules that do not load torch."""
+def _execute(tree: ast.Module, name: ast.expr, path: Path) -> type[Config]:
+    """The config class of this name, from its definition and the imports from modules that do not load torch.
+
+    It belongs to a module of its own, in which its annotations are looked up where they are texts.
+    """
     assert isinstance(name, ast.Name)
     wanted: list[ast.stmt] = []
     for node in tree.body:
@@ -100,9 +105,10 @@ def _execute(tree: ast.Module, name: ast.expr) -> type[Config]:
         literal = isinstance(node, ast.Assign) and not _uses_names(node.value)
         if future or plain or literal or (isinstance(node, ast.ClassDef) and _is_dataclass(node)):
             wanted.append(node)
-    scope: dict[str, Any] = {"__name__": "lockstep.config.declared"}
-    exec(compile(ast.Module(wanted, []), "<config>", "exec"), scope)
-    found: type[Config] = scope[name.id]
+    module = ModuleType(f"{__name__}:{path}")
+    sys.modules[module.__name__] = module
+    exec(compile(ast.Module(wanted, []), str(path), "exec", dont_inherit=True), module.__dict__)
+    found: type[Config] = getattr(module, name.id)
     assert issubclass(found, Config)
     return found
 

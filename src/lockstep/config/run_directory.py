@@ -1,9 +1,10 @@
-"""The run directory: made new, or found to hold a run that can go on."""
+"""The run directory: made new, or found to hold a run that can be resumed."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
 import re
 import shutil
@@ -13,13 +14,13 @@ from typing import Any
 
 from omegaconf.errors import OmegaConfBaseException
 
+from lockstep.config import own_files
 from lockstep.config.keys import walk
 from lockstep.config.schema import Config, from_yaml, shared_part, to_yaml
 from lockstep.errors import Busy, UserError
 from lockstep.utils import files
 
 CHECKPOINTS = "checkpoints"
-ALREADY_FINISHED = "out={out}: this run has finished; raise max_steps to train on, or name another out to train again"
 
 
 def freeze(config: Config, recipe: str) -> Path | None:
@@ -36,15 +37,16 @@ def freeze(config: Config, recipe: str) -> Path | None:
     out = found[0] if found else make_run_directory(config.out, recipe)
     try:
         if found:
+            own_files.refuse_others_links(out)
             lock(out, 3).close()  # whoever trains there must not find its config changed; a killed one is let end
             result = read_result(out)
             if result.get("status") == "finished":
-                if config.max_steps == found[1].max_steps:
+                if config.max_steps == found[1].max_steps or ended_by(found[1], result) != "max_steps":
                     return None
                 if not (out / CHECKPOINTS).is_dir():
                     raise UserError(
                         f"max_steps={config.max_steps}: out={config.out} finished at step {result['steps']} and "
-                        "kept no checkpoint to go on from; set checkpoint.every in the next run"
+                        "kept no checkpoint to resume from; set checkpoint.every in the next run"
                     )
             (out / "result.json").unlink(missing_ok=True)
         files.write_atomically(out / "config.yaml", text)
@@ -53,6 +55,26 @@ def freeze(config: Config, recipe: str) -> Path | None:
             shutil.rmtree(out, ignore_errors=True)
         raise UserError(f"out={out}: cannot be written to ({error.strerror}); name another folder") from None
     return out
+
+
+def already_finished(config: Config) -> str:
+    """What is said of a run in `out` that has finished: what would have it train on, and does."""
+    why = ended_by(config, read_result(Path(str(config.out)).expanduser()))
+    start = f"out={config.out}: this run has finished"
+    if why == "max_steps":
+        return f"{start}; raise max_steps to train on, or name another out to train again"
+    return (
+        f"{start}, by {why}={getattr(config, why)}; to train on, start another from it: resume={config.out} out=NEW, with a "
+        f"larger {why}"
+    )
+
+
+def ended_by(config: Config, result: dict[str, Any]) -> str:
+    """The key that ended a finished run: epochs, max_steps or patience."""
+    if result.get("epochs", 0) >= config.epochs:
+        return "epochs"
+    before = config.patience is not None and result.get("steps", 0) < (config.max_steps or math.inf)
+    return "patience" if before else "max_steps"
 
 
 def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
@@ -65,7 +87,7 @@ def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
         return None
     out = Path(config.out).expanduser().absolute()
     try:
-        text = (out / "config.yaml").read_text()
+        text = (out / "config.yaml").read_text(encoding="utf-8")
         theirs = re.match(r"# recipe: (\S+)\n", text)
         there = from_yaml(text, type(config)) if theirs and theirs[1] == recipe else shared_part(text)
     except (OSError, ValueError, OmegaConfBaseException):
@@ -88,7 +110,7 @@ def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
 
 
 def has_checkpoint(out: Path) -> bool:
-    """Whether there is something to go on from, intact or not."""
+    """Whether there is something to resume from, intact or not."""
     return any((out / CHECKPOINTS).glob("step-*"))
 
 
@@ -129,7 +151,7 @@ def lock(out: Path, wait_seconds: float = 0) -> Any:
     Raises:
         UserError: another process has it.
     """
-    stream = (out / ".lock").open("w")
+    stream = own_files.open_own(out / ".lock", "w", encoding="utf-8")
     deadline = time.monotonic() + wait_seconds
     try:
         while True:
@@ -147,8 +169,8 @@ def lock(out: Path, wait_seconds: float = 0) -> Any:
     return stream
 
 
-def make_run_directory(out: str | None, recipe: str) -> Path:
-    """Create the run directory, `out` or outputs/<recipe>/<time>, with `ranks/` in it.
+def wanted_directory(out: str | None, recipe: str) -> Path:
+    """The run directory that there will be: `out`, or outputs/<recipe>/<time>.
 
     Raises:
         UserError: `out` holds something already, or cannot be made.
@@ -164,13 +186,26 @@ def make_run_directory(out: str | None, recipe: str) -> Path:
     longest = os.pathconf("/", "PC_NAME_MAX")
     if any(len(os.fsencode(part)) > longest for part in wanted.parts):
         raise UserError(f"out={out}: a name in it is too long; allowed are {longest} bytes")
+    try:
+        if out and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+            raise UserError(f"out={out}: not empty; name a new folder, or empty it")
+    except OSError as error:
+        raise UserError(f"out={out}: cannot be read ({error.strerror}); name a folder you can write to") from None
+    return wanted
+
+
+def make_run_directory(out: str | None, recipe: str) -> Path:
+    """Create the run directory, `out` or outputs/<recipe>/<time>, with `ranks/` in it.
+
+    Raises:
+        UserError: `out` holds something already, or cannot be made.
+    """
+    wanted = wanted_directory(out, recipe)
     path, again = wanted, 1
     while True:
         try:
-            if out and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
-                raise UserError(f"out={out}: not empty; name a new folder, or empty it")
             # A second run in the same second gets a name of its own.
-            path.mkdir(parents=True, exist_ok=out is not None)
+            own_files.make_folders(path, exist_ok=out is not None)
             break
         except OSError as error:
             if not isinstance(error, FileExistsError) or not path.exists():

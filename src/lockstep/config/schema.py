@@ -7,11 +7,11 @@ imported only where it is used.
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
+from lockstep.config.cluster_keys import ClusterConfig as ClusterConfig
 from lockstep.config.keys import AUTO, check_rules, key
 from lockstep.errors import UserError
 
@@ -124,48 +124,29 @@ class GradientsConfig:
 
 
 @dataclass
-class ClusterConfig:
-    launcher: str = key("slurm", "what starts the ranks: slurm, lightning, or a module of yours")
-    nodes: int = key(1, "nodes", minimum=1)
-    gpus_per_node: int = key(0, "GPUs on each node", minimum=0)
-    tasks_per_node: int | None = key(None, "ranks on each node (null: one a GPU, 1 without GPUs)", minimum=1)
-    cpus_per_task: int | None = key(None, "CPUs for each rank (null: the cluster's default)", minimum=1)
-    mem_gb: float | None = key(None, "memory on each node in GB (null: the cluster's default)", minimum=0)
-    partition: str | None = key(None, "partition to submit to")
-    account: str | None = key(None, "account to charge")
-    qos: str | None = key(None, "quality of service")
-    constraint: str | None = key(None, "features that the nodes must have")
-    exclude: str | None = key(None, "nodes to avoid")
-    time_minutes: int = key(60, "time limit in minutes", minimum=1)
-    signal_seconds: int = key(
-        120, "seconds before the time limit at which the run saves and is requeued (at most a third of it)", minimum=1
-    )
-    max_requeues: int = key(20, "times that the job comes back after preemptions, time limits, lost nodes", minimum=0)
-    mail_user: str | None = key(None, "address for Slurm's mails")
-    mail_type: str | None = key(None, "what it writes about, such as END,FAIL,REQUEUE")
-    setup: list[str] = key((), "shell lines before the ranks start, such as [module load cuda]")
-    container: str | None = key(None, "command in front of each rank, such as apptainer exec --nv image.sif")
-    python: str | None = key(None, "the ranks' interpreter (null: this one; in a container: python)")
-    ranks: str = key("slurm", "what makes a rank of each of srun's tasks: slurm, lightning, or a module of yours")
-    sbatch: dict[str, Any] = key({}, "further options of sbatch, such as {reservation: course}", open=True)
-    srun: list[str] = key((), "further options of the srun that starts the ranks")
-    follow: bool = key(True, "follow the job's log until it ends; false: return at once")
-
-
-@dataclass
 class Config:
     """What every recipe can be told. A recipe's own keys stand in a subclass, in the recipe's own file.
 
     Attributes:
         flat_weights: the weights are one long vector, which has no memory format of its own.
+        model_parallel_key: the key that says how many ranks hold one copy of the model between them; "": each holds one.
+        shares_activations: those ranks work on each layer together, and not one after the other.
+        shares_sequences: ranks that work on a layer together have some positions each, and all weights.
+        several_devices: a rank computes on more devices than its own.
+        task_defaults: {name: value} of keys of the task, where it has them and the command says nothing else.
     """
 
     flat_weights: ClassVar[bool] = False
+    model_parallel_key: ClassVar[str] = ""
+    shares_activations: ClassVar[bool] = False
+    shares_sequences: ClassVar[bool] = False
+    several_devices: ClassVar[bool] = False
+    task_defaults: ClassVar[dict[str, Any]] = {}
 
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model between them and see the same samples, as the stages of a pipeline."""
-        return 1
+        return getattr(self, self.model_parallel_key) if self.model_parallel_key else 1
 
     @property
     def pipeline_micro_batches(self) -> int:
@@ -237,12 +218,15 @@ class Config:
     device: str = key("auto", "where the ranks compute", ("auto", "cpu", "cuda"), free=True)
     backend: str = key("auto", "collectives (auto: nccl on cuda, gloo on cpu)", ("auto", "gloo", "nccl"), free=True)
     threads: int | None = key(
-        None, "CPU threads a rank (null: the cores divided among the host's ranks)", minimum=1, free=True
+        None, "CPU threads a rank (null: OMP_NUM_THREADS, else the host's cores divided)", minimum=1, free=True
     )
-    timeout_seconds: int = key(
-        300, "longest wait for another rank, at the start and in a collective", minimum=1, free=True
-    )
+    timeout_seconds: int = key(300, "longest wait for another rank, or for a worker", minimum=1, free=True)
     max_restarts: int = key(0, "times that all ranks are started again after one has died", minimum=0, free=True)
+    sample_order: str = key(
+        AUTO,
+        "order of an epoch's samples: stored (8 bytes each, on every rank) or computed (auto: above 2^27 samples)",
+        (AUTO, "stored", "computed"),
+    )
     eval_every: int = key(1, "epochs between two evaluations (0: only at the end)", minimum=0)
     eval_batch_size: int = key(128, "samples in one evaluation batch", minimum=1)
     log_every: int = key(10, "steps between two lines of metrics.jsonl", minimum=1, free=True)
@@ -250,6 +234,9 @@ class Config:
         "auto",
         "auto: continue what is in `out`; never; or a PATH: a run, a checkpoint, or a file of weights",
         free=True,
+    )
+    resume_prefix: str | None = key(
+        None, "what stands before the model's names in resume=FILE, such as model_ema. (null: found out)", free=True
     )
     out: str | None = key(None, "run directory (null: outputs/<recipe>/<time>)", free=True)
     launcher: str = key("torchrun", "what starts the ranks where there is no cluster, or a module of yours", free=True)
@@ -265,9 +252,8 @@ class Config:
 class ToolConfig(Config):
     """Of a tool that starts trainings: it may have the keys of a recipe that cuts its model, and cuts none itself."""
 
-    @property
-    def model_parallel_size(self) -> int:
-        return 1
+    model_parallel_key: ClassVar[str] = ""
+    shares_activations: ClassVar[bool] = False
 
     @property
     def pipeline_micro_batches(self) -> int:
@@ -360,22 +346,3 @@ def shared_part(text: str) -> Config:
         OmegaConf.structured(Config), OmegaConf.masked_copy(content, [str(name) for name in content if name in known])
     )
     return OmegaConf.to_object(merged)  # type: ignore[return-value]
-
-
-def with_values(config: ConfigT, values: dict[str, Any]) -> ConfigT:
-    """A copy of a config with some dotted keys set."""
-    config = copy.deepcopy(config)
-    for name, value in values.items():
-        *path, last = name.split(".")
-        node: Any = config
-        for part in path:
-            node = getattr(node, part)
-        assert hasattr(node, last), f"no key {name}"
-        setattr(node, last, value)
-    return config
-
-
-def convert(config: Config, schema: type[ConfigT]) -> ConfigT:
-    """A config as another recipe's: what both have is copied, the rest has its defaults."""
-    both = {entry.name for entry in fields(schema)} & {entry.name for entry in fields(config)}
-    return schema(**{name: copy.deepcopy(getattr(config, name)) for name in both})

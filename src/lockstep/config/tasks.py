@@ -85,7 +85,9 @@ def _without_class(name: str) -> str:
     """What is wrong with a name that has no class in it."""
     file = Path(name).expanduser()
     if name.endswith(".py") and file.is_file():
-        found = [node.name for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)]
+        found = [
+            node.name for node in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(node, ast.ClassDef)
+        ]
         return f"names no class; write task={name}:{found[0] if found else 'Class'}"
     near = difflib.get_close_matches(name, BUILT_IN, n=1)
     return f"did you mean {near[0]}? {TASKS}" if near else TASKS
@@ -250,13 +252,16 @@ def _with_task(schema: Any, name: str) -> Any:
 
 
 def with_defaults(words: list[str], schema: type[Config]) -> list[str]:
-    """A command's words after those that its task declares (`defaults = {"optim": "adamw", "optim.lr": 0.003}`); none
-    for a key that is typed, nor below a group that is."""
+    """A command's words after those that its task declares (`defaults = {"optim": "adamw", "optim.lr": 0.003}`), and its
+    recipe for the task; none for a key that is typed, nor below a group that is."""
     task = schema().task.name
-    declared = {} if task == IMAGES else getattr(find_class(task), "defaults", {})
+    declared = {} if task == IMAGES else dict(getattr(find_class(task), "defaults", {}))
+    keys = {entry.name for entry in dataclasses.fields(schema().task)}
+    declared |= {f"task.{name}": value for name, value in schema.task_defaults.items() if name in keys}
     given = {re.split("[=@]", word.lstrip("+~"))[0] for word in words}
     if schema().global_batch_size == AUTO:  # a tool that chooses its batch itself
         given.add("global_batch_size")
+    given.discard("task")  # which task, and nothing of its keys
     mine = [typed(name, value) for name, value in declared.items() if not {name, name.partition(".")[0]} & given]
     return [*mine, *words]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import fields, is_dataclass
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,12 +24,34 @@ def check_options(words: list[str]) -> None:
     """Refuse an option that is not Hydra's, which would answer with a page.
 
     Raises:
-        UserError: naming it.
+        UserError: naming it, or a word that this locale's encoding cannot read.
     """
     for word in words:
+        if any("\ud800" <= sign <= "\udfff" for sign in word):  # bytes that Python could not decode
+            shown = os.fsencode(word).decode(errors="backslashreplace")
+            encoding = sys.getfilesystemencoding()
+            other = "" if encoding == "utf-8" else "set LC_ALL=C.UTF-8, or "
+            raise UserError(
+                f"{shown}: is no text in this locale's encoding, {encoding}; {other}write it in plain letters"
+            )
         if word.startswith("-") and word.partition("=")[0] not in OPTIONS:
             shown = ", ".join(option for option in OPTIONS if option.startswith("--"))
             raise UserError(f"{word}: no such option; allowed are words such as seed=1, and {shown}")
+
+
+def check_single(words: list[str]) -> None:
+    """Refuse a list for what a run has one of: Hydra would take its last.
+
+    Raises:
+        UserError: naming it.
+    """
+    for word in words:
+        name, _, value = word.partition("=")
+        if name.lstrip("+") in ("model", "data", "optim", "cluster") and value.startswith("["):
+            several = value.strip("[]")
+            raise UserError(
+                f"{word}: a run has one {name.lstrip('+')}; name one, or -m {name}={several} for a run of each"
+            )
 
 
 def verbatim(word: str, texts: set[str], sweeps: bool) -> str:

@@ -23,6 +23,7 @@ from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.task import option
 
+STORED_SAMPLES = 2**27  # up to which an epoch's order is kept in memory: 1 GiB
 LOOKED_AT = 8  # samples by which ranks tell whether they have the same data
 
 
@@ -62,7 +63,7 @@ class BatchSource:
             evaluated = read_whole(evaluated, config.seed)
         self.eval_set: Any = [] if evaluated is None else evaluated
         own = bool(option(task, "stream_per_rank"))
-        self.stream = Stream(self.train_set, own, world.control) if is_stream(self.train_set) else None
+        self.stream = Stream(self.train_set, own, world.control, config.seed) if is_stream(self.train_set) else None
         self.train_size = train_size(task, config)
         self._weigh = option(task, "weigh")
         workers = config.data.workers
@@ -74,7 +75,8 @@ class BatchSource:
         if self.stream:
             share, pinned = config.global_batch_size // dims.shards, self._world.device.type == "cuda"
             collate = option(self.task, "collate")
-            read = self.stream.batches(collate, config.seed, share, dims.shard, dims.shards, self.workers, pinned)
+            wait = config.timeout_seconds
+            read = self.stream.batches(collate, share, dims.shard, dims.shards, self.workers, pinned, wait)
             return map(self._weighted, map(self.prepare, itertools.islice(read, stop - start)))
         sampler = StepSampler(
             self.train_size,
@@ -85,17 +87,21 @@ class BatchSource:
             start,
             stop,
             option(self.task, "sample_weights"),
+            config.sample_order == "computed" or (config.sample_order == AUTO and self.train_size > STORED_SAMPLES),
         )
         return map(self._weighted, self._load(self._samples(self.train_set), sampler))
 
     def eval_sampler(self) -> EvalSampler:
         """Which samples of the evaluation set are this rank's."""
         size, batch_size = len(self.eval_set), self._config.eval_batch_size
-        return EvalSampler(size, batch_size, self._world.rank, self._world.world_size)
+        return EvalSampler(size, batch_size, *self._dims.evaluation_share)
 
     def eval_batches(self, sampler: EvalSampler) -> Iterator[Batch]:
         """This rank's batches of the evaluation set, prepared as those to train on are."""
-        return self._load(self._samples(self.eval_set, fixed=True), sampler)
+        heartbeat = self._world.heartbeat
+        for batch in self._load(self._samples(self.eval_set, fixed=True), sampler):
+            heartbeat.move()
+            yield batch
 
     def facts(self) -> dict[str, int]:
         """What all ranks must have alike (lockstep.distributed.consistency)."""
@@ -122,6 +128,15 @@ class BatchSource:
                 for tensor in itertools.chain(tree_tensors(batch.inputs), tree_tensors(batch.targets)):
                     found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), found)
         return found
+
+    def sample_bytes(self) -> int:
+        """Bytes of the first sample as a worker hands it over."""
+        if self.stream:
+            inputs, targets = (option(self.task, "collate") or default_pair)(self.stream.first(1))
+        else:
+            batch = self._samples(self.train_set, fixed=True)[0, torch.tensor([0])]
+            inputs, targets = batch.inputs, batch.targets
+        return sum(tensor.nbytes for tensor in itertools.chain(tree_tensors(inputs), tree_tensors(targets)))
 
     @property
     def where(self) -> str:
@@ -173,7 +188,8 @@ class BatchSource:
         return Samples(dataset, self._config.seed, option(self.task, "collate"), fixed)
 
     def _load(self, samples: Samples, sampler: StepSampler | EvalSampler) -> Iterator[Batch]:
-        return map(self.prepare, build_loader(samples, sampler, self.workers, self._world.device.type == "cuda"))
+        pinned, wait = self._world.device.type == "cuda", self._config.timeout_seconds
+        return map(self.prepare, build_loader(samples, sampler, self.workers, pinned, wait))
 
     def _weighted(self, batch: Batch) -> Batch:
         """Give a batch its weight: this rank's items by the mean over the ranks.

@@ -5,6 +5,7 @@ How files are read and checked is lockstep.data.image_files' matter, how they ar
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,10 +22,10 @@ from lockstep.data.image_files import (
     chosen_classes,
     cifar10_files,
     data_root,
-    list_image_folder,
     read_cifar,
     read_digits,
 )
+from lockstep.data.image_folder import list_image_folder
 from lockstep.data.transforms import center_crop, decode, random_crop, resized_crop
 
 
@@ -220,4 +221,4 @@ def cifar10(root: Path) -> tuple[ImageDataset, ImageDataset]:
 def checksum(labels: Tensor, paths: Sequence[str] = ()) -> int:
     """Of labels, and of the last two parts of files' names."""
     names = "\n".join("/".join(Path(path).parts[-2:]) for path in paths)
-    return zlib.crc32(names.encode(), zlib.crc32(labels.numpy().tobytes()))
+    return zlib.crc32(os.fsencode(names), zlib.crc32(labels.numpy().tobytes()))

@@ -17,9 +17,10 @@ import numpy as np
 import torch
 
 from lockstep.config.schema import DataConfig
+from lockstep.data.image_folder import check_image, list_image_folder, say_what_is_left_out
 from lockstep.errors import UserError
+from lockstep.utils.downloads import answers_awaited
 
-IMAGE_SUFFIXES = (".gif", ".jpeg", ".jpg", ".png", ".webp")  # what torchvision.io decodes
 DIGIT_CLASSES = [str(number) for number in range(10)]  # the classes of digits, and CIFAR-10's by its labels
 CIFAR_RECORD = 1 + 3 * 32 * 32  # a label, then 3 planes of 32 × 32
 CIFAR_PICKLES = "cifar-10-batches-py"
@@ -65,7 +66,9 @@ def check_data(config: DataConfig) -> tuple[int, int]:
                 "data.root needs the same in both"
             )
         for path in (paths + val_paths)[: config.check_files]:
-            _check_ends(Path(path))
+            check_image(path)
+        for part in ("train", "val"):
+            say_what_is_left_out(root / part)
         labels = np.array(listed)
     if config.classes is None:
         return len(names), len(labels)
@@ -180,32 +183,14 @@ class _ArrayUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it wants to run {module}.{name}")
 
 
-def list_image_folder(root: Path) -> tuple[list[str], list[int], list[str]]:
-    """(image files, their labels, the classes' names) of `root/<class>/`, in torchvision's ImageFolder's order."""
-    from torchvision.datasets.folder import find_classes, make_dataset  # a second to import
-
-    try:
-        names, labels = find_classes(root)
-    except (FileNotFoundError, NotADirectoryError):
-        what = "holds no class folders" if root.is_dir() else "no such folder"
-        raise UserError(f"{root}: {what}; data.root must hold train/<class>/ and val/<class>/ with images") from None
-    samples = make_dataset(root, labels, IMAGE_SUFFIXES, allow_empty=True)
-    empty = set(labels.values()) - {label for _, label in samples}
-    if empty:
-        raise UserError(
-            f"{root / names[min(empty)]}: class folder without images ({', '.join(IMAGE_SUFFIXES)}); "
-            "fill it or take it out of data.root"
-        )
-    return [path for path, _ in samples], [label for _, label in samples], names
-
-
 def download_cifar10(root: Path) -> None:
     """Fetch and unpack the archive that torchvision names, checked against its MD5."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import download_and_extract_archive
 
     try:
-        download_and_extract_archive(CIFAR10.url, str(root), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
+        with answers_awaited():
+            download_and_extract_archive(CIFAR10.url, str(root), filename=CIFAR10.filename, md5=CIFAR10.tgz_md5)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"data.download=true: {CIFAR10.url} could not be fetched ({error}); unpack it into {root} yourself"
@@ -219,24 +204,3 @@ def data_root(config: DataConfig) -> Path:
     if not root.is_dir() and not config.download:
         raise UserError(f"data.root={root}: no such folder; set data.root to the one that holds {config.name}")
     return root
-
-
-def _check_ends(path: Path) -> None:
-    """Tell a truncated or mistaken JPEG or PNG by its first and last bytes: cheap, where decoding all is not.
-
-    The name does not decide: ImageNet itself has a PNG that is called .JPEG, and files with bytes after the end mark.
-    """
-    ends = {b"\xff\xd8": b"\xff\xd9", b"\x89P": b"IEND\xaeB`\x82"}
-    try:
-        with path.open("rb") as stream:
-            head = stream.read(2)
-            stream.seek(0, 2)
-            stream.seek(max(0, stream.tell() - 4096))
-            tail = stream.read()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); replace it or take it out of data.root") from None
-    known = path.suffix.lower() in (".jpg", ".jpeg", ".png")
-    if known and (head not in ends or ends[head] not in tail):
-        raise UserError(
-            f"{path}: not a readable image (truncated, or another format); replace it or take it out of data.root"
-        )

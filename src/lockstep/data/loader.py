@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from lockstep.data.batch import Batch, describe
 from lockstep.data.sampler import sample_seeds, sample_uniform
+from lockstep.data.worker_errors import LostBatch, ReportingContext, heard
 from lockstep.distributed.signals import be_a_helper
 from lockstep.errors import UserError
 
+PREFETCHED = 2  # batches that a worker has ready
 EVALUATION = 2**32 - 1  # the epoch by which the evaluation set's random numbers are drawn: the same each time
 
 
@@ -40,7 +42,9 @@ class Samples(Dataset[Batch]):
     ) -> None:
         self.dataset, self.seed, self.collate, self.fixed = dataset, seed, collate or default_pair, fixed
 
-    def __getitem__(self, key: tuple[int, Tensor]) -> Batch:
+    def __getitem__(self, key: tuple[int, Tensor] | LostBatch) -> Any:
+        if isinstance(key, LostBatch):  # the sample numbers did not reach this worker
+            return key
         epoch, samples = key
         epoch = EVALUATION if self.fixed else epoch
         if hasattr(self.dataset, "fetch"):
@@ -116,24 +120,49 @@ def collate(values: list[Any]) -> Any:
 
 
 def build_loader(
-    samples: Samples, sampler: Sampler[tuple[int, Tensor]], workers: int, pin_memory: bool
+    samples: Samples,
+    sampler: Sampler[tuple[int, Tensor]],
+    workers: int,
+    pin_memory: bool,
+    timeout_seconds: float = 0,
 ) -> Iterable[Batch]:
     """A DataLoader that asks the dataset for whole batches (`batch_size=None`: nothing to collate).
 
-    `workers` processes fetch ahead, two batches each; 0 fetches in the training process, which is faster for data in
+    `workers` processes fetch ahead, PREFETCHED batches each; 0 fetches in the training process, which is faster for data in
     memory. Pinned memory lets the copy to a GPU run beside the computation. Where there is neither to see to, a
     DataLoader would only take time.
+
+    Args:
+        timeout_seconds: the longest wait for a worker's batch; 0: without end.
     """
     if not workers and not pin_memory:
         return map(samples.__getitem__, sampler)
-    return DataLoader(
-        samples,
+    return read_ahead(samples, workers, pin_memory, timeout_seconds, sampler=sampler)
+
+
+def read_ahead(
+    dataset: Dataset[Any],
+    workers: int,
+    pin_memory: bool,
+    timeout_seconds: float,
+    begin: Callable[[int], None] = be_a_helper,
+    sampler: Sampler[Any] | None = None,
+) -> Iterable[Any]:
+    """A DataLoader, as `build_loader` has it, of what a data set gives for a sampler's entries, or an iterable one gives.
+
+    Args:
+        begin: what a worker does first, with its number.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
         sampler=sampler,
         batch_size=None,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork" if workers else None,  # which is what be_a_helper expects
-        worker_init_fn=be_a_helper,
+        prefetch_factor=PREFETCHED if workers else None,
+        timeout=timeout_seconds if workers else 0,
+        multiprocessing_context=ReportingContext() if workers else None,  # fork: be_a_helper expects it
+        worker_init_fn=begin,
         generator=torch.Generator(),  # or it would draw its base seed from training's random numbers
     )
+    return heard(loader, workers, timeout_seconds) if workers else loader

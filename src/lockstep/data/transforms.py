@@ -6,13 +6,17 @@ torchvision's functions decode; the crops are ours because their random numbers 
 
 from __future__ import annotations
 
+import io
 import math
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lockstep.data.image_folder import printable
 from lockstep.errors import UserError
 
 
@@ -52,13 +56,26 @@ def decode(path: str) -> Tensor:
     from torchvision.transforms.v2 import functional as transforms
 
     try:
-        image = decode_image(path, ImageReadMode.RGB)
-    except (RuntimeError, ValueError) as error:
+        content = Path(path).read_bytes()  # torch's own reader takes no name that is not UTF-8
+        try:
+            image = decode_image(torch.frombuffer(bytearray(content), dtype=torch.uint8), ImageReadMode.RGB)
+        except (RuntimeError, ValueError):
+            image = _decode_by_pillow(content)
+    except Exception as error:  # Pillow's decoders raise anything
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
-            f"{path}: not a readable image ({str(error).splitlines()[0]}); replace it or take it out of data.root"
+            f"{printable(path)}: not a readable image ({said}); replace it or take it out of data.root"
         ) from None
     image = image[0] if image.ndim == 4 else image  # of an animation, the first frame
     return transforms.to_dtype(image, torch.uint8, scale=True)  # a PNG may have 16 bits
+
+
+def _decode_by_pillow(content: bytes) -> Tensor:
+    """As torchvision.datasets.ImageFolder does, what torch decodes not: BMP, TIFF, animated WebP's first frame, …"""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content)) as image:
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
 def resized_crop(image: Tensor, box: Box, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -13,7 +14,8 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Write beside `path`, flush to disk, then rename: after a crash there is the old file or the new, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with temporary.open("wb") as stream:
+        temporary.unlink(missing_ok=True)  # of a killed process of this number; or somebody has guessed the name
+        with temporary.open("xb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
             os.fsync(stream.fileno())
@@ -21,6 +23,17 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def append(path: Path, text: str) -> None:
+    """Add to a file, where its disk lets it, and it is no link."""
+    with contextlib.suppress(OSError), open(path, "ab", opener=no_link) as stream:
+        stream.write(text.encode(errors="backslashreplace"))
+
+
+def no_link(path: str | os.PathLike[str], flags: int) -> int:
+    """An opener for `open`: where there is a link it raises OSError and does not follow it."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def sync_folder(path: Path) -> None:
@@ -39,7 +52,7 @@ def write_json(path: Path, content: Any) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none, or not all of it."""
     try:
-        return dict(json.loads(path.read_text()))
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
 
@@ -47,7 +60,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def is_locked(path: Path) -> bool:
     """Whether another process, here or on another host, holds a POSIX lock on a file."""
     try:
-        with path.open("r+") as stream:
+        with path.open("r+", encoding="utf-8") as stream:
             fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return False
     except BlockingIOError:

@@ -29,7 +29,7 @@ def folder(name: str) -> Path:
 @cache
 def sources(name: str) -> dict[str, ast.Module]:
     """{module: its syntax tree} of a folder, without importing any: most would import torch."""
-    return {file.stem: ast.parse(file.read_text()) for file in sorted(folder(name).glob("[!_]*.py"))}
+    return {file.stem: ast.parse(file.read_text(encoding="utf-8")) for file in sorted(folder(name).glob("[!_]*.py"))}
 
 
 def as_installed(text: str) -> str:

@@ -37,9 +37,25 @@ def system_info(hosts: list[str], device: str, backend: str) -> dict[str, Any]:
     }
 
 
+def stat_fields(process: int | str | Path) -> list[str]:
+    """What /proc/PID/stat says of a process after its name: state, parent, group, … (proc(5), from the third field on).
+
+    The name stands before that in brackets and may hold anything.
+
+    Args:
+        process: its number, or its folder in another /proc.
+
+    Raises:
+        OSError: there is none, or it is not to be read.
+    """
+    return (
+        (Path("/proc") / str(process) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    )
+
+
 def cpu_name() -> str:
     """The processor's model, as the kernel knows it."""
-    names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(encoding="utf-8"), re.MULTILINE)
     return names[0] if names else platform.machine()
 
 

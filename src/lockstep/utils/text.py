@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -14,8 +15,8 @@ def count(number: int, noun: str) -> str:
 
 
 def interpreter() -> str:
-    """What to type for `python`: this interpreter's path where the plain name is another one's."""
-    return "python" if shutil.which("python") == sys.executable else short(Path(sys.executable))
+    """What to type in a shell for `python`: this interpreter's path where the plain name is another one's."""
+    return "python" if shutil.which("python") == sys.executable else shlex.quote(short(Path(sys.executable)))
 
 
 def short(path: Path) -> str:
@@ -27,6 +28,11 @@ def short(path: Path) -> str:
 def mebibytes(size: float, digits: int = 1) -> str:
     """Bytes in MiB, without the unit."""
     return f"{size / 2**20:,.{digits}f}"
+
+
+def divisors(number: int) -> str:
+    """`1, 2, 3, 6`: what divides it, for a message that lists what is allowed."""
+    return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
 
 
 def some_of(names: list[str], shown: int = 5) -> str:
