@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from lockstep.checkpoint import directory
-from lockstep.checkpoint.weights import check_weights, read_weights
+from lockstep.checkpoint.weights import is_foreign, load_weights, read_weights, select
 from lockstep.config.run_directory import checkpoint_folder, read_result
 from lockstep.config.schema import Config
 from lockstep.config.tasks import IMAGES, short_name
@@ -17,8 +18,9 @@ from lockstep.models.pretrained import torchvision_file
 from lockstep.models.resnet import SMALL_IMAGE
 
 
-def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None) -> dict[str, Tensor]:
-    """What resume=PATH or weights=NAME has for a model, on the CPU: all but the tensors whose names begin with `head`.
+def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None) -> tuple[dict[str, Tensor], str]:
+    """What resume=PATH or weights=NAME has for a model, on the CPU: all but the tensors whose names begin with `head`;
+    and a line's end that says what was stripped from their names.
 
     Nothing where `pretrained`, the value of `weights=`, is random. torchvision's weights are downloaded if they are not there.
 
@@ -34,24 +36,29 @@ def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None
             f"a checkpoint or a file of weights){', or weights=imagenet' if images else ''}"
         )
     if pretrained == "random":
-        return {}
+        return {}, ""
     if pretrained and not images:
         raise UserError(
             f"weights={pretrained}: torchvision's weights are for task=images; task={short_name(config.task.name)} takes "
             "resume=PATH, a run of this task or a file of its model's weights"
         )
     path = torchvision_file(config, pretrained) if pretrained else Path(config.resume).expanduser()
-    weights = {name: tensor for name, tensor in plain_weights(path).items() if not name.startswith(head)}
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(head)}
-    there, here = (tensors.get("conv1.weight", torch.empty(0)).shape for tensors in (weights, wanted))
+    if is_foreign(path):
+        found, fit = load_weights(path, wanted, config.resume_prefix, head)
+        return found, fit.said()
+    weights = plain_weights(path)
+    stems = [tensor for name, tensor in weights.items() if re.search(r"^(?!.*layer).*\bconv1\.weight$", name)]
+    there = stems[0].shape if stems else torch.Size()
+    here = wanted.get("conv1.weight", torch.empty(0)).shape
     if images and there != here and len(there) == len(here) == 4 and there[:2] == here[:2]:
         raise UserError(
             f"{path}: conv1.weight is {there[-1]} × {there[-1]} there and {here[-1]} × {here[-1]} here, where images "
             f"of {config.model.image_size} pixels get another stem (up to {SMALL_IMAGE} the small one); "
             f"set model.image_size={224 if there[-1] > here[-1] else SMALL_IMAGE}"
         )
-    check_weights(path, weights, wanted)
-    return weights
+    found, fit = select(path, weights, wanted, config.resume_prefix, head)
+    return found, fit.said()
 
 
 def plain_weights(path: Path) -> dict[str, Tensor]:

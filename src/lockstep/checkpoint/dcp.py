@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.storage import WriteResult
 
 from lockstep.checkpoint.directory import FileContents, commit, fingerprint
+from lockstep.config.own_files import open_own
 from lockstep.distributed.dtensor import is_sharded
 from lockstep.errors import UserError
 from lockstep.utils.files import sync_folder, write_atomically
@@ -35,7 +37,7 @@ class HashedFile(io.RawIOBase):
 
     def __init__(self, path: Path) -> None:
         super().__init__()
-        self._file, self._hash = path.open("wb", buffering=0), hashlib.sha256()
+        self._file, self._hash = open_own(path, "wb", buffering=0), hashlib.sha256()
         self.size = 0
 
     def writable(self) -> bool:
@@ -75,9 +77,10 @@ class Writer(FileSystemWriter):
         facts: dict[str, Any],
         keep: int,
         best: bool,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__(temporary, single_file_per_rank=True, sync_files=True, overwrite=False)
-        self.tensors = tensors
+        self.tensors, self.moved = tensors, moved
         self.temporary, self.files, self.facts, self.keep, self.best = temporary, files, facts, keep, best
 
     def write_data(self, plan: Any, planner: Any) -> Any:
@@ -117,6 +120,7 @@ class Writer(FileSystemWriter):
                 tensor = part.detach().cpu()
                 if tensor.untyped_storage().nbytes() != tensor.nbytes:
                     tensor = tensor.clone()  # a part of a larger storage, all of which would be written
+                self.moved()
                 start = file.size
                 torch.save(tensor, stream)
                 stream.flush()
@@ -130,7 +134,7 @@ class Writer(FileSystemWriter):
         files = {".metadata": fingerprint(self.temporary / ".metadata")}
         notes = sorted(self.temporary.glob("__*_hash.json"))
         for note in notes:
-            files |= json.loads(note.read_text())
+            files |= json.loads(note.read_text(encoding="utf-8"))
             note.unlink()
         unseen = {result.storage_data.relative_path for part in results for result in part} - set(files)
         if unseen:
@@ -141,18 +145,25 @@ class Writer(FileSystemWriter):
 class Reader(FileSystemReader):
     """torch's reader, but it unpickles nothing except the description of tensors."""
 
+    def __init__(self, path: Path, others: bool = False) -> None:
+        super().__init__(path)
+        self.others = others
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return read_metadata(Path(self.path))
+        return read_metadata(Path(self.path), self.others)
 
 
-def tensor_metadata(path: Path) -> dict[str, TensorStorageMetadata]:
-    """What tensors a checkpoint holds: {name: shape, dtype and the pieces it is stored in}."""
-    entries = read_metadata(path).state_dict_metadata
+def tensor_metadata(path: Path, others: bool = False) -> dict[str, TensorStorageMetadata]:
+    """What tensors a checkpoint holds: {name: shape, dtype and the pieces it is stored in}; raises as `read_metadata`."""
+    entries = read_metadata(path, others).state_dict_metadata
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def read_metadata(path: Path) -> Metadata:
+def read_metadata(path: Path, others: bool = False) -> Metadata:
     """torch's description of a checkpoint.
+
+    Args:
+        others: it may hold more than tensors, as other projects' do; the rest is left out, and never read.
 
     Raises:
         UserError: reading it would run code.
@@ -167,7 +178,10 @@ def read_metadata(path: Path) -> Metadata:
     other = [
         name for name, entry in metadata.state_dict_metadata.items() if not isinstance(entry, TensorStorageMetadata)
     ]
-    if other:
+    if others:
+        for name in other:
+            del metadata.state_dict_metadata[name]
+    elif other:
         raise UserError(f"{path}: refused, for {other[0]} is not a tensor, and reading it could run code")
     return metadata
 
@@ -199,14 +213,19 @@ class _TensorsOnly(pickle.Unpickler):
 
 
 def load_tensors(
-    path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None, alone: bool = False
+    path: Path,
+    tensors: dict[str, Tensor],
+    group: dist.ProcessGroup | None = None,
+    alone: bool = False,
+    others: bool = False,
 ) -> None:
     """Fill tensors, in place, with those of the same name in a checkpoint, whichever ranks and devices saved them.
 
     Args:
         tensors: {name: tensor of the shape that was saved}, on any device, sharded (DTensor) or not.
         alone: only this rank calls it.
+        others: as `read_metadata` has it.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # `alone` is meant
-        dcp_load(tensors, storage_reader=Reader(path), process_group=group, no_dist=alone)
+        dcp_load(tensors, storage_reader=Reader(path, others), process_group=group, no_dist=alone)

@@ -89,7 +89,7 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def read_pointer(folder: Path, pointer: str) -> Path | None:
     """The checkpoint that LATEST or BEST names; None where there is no such pointer, or none that names one."""
     file = folder / pointer
-    text = file.read_text(errors="replace").strip() if file.is_file() else ""
+    text = file.read_text(errors="replace", encoding="utf-8").strip() if file.is_file() else ""
     return next((path for path in list_checkpoints(folder) if path.name == text), None)
 
 
@@ -120,7 +120,9 @@ def find_newest(folder: Path, group: dist.ProcessGroup | None = None, only: str 
         mine_wrong = find_damage(path, dist.get_rank(group), dist.get_world_size(group))
         problems = [problem for problem in gather_objects(mine_wrong, group) if problem]
         if not problems:
-            manifest = json.loads((path / "manifest.json").read_text()) if dist.get_rank(group) == 0 else {}
+            manifest = (
+                json.loads((path / "manifest.json").read_text(encoding="utf-8")) if dist.get_rank(group) == 0 else {}
+            )
             found.path, found.facts = path, broadcast_object(manifest, group)
             break
         found.skipped.append(f"{path.name}: {problems[0]}")
@@ -132,7 +134,7 @@ def find_newest(folder: Path, group: dist.ProcessGroup | None = None, only: str 
 def find_damage(path: Path, share: int = 0, shares: int = 1) -> str:
     """Why a checkpoint cannot be used, as far as every shares-th of its files says; empty: nothing."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if not isinstance(manifest, dict) or manifest_digest(manifest) != manifest.get("seal"):
             return "manifest.json has changed since it was written"
         if manifest["format"] != FORMAT:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lockstep.checkpoint import directory
 from lockstep.checkpoint.directory import FoundCheckpoint
 from lockstep.checkpoint.state import TrainingState
-from lockstep.checkpoint.weights import check_weights, read_weights
+from lockstep.checkpoint.weights import is_foreign, load_weights
 from lockstep.config.run_directory import CHECKPOINTS, checkpoint_folder
 from lockstep.config.schema import Config, to_yaml
 from lockstep.config.tasks import is_larger_better, metric_of
@@ -83,7 +83,7 @@ class CheckpointManager:
         source = self._config.resume
         if found.path is None and weights and source not in ("auto", "never"):
             path = Path(source).expanduser()
-            if path.is_file():
+            if path.is_file() or is_foreign(path):
                 self._load(path, state, whole)
                 return {}
             folder, name = checkpoint_folder(path)
@@ -104,11 +104,10 @@ class CheckpointManager:
     def _load(self, path: Path, state: TrainingState, whole: Callable[[], nn.Module]) -> None:
         """Start from plain weights."""
         mine = (whole() if state.engine else state.module).state_dict()
-        weights = {name: tensor for name, tensor in read_weights(path).items() if name in mine}
-        check_weights(path, weights, mine)
+        weights, fit = load_weights(path, mine, self._config.resume_prefix)
         state.load(weights)
         self.resumed_from = self._config.resume
-        self._say(f"starting from the weights in {self._config.resume}")
+        self._say(f"starting from the weights in {self._config.resume}{fit.said()}")
 
     def _restore(
         self, path: Path, facts: dict[str, Any], state: TrainingState, last: int, before: Callable[[], None]
@@ -165,7 +164,12 @@ class CheckpointManager:
             if self._group is None:
                 self.connect()
             self._checkpoints = CheckpointSaver(
-                self._folder, self._group, asynchronous=config.asynchronous, keep=config.keep, warn=self._say
+                self._folder,
+                self._group,
+                asynchronous=config.asynchronous,
+                keep=config.keep,
+                warn=self._say,
+                moved=self._world.heartbeat.move,
             )
         if self._best_is_new:
             self._best_step = step

@@ -37,6 +37,7 @@ class CheckpointSaver:
         asynchronous: whether training continues while a copy of the state is written.
         keep: how many of the newest are kept, besides the best.
         warn: called with a line about a save that failed.
+        moved: called for each tensor that is written, in the thread that writes.
 
     Attributes:
         stall_seconds: for how long training has waited for checkpoints.
@@ -52,10 +53,11 @@ class CheckpointSaver:
         asynchronous: bool,
         keep: int,
         warn: Callable[[str], None],
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.group, self.asynchronous, self.keep, self.warn = folder, group, asynchronous, keep, warn
         self.stall_seconds, self.failed, self.saved_step = 0.0, 0, 0
-        self._copy = HostCopy()
+        self._copy, self._moved = HostCopy(), moved
         self._thread: ThreadPoolExecutor | None = None
         self._in_flight: tuple[Future[None], int] | None = None
 
@@ -83,7 +85,7 @@ class CheckpointSaver:
         step = facts["step"]
         if not (self.folder / folder_name(step)).exists():  # a good one is never overwritten
             held = self._copy.of(tensors) if self.asynchronous else tensors
-            writer = Writer(self._temporary(step), held, files(), facts, self.keep, best)
+            writer = Writer(self._temporary(step), held, files(), facts, self.keep, best, self._moved)
             if self.asynchronous:
                 self._thread = self._thread or ThreadPoolExecutor(1, "checkpoint", initializer=lower_priority)
                 self._in_flight = self._thread.submit(self._write, writer), step

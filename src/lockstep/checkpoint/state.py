@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lockstep.checkpoint.directory import FileContents
+from lockstep.checkpoint.prefixes import check_shape
 from lockstep.checkpoint.types import Engine, Stateful, require_tensor
-from lockstep.checkpoint.weights import check_shape
 from lockstep.distributed.collectives import on_any_rank
 from lockstep.distributed.dtensor import full_state_dict, load_full_state_dict, local_shard
 from lockstep.errors import UserError
@@ -57,6 +57,9 @@ class TrainingState:
         self.whole = whole
         self.module, self.optimizer, self.keep, self.engine = module, optimizer, keep, engine
         self.rank, self.device, self.owns_buffers = rank, device, owns_buffers
+        # Where ranks hold different weights under the same names, a checkpoint has rank 0's under theirs.
+        self.own_weights = any(getattr(thing, "own_weights", False) for thing in keep.values())
+        self._mine = f"replica.{rank}." if self.own_weights and rank else ""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         groups = optimizer.param_groups if optimizer and not engine else []
         if not all(id(p) in names for group in groups for p in group["params"]):
@@ -76,13 +79,13 @@ class TrainingState:
         parameters = {name for name, _ in self.module.named_parameters()}
         found = {}
         for name, tensor in self._model().items():
-            if name in parameters or self.owns_buffers:
-                found[f"model.{name}"] = tensor
+            if name in parameters or self.owns_buffers or self.own_weights:
+                found[f"{self._mine}model.{name}"] = tensor
         states = self.optimizer.state if self.optimizer else {}
         for name, parameter in self.trained:
             for entry, value in states.get(parameter, {}).items():
                 if value is not None:
-                    found[f"optim.{name}.{entry}"] = require_tensor(value, f"optimizer state {entry}")
+                    found[f"{self._mine}optim.{name}.{entry}"] = require_tensor(value, f"optimizer state {entry}")
         for name, thing in self.keep.items():
             found |= {f"keep.{name}.{k}": v for k, v in thing.state_dict().items() if isinstance(v, Tensor)}
         return found | {f"rng.{self.rank}.{name}": state for name, state in generators(self.device).items()}
@@ -110,7 +113,8 @@ class TrainingState:
         """What of the state is no tensor, as JSON."""
         states = {name: thing.state_dict() for name, thing in self.keep.items()}
         plain = {name: {k: v for k, v in state.items() if not isinstance(v, Tensor)} for name, state in states.items()}
-        return {"keep": json.loads(json.dumps(plain)), "engine": self.engine and self.engine.name}
+        found = {"keep": json.loads(json.dumps(plain)), "engine": self.engine and self.engine.name}
+        return found | ({"own_weights": True} if self.own_weights else {})
 
     def restore(self, path: Path, facts: dict[str, Any], group: dist.ProcessGroup | None) -> None:
         """Take over the state in a checkpoint. All ranks call it together.
@@ -126,15 +130,23 @@ class TrainingState:
                 f"{path}: holds {there or 'lockstep'}'s files, and this recipe reads {here or 'lockstep'}'s; "
                 f"resume it with recipes.{facts['recipe']}, or take the weights alone, with resume=RUN/model.pt"
             )
+        replicas = facts["world_size"] if facts.get("own_weights") else 0
+        if replicas != (dist.get_world_size() if self.own_weights else 0):
+            holds = f"the different weights of {replicas} ranks" if replicas else "the same weights for all ranks"
+            raise UserError(
+                f"{path}: holds {holds}; resume it with recipes.{facts['recipe']}"
+                + (f" on {replicas} ranks" if replicas else "")
+                + ", or take the weights alone, with resume=RUN/model.pt"
+            )
         saved = dcp.tensor_metadata(path)
-        wanted: dict[str, Tensor] = {f"model.{name}": tensor for name, tensor in self._model().items()}
+        wanted: dict[str, Tensor] = {f"{self._mine}model.{name}": tensor for name, tensor in self._model().items()}
         for name, tensor in wanted.items():
             shape = tuple(saved[name].size) if name in saved else None
-            check_shape(path, name.removeprefix("model."), shape, tuple(tensor.shape))
+            check_shape(path, name.removeprefix(f"{self._mine}model."), shape, tuple(tensor.shape))
         moments: list[dict[str, Tensor]] = []
         keeps = getattr(self.optimizer, "keeps", lambda parameter: True)
         for name, parameter in self.trained:
-            prefix = f"optim.{name}."
+            prefix = f"{self._mine}optim.{name}."
             if not keeps(parameter):  # another rank reads its state
                 moments.append({})
                 continue
