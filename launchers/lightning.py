@@ -24,12 +24,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from lockstep.launchers.local import MISTAKE, SIGNALS, attempts
+from lockstep.utils.temporary import own_folder
 
 if TYPE_CHECKING:
     from lockstep.config.schema import ClusterConfig
@@ -65,7 +65,7 @@ def launch(
     os.environ.update(environment)
     try:
         # Kept through all attempts: ranks started by hand note their run directory in it.
-        with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+        with own_folder() as folder:
             return attempts(lambda: lightning_start.start(target, nproc, nodes, start, folder), max_restarts, ranks)
     finally:
         os.environ.clear()

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from lockstep.utils.system import stat_fields
+
 ASK_AGAIN = os.EX_TEMPFAIL  # the exit code of ranks that were asked to leave, and have saved
 KILL_SECONDS = 29  # torch's engine kills after 30 those that do not heed its SIGTERM; timestamps are whole seconds
 MISTAKE = 2  # of the user's: the same command would fail again
@@ -87,16 +89,16 @@ class Forwarded:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(rank, number)
+                os.kill(rank, signal.SIGCONT)  # one that is stopped could not heed it
 
 
 def children() -> list[int]:
     """The processes that this one has started: the ranks."""
     found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = stat.read_text().rpartition(")")[2].split()[1]
-            if int(parent) == os.getpid():
-                found.append(int(stat.parent.name))
+            if int(stat_fields(process)[1]) == os.getpid():
+                found.append(int(process.name))
     return found
 
 

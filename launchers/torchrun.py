@@ -15,11 +15,11 @@ from __future__ import annotations
 import logging
 import os
 import sys
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from lockstep.launchers.local import attempts, show, show_cursor
+from lockstep.utils.temporary import own_folder
 
 STARTS = ("spawn", "fork")  # what config.start may say
 
@@ -41,7 +41,7 @@ def launch(
         from lockstep.launchers.children import ranks
 
         # Kept through all attempts: ranks started by hand note their run directory in it.
-        with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+        with own_folder() as folder:
             return attempts(lambda: copy(target, nproc, folder), max_restarts, ranks)
     # Each attempt is an agent of its own, with max_restarts=0 and a store of its own: the engine's restart would also
     # bring back ranks that were asked to leave, and new ranks would find dead ones' addresses in the store.
@@ -78,7 +78,7 @@ def run(target: str, nproc: int) -> int:
 
     rendezvous_handler_registry.register(BACKEND, AloneOnLoopback)
     command = [target] if target.endswith(".py") else ["-m", target]
-    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+    with own_folder() as folder:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,

@@ -8,7 +8,9 @@ if sys.argv[0] == "-m":  # `python -m recipes.NAME` is importing: until it runs,
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     from lockstep.launch import early
+    from lockstep.utils.standard_streams import protect
 
+    protect()
     early.answer(Path(__file__).parent)
 
 if __name__ == "recipes":  # the repository is on the path

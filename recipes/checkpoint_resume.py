@@ -1,7 +1,7 @@
 """Checkpoint and resume: what a training must remember, assembled by hand, interrupted and resumed before your eyes.
 
 Two trainings of the same steps. The first runs through. The second is interrupted in the middle of an epoch and saved;
-then a new model, a new optimizer and a new everything take its state over and go on. Unless all of them come out bit by
+then a new model, a new optimizer and a new everything take its state over and continue. Unless all of them come out bit by
 bit the same, something was forgotten, and with `forget=` you can see what each part is for:
 
     model      weights, and BatchNorm's running statistics, which are no parameters
@@ -14,7 +14,7 @@ bit the same, something was forgotten, and with `forget=` you can see what each 
 
 It saves tensors and plain values only, so that nothing is unpickled that could run code, and from one process only,
 into a temporary file that is renamed when it is complete. The other recipes do the same and more, without being asked
-(lockstep.checkpoint.directory): all ranks write, beside training, with hashes, and any other number of ranks can go on.
+(lockstep.checkpoint.directory): all ranks write, beside training, with hashes, and any other number of ranks can resume.
 
     python -m recipes.checkpoint_resume
     python -m recipes.checkpoint_resume forget=optimizer

@@ -19,7 +19,7 @@ import copy
 import threading
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from lockstep.training.optim import build_optimizer, build_scheduler
 
 @dataclass
 class DataParallelConfig(Config):
+    several_devices: ClassVar[bool] = True
     replicas: int | None = key(None, "copies of the model (null: one a GPU; 2 on CPU)", minimum=1)
 
 

@@ -47,6 +47,7 @@ from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.precision import AUTOCAST, DTYPES
+from lockstep.utils.text import divisors
 
 
 @dataclass
@@ -142,8 +143,9 @@ def check(config: FsdpConfig, share: int) -> None:
     """What sharding asks for, before anything starts."""
     ranks = config.global_batch_size // share
     if ranks % config.replicate:
-        allowed = ", ".join(str(count) for count in range(1, ranks + 1) if ranks % count == 0)
-        raise UserError(f"replicate={config.replicate}: {ranks} ranks do not divide by it; allowed are {allowed}")
+        raise UserError(
+            f"replicate={config.replicate}: {ranks} ranks do not divide by it; allowed are {divisors(ranks)}"
+        )
     if config.reduce != "fp32" and config.precision != "bf16":
         raise UserError(
             f"reduce={config.reduce}: precision={config.precision} averages its gradients in full; "

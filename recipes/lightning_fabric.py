@@ -8,7 +8,7 @@ recipe).
 
 Fabric has no SyncBatchNorm, though the Trainer has (https://github.com/Lightning-AI/pytorch-lightning/issues/13749).
 With `sync_batchnorm=true` the layers are converted here, before `fabric.setup`. After it, they would synchronise as
-well, for the converter changes their class and nothing else; but DDP would go on sending rank 0's running statistics
+well, for the converter changes their class and nothing else; but DDP would keep sending rank 0's running statistics
 before every forward, and a wrapper that copies or shards what it wraps would keep the old layers.
 
     python -m recipes.lightning_fabric                         two ranks on this machine, or one per GPU

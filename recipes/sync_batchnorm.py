@@ -21,8 +21,9 @@ from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from lockstep import Proof, Run, recipe
+from lockstep.config.copies import with_values
 from lockstep.config.keys import key
-from lockstep.config.schema import Config, with_values
+from lockstep.config.schema import Config
 from lockstep.distributed.sync_batchnorm import NO_BUFFER_SYNC, convert_sync_batchnorm
 from lockstep.tasks.build import require_batchnorm
 from lockstep.training.accumulate import micro_batches

@@ -1,4 +1,5 @@
-"""`python -m lockstep recipes` lists the recipes; `python -m lockstep new NAME` copies one to start from."""
+"""`python -m lockstep recipes` lists the recipes; `python -m lockstep new NAME` copies one to start from; `export` and
+`import` exchange a GPT with Hugging Face's transformers."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from typing import NoReturn
 from lockstep.errors import UserError
 from lockstep.registry import first_lines
 from lockstep.utils.places import as_installed, folder
+from lockstep.utils.standard_streams import protect
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,25 +53,42 @@ def copy_recipe(name: str, source: str) -> None:
         raise UserError(f"{file}: is there already, and is not overwritten; choose another name, or remove it")
     if importlib.util.find_spec(name):
         raise UserError(f"{name}: {file} would hide the module of that name; choose another, such as my_{source}")
-    text = (folder("recipes") / f"{source}.py").read_text()
-    with file.open("x") as stream:
+    text = (folder("recipes") / f"{source}.py").read_text(encoding="utf-8")
+    with file.open("x", encoding="utf-8") as stream:
         stream.write(as_installed(text.replace(f"-m recipes.{source}", f"{file}")))
     print(f"{file}: a copy of recipes/{source}.py. Run it with: python {file}")
 
 
 def main() -> None:
+    protect()
     parser = Parser("python -m lockstep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     commands.add_parser("recipes", help="list the recipes")
     new = commands.add_parser("new", help="copy a recipe to NAME.py in the current folder, to start from")
     new.add_argument("name", metavar="NAME")
     new.add_argument("--from", dest="source", metavar="RECIPE", default="ddp", help="the recipe to copy (ddp)")
+    export = commands.add_parser(
+        "export", help="write a run's GPT as transformers' LlamaForCausalLM, or Mixtral's, loads it"
+    )
+    export.add_argument("run", metavar="RUN", type=Path, help="folder of a run with task=language")
+    export.add_argument("folder", metavar="FOLDER", type=Path, help="a new folder")
+    export.add_argument("--weights", metavar="FILE", default="model.pt", help="model.pt or best.pt, in RUN (model.pt)")
+    taken = commands.add_parser("import", help="make of such a folder a file of weights for resume=FILE")
+    taken.add_argument("folder", metavar="FOLDER", type=Path)
+    taken.add_argument("file", metavar="FILE", type=Path, help="a new file")
     try:
         asked = parser.parse_args()
         if asked.command == "recipes":
             show_recipes()
-        else:
+        elif asked.command == "new":
             copy_recipe(asked.name, asked.source)
+        else:  # seconds to import
+            from lockstep.integrations import hugging_face
+
+            if asked.command == "export":
+                print(hugging_face.export_llama(asked.run, asked.folder, asked.weights))
+            else:
+                print(hugging_face.import_llama(asked.folder, asked.file))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

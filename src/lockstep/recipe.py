@@ -57,6 +57,8 @@ class Recipe:
             that says so of a config.
         check: called with (config, images in a rank's share of the batch) before anything is created; raises UserError.
         proof: what `recipes.verify` holds it to, one or several; None: nothing.
+        local_updates: whether each rank updates weights of its own, by gradients of its own: `recipes.verify` compares the
+            mean of all ranks' gradients.
         backbone: resume=PATH names what it takes a part of (Run.backbone), which its `check` looks at.
         task: what it trains where the command names no task: a class in its own file, or a name as `task=` takes it.
         needs: an optional package it cannot do without, which is also the name of lockstep's extra that installs it.
@@ -79,6 +81,7 @@ class Recipe:
     global_batchnorm: bool | Callable[[Any], bool] = False
     check: Callable[[Any, int], None] | None = None
     proof: Proof | tuple[Proof, ...] | None = None
+    local_updates: bool = False
     backbone: bool = False
     task: type | str | None = None
     needs: str | None = None

@@ -44,18 +44,15 @@ class Run(Generic[ConfigT]):
 
     Attributes:
         config: every key the user can set, those that were `auto` decided.
-        asked: the same as it was typed.
-        world: rank, world_size, device and backend.
+        asked, world: the same as it was typed; rank, world_size, device and backend.
         out: the run directory, the same on all ranks.
-        shards: in how many equal shares a global batch is cut.
-        shard: which of them is this rank's.
+        shards, shard: in how many equal shares a global batch is cut, and which of them is this rank's.
         started: when, by time.perf_counter().
         scheduled_steps: steps of all epochs, which the learning rate is planned over.
         task: what is trained: model, data and loss.
         data: the data sets, and this rank's batches of them.
         loop: what happens around the steps, for a trainer that has a loop of its own.
-        report: what a person reads.
-        prepare: called with every model that is placed.
+        report, prepare: what a person reads; called with every model that is placed.
     """
 
     def __init__(
@@ -75,8 +72,8 @@ class Run(Generic[ConfigT]):
         self.config, choices = choose_for_hardware(config, recipe, world, out)
         config = self.config
         self.device, self.device_ids, self.listener = world.device, world.device_ids, listener
-        dims = ParallelDims.of(world.rank, world.world_size, config.model_parallel_size, shards)
-        self.shards, self.shard = dims.shards, dims.shard
+        dims = ParallelDims.of(world.rank, world.world_size, config, shards)
+        self.shards, self.shard, self._home = dims.shards, dims.shard, "cpu" if dims.in_stages else self.device
         torch.autograd.set_detect_anomaly(config.detect_anomaly)
         self.task: Any = build_task(config)
         torch.manual_seed(config.seed)  # all ranks draw the same weights; `loop.restore` seeds them apart
@@ -123,8 +120,10 @@ class Run(Generic[ConfigT]):
     # What recipes call ------------------------------------------------------------------------------------------
 
     def place(self, model: nn.Module) -> nn.Module:
-        """Move a model to this rank's device in its dtype and memory format; checkpoint its blocks, compile it if asked."""
-        model = model.to(device=self.device, dtype=DTYPES[self.config.precision])
+        """Move a model to this rank's device, or to the host where the rank then takes its own stages from there.
+
+        It gets its dtype and memory format; its blocks are checkpointed, and it is compiled, if asked."""
+        model = model.to(device=self._home, dtype=DTYPES[self.config.precision])
         if self.config.channels_last:
             model = model.to(memory_format=torch.channels_last)
         checkpoint_activations(model, self.blocks(model), self.config.checkpoint_activations)
@@ -144,10 +143,10 @@ class Run(Generic[ConfigT]):
             UserError: there are none, or they are another model's.
         """
         self.loop.backbone_only = True
-        found = backbone(self.config, model, head, pretrained) if self.world.rank == 0 else {}
+        found, said = backbone(self.config, model, head, pretrained) if self.world.rank == 0 else ({}, "")
         if pretrained != "random":
             self.loop.checkpoints.resumed_from = source = pretrained or self.config.resume
-            self.report.line(f"backbone from {source}: {len(found)} tensors, all but {head}*")
+            self.report.line(f"backbone from {source}: {len(found)} tensors, all but {head}*{said}")
         return found
 
     def restore_bucket_order(self, model: nn.Module, since: int) -> None:
@@ -190,6 +189,7 @@ class Run(Generic[ConfigT]):
         optimizer: Optimizer | Sequence[Optimizer],
         scheduler: Schedule = None,
         whole: Callable[[], nn.Module] | None = None,
+        evaluated: nn.Module | None = None,
         keep: Mapping[str, Stateful] | None = None,
         engine: Engine | None = None,
     ) -> Iterator[Batch]:
@@ -211,18 +211,18 @@ class Run(Generic[ConfigT]):
                 `build_scheduler`'s, which goes to the step at which the run resumes.
             whole: called on all ranks together, returns the complete model on each, for evaluation and export; needed
                 where a rank holds only some of its layers. A model sharded by fully_shard is evaluated as it is.
+            evaluated: evaluated in place of that one, by a forward that those who hold one model make together.
             keep: further objects that checkpoints are to hold, by name, such as an average of the weights.
             engine: what saves and restores model and optimizer by its own means.
 
         Yields:
-            Batch: global_batch_size / shards samples, as the task's data sets and `collate` give them, floating numbers
-                in the model's dtype.
+            Batch: global_batch_size / shards samples as the data sets and `collate` give them, floats in the model's dtype.
 
         Raises:
             Preempted: a signal has come to any of the ranks, and the state is saved.
         """
         loop, joint = self.loop, as_one_optimizer(optimizer)
-        loop.restore(model, joint, scheduler=scheduler, whole=whole, keep=keep, engine=engine)
+        loop.restore(model, joint, scheduler=scheduler, whole=whole, evaluated=evaluated, keep=keep, engine=engine)
         loop.begin(joint, model)
         batches = self.batches(self.step, self.total_steps)
         model.train()

@@ -37,6 +37,7 @@ class Task:
         stream_per_rank: whether a stream is each rank's own part already, and not the whole.
         epoch_samples: samples that count as an epoch, for a stream without a length.
         unit: what a sample is called, in the plural.
+        tokens_per_sample: of a model of sequences; then a run also tells tokens per second and MFU.
         lower_is_better: names of metrics that are better when smaller. `loss` always is.
         defaults: {key: value} of other keys, such as {"optim.lr": 0.003}, where the command says nothing else.
         best: the metric that `metric=null` stands for.
@@ -48,6 +49,7 @@ class Task:
     stream_per_rank: bool = False
     epoch_samples: int | None = None
     unit: str = "samples"
+    tokens_per_sample: int | None = None
     lower_is_better: Collection[str] = ()
     defaults: ClassVar[Mapping[str, Any]] = {}
     best: str = "loss"
@@ -83,7 +85,19 @@ class Task:
     weigh: Callable[[Any], Tensor] | None = None  # weigh(targets) → items that the loss is a mean over, such as tokens
     collate: Callable[[list[Any]], Any] | None = None  # collate(samples) → (inputs, targets); None: default_collate
     to_device: Callable[[Any, Any], Any] | None = None  # to_device(inputs, targets), both there already, → the same
+    # mistakes(outputs, targets) → int64 [batch, 3]: place in the batch, -1 if it is right; label; prediction. The first
+    # ones of the last evaluation are in result.json.
+    mistakes: Callable[[Any, Any], Tensor] | None = None
+    pictures: Callable[[list[int]], Tensor] | None = None  # pictures(numbers in eval_set) → uint8 [N, 3, H, W], of them
     blocks: Callable[[Any], Sequence[str]] | None = None  # blocks(model) → names of modules to shard or cut between
+    # tensor_parallel_plan(model) → {module: how ranks share it}, as lockstep.parallel.tensor_plan has it, and
+    # tensor_parallel_counts(model) → {name: a number of which each rank needs an equal share, such as heads}.
+    tensor_parallel_plan: Callable[[Any], Mapping[str, str]] | None = None
+    tensor_parallel_counts: Callable[[Any], Mapping[str, int]] | None = None
+    # context_parallel_modules(model) → names of what looks beyond a position, as lockstep.parallel.context_plan has it.
+    context_parallel_modules: Callable[[Any], Sequence[str]] | None = None
+    # expert_parallel_modules(model) → names of what holds experts, as lockstep.parallel.expert_plan has it.
+    expert_parallel_modules: Callable[[Any], Sequence[str]] | None = None
 
 
 def option(task: Any, name: str) -> Any:

@@ -8,8 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from lockstep.compare.config import CompareConfig
+from lockstep.config.copies import with_values
 from lockstep.config.keys import typed
-from lockstep.config.schema import Config, with_values
+from lockstep.config.schema import Config
+from lockstep.config.tasks import short_name
+from lockstep.distributed.cores import usable_cores, wished_threads
 from lockstep.distributed.devices import check_nproc, default_nproc, resolve_device
 from lockstep.errors import UserError
 from lockstep.launch.validate import check_package, count_samples, validate
@@ -62,8 +65,8 @@ def plan_cases(config: CompareConfig, tool: Recipe, recipes: Iterable[Recipe]) -
 
     device, backend = resolve_device(config.device, config.backend)
     numbers = sorted(set(config.nprocs or [default_nproc(device)]))
-    cores = len(os.sched_getaffinity(0))
-    threads = config.threads
+    cores = usable_cores()
+    threads = config.threads or wished_threads(os.environ)
     if threads is None and device == "cpu" and len(numbers) > 1:
         threads = max(1, cores // numbers[-1])
     counted = count_samples(config)
@@ -90,6 +93,8 @@ def plan_cases(config: CompareConfig, tool: Recipe, recipes: Iterable[Recipe]) -
                     raise UserError("trains a part of a trained model, which is not the same work")
                 check_nproc(number, device, backend)
                 base = base or compose_another(each, common)
+                if (trained := short_name(base.task.name)) != short_name(config.task.name):
+                    raise UserError(f"trains a task of its own, which is not the same work; set task={trained} for all")
                 validate(with_values(base, own), each, ranks, counted)
                 cases.append(case)
             except UserError as error:

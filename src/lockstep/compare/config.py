@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from lockstep.config.keys import key
 from lockstep.config.schema import ToolConfig
@@ -10,6 +11,8 @@ from lockstep.config.schema import ToolConfig
 
 @dataclass
 class CompareConfig(ToolConfig):
+    # All recipes do the same work; one that cannot is left out, and says why.
+    task_defaults: ClassVar[dict[str, Any]] = {}
     recipes: list[str] | None = key(None, "recipes that are run (null: all)")
     rounds: int = key(3, "times that each recipe is run, in turn", minimum=1)
     nprocs: list[int] | None = key(

@@ -39,6 +39,9 @@ class ComparisonRow:
     fastest: float
     step_seconds: float
     step_seconds_p95: float
+    tokens_per_second: float | None = None
+    model_flops_per_second: float | None = None
+    mfu: float | None = None
     against: str | None = None
     speedup: float | None = None
     speedup_from: float | None = None
@@ -101,6 +104,9 @@ def comparison_row(case: Case, found: dict[Case, list[Result]], metric: str, uni
         fastest=max(speeds),
         step_seconds=step,
         step_seconds_p95=statistics.median(result["step_seconds_p95"] for result in results),
+        tokens_per_second=median([result.get("tokens_per_second") for result in results]),
+        model_flops_per_second=median([result.get("model_flops_per_second") for result in results]),
+        mfu=median([result.get("mfu") for result in results]),
         communication_seconds=mean(across(results, "communication_seconds_by_rank")),
         exposed_seconds=exposed,
         exposed_share=None if exposed is None else exposed / step,

@@ -31,7 +31,7 @@ def html_report(report: ComparisonReport, plots: list[Plot]) -> str:
         "base64": lambda picture: base64.b64encode(picture).decode(),
         "transposed": lambda columns: zip(*columns, strict=True),
     }
-    return jinja.from_string(Path(__file__).with_name("report.html").read_text()).render(
+    return jinja.from_string(Path(__file__).with_name("report.html").read_text(encoding="utf-8")).render(
         report=report,
         verdicts=verdicts(report.rows),
         tiles=key_figures(report.rows),

@@ -42,7 +42,7 @@ def run_to_end(run: Run[CompareConfig], target: str, words: list[str], out: Path
         Preempted: this process is to leave.
     """
     note, asked = out.with_name(f"{out.name}.json"), {"command": target, "words": words}
-    if note.is_file() and (noted := json.loads(note.read_text())) == noted | asked:
+    if note.is_file() and (noted := json.loads(note.read_text(encoding="utf-8"))) == noted | asked:
         return float(noted["seconds"])
     if out.exists():  # of a start that was cut off, whose run may be saving still; half a run measures nothing
         run_directory.lock(out, recipe_process.SAVING_SECONDS).close()
@@ -64,7 +64,7 @@ def measure_case(run: Run[CompareConfig], case: Case, number: int, out: Path) ->
     profiled = case.profile and (number > 1 or run.config.rounds == 1)
     words = [*case.words, *([f"profile={case.profile}"] if profiled else [])]
     seconds = run_to_end(run, case.target, words, out)
-    result = json.loads((out / "result.json").read_text())
+    result = json.loads((out / "result.json").read_text(encoding="utf-8"))
     return dict(result, start_seconds=seconds - result["wall_seconds"] + result["setup_seconds"])
 
 
@@ -107,4 +107,4 @@ def run_verify(
     except recipe_process.RecipeFailed as error:
         problem = f"recipes.verify: {error}"
     file = out / "verify.json"
-    return (json.loads(file.read_text()) if file.is_file() else []), problem
+    return (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []), problem

@@ -64,6 +64,12 @@ SPEED = {
         lambda row: f"{row.samples_per_second:,.0f}",
         "global batch over the median step, warm-up left out; the median of the rounds",
     ),
+    "tokens/s": Column(lambda row: figure(row.tokens_per_second, ",.0f"), "samples/s times the tokens of a sample"),
+    "GFLOP/s": Column(
+        lambda row: figure(row.model_flops_per_second and row.model_flops_per_second / 1e9, ",.4g"),
+        "operations of the model's forward and backward, without what is computed again",
+    ),
+    "MFU": Column(lambda row: percent(row.mfu, 1), "the same over what the devices' data sheets promise"),
     "from, to": Column(
         lambda row: f"{row.slowest:,.0f}, {row.fastest:,.0f}" if row.rounds > 1 else "",
         "the slowest and the fastest round",

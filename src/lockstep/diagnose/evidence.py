@@ -47,7 +47,7 @@ def collect_evidence(out: Path) -> Facts:
         UserError: it is no run's folder.
     """
     try:
-        text = (out / "config.yaml").read_text(errors="replace")
+        text = (out / "config.yaml").read_text(errors="replace", encoding="utf-8")
     except OSError:
         raise refuse_folder(out) from None
     named = re.match(r"# recipe: (\S+)\n", text)
@@ -92,7 +92,7 @@ def modified_at(path: Path) -> float:
 def json_lines(path: Path) -> Iterator[Facts]:
     """The JSON objects of a file, a line each; a line that its writer died in is left out."""
     with contextlib.suppress(OSError):
-        for line in path.read_text(errors="replace").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             with contextlib.suppress(ValueError):
                 found = json.loads(line)
                 if isinstance(found, dict):
@@ -106,7 +106,7 @@ def rank_records(folder: Path, hosts: list[str]) -> list[Facts]:
     for rank in sorted(numbers):
         lines: list[str] = []
         with contextlib.suppress(OSError):
-            lines = (folder / f"{rank}.log").read_text(errors="replace").splitlines()
+            lines = (folder / f"{rank}.log").read_text(errors="replace", encoding="utf-8").splitlines()
         starts = [number for number, line in enumerate(lines) if BEGUN.match(line)]
         lines = lines[starts[-1] :] if starts else lines  # of the last start
         steps = [int(step) for line in lines for step in re.findall(r"^\d\d:\d\d:\d\d .*?step ([\d]+)/\d", line)]
@@ -137,7 +137,7 @@ def earlier_attempts(folder: Path) -> list[Facts]:
     for path in sorted(folder.glob("*.stack.*"), key=modified_at):
         text = ""
         with contextlib.suppress(OSError):
-            text = path.read_text(errors="replace")
+            text = path.read_text(errors="replace", encoding="utf-8")
         verdict = text.rpartition(VERDICT_MARK)[2].partition("\n")[0] if VERDICT_MARK in text else ""
         crash = crash_place(path)
         words = f"crashed at {crash}" if crash else error_in(text.splitlines())[0] or "only its stacks are left"
@@ -170,7 +170,7 @@ def checkpoint_record(folder: Path) -> Facts:
     for path in directory.list_checkpoints(folder):
         wrong = directory.find_damage(path)
         if not wrong:
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
             found["intact"] = {
                 "name": path.name,
                 "step": manifest["step"],
@@ -188,6 +188,6 @@ def job_log(folder: Path) -> Facts:
         return {}
     lines: list[str] = []
     with contextlib.suppress(OSError):
-        lines = logs[-1].read_text(errors="replace").splitlines()
+        lines = logs[-1].read_text(errors="replace", encoding="utf-8").splitlines()
     telling = re.compile(r"oom|DUE TO|CANCELLED|Killed|requeue|does not answer|NODE_FAIL|Exited with|^error: ", re.I)
     return {"log": short(logs[-1]), "said": [line for line in lines if telling.search(line)][-3:]}

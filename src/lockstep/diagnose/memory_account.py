@@ -91,7 +91,7 @@ def measure_steps(run: Run[Any], recipe: Recipe, config: Config) -> tuple[list[d
     recipe(inner)
     peaks = [int(size) for size in gather_numbers(rise.bytes, run.device)]
     dist.barrier()
-    return json.loads((out / "memory.json").read_text())["ranks"] if run.world.rank == 0 else [], peaks
+    return json.loads((out / "memory.json").read_text(encoding="utf-8"))["ranks"] if run.world.rank == 0 else [], peaks
 
 
 def print_account(run: Run[Any], found: MemoryPrediction, samples: int) -> None:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from lockstep.config.schema import Config, with_values
+from lockstep.config.copies import with_values
+from lockstep.config.schema import Config
 from lockstep.diagnose.stacks import is_library
 from lockstep.errors import CheckFailed
 from lockstep.memory.predict import predict_activations, sharded_state_bytes

@@ -191,8 +191,9 @@ def judge_steps(facts: Facts) -> Iterator[Finding]:
 
 def judge_speed(facts: Facts) -> Iterator[Finding]:
     """Whether it slowed down, and whether its steps were even."""
-    names = {name for line in facts["metrics"] for name in line if name.endswith("_per_second")}
-    unit = next(iter(names), "samples_per_second")
+    # The first one counts samples; of sequences, tokens and operations follow.
+    names = [name for line in facts["metrics"] for name in line if name.endswith("_per_second")]
+    unit = names[0] if names else "samples_per_second"
     rates = [line[unit] for line in facts["metrics"] if line.get(unit)]
     if not rates:
         return

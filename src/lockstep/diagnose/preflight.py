@@ -28,6 +28,7 @@ from lockstep.diagnose.probes.network import (
     probe_reach,
 )
 from lockstep.diagnose.probes.ranks import rank_and_host, value_or_error
+from lockstep.diagnose.probes.resources import judge_resources, probe_resources
 from lockstep.diagnose.probes.slurm import judge_slurm, probe_slurm
 from lockstep.diagnose.probes.versions import judge_versions, probe_versions
 from lockstep.distributed.collectives import broadcast_object, gather_objects
@@ -61,6 +62,9 @@ def probe_ranks(run: Run[Any]) -> list[Facts]:
         "versions": probe_versions,
         "device": lambda: probe_device(world),
         "cores": lambda: probe_cores(run.data.workers),
+        "resources": lambda: probe_resources(
+            run.data, int(run.config.global_batch_size), run.config.eval_batch_size, run.shards
+        ),
         "network": lambda: probe_network(world),
         "slurm": lambda: probe_slurm(world.rank),
     }
@@ -86,6 +90,7 @@ def judge_ranks(ranks: list[Facts], links: Facts, needs: Needs) -> list[Finding]
         "versions": ("versions", judge_versions),
         "devices": ("device", judge_devices),
         "cores": ("cores", judge_cores),
+        "resources": ("resources", judge_resources),
         "pace": ("pace", judge_pace),
         "network": ("network", judge_network),
         "names": ("reach", judge_names),

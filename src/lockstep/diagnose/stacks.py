@@ -52,7 +52,7 @@ def crash_place(stack: Path) -> str:
     aborted stands in the rank's log beside the stack file; rank 0's is the console.
     """
     try:
-        text = stack.read_text(errors="replace")
+        text = stack.read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
     cause = re.search(r"^Fatal Python error: (.+)", text, re.MULTILINE)

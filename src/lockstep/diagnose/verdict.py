@@ -32,7 +32,9 @@ def rank_state(facts: Mapping[str, Any], answered: bool) -> str:
     return "silent"
 
 
-def explain_wait(everyone: list[Beat], states: list[str], *, asker: int, seconds: float, folder: Path) -> str:
+def explain_wait(
+    everyone: list[Beat], states: list[str], *, asker: int, seconds: float, folder: Path, why: str = ""
+) -> str:
     """A line that says what holds the run up, then a line per rank, or group of ranks, that says where it is.
 
     Args:
@@ -41,13 +43,14 @@ def explain_wait(everyone: list[Beat], states: list[str], *, asker: int, seconds
         asker: the rank that has waited too long.
         seconds: timeout_seconds.
         folder: the run's ranks/.
+        why: the reason, where no rank is missing or cut off; empty: what they disagree about.
     """
     add_crash_places([facts for facts, what in zip(everyone, states, strict=True) if what == "gone"], folder)
-    why = missing_ranks(everyone, states) or unreachable_ranks(everyone, seconds)
-    why = why or [disagreement(everyone, asker, seconds)]
+    reasons = missing_ranks(everyone, states) or unreachable_ranks(everyone, seconds)
+    reasons = reasons or [why or disagreement(everyone, asker, seconds)]
     stacks = [f"{r}.stack" for r in range(len(everyone)) if has_content(folder / f"{r}.stack")]
     more = [f"stack traces: {folder.name}/{join_words(stacks)}"] if stacks else []
-    return "\n".join(["; ".join(why), *rank_lines(everyone, states), *more])
+    return "\n".join(["; ".join(reasons), *rank_lines(everyone, states), *more])
 
 
 def missing_ranks(everyone: list[Beat], states: list[str]) -> list[str]:

@@ -29,6 +29,7 @@ from typing import IO, Any
 
 import torch.distributed as dist
 
+from lockstep.config.own_files import open_own
 from lockstep.diagnose.flight_recorder import (
     collective_summary,
     group_name,
@@ -36,17 +37,19 @@ from lockstep.diagnose.flight_recorder import (
     recorded_collectives,
 )
 from lockstep.diagnose.stacks import LOCKSTEP, VERDICT_MARK, Frame, has_content, keep_stack, source_line, user_line
+from lockstep.diagnose.unheeded import unheeded_signal
 from lockstep.diagnose.verdict import at_step, explain_wait, list_ranks, position, rank_state
 from lockstep.distributed.heartbeat import FAILED, Beat, Heartbeat, read_heartbeat
 from lockstep.distributed.interfaces import lost_link
-from lockstep.distributed.rendezvous import run_within
 from lockstep.distributed.signals import alone_under_srun
+from lockstep.distributed.store import run_within
 from lockstep.errors import CheckFailed
 
 LISTEN_SECONDS = 0.5  # between two looks for the call
 ANSWER_SECONDS = 5.0  # in which a rank that is alive answers it
 SLOW_SECONDS = 20.0  # the same on the asking rank's host, where a process can be seen to be alive
 STOPPED_SECONDS = 1.0  # for which a rank of this host must have been stopped to count as stopped
+SPARE_SECONDS = 3.0  # in which what waits with a time-out of its own may say more
 STORE_SECONDS = 3.0  # after which a store that does not answer counts as lost
 CALL_KEY, VERDICT_KEY, READ_KEY = "hang/call", "hang/verdict", "hang/read"
 CHECKPOINT = os.path.join(LOCKSTEP, "checkpoint", "")  # where the thread that writes checkpoints is
@@ -83,6 +86,7 @@ class Watchdog:
         end: called with the verdict, in the watchdog's thread; it ends the process.
         say: shows a line to the user; rank 0's does.
         overdue: whether to look into the flight recorder for collectives that take too long.
+        signalled: the number of a signal that asked this rank to leave; 0: none has.
     """
 
     def __init__(
@@ -95,18 +99,19 @@ class Watchdog:
         end: Callable[[WatchdogTimeout], None],
         say: Callable[[str], None],
         overdue: bool = False,
+        signalled: Callable[[], int] = lambda: 0,
     ) -> None:
         self.heartbeat, self._folder, self._world_size = heartbeat, folder, world_size
         self._rank: int = heartbeat.facts["rank"]
         self._timeout, self._end, self._say, self._overdue = timeout_seconds, end, say, overdue
         self._store = store.clone()  # the main thread may hang within the other connection
         self._over, self._ending = threading.Event(), threading.Lock()  # the thread with the lock ends this process
-        self._store_lost = False
+        self._store_lost, self._signalled = False, signalled
         self._stack_file = folder / f"{self._rank}.stack"
         self._stacks: IO[str] | None = None
         with contextlib.suppress(OSError):
             keep_stack(folder, self._rank)
-            self._stacks = self._stack_file.open("w")
+            self._stacks = open_own(self._stack_file, "w", encoding="utf-8")
             faulthandler.enable(self._stacks)  # for crashes: gloo aborts where a message is larger than was expected
         # A thousand ranks are not to ask five hundred times a second.
         self._pause = LISTEN_SECONDS * (1 + world_size / 256)
@@ -136,12 +141,13 @@ class Watchdog:
             self._try_store(lambda: self._store.set(VERDICT_KEY, told))
             self._leave_last(self._world_size, waits=True)
 
-    def ask(self, error: BaseException | None, patience: float = 0.0) -> WatchdogTimeout:
+    def ask(self, error: BaseException | None, patience: float = 0.0, why: str = "") -> WatchdogTimeout:
         """Ask all ranks where they are; return the verdict, the same on all ranks that ask.
 
         Args:
             error: the exception that this rank has met.
             patience: seconds to wait for a rank or launcher that may know more; a launcher ends this process meanwhile.
+            why: the reason, where no rank is missing and it is not that the ranks disagree.
         """
         self._claim_end()
         self._report(error, asks=True)
@@ -175,7 +181,7 @@ class Watchdog:
             return found
         for facts in unheard:  # its file is here, and its answer is not in the store
             facts["cut"] = True
-        text = explain_wait(everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder)
+        text = explain_wait(everyone, states, asker=self._rank, seconds=self._timeout, folder=self._folder, why=why)
         mine = json.dumps({"by": self._rank, "text": text, "readers": states.count("answered")})
         stored = self._try_store(lambda: self._store.compare_set(VERDICT_KEY, "", mine))
         if stored is None:  # the rank that served the store is lost: the first of those that ask prints
@@ -193,17 +199,22 @@ class Watchdog:
     # In the watchdog's thread
 
     def _listen(self) -> None:
-        mentioned = seen = watched = stood = 0.0
+        mentioned = seen = watched = stood = unheeded = 0.0
+        moves = 0
         while not self._over.wait(self._pause):
             try:
-                if self._store.check([CALL_KEY]):
+                if not self._store_lost and self._store.check([CALL_KEY]):
                     break
             except RuntimeError:
-                return  # the rank that served the store is gone
+                self._store_lost = True  # the rank that served it is gone
             since, now = self.heartbeat.facts["at"], time.monotonic()
             # Seconds in which this process was itself stopped do not count.
-            stood = stood + min(now - watched, 2 * self._pause) if since == seen else 0.0
-            seen, watched = since, now
+            passed = min(now - watched, 2 * self._pause)
+            stood = stood + passed if since == seen else 0.0
+            unheeded = unheeded + passed if moves == self.heartbeat.moves and self._signalled() else 0.0
+            seen, watched, moves = since, now, self.heartbeat.moves
+            if unheeded >= self._timeout + SPARE_SECONDS:
+                self._end(self.ask(None, why=unheeded_signal(self._signalled(), self._timeout, self._folder.parent)))
             if stood < self._timeout:
                 continue
             if self._overdue and has_overdue_collective(self._timeout):

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import run_directory
-from lockstep.config.schema import Config, LoggerConfig, check_values, shared_part, with_values
+from lockstep.config.copies import with_values
+from lockstep.config.schema import Config, LoggerConfig, check_values, shared_part
 from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed import environment
@@ -35,6 +36,7 @@ from lockstep.errors import CheckFailed, UserError
 from lockstep.launch import worker
 from lockstep.launch.validate import check_batch, check_batchnorm, count_samples, validate
 from lockstep.memory.usage import group_bytes, host_bytes, process_bytes
+from lockstep.utils.temporary import own_folder
 from lockstep.utils.text import count, mebibytes
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
     trials: dict[int, Trial] = {}
     # A signal that would end this process at once ends the trial first, and takes its folder away.
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    with tempfile.TemporaryDirectory(prefix="lockstep-", ignore_cleanup_errors=True) as folder:
+    with own_folder() as folder:
 
         def fits(units: int) -> bool:
             trial = attempt(short, each, units * unit, room if device == "cpu" else None, start, Path(folder))
@@ -133,7 +135,7 @@ def known(config: Config, recipe: Recipe) -> int | None:
     if config.out is None or config.resume == "never":
         return None
     try:
-        text = (Path(config.out).expanduser() / "config.yaml").read_text()
+        text = (Path(config.out).expanduser() / "config.yaml").read_text(encoding="utf-8")
         return int(shared_part(text).global_batch_size) if text.startswith(f"# recipe: {recipe.name}\n") else None
     except OSError:
         return None
@@ -241,7 +243,7 @@ def attempt(config: Config, recipe: Recipe, size: int, room: int | None, start: 
     short_of_memory = (out / out_of_memory.OUT_OF_MEMORY_FILE).exists() or code in (137, -9)
     shutil.rmtree(out, ignore_errors=True)
     if code and not short_of_memory:
-        words = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        words = [line for line in log.read_text(errors="replace", encoding="utf-8").splitlines() if line.strip()]
         raise CheckFailed(
             f"global_batch_size=auto: a trial with global_batch_size={size} failed: {words[-1] if words else code}"
         )

@@ -6,6 +6,7 @@ and has a launcher start the ranks; started by a launcher (RANK is set) it is on
 
 from __future__ import annotations
 
+import copy
 import os
 import shlex
 import signal
@@ -34,6 +35,7 @@ from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.run import Run
 from lockstep.utils.places import as_installed
+from lockstep.utils.standard_streams import protect
 from lockstep.utils.text import short
 
 
@@ -54,6 +56,7 @@ class Command(Recipe):
             raise UserError(
                 f"{self.name}: is defined in a notebook's cell, and has no file; start it with {self.name}.run()"
             )
+        protect()
         signal.signal(signal.SIGINT, signal.default_int_handler)  # recipes/__init__.py had it end the process at once
         try:
             cluster.adopt(self)
@@ -118,6 +121,7 @@ def launch_recipe(recipe: Recipe) -> int:
     from lockstep.config.compose import compose  # Hydra: a submitting process needs it, a rank does not
 
     codes = [0]
+    configs: list[Config] = []
     points: list[Config] = []  # of a cluster: submitted when all of them are known to be good
 
     def launch(config: Config) -> None:
@@ -162,7 +166,7 @@ def launch_recipe(recipe: Recipe) -> int:
             print(note, file=sys.stderr)
         out = run_directory.freeze(config, recipe.name)
         if out is None:
-            print(run_directory.ALREADY_FINISHED.format(out=config.out))
+            print(run_directory.already_finished(config))
             return
         started, code = time.perf_counter(), 1
         try:
@@ -172,9 +176,11 @@ def launch_recipe(recipe: Recipe) -> int:
             if code:
                 run_directory.note_failure(out, recipe.name, nproc, time.perf_counter() - started)
         codes.append(code)
-        if code == PREEMPTED or (code and run_directory.has_checkpoint(out)):
-            print(f"to go on: {again(recipe, out)}", file=sys.stderr)
-        if code in (PREEMPTED, 128 + signal.SIGINT):  # it ends a sweep, not just one point of it
+        cut_off = code in (PREEMPTED, 128 + signal.SIGINT)
+        if code == PREEMPTED or (cut_off and len(configs) > 1) or (code and run_directory.has_checkpoint(out)):
+            whole = out.parent if len(configs) > 1 else out  # of a sweep: what has finished is not trained again
+            print(f"to resume: {again(recipe, whole)}", file=sys.stderr)
+        if cut_off:  # it ends a sweep, not just one point of it
             raise SystemExit(code)
 
     def launch_by_hand(
@@ -189,10 +195,32 @@ def launch_recipe(recipe: Recipe) -> int:
             )
         )
 
-    compose(recipe, launch)
+    compose(recipe, configs.append)
+    if len(configs) > 1:
+        for config in configs:
+            check_point(recipe, copy.deepcopy(config))
+    for config in configs:
+        launch(config)
     if points:
         codes.append(cluster.submit(recipe, points))
     return max(codes)
+
+
+def check_point(recipe: Recipe, config: Config) -> None:
+    """Look at a point of a sweep before the first one is trained; raises UserError where it would be refused.
+
+    Those of a cluster are looked at before any is submitted; what is found by trials is found when its turn comes.
+    """
+    there = config.cluster
+    if recipe.alone or config.global_batch_size == AUTO or there:
+        return
+    launcher = load_launcher(config.launcher)
+    device, backend = resolve_device(config.device, config.backend)
+    nproc = config.nproc or recipe.ranks or recipe.subject(config).ranks or default_nproc(device)
+    check_nproc(nproc, device, backend)
+    how_to_start(config, device, launcher)
+    validate(config, recipe, nproc)
+    run_directory.found_in(config, recipe.name)
 
 
 def how_to_start(config: Config, device: str, launcher: ModuleType) -> dict[str, str]:
@@ -235,6 +263,6 @@ THREADS = threads()  # those of imported libraries, which know what to do in a c
 
 def again(recipe: Recipe, out: Path) -> str:
     """The command that continues the run in `out`: the one that was typed, with the folder."""
-    program = recipe.target if recipe.target.endswith(".py") else f"-m {recipe.target}"
+    program = shlex.quote(recipe.target) if recipe.target.endswith(".py") else f"-m {recipe.target}"
     words = [word for word in sys.argv[1:] if not word.startswith("out=")]
     return f"python {program} {shlex.join([*words, f'out={short(out)}'])}"

@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.config import run_directory
-from lockstep.config.keys import walk
+from lockstep.config.keys import typed, walk
 from lockstep.config.schema import ClusterConfig, Config, check_values
 from lockstep.distributed import environment
 from lockstep.distributed.devices import resolve_device
@@ -42,8 +43,9 @@ def check_cluster(config: Config, recipe: Recipe) -> None:
     there = config.cluster
     if config.start != "auto":
         raise UserError(f"start={config.start}: is for ranks on this machine; srun starts those on a cluster")
+    gpus = gpus_on_each(there)
     if there.tasks_per_node is None:
-        there.tasks_per_node = recipe.ranks or there.gpus_per_node or 1
+        there.tasks_per_node = recipe.ranks or gpus or 1
     world_size = there.nodes * there.tasks_per_node
     if recipe.ranks not in (None, world_size):
         raise UserError(
@@ -54,18 +56,39 @@ def check_cluster(config: Config, recipe: Recipe) -> None:
         raise UserError(f"nproc={config.nproc}: is for this machine; on a cluster set cluster.tasks_per_node")
     # Of the devices this machine has nothing follows: a login node seldom has any.
     if config.device == "auto":
-        config.device = "cuda" if there.gpus_per_node else "cpu"
+        config.device = "cuda" if gpus else "cpu"
     if config.device == "cpu":
         resolve_device(config.device, config.backend)
-    elif config.backend != "gloo" and there.tasks_per_node > (there.gpus_per_node or there.tasks_per_node):
+    elif config.backend != "gloo" and there.tasks_per_node > (gpus or there.tasks_per_node):
         raise UserError(
             f"cluster.tasks_per_node={there.tasks_per_node}: a rank needs a GPU of its own, and "
-            f"cluster.gpus_per_node={there.gpus_per_node}; allowed are 1…{there.gpus_per_node} (or backend=gloo, whose "
+            f"cluster.gpus_per_node={there.gpus_per_node}; allowed are 1…{gpus} (or backend=gloo, whose "
             "ranks may share a device)"
         )
     validate(config, recipe, world_size)
 
 
+def gpus_on_each(there: ClusterConfig) -> int:
+    """How many GPUs a node is asked for: 4 of `4` and of `a100:4`.
+
+    Raises:
+        UserError: it is neither.
+    """
+    given = re.fullmatch(
+        r"(?:(?!gpu:)(?=[\w.+-]*[A-Za-z])[\w.+-]+:(?=0*[1-9]))?(\d{1,4})", str(there.gpus_per_node), re.ASCII
+    )
+    if not given:
+        raise UserError(
+            f"cluster.gpus_per_node={there.gpus_per_node}: allowed are whole numbers from 0 up, and a type with how many "
+            "of it, such as a100:4"
+        )
+    if str(there.gpus_per_node).isdecimal():
+        there.gpus_per_node = int(there.gpus_per_node)  # of a variable it comes as a text
+    return int(given[1])
+
+
+# Where, its max_restarts, its folder, its ranks' variables.
+Submission = tuple[ClusterConfig, int, Path, dict[str, str]]
 HERE = ("launcher", "nodes", "tasks_per_node")  # the keys of a cluster that has no queue
 
 
@@ -81,7 +104,7 @@ def check_here(config: Config) -> int | None:
     for name, value, _ in walk(there):
         if name not in HERE and value != getattr(ClusterConfig(), name):
             raise UserError(
-                f"cluster.{name}={value}: {there.launcher} has no queue and does not use it; it uses "
+                f"{typed(f'cluster.{name}', value)}: {there.launcher} has no queue and does not use it; it uses "
                 f"{', '.join(f'cluster.{key}' for key in HERE)}"
             )
     if config.nproc and (there.nodes > 1 or there.tasks_per_node not in (None, config.nproc)):
@@ -122,25 +145,24 @@ def submit(recipe: Recipe, configs: Sequence[Config]) -> int:
     Raises:
         UserError: one of them is refused; none is in the queue, and nothing is left behind.
     """
+    points = apart(configs)
+    if any(config.cluster and config.cluster.dry_run for config in configs):
+        return dry_run(recipe, configs, points)
     made: list[tuple[Path, Path | None]] = []  # run directories, and what to remove of each if it comes to nothing
-    runs: list[tuple[ClusterConfig, int, Path]] = []
+    runs: list[Submission] = []
     jobs = []
     try:
-        for config in configs:
+        for config, point in zip(configs, points, strict=True):
             assert config.cluster is not None
             new = first_missing(config, recipe)
             out = run_directory.freeze(replace(config, cluster=None), recipe.name)
             if out is None:
-                print(run_directory.ALREADY_FINISHED.format(out=config.out))
+                print(run_directory.already_finished(config))
                 continue
             made.append((out, new))
-            runs.append((config.cluster, config.max_restarts, out))
-        # An array's jobs are all alike: points that differ in where they run are submitted apart.
-        for _, alike in groupby(runs, key=lambda run: (asdict(run[0]), run[1])):
-            group = list(alike)
-            there, max_restarts, _ = group[0]
+            runs.append((config.cluster, config.max_restarts, out, variables(out, point)))
+        for there, max_restarts, wanted in arrays(runs):
             launcher = load_launcher(there.launcher, "cluster.launcher")
-            wanted = [(out, {environment.RUN_DIRECTORY: str(out)}) for _, _, out in group]
             found = launcher.submit(recipe.target, wanted, there, name=recipe.name, max_restarts=max_restarts)
             launcher.announce(found, there)
             jobs += found
@@ -159,6 +181,57 @@ def submit(recipe: Recipe, configs: Sequence[Config]) -> int:
         if job.code:  # ranks that were killed, or never began, have left no word
             run_directory.note_failure(job.out, recipe.name, 0, time.perf_counter() - started)
     return int(code)
+
+
+def dry_run(recipe: Recipe, configs: Sequence[Config], points: Sequence[str]) -> int:
+    """Show what would be submitted, and what the cluster says of it; return the exit code.
+
+    Raises:
+        UserError: one of the runs is refused.
+    """
+    runs = []
+    for config, point in zip(configs, points, strict=True):
+        assert config.cluster is not None
+        found = run_directory.found_in(config, recipe.name)
+        out = found[0] if found else run_directory.wanted_directory(config.out, recipe.name)
+        runs.append((config.cluster, config.max_restarts, out, variables(out, point)))
+    for there, max_restarts, wanted in arrays(runs):
+        launcher = load_launcher(there.launcher, "cluster.launcher")
+        if not hasattr(launcher, "dry_run"):
+            raise UserError(f"cluster.dry_run=true: {there.launcher} has no dry_run; allowed is false")
+        launcher.dry_run(recipe.target, wanted, there, name=recipe.name, max_restarts=max_restarts)
+    return 0
+
+
+def variables(out: Path, point: str) -> dict[str, str]:
+    """What the ranks of a submitted run find in their environment, besides torchrun's own."""
+    return {environment.RUN_DIRECTORY: str(out)} | ({environment.POINT: point} if point else {})
+
+
+def arrays(runs: Sequence[Submission]) -> Iterator[tuple[ClusterConfig, int, list[tuple[Path, dict[str, str]]]]]:
+    """Runs that can be one array, whose jobs are all alike: points that differ in where they run are submitted apart."""
+    for _, alike in groupby(runs, key=lambda run: (asdict(run[0]), run[1])):
+        group = list(alike)
+        yield group[0][0], group[0][1], [(out, environment) for _, _, out, environment in group]
+
+
+def apart(configs: Sequence[Config]) -> list[str]:
+    """What is each point's own in a sweep, as it is typed: `optim.lr=0.1`; nothing of a run alone."""
+    every = [{name: value for name, value, _ in walk(config) if name != "out"} for config in configs]
+    names = [
+        name for name in dict.fromkeys(chain(*every)) if any(each.get(name) != every[0].get(name) for each in every)
+    ]
+    # What a group's name brings with it needs no word, unless points of one name differ in it.
+    groups = [
+        name.removesuffix("name") for name in names if name in ("task.name", "model.name", "data.name", "optim.name")
+    ]
+    follows = ("model.",) if "data." in groups else ()
+    few = [name for name in names if name.endswith(".name") or not name.startswith((*groups, *follows))]
+    for chosen in (few, names):
+        labels = [" ".join(typed(name, each[name]) for name in chosen if name in each) for each in every]
+        if len(set(labels)) == len(labels):
+            break
+    return labels
 
 
 def idle_nodes(env: Mapping[str, str]) -> str:

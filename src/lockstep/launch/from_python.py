@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lockstep.config.keys import typed
 from lockstep.errors import UserError
 from lockstep.launch.recipe_process import BECOME_COMMAND, RecipeFailed, command_environment
+from lockstep.utils.temporary import own_folder
 
 if TYPE_CHECKING:
     from lockstep.recipe import Recipe
@@ -65,7 +65,7 @@ class RunResult(Mapping[str, Any]):
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl, one for each logged step and evaluation."""
-        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        return [json.loads(line) for line in (self.out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
     def weights(self) -> dict[str, Any]:
         """The trained model's state_dict, on the CPU."""
@@ -86,7 +86,7 @@ def run_recipe(recipe: Recipe, words: tuple[str, ...], keys: Mapping[str, Any]) 
         RecipeFailed: the run failed; the text is what it said last.
     """
     given = {word.lstrip("+").partition("=")[0] for word in words} | keys.keys()
-    with tempfile.TemporaryDirectory(prefix="lockstep-") as folder:
+    with own_folder() as folder:
         program, task = _as_program(recipe, keys.get("task"), Path(folder))
         if folder in (*program, task.rpartition("/")[0]) or program[0].startswith(folder):
             refuse_cluster(given)
@@ -104,7 +104,7 @@ def run_recipe(recipe: Recipe, words: tuple[str, ...], keys: Mapping[str, Any]) 
         raise UserError((errors or last or [f"exit code {code}"])[-1].removeprefix("error: "))
     if code:
         raise RecipeFailed("\n".join(last[-20:]) or f"exit code {code}")
-    return RunResult(out.absolute(), json.loads((out / "result.json").read_text()))
+    return RunResult(out.absolute(), json.loads((out / "result.json").read_text(encoding="utf-8")))
 
 
 def refuse_cluster(given: set[str]) -> None:
@@ -143,7 +143,7 @@ def _as_program(recipe: Recipe, task: Any, folder: Path) -> tuple[list[str], str
     if content:
         import cloudpickle  # type: ignore[import-untyped]
 
-        script.write_text(SCRIPT)
+        script.write_text(SCRIPT, encoding="utf-8")
         script.with_suffix(".pkl").write_bytes(cloudpickle.dumps(content))
     if not recipe.target:
         return [str(script)], name

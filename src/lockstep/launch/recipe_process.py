@@ -63,7 +63,10 @@ class RecipeProcess:
         self.log = out.parent / f"{out.name}.log"
         merged = {**command_environment(os.environ), **variables}
         command = [sys.executable, *([] if recipe.endswith(".py") else ["-m"]), recipe, f"out={out}", *words]
-        with self.log.open("a") as log:
+        # As lockstep.utils.files.no_link.
+        with open(
+            self.log, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        ) as log:
             self._log_began = log.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", BECOME_COMMAND, str(os.getpid()), *command],
@@ -103,8 +106,8 @@ class RecipeProcess:
         return True
 
     def _last_words(self) -> str:
-        with self.log.open(errors="replace") as log:
+        with self.log.open(errors="replace", encoding="utf-8") as log:
             log.seek(self._log_began)
-            said = [line.strip() for line in log if line.strip() and not line.startswith(("to go on: ", "to resume: "))]
+            said = [line.strip() for line in log if line.strip() and not line.startswith(("to resume: ",))]
         errors = [line for line in said if line.startswith("error: ")]
         return (errors or said or [""])[-1]

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockstep.checkpoint.weights import check_weights, read_weights
+from lockstep.checkpoint.weights import is_foreign, load_weights
 from lockstep.config.keys import AUTO
 from lockstep.config.run_directory import checkpoint_folder
 from lockstep.config.schema import RESNETS, Config, check_values
 from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.data.batches import train_size
 from lockstep.data.image_files import check_data
+from lockstep.distributed.cores import check_threads
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE
 from lockstep.models.torchvision_models import check_model
@@ -41,6 +43,7 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     """
     check_package(recipe)
     check_values(config)
+    check_threads(config.threads, os.environ)
     check_optimizer(config.optim)
     chooses = recipe.batch if config.global_batch_size == AUTO else None
     if chooses:
@@ -84,6 +87,10 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
             )
     if config.task.name == IMAGES:
         fill_in_images(config, classes)
+    if config.resume_prefix is not None and config.resume in ("auto", "never"):
+        raise UserError(
+            f"resume_prefix={config.resume_prefix}: is for the names in a file of weights; set resume=FILE, or leave it out"
+        )
     if config.resume not in ("auto", "never") and not recipe.backbone:
         check_source(config)
     if config.checkpoint_activations != "none":
@@ -149,14 +156,19 @@ def check_source(config: Config) -> None:
         UserError: it is none of them.
     """
     path = Path(config.resume).expanduser()
-    if path.is_dir():
+    if path.is_dir() and not is_foreign(path):
         checkpoint_folder(path)
+        if config.resume_prefix is not None:
+            raise UserError(
+                f"resume_prefix={config.resume_prefix}: resume={config.resume} is a run of lockstep's, whose names are "
+                "the model's; leave it out"
+            )
         return
-    if not path.is_file():
+    if not path.exists() or not (path.is_file() or path.is_dir()):
         raise UserError(
             f"resume={config.resume}: no such file or folder; allowed are auto, never, or a path that exists"
         )
-    check_weights(path, read_weights(path), sketch(config).state_dict())
+    load_weights(path, sketch(config).state_dict(), config.resume_prefix)
 
 
 def check_batch(config: Config, world_size: int) -> None:
@@ -165,18 +177,21 @@ def check_batch(config: Config, world_size: int) -> None:
     Raises:
         UserError: it does not divide, or a share is smaller than its number of micro-batches.
     """
-    stages = config.model_parallel_size
-    if world_size % stages:
+    size, key = config.model_parallel_size, config.model_parallel_key
+    copies = "pipelines" if key == "stages" else "copies"
+    if world_size % size:
+        shared = "each sequence" if config.shares_sequences else "a copy of the model"
+        each = "a pipeline takes a rank for each stage" if key == "stages" else f"{size} ranks share {shared}"
         raise UserError(
-            f"stages={stages}: a pipeline takes a rank for each stage, and {count(world_size, 'rank')} cannot "
-            "be divided into such pipelines; set nproc to a multiple of stages"
+            f"{key}={size}: {each}, and {count(world_size, 'rank')} cannot be divided into such {copies}; "
+            f"set nproc to a multiple of {key}"
         )
-    shards = world_size // stages
+    shards = world_size // size
     pieces = shards * config.pipeline_micro_batches
     if config.global_batch_size % pieces:
         below = config.global_batch_size // pieces * pieces
         nearest = ", ".join(str(size) for size in (below, below + pieces) if size)
-        what = f"{shards} ranks" if stages == 1 else f"{shards} pipelines"
+        what = f"{shards} ranks" if size == 1 else f"{shards} {copies}"
         if config.pipeline_micro_batches > 1:
             what += f" × micro_batches={config.pipeline_micro_batches}"
         raise UserError(

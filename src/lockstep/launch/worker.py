@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 import torch.distributed as dist
 
-from lockstep.config import run_directory
+from lockstep.config import own_files, run_directory
 from lockstep.config.declared import read_config
 from lockstep.config.schema import Config, to_yaml
+from lockstep.data.worker_errors import WorkerFailed
 from lockstep.diagnose import out_of_memory
 from lockstep.diagnose.verdict import describe_failure
 from lockstep.diagnose.watchdog import Watchdog, WatchdogTimeout
@@ -30,12 +31,13 @@ from lockstep.distributed.collective_errors import lost_a_peer, timed_out
 from lockstep.distributed.devices import agree_on_devices, resolve_device
 from lockstep.distributed.environment import LAUNCHER, RUN_DIRECTORY, TRIAL, Place
 from lockstep.distributed.heartbeat import FINISHED, Heartbeat
-from lockstep.distributed.rendezvous import check_in, from_rank_0, leave_store, open_store
+from lockstep.distributed.rendezvous import check_in, open_store
 from lockstep.distributed.signals import PREEMPTED, Listener, Preempted, alone_under_srun, end_with_parent, unsaved
+from lockstep.distributed.store import from_rank_0, leave_store, run_briefly
 from lockstep.errors import Busy, UserError
 from lockstep.launch.validate import validate
 from lockstep.run import Run
-from lockstep.utils import files
+from lockstep.utils import files, standard_streams, temporary
 from lockstep.utils.places import as_installed
 from lockstep.utils.system import system_info
 
@@ -43,13 +45,14 @@ if TYPE_CHECKING:
     from lockstep.recipe import Recipe
 
 
+ALONE = (out_of_memory.OutOfMemory, WorkerFailed)  # what one rank may meet, and the others not
 COMPOSE_SECONDS = 3600.0  # rank 0 may list a million images, or download them, before the others learn the config
 
 
 def work(recipe: Recipe, place: Place) -> NoReturn:
     """Join the others, train, and leave with the exit code.
 
-    A rank's last line is os._exit: gloo's threads can abort the interpreter's own exit after all has gone well
+    A rank's last line is an os._exit: gloo's threads can abort the interpreter's own exit after all has gone well
     (pytorch issue 190489).
     """
     started, code, out = time.perf_counter(), 0, None
@@ -58,17 +61,16 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
 
     def say(words: str) -> None:
         if place.rank == 0:
-            os.write(console, f"{words}\n".encode())
+            standard_streams.write_to(console, f"{words}\n")
 
     def leave(error: BaseException, code: int, told_to_stop: bool = False) -> NoReturn:
         tell(error, place, out, console, told_to_stop)
         if isinstance(error, WatchdogTimeout):
             error.continue_stopped()
         if out is not None and place.rank == 0 and not isinstance(error, Busy):
-            run_directory.note_failure(out, recipe.name, place.world_size, time.perf_counter() - started)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+            seconds = time.perf_counter() - started
+            run_briefly(lambda: run_directory.note_failure(out, recipe.name, place.world_size, seconds))
+        temporary.exit_at_once(code)
 
     def asks(error: BaseException) -> bool:
         return timed_out(error) or (lost_a_peer(error) and not listener.received)
@@ -96,9 +98,11 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
             end=lambda verdict: leave(verdict, verdict.exit_code),
             say=say,
             overdue=resolve_device(config.device, config.backend)[1] == "nccl",
+            signalled=lambda: listener.received,
         )
         join_and_train(recipe, config, out, store, place, hosts, listener, heartbeat)
         watchdog.close(FINISHED)
+        process_group.leave_in_time(config.timeout_seconds)
         dist.destroy_process_group()
     except Preempted:
         code = PREEMPTED
@@ -125,16 +129,14 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
             if fails_alone(error):
                 watchdog.tell()
         leave(error, code, told_to_stop=bool(listener.received))
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    temporary.exit_at_once(code)
 
 
 def fails_alone(error: BaseException) -> bool:
     """Whether other ranks are to be told, because they have not failed alike and nobody ends them: neither a launcher of
-    ours nor torchrun. A mistake and a failed check are the same on all ranks; memory runs out on one."""
+    ours nor torchrun. A mistake and a failed check are the same on all ranks; memory or a worker fails on one."""
     started = LAUNCHER in os.environ or "TORCHELASTIC_ERROR_FILE" in os.environ
-    return not started and (isinstance(error, out_of_memory.OutOfMemory) or not isinstance(error, UserError))
+    return not started and (isinstance(error, ALONE) or not isinstance(error, UserError))
 
 
 def preload() -> None:
@@ -175,6 +177,8 @@ def join_and_train(
     requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
     lock = run_directory.lock(out, config.timeout_seconds if requeued else 0) if place.rank == 0 else None
     local_rank = os.environ.get("LOCAL_RANK")
+    if config.compile:
+        temporary.own_compile_cache()
     here = process_group.join_process_group(
         store,
         place.rank,
@@ -232,7 +236,7 @@ def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Stor
     if RUN_DIRECTORY in os.environ:
         out = Path(os.environ[RUN_DIRECTORY])
         try:
-            config = read_config(recipe, (out / "config.yaml").read_text())
+            config = read_config(recipe, (out / "config.yaml").read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise unseen(out) from None
         store, hosts, _ = meet(place, config.timeout_seconds)
@@ -272,7 +276,7 @@ def unseen(out: Path) -> UserError:
 def meet(place: Place, timeout_seconds: float, note: str = "") -> tuple[dist.Store, list[str], list[str]]:
     """(this start's part of the store, every rank's host, every rank's note), when all ranks have come."""
     store = open_store(place, timeout_seconds)
-    return check_in(store, place.rank, place.world_size, timeout_seconds, note, place.nodes)
+    return check_in(store, place.rank, place.world_size, timeout_seconds, note, place.nodes, not place.agent_store)
 
 
 def agent_folder() -> Path | None:
@@ -296,7 +300,7 @@ def recall() -> str:
     """
     folder = agent_folder()
     note = folder / "lockstep-run" if folder is not None else None
-    return note.read_text() if note is not None and note.is_file() else ""
+    return note.read_text(encoding="utf-8") if note is not None and note.is_file() else ""
 
 
 def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, str]:
@@ -324,7 +328,7 @@ def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, st
 
     try:
         if known:
-            config = read_config(recipe, (Path(known) / "config.yaml").read_text())
+            config = read_config(recipe, (Path(known) / "config.yaml").read_text(encoding="utf-8"))
             config.out = known
             keep(config)
             return told
@@ -347,14 +351,14 @@ def enter_directory(recipe: Recipe, config: Config) -> dict[str, str]:
     except UserError as error:
         return {"error": str(error)}
     if out is None:
-        print(run_directory.ALREADY_FINISHED.format(out=config.out))
+        print(run_directory.already_finished(config))
         return {}
     return {"out": str(out)}
 
 
 def redirect_output(log: Path) -> None:
     """Send all this process prints, C++ included, to its log: of many ranks only rank 0 speaks on the console."""
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    descriptor = own_files.descriptor_of(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     os.close(descriptor)
@@ -373,8 +377,7 @@ def tell(error: BaseException, place: Place, out: Path | None, console: int, tol
     if full:
         text = f"error: out={out}: {os.strerror(error.errno)}; make room, then start the same command again\n"  # type: ignore[attr-defined]
     if out is not None:
-        with contextlib.suppress(OSError), (out / "ranks" / f"{place.rank}.log").open("a") as log:
-            log.write(text)
+        run_briefly(lambda: files.append(out / "ranks" / f"{place.rank}.log", text))
     if told_to_stop and lost_a_peer(error):
         return
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
@@ -383,7 +386,7 @@ def tell(error: BaseException, place: Place, out: Path | None, console: int, tol
         extra = {"py_callstack": text, "timestamp": str(int(time.time()))}
         message = {"message": f"{type(error).__name__}: {error}", "extraInfo": extra}
         with contextlib.suppress(OSError):
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}))
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": message}), encoding="utf-8")
             return
     if isinstance(error, WatchdogTimeout) and not error.prints and alone_under_srun():  # whose tasks share one console
         return
@@ -392,4 +395,4 @@ def tell(error: BaseException, place: Place, out: Path | None, console: int, tol
     elif not mistake:
         where = describe_failure(out, place.rank)[0] if out is not None else ""
         text = f"rank {place.rank} failed{where}\n{text}"
-    os.write(console, text.encode())
+    standard_streams.write_to(console, text)

@@ -79,7 +79,7 @@ def keep_lines(path: Path, wanted: Callable[[str], bool]) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(errors="replace").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             if line.endswith("\n") and wanted(line):
                 kept.append(line)

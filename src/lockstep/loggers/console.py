@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.config.keys import walk
+from lockstep.config.own_files import open_own
 from lockstep.config.schema import Config
 from lockstep.config.tasks import short_name
 from lockstep.distributed.process_group import World
@@ -24,15 +24,8 @@ from lockstep.training.evaluate import Evaluation
 from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, interpreter, short, worded
 
+FILES = ("model.pt", "best.pt", "result.json", "metrics.jsonl", "config.yaml", "shown.txt", "misclassified.png")
 PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of progress at most this often
-
-
-class _Console(Console):
-    """A console whose reader may leave (`| head`): the training goes on unseen."""
-
-    def on_broken_pipe(self) -> None:
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 class ConsoleReport:
@@ -42,9 +35,11 @@ class ConsoleReport:
         self.recipe, self.config, self.world, self.out = recipe, config, world, out
         self.next_command = next_command
         self.speaks = world.rank == 0 and not quiet
-        self.log = (out / "ranks" / f"{world.rank}.log").open("a", buffering=1)
+        self.log = open_own(
+            out / "ranks" / f"{world.rank}.log", "a", buffering=1, encoding="utf-8", errors="backslashreplace"
+        )
         # Written to a file or a pipe, a table is not squeezed into the 80 columns of a terminal that is not there.
-        self.console = _Console(quiet=not self.speaks, highlight=False, width=None if sys.stdout.isatty() else 140)
+        self.console = Console(quiet=not self.speaks, highlight=False, width=None if sys.stdout.isatty() else 140)
         self.last_line = time.monotonic()
         self.metric, self.unit = "", "samples"  # the first metric of the last evaluation, in words
         self.notes: list[str] = []
@@ -75,7 +70,7 @@ class ConsoleReport:
         frozen = f", {parameters[0] - parameters[1]:,} of them frozen" if parameters[0] != parameters[1] else ""
         self.line(
             f"{self.recipe}: {count(world.world_size, 'rank')} on {count(hosts, 'host')} · {world.device.type} · "
-            f"{world.backend} · {config.precision} · {count(world.threads, 'thread')} a rank"
+            f"{world.backend} · {config.precision} · {count(world.threads, 'thread')} a rank ({world.threads_by})"
         )
         self.unit = unit = option(task, "unit")
         model, data = described(task, config)
@@ -137,6 +132,12 @@ class ConsoleReport:
             milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
             speed = f"{result['samples_per_second']:,.0f} {self.unit}/s ({milliseconds[0]} ms a step, 95 % within "
             speed += f"{milliseconds[1]} ms)"
+            if result.get("tokens_per_second"):
+                speed += f"; {result['tokens_per_second']:,.0f} tokens/s"
+            if result.get("model_flops_per_second"):
+                speed += f", {result['model_flops_per_second'] / 1e9:,.4g} GFLOP/s"
+            if result.get("mfu"):
+                speed += f", MFU {result['mfu']:.1%}"
         metrics = {name[5:]: value for name, value in result.items() if name.startswith("eval_") and value is not None}
         evaluated = [worded(name, value) for name, value in metrics.items() if name != "loss"]
         evaluated = evaluated or [worded(name, value) for name, value in metrics.items()]
@@ -147,14 +148,15 @@ class ConsoleReport:
             "time": f"{result['wall_seconds']:.1f} s for {count(result['steps'] - self.first_step, 'step')}",
             "memory": f"{memory} MiB at peak, by rank",
             "state": state,
-            "written": f"{short(self.out)}/: model.pt, result.json, metrics.jsonl, config.yaml, ranks/",
+            "written": f"{short(self.out)}/: {', '.join(name for name in FILES if (self.out / name).exists())}, ranks/",
         }
         for note in self.notes:
             name, _, text = note.partition(": ")
             rows[name] = text
         if self.next_command:
             rows["next"] = as_installed(self.next_command.replace("python", interpreter(), 1))
-        self.log.write("".join(f"{name:9} {text}\n" for name, text in rows.items()))
+        with contextlib.suppress(OSError):
+            self.log.write("".join(f"{name:9} {text}\n" for name, text in rows.items()))
         if self.console.is_terminal:
             table = Table.grid(padding=(0, 2))
             for name, text in rows.items():

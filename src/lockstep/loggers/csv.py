@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from lockstep.config.own_files import open_own
 from lockstep.loggers.base import Logger, Scalars, keep_lines
 from lockstep.utils.files import write_atomically
 
@@ -25,7 +26,7 @@ class CsvLogger(Logger):
     def _open(self, columns: Sequence[str]) -> None:
         """Write the file anew with these columns and all that it has, for a run that now logs other things."""
         path = self._path
-        text = path.read_text() if path.exists() else ""
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
         before = list(csv.DictReader(io.StringIO(text, newline="")))
         self._names = list(dict.fromkeys([*columns, *(before[0] if before else ())]))
         anew = io.StringIO(newline="")
@@ -33,7 +34,7 @@ class CsvLogger(Logger):
         writer.writeheader()
         writer.writerows(before)
         write_atomically(path, anew.getvalue())
-        self._file = path.open("a", buffering=1, newline="")
+        self._file = open_own(path, "a", buffering=1, newline="", encoding="utf-8")
         self._writer = csv.DictWriter(self._file, self._names)
 
     def log(self, scalars: Scalars) -> None:

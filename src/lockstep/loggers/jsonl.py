@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from lockstep.config.own_files import open_own
 from lockstep.loggers.base import Histogram, Logger, Misclassified, Scalars, keep_lines, visible
 from lockstep.utils.files import write_atomically
 
@@ -22,13 +23,14 @@ class JsonLinesLogger(Logger):
         for name in ("metrics.jsonl", "histograms.jsonl"):
             keep_lines(out / name, lambda line: json.loads(line)["step"] <= step)
         self._out = out
-        self._file = (out / "metrics.jsonl").open("a", buffering=1)  # by line: a killed run keeps all it logged
+        # By line: a killed run keeps all it logged.
+        self._file = open_own(out / "metrics.jsonl", "a", buffering=1, encoding="utf-8")
 
     def log(self, scalars: Scalars) -> None:
         self._file.write(json.dumps(scalars) + "\n")
 
     def log_histograms(self, step: int, found: dict[str, Histogram]) -> None:
-        with (self._out / "histograms.jsonl").open("a") as stream:
+        with open_own(self._out / "histograms.jsonl", "a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": step} | {name: asdict(each) for name, each in found.items()}) + "\n")
 
     def log_misclassified(self, step: int, found: list[Misclassified]) -> None:
@@ -50,11 +52,11 @@ class JsonLinesLogger(Logger):
 def logged(out: Path) -> Iterator[tuple[Scalars, dict[str, Histogram]]]:
     """All that a run has logged, in order of steps: (scalars, histograms)."""
     found: list[tuple[int, Scalars, dict[str, Histogram]]] = []
-    for line in (out / "metrics.jsonl").read_text().splitlines():
+    for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
         scalars = json.loads(line)
         found.append((scalars["step"], scalars, {}))
     if (out / "histograms.jsonl").exists():
-        for line in (out / "histograms.jsonl").read_text().splitlines():
+        for line in (out / "histograms.jsonl").read_text(encoding="utf-8").splitlines():
             entry = json.loads(line)
             step = entry.pop("step")
             found.append((step, {"step": step}, {name: Histogram(**each) for name, each in entry.items()}))

@@ -48,7 +48,7 @@ class WandbLogger(Logger):
         folder.mkdir(exist_ok=True)
         if not note.exists():
             write_atomically(note, uuid.uuid4().hex[:12])
-        earlier = list(folder.glob(f"offline-run-*-{note.read_text()}"))
+        earlier = list(folder.glob(f"offline-run-*-{note.read_text(encoding='utf-8')}"))
         # Of the machine and the person nothing but what the config says; the console, git and code stay here.
         quiet: Any = {
             "console": "off",
@@ -59,7 +59,12 @@ class WandbLogger(Logger):
         }
         quiet |= {"x_disable_meta": True, "x_disable_stats": True, "x_disable_machine_info": True}
         settings = wandb.Settings(**quiet, x_save_requirements=False)
-        options: Any = {"project": config.logger.project, "id": note.read_text(), "name": name, "resume": "allow"}
+        options: Any = {
+            "project": config.logger.project,
+            "id": note.read_text(encoding="utf-8"),
+            "name": name,
+            "resume": "allow",
+        }
         options |= {"dir": str(out), "config": asdict(config), "settings": settings}
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if has_credentials(wandb) else "offline")
         try:

@@ -41,10 +41,10 @@ class FiniteCheck:
         if loss is None or context.train_loss_step == self._loss_step:
             return
         self._loss_step = context.train_loss_step
-        if math.isfinite(loss) or self._said_loss or context.quiet:
+        if math.isfinite(loss) or context.quiet:
             return
-        self._said_loss = True
-        if self.check_weights():
+        if self.check_weights() and not self._said_loss:
+            self._said_loss = True
             context.say(f"step {context.train_loss_step}: the loss is {loss}; the weights are still finite")
 
     def check_weights(self) -> bool:

@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 from lockstep.callbacks.base import CallbackContext
+from lockstep.callbacks.model_flops import rates
 from lockstep.training.evaluate import Evaluation
 from lockstep.training.timing import percentile
 
@@ -51,6 +52,7 @@ def result_fields(
         "eval_loss": None,
         **(evaluation.scalars if evaluation else {}),
         **dict.fromkeys(("samples_per_second", f"{unit}_per_second"), speed),
+        **rates(context.notes, speed),
         "step_seconds_p50": median,
         "step_seconds_p95": percentile(step_seconds, 95) if step_seconds else None,
         "peak_memory_bytes": int(max(memory)),

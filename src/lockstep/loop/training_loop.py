@@ -91,7 +91,7 @@ class TrainingLoop:
         self._heartbeat = context.world.heartbeat
         self.evaluator = Evaluator(context.config, source, context.device, dims, context.world.control)
         self._agreement: Agreement | None = None
-        self._whole: Callable[[], nn.Module] | None = None
+        self._whole: Callable[[], nn.Module]  # once there is a module
 
     # Before the first step --------------------------------------------------------------------------------------
 
@@ -102,6 +102,7 @@ class TrainingLoop:
         *,
         scheduler: Schedule = None,
         whole: Callable[[], nn.Module] | None = None,
+        evaluated: nn.Module | None = None,
         keep: Mapping[str, Stateful] | None = None,
         engine: Engine | None = None,
     ) -> None:
@@ -109,14 +110,14 @@ class TrainingLoop:
 
         Args:
             optimizer: None where an engine makes it later.
-            scheduler, whole, keep, engine: as `Run.steps` has them.
+            scheduler, whole, evaluated, keep, engine: as `Run.steps` has them.
         """
         context = self.context
-        self.module, self._engine = unwrap(model), engine
+        self.module, self._engine, self._evaluated = unwrap(model), engine, evaluated
         self._whole = whole or (lambda: unwrap(model))
         self._sharded = any(is_sharded(parameter) for parameter in model.parameters())
-        # All ranks have drawn the same weights; dropout and the like differ between them.
-        seed_generators(context.config.seed * 1_000_003 + context.rank)
+        # All ranks have drawn the same weights; dropout and the like differ between those with different samples.
+        seed_generators(context.config.seed * 1_000_003 + self._dims.random_stream)
         own: dict[str, Stateful] = {}
         if context.scaler and context.scaler.is_enabled():
             own["scaler"] = context.scaler
@@ -130,7 +131,7 @@ class TrainingLoop:
             device=context.device,
             owns_buffers=self._dims.owns_buffers,
             engine=engine,
-            whole=whole,
+            whole=None if evaluated else whole,  # which is the state's own model
         )
         if not context.quiet:  # a tool's run is never resumed
             self._heartbeat.enter("resuming")
@@ -139,7 +140,6 @@ class TrainingLoop:
 
     def _resume(self, model: nn.Module) -> None:
         context = self.context
-        assert self._whole is not None
         facts = self.checkpoints.find(
             self._state,
             context.total_steps,
@@ -168,7 +168,6 @@ class TrainingLoop:
             UserError: the ranks do not have the same data.
         """
         context, source = self.context, self._source
-        assert self._whole is not None
         assert self.module is not None
         self._optimizer = optimizer
         check_consistency(source.facts() | {"steps to take": context.total_steps}, source.where, context.world)
@@ -307,8 +306,7 @@ class TrainingLoop:
         context.pause(time.perf_counter() - self._stepped_at)
 
     def _evaluate(self) -> Evaluation:
-        assert self._whole is not None
-        return self.evaluator.evaluate(self._whole(), sharded=self._sharded)
+        return self.evaluator.evaluate(self._evaluated or self._whole(), sharded=self._sharded)
 
     def _save(self) -> None:
         """Have the checkpoint of this step written; the clock by which speed is measured stands still meanwhile."""
@@ -359,7 +357,7 @@ class TrainingLoop:
             UserError: there are steps left.
         """
         context, device = self.context, self.context.device
-        if self._whole is None:
+        if self.module is None:
             return
         if context.step < context.total_steps:
             raise UserError(

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import torch
 
+from lockstep.distributed.cores import control_groups
 from lockstep.distributed.devices import gpus_in_use
 
 
 def process_bytes(entry: str) -> int:
     """An entry of /proc/self/status: VmRSS, the resident memory; VmHWM, its peak; VmSize and VmData, what is mapped."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{entry}:"):
             return int(line.split()[1]) * 1024
     return 0
@@ -42,7 +43,7 @@ def free_bytes(device: torch.device) -> tuple[int, str]:
 
 def host_bytes() -> int:
     """Memory of this host that is free, or could be made so without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
+    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -57,29 +58,13 @@ def group_bytes(machine: Path = Path("/")) -> Iterator[tuple[int, str]]:
     for group, version in control_groups("memory", machine):
         limit, usage, inactive = files[version]
         try:
-            most, used = ((group / name).read_text().strip() for name in (limit, usage))
-            rows = (row.split() for row in (group / "memory.stat").read_text().splitlines())
+            most, used = ((group / name).read_text(encoding="utf-8").strip() for name in (limit, usage))
+            rows = (row.split() for row in (group / "memory.stat").read_text(encoding="utf-8").splitlines())
             cached = [row[1] for row in rows if row[0] == inactive]
         except OSError:
             continue
         if most != "max" and int(most) < 2**60:
             yield max(0, int(most) - int(used) + int(cached[0] if cached else 0)), "the control group"
-
-
-def control_groups(controller: str, machine: Path = Path("/")) -> Iterator[tuple[Path, int]]:
-    """The folders of this process's control groups for memory or cpu, the innermost first; each with its version."""
-    for line in (machine / "proc/self/cgroup").read_text().splitlines():
-        _, controllers, path = line.split(":", 2)
-        if controllers and controller not in controllers.split(","):
-            continue
-        root = machine / "sys/fs/cgroup" / controllers
-        folder = root / path.lstrip("/")
-        if not folder.is_dir():  # inside a container its own group is the root
-            folder = root
-        for group in [folder, *folder.parents]:
-            yield group, 1 if controllers else 2
-            if group == root:
-                break
 
 
 def peak_from_now(device: torch.device) -> Callable[[], int]:
@@ -89,7 +74,7 @@ def peak_from_now(device: torch.device) -> Callable[[], int]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         return lambda: torch.cuda.max_memory_allocated(device) - before
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from VmRSS
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # Linux: VmHWM starts again from VmRSS
     before = process_bytes("VmRSS")
     return lambda: process_bytes("VmHWM") - before
 

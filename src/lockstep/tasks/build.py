@@ -102,11 +102,28 @@ def check_data_sets(task: Any, name: str) -> None:
                 )
     if not is_stream(task.train_set) and len(task.train_set) == 0:
         raise UserError(f"task={name}: its train_set is empty")
+    _check_pictures(task, name)
     weights = option(task, "sample_weights")
     if weights is not None and is_stream(task.train_set):
         raise UserError(f"task={name}: sample_weights draw samples by their number, and a stream's have none")
     if weights is not None:
         _check_weights(weights, len(task.train_set), name)
+
+
+def _check_pictures(task: Any, name: str) -> None:
+    """They are wanted when training is over: too late to hear that they are none."""
+    pictures, dataset = option(task, "pictures"), option(task, "eval_set")
+    if not pictures or dataset is None:
+        return
+    if is_stream(dataset) or not option(task, "mistakes"):
+        lacks = "its eval_set is a stream, whose samples have no number" if is_stream(dataset) else "it has no mistakes"
+        raise UserError(f"task={name}: pictures(samples) shows what mistakes(outputs, targets) found, but {lacks}")
+    found = pictures([0])
+    if not (isinstance(found, torch.Tensor) and found.dtype == torch.uint8 and found.shape[:2] == (1, 3)):
+        raise UserError(
+            f"task={name}: pictures([0]) gave {describe(found)}; allowed is uint8 [1, 3, H, W], for each sample a "
+            "picture in red, green and blue, all of one size"
+        )
 
 
 def _check_weights(weights: Any, size: int, name: str) -> None:
@@ -141,7 +158,11 @@ def known_task(config: Config) -> Any:
 
 def one_sample(config: Config) -> tuple[Any, Any]:
     """(inputs, targets) of a batch of one sample, on the CPU, as the model takes it but for its dtype."""
-    task = known_task(config)
+    return sample_of(known_task(config), config.seed)
+
+
+def sample_of(task: Any, seed: int) -> tuple[Any, Any]:
+    """`one_sample` of a task that is built."""
     if hasattr(task, "example"):
         inputs, targets = task.example(1)
         return inputs, targets
@@ -149,13 +170,17 @@ def one_sample(config: Config) -> tuple[Any, Any]:
     if is_stream(task.train_set):
         inputs, targets = (option(task, "collate") or default_pair)(Stream(task.train_set, False, None).first(1))
         return to_device(inputs, targets) if to_device else (inputs, targets)
-    batch = Samples(task.train_set, config.seed, option(task, "collate"), fixed=True)[0, torch.tensor([0])]
+    batch = Samples(task.train_set, seed, option(task, "collate"), fixed=True)[0, torch.tensor([0])]
     return to_device(batch.inputs, batch.targets) if to_device else (batch.inputs, batch.targets)
 
 
 def sketch(config: Config) -> nn.Module:
     """The model without memory, on the meta device: its names and shapes; with memory where it cannot be built so."""
-    task = Images(config) if config.task.name == IMAGES else known_task(config)
+    return sketch_of(Images(config) if config.task.name == IMAGES else known_task(config))
+
+
+def sketch_of(task: Any) -> nn.Module:
+    """`sketch` of a task that is built."""
     with torch.random.fork_rng(devices=[]):
         try:
             with torch.device("meta"):

@@ -100,7 +100,8 @@ class Images(Task):
         """(the model, the data) in words."""
         model, data = self.config.model, self.config.data
         norm = "batch" if model.norm == "own" and model.name in RESNETS else model.norm
-        return f"{model.name}, {norm} norm", f"{data.name}, {self.size} × {self.size} pixels"
+        shown = model.name if norm == "own" else f"{model.name}, {norm} norm"
+        return shown, f"{data.name}, {self.size} × {self.size} pixels"
 
     def pictures(self, samples: list[int]) -> Tensor:
         """Images of the evaluation set by their numbers: uint8 [N, 3, H, W]."""

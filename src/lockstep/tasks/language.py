@@ -5,7 +5,8 @@
 
 Expect of the first, with 15 epochs on two CPU cores: about 1.87 bits per token, 1.95 at most, in about a minute. The
 baseline is `unigram_bits`, what the frequencies of the tokens alone say of the next one: 2.98.
-The loss is a mean over tokens; a target of −100 counts as none.
+The loss is a mean over tokens; a target of −100 counts as none. With `task.experts=8` the blocks are mixtures of experts
+(lockstep.models.experts), and in training the loss has their balance besides, weighted as the tokens are.
 """
 
 from __future__ import annotations
@@ -36,11 +37,17 @@ from lockstep.data.tokens import (
 )
 from lockstep.errors import UserError
 from lockstep.models.generate import generate
-from lockstep.models.gpt import GPT, GPT_SIZES, gpt_config
+from lockstep.models.gpt import GPT, GPT_SIZES, GPTConfig, gpt_config
+from lockstep.utils.text import divisors
 
 IGNORED = -100  # a target that is none: cross_entropy's own ignore_index
 SHADES = " .,:;-~=+*o%#&8@█"  # of a digit's grey values, from 0 up
 PROMPT = 32  # tokens that a sample of text begins with
+
+
+def window_length(asked: int | None, data: str) -> int:
+    """Tokens of a sample, where `task.sequence_length` may leave it to the kind of data."""
+    return asked or (DIGIT_LENGTH if data == "digits" else 256)
 
 
 @dataclass
@@ -57,6 +64,15 @@ class Language:
     """
 
     size: str = key("nano", "of the model (docstring of lockstep.models.gpt)", tuple(GPT_SIZES))
+    kv_heads: int | None = key(
+        None, "heads of keys and values; they divide the heads of the queries (null: what the size has)", minimum=1
+    )
+    experts: int = key(0, "SwiGLUs in each block, of which a token goes through some (0: one, for all)", minimum=0)
+    experts_per_token: int = key(2, "of the experts, with task.experts", minimum=1)
+    capacity: float | None = key(
+        None, "tokens of a sequence that an expert trains on, as a multiple of an equal share (null: all that come)"
+    )
+    balance: float = key(0.01, "weight in the loss of how unevenly the experts are used", minimum=0)
     data: str = key(
         "digits", "what is read: 8 × 8 digits as 64 grey values, text, or token files", ("digits", "text", "tokens")
     )
@@ -98,7 +114,7 @@ class Language:
         self._check()
         train, evaluation = self._read()
         self.vocabulary = max(train.vocabulary, evaluation.vocabulary)
-        self.length = self.sequence_length or (DIGIT_LENGTH if self.data == "digits" else 256)
+        self.tokens_per_sample = self.length = window_length(self.sequence_length, self.data)
         self.train_set, self.eval_set = (
             TokenWindows(replace(tokens, vocabulary=self.vocabulary), self.length) for tokens in (train, evaluation)
         )
@@ -140,22 +156,88 @@ class Language:
             raise UserError(f"task.tokenizer={self.tokenizer}: reads text; set task.data=text")
         if self.data != "tokens" and self.vocabulary_size is not None:
             raise UserError(f"task.vocabulary_size={self.vocabulary_size}: is asked for with task.data=tokens alone")
+        heads = GPT_SIZES[self.size].heads
+        if self.kv_heads is not None and heads % self.kv_heads:
+            allowed = divisors(heads)
+            raise UserError(f"task.kv_heads={self.kv_heads}: does not divide the {heads} heads; allowed are {allowed}")
+        self._check_experts()
         if not 0 < self.eval_share < 1:
             raise UserError(f"task.eval_share={self.eval_share}: allowed are numbers above 0 and below 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"task.dropout={self.dropout}: allowed are numbers from 0 up, below 1")
 
+    def _check_experts(self) -> None:
+        if self.experts and self.experts_per_token > self.experts:
+            raise UserError(
+                f"task.experts_per_token={self.experts_per_token}: there are only task.experts={self.experts}; allowed are "
+                f"1…{self.experts}"
+            )
+        if self.capacity is not None and not self.experts:
+            raise UserError(f"task.capacity={self.capacity}: is an expert's; set task.experts=8, or leave it out")
+        if self.capacity is not None and not self.capacity > 0:
+            raise UserError(f"task.capacity={self.capacity}: allowed are null and numbers above 0, such as 1.25")
+
     def build_model(self) -> nn.Module:
         """Tokens [N, T ≤ length] to logits [N, T, vocabulary]; the weights are drawn from torch's global generator."""
-        return GPT(gpt_config(self.size, self.vocabulary, self.dropout))
+        return GPT(self._shape())
+
+    def _shape(self) -> GPTConfig:
+        shape = gpt_config(self.size, self.vocabulary, self.dropout, self.kv_heads)
+        per_token = self.experts_per_token
+        return replace(shape, experts=self.experts, experts_per_token=per_token, capacity=self.capacity)
 
     def blocks(self, model: nn.Module) -> list[str]:
         """Names of the modules that the model is made of one after the other, which may be sharded or cut between."""
         return [f"blocks.{number}" for number in range(len(model.get_submodule("blocks")))]  # type: ignore[arg-type]
 
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of logits [N, T, V] over the targets [N, T] that count; 0 where none does."""
-        return token_losses(outputs, targets).sum() / self.weigh(targets).clamp(min=1)
+    def tensor_parallel_plan(self, model: nn.Module) -> dict[str, str]:
+        """How ranks share the model's layers: Megatron's columns and rows; lockstep.parallel.tensor_plan has the words."""
+        if self.experts:
+            raise UserError(
+                f"task.experts={self.experts}: its ranks share layers that all tokens go through; use "
+                "recipes.expert_parallel, or set task.experts=0"
+            )
+        attention = {"query": "columns", "key": "columns", "value": "columns", "output": "rows"}
+        mlp = {"gate": "columns", "up": "columns", "down": "rows"}
+        block = {"attention_norm": "whole", "attention": "gather", "mlp_norm": "whole", "mlp": "gather"}
+        block |= {f"attention.{name}": role for name, role in attention.items()}
+        block |= {f"mlp.{name}": role for name, role in mlp.items()}
+        blocks = {f"blocks.*.{name}": role for name, role in block.items()}
+        return {"": "causal", "embedding": "embedding", **blocks, "norm": "whole", "output": "output"}
+
+    def tensor_parallel_counts(self, model: nn.Module) -> dict[str, int]:
+        """What each rank must have an equal share of."""
+        shape = self._shape()
+        return {"heads": shape.heads, "kv_heads": shape.kv_heads, "hidden": shape.hidden}
+
+    def context_parallel_modules(self, model: nn.Module) -> list[str]:
+        """What looks beyond a position; lockstep.parallel.context_plan says what follows."""
+        if self.experts:
+            raise UserError(
+                f"task.experts={self.experts}: their balance is of whole sequences, of which a rank has some positions "
+                "here; use recipes.expert_parallel, or set task.experts=0"
+            )
+        return ["blocks.*.attention"]
+
+    def expert_parallel_modules(self, model: nn.Module) -> list[str]:
+        """What holds experts; lockstep.parallel.expert_plan says what they are like."""
+        if not self.experts:
+            raise UserError(
+                "task.experts=0: a dense model has no experts to cut; set task.experts=8, or use recipes.ddp"
+            )
+        return ["blocks.*.mlp.experts"]
+
+    def loss(self, outputs: Any, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of logits [N, T, V] over the targets [N, T] that count; 0 where none does.
+
+        Of (logits, unevenness [N]) the latter is added with `balance` as its weight, as a mean over the same targets:
+        each has its sequence's. So it has the loss's own denominator, whatever the batch is cut into.
+        """
+        logits, uneven = outputs if isinstance(outputs, tuple) else (outputs, None)
+        total = token_losses(logits, targets).sum()
+        if uneven is not None:
+            total = total + self.balance * (uneven * (targets != IGNORED).sum(-1)).sum()
+        return total / self.weigh(targets).clamp(min=1)
 
     def weigh(self, targets: Tensor) -> Tensor:
         """Number of targets that count: what the loss is a mean over."""
@@ -171,7 +253,10 @@ class Language:
     def describe(self) -> tuple[str, str]:
         """(the model, the data) in words."""
         where = {"digits": "digits", "text": self.text, "tokens": self.tokens}[self.data]
-        return f"GPT {self.size}", f"{where}, {self.length:,} of {self.vocabulary:,} tokens a sequence"
+        model = f"GPT {self.size}"
+        if self.experts:
+            model += f", {self.experts_per_token} of {self.experts} experts per token"
+        return model, f"{where}, {self.length:,} of {self.vocabulary:,} tokens a sequence"
 
     def show(self, model: nn.Module) -> str:
         """Samples that the model writes, as text: digits drawn in characters, or text after the beginning of a window.

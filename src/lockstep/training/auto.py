@@ -102,7 +102,7 @@ def choose_for_hardware(config: ConfigT, recipe: str, world: World, out: Path) -
 def _kept(out: Path) -> str | None:
     """The precision that the run in `out` began with, where it was chosen."""
     try:
-        return str(json.loads((out / CHOSEN).read_text())["precision"])
+        return str(json.loads((out / CHOSEN).read_text(encoding="utf-8"))["precision"])
     except FileNotFoundError:
         return None
 
@@ -119,7 +119,7 @@ def arithmetic(device: torch.device, cpuinfo: Path = Path("/proc/cpuinfo")) -> t
             return "bf16", name
         return ("fp16" if torch.cuda.get_device_capability(device) >= (7, 0) else "fp32"), name
     try:
-        lines = cpuinfo.read_text().splitlines()
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
     except OSError:
         return "fp32", "this CPU"
     flags = {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split(":")[1].split()}

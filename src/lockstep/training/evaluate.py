@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,10 +12,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.config.schema import Config
-from lockstep.data.batch import Batch, as_scalar, first_tensor, map_tensors, on_device_of
+from lockstep.data.batch import Batch, as_scalar, describe, first_tensor, map_tensors, on_device_of
 from lockstep.data.batches import BatchSource, items_of
 from lockstep.data.sampler import EvalSampler
 from lockstep.distributed.collectives import gather_objects
+from lockstep.distributed.dtensor import local_shard
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.errors import UserError
 from lockstep.task import metrics_of, option, summary_of
@@ -61,6 +63,7 @@ class Tally:
     def __init__(self, task: Any, sampler: EvalSampler, group: dist.ProcessGroup | None) -> None:
         self._task, self._group, self._sampler = task, group, sampler
         self._metrics, self._weigh = metrics_of(task), option(task, "weigh")
+        self._mistakes = option(task, "mistakes")
         self._handed = HandedMetrics(task)
         self._numbers = iter(sampler.numbers())
         self._rows: dict[int, Tensor] = {}  # of a batch: loss, items, samples, then what is no whole number
@@ -103,8 +106,8 @@ class Tally:
         if whole:
             counts = torch.cat([value.long().flatten() for value in whole])
             self._whole = counts if self._whole is None else self._whole + counts
-        if hasattr(self._task, "mistakes"):
-            rows = self._task.mistakes(outputs, targets)
+        if self._mistakes:
+            rows = _require_rows(self._mistakes(outputs, targets)).clone()
             rows[:, 0] += torch.where(rows[:, 0] < 0, 0, number * self._sampler.batch_size)
             self._wrong = first_wrong(torch.cat([self._wrong.to(rows.device), rows]), KEPT)
 
@@ -168,7 +171,7 @@ class Tally:
 
     def _gather_wrong(self, device: torch.device) -> tuple[tuple[int, int, int], ...]:
         """The same on any number of ranks: each has the first of its batches, so the first of all are among them."""
-        if not hasattr(self._task, "mistakes"):
+        if not self._mistakes:
             return ()
         table = torch.zeros(dist.get_world_size(), KEPT, 3, dtype=torch.int64, device=device)
         table[dist.get_rank(), : len(self._wrong)] = self._wrong.to(device) + 1  # 0 is no sample
@@ -184,6 +187,15 @@ def first_wrong(rows: Tensor, most: int) -> Tensor:
     """
     order = torch.argsort((rows[:, 0] < 0).byte(), stable=True)
     return rows[order[:most]]
+
+
+def _require_rows(rows: Any) -> Tensor:
+    if isinstance(rows, Tensor) and rows.dtype == torch.int64 and rows.dim() == 2 and rows.shape[1] == 3:
+        return rows
+    raise UserError(
+        f"the task's mistakes(outputs, targets) gave {describe(rows)}; allowed is int64 [N, 3], a row for each sample: "
+        "its place in the batch, -1 if it is right; its label; the prediction"
+    )
 
 
 def _in_double(tensor: Tensor) -> Tensor:
@@ -232,16 +244,20 @@ def evaluate(
     device: torch.device,
     blank: Any = None,
     rounds: int = 0,
+    counts: bool = True,
 ) -> Evaluation:
     """Evaluate `forward` (inputs → outputs) over this rank's batches and combine all ranks' sums.
 
     Args:
         blank: inputs for a forward that counts nothing, where `forward` is one that all ranks must make together: the
             ranks that have fewer batches than `rounds` make it.
+        counts: whether these batches are this rank's to count: another rank may make the same forwards with it.
     """
     done = 0
     for batch in batches:
-        tally.add(forward(batch.inputs), batch)
+        outputs = forward(batch.inputs)
+        if counts:
+            tally.add(outputs, batch)
         done += 1
     if blank is not None and done < rounds:
         forward(blank)
@@ -276,19 +292,20 @@ class Evaluator:
 
         Args:
             module: without DistributedDataParallel, whose forward communicates: ranks may have unequally many batches.
-            sharded: its forward communicates all the same, because no rank ever holds the whole model; and its own
-                policy says in which precision it computes.
+            sharded: its forward communicates all the same, because no rank ever holds the whole model. Where
+                fully_shard made it so, its own policy says in which precision it computes.
         """
         module.eval()
         if self._dims.shards > 1:
             sync_buffers(module)
         sampler = self._source.eval_sampler()
         batches = self._source.eval_batches(sampler)
-        if sharded:
+        blank, counts = None, self._dims.counts_evaluation
+        if sharded and not self._dims.evaluates_together:
             blank = self._source.example(1).inputs
-            return evaluate(module, batches, self.tally(), self._device, blank, sampler.rounds())
-        with autocast(self._precision, self._device):
-            return evaluate(module, batches, self.tally(), self._device)
+        policy = any(hasattr(each, "set_requires_gradient_sync") for each in module.modules())  # fully_shard's
+        with contextlib.nullcontext() if policy else autocast(self._precision, self._device):
+            return evaluate(module, batches, self.tally(), self._device, blank, sampler.rounds(), counts)
 
 
 def sync_buffers(module: nn.Module) -> None:
@@ -298,4 +315,4 @@ def sync_buffers(module: nn.Module) -> None:
     of as many models as there are ranks.
     """
     for buffer in module.buffers():
-        dist.broadcast(buffer, src=0)
+        dist.broadcast(local_shard(buffer), src=0)

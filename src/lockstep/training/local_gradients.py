@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -24,7 +25,8 @@ class LocalGradients:
     def __init__(self, module: nn.Module, optimizer: Optimizer, *, owns: bool = True, differ: bool = False) -> None:
         self._module, self.parameters = module, dict(module.named_parameters())
         self._optimizer, self._owns = optimizer, owns
-        self.differ = differ or any(is_sharded(parameter) for parameter in self.parameters.values())
+        self._shards = any(is_sharded(parameter) for parameter in self.parameters.values())
+        self.differ = differ or self._shards
 
     def before_update(self, call: Callable[[], None]) -> None:
         """Have something called in each step when its gradients are complete, before the weights change.
@@ -65,8 +67,10 @@ class LocalGradients:
 
     def counts(self, parameter: nn.Parameter, gradient: bool) -> bool:
         """Whether this rank's part of a parameter, or of its gradient, belongs into the sum over ranks."""
-        if not is_sharded(parameter):
-            return self._owns
+        if not is_sharded(parameter):  # beside others that are, such as experts, it is the same on all ranks
+            return self._owns and (not self._shards or dist.get_rank() == 0)
         sharded = cast(Any, parameter)  # in several copies: those in the first row of the mesh
+        if not self._owns:
+            return False
         places = zip(sharded.placements, sharded.device_mesh.get_coordinate(), strict=True)
         return all(place == 0 for placement, place in places if placement.is_replicate())

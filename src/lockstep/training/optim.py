@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from lockstep.config.schema import OPTIMIZERS, OptimConfig
+from lockstep.distributed.dtensor import is_sharded
 from lockstep.errors import UserError
 
 OURS = ("params", "lr", "weight_decay", "momentum", "nesterov")  # arguments that have keys of their own, or none
@@ -43,6 +44,7 @@ def build_optimizer(config: OptimConfig, model: Trained) -> Optimizer:
     groups = parameter_groups(model)
     if not config.decay_norms_and_biases:
         groups = [part for group in groups for part in _without_decay(group)]
+    groups = [part for group in groups for part in _of_one_kind(group)]
     cls, arguments = optimizer_class(config), optimizer_arguments(config)
     try:
         if cls.__name__ == "Muon":
@@ -76,6 +78,13 @@ def _without_decay(group: dict[str, Any]) -> list[dict[str, Any]]:
     others = [parameter for parameter in group["params"] if parameter.dim() <= 1]
     parts = [{**group, "params": decayed}, {**group, "params": others, "weight_decay": 0.0}]
     return [part for part in parts if part["params"]]
+
+
+def _of_one_kind(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """A group in two where some parameters are sharded and others are not: on a GPU, torch updates a group in one call,
+    which takes either."""
+    kinds = {kind: [each for each in group["params"] if is_sharded(each) == kind] for kind in (False, True)}
+    return [{**group, "params": own} for own in kinds.values() if own] if all(kinds.values()) else [group]
 
 
 def optimizer_class(config: OptimConfig) -> type[Any]:

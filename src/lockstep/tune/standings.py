@@ -20,6 +20,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from lockstep.config.keys import typed
+from lockstep.config.own_files import open_own
 from lockstep.config.schema import Config
 from lockstep.config.tasks import IMAGES, is_larger_better, metric_of, short_name
 from lockstep.registry import is_file
@@ -42,7 +43,7 @@ def read_trials(run: Run[TuneConfig]) -> list[dict[str, Any]]:
     """A row a trial, the best first: those that were trained to the end, then those that were not, then the rest."""
     metric, rows = metric_of(run.config), []
     for file in (run.out / "trials").glob("[0-9]*.json"):
-        row = json.loads(file.read_text())
+        row = json.loads(file.read_text(encoding="utf-8"))
         lines = evaluation_lines(read_metrics(file.with_suffix("")), metric)
         latest = lines[-1] if lines else {}
         row["steps"], row["evaluations"] = latest.get("step", 0), len(lines)
@@ -150,7 +151,7 @@ def write_search_results(run: Run[TuneConfig], rows: list[dict[str, Any]], statu
     flat = [
         {name: value for name, value in row.items() if name not in ("words", "values")} | row["values"] for row in rows
     ]
-    with (run.out / "trials.csv").open("w", newline="") as stream:
+    with open_own(run.out / "trials.csv", "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, list(dict.fromkeys(name for row in flat for name in row)))
         writer.writeheader()
         writer.writerows(flat)

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config
 from lockstep.config.tasks import metric_of
+from lockstep.distributed.cores import usable_cores, wished_threads
 from lockstep.distributed.devices import default_nproc
 from lockstep.errors import UserError
 from lockstep.launch.recipe_process import RecipeFailed, RecipeProcess
@@ -45,10 +46,10 @@ def plan_trials(config: TuneConfig, recipe: Recipe, device: str) -> TrialPlan:
     gpus = ranks if device == "cuda" else 0
     if tune.address is not None:
         return TrialPlan(ranks, config.threads or 1, tune.concurrent, gpus)
-    cores = len(os.sched_getaffinity(0))
+    cores, asked = usable_cores(), config.threads or wished_threads(os.environ)
     room = torch.cuda.device_count() // ranks if gpus else cores // ranks
     concurrent = min(tune.trials, tune.concurrent or max(1, room))
-    return TrialPlan(ranks, config.threads or max(1, cores // (concurrent * ranks)), concurrent, gpus)
+    return TrialPlan(ranks, asked or max(1, cores // (concurrent * ranks)), concurrent, gpus)
 
 
 def trial_words(config: TuneConfig, tool: Recipe, recipe: Recipe, plan: TrialPlan) -> list[str]:

@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lockstep.utils.files import write_json
+
 
 class TrialRecord:
     """`trials/N.json`: what a trial runs with, and what has become of it: running, finished, stopped or failed.
@@ -25,7 +27,7 @@ class TrialRecord:
     def __init__(self, folder: Path, number: int, words: list[str], values: dict[str, Any]) -> None:
         self.path, self.out = folder / f"{number}.json", folder / str(number)
         self.content = {"number": number, "words": words, "values": values, "state": "running", "problem": ""}
-        self.before = json.loads(self.path.read_text()) if self.path.exists() else {}
+        self.before = json.loads(self.path.read_text(encoding="utf-8")) if self.path.exists() else {}
 
     def has_ended(self) -> bool:
         """Whether this very trial has come to its end before."""
@@ -49,15 +51,17 @@ class TrialRecord:
         """Note something, in one piece."""
         self.content |= values
         self.path.parent.mkdir(exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.content, indent=2) + "\n")
-        temporary.replace(self.path)
+        write_json(self.path, self.content)
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The complete lines of a run's metrics.jsonl; none where it has not begun."""
     with contextlib.suppress(OSError, ValueError):
-        return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines(True) if line[-1] == "\n"]
+        return [
+            json.loads(line)
+            for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines(True)
+            if line[-1] == "\n"
+        ]
     return []
 
 

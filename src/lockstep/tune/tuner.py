@@ -53,10 +53,10 @@ def make_searcher(config: TuneConfig, recipe: Recipe, common: list[str]) -> Any:
             pass
 
         def save(self, checkpoint_path: str) -> None:
-            Path(checkpoint_path).write_text(str(self.number))
+            Path(checkpoint_path).write_text(str(self.number), encoding="utf-8")
 
         def restore(self, checkpoint_path: str) -> None:
-            self.number = int(Path(checkpoint_path).read_text())
+            self.number = int(Path(checkpoint_path).read_text(encoding="utf-8"))
 
     class Optuna(Numbered, OptunaSearch):
         def draw(self, trial_id: str) -> dict[str, Any]:

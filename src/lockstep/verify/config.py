@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from lockstep.config.keys import AUTO, key
 from lockstep.config.schema import ToolConfig
@@ -11,6 +11,8 @@ from lockstep.config.schema import ToolConfig
 
 @dataclass
 class VerifyConfig(ToolConfig):
+    # All recipes are held to one task; what one of them needs, its proof sets.
+    task_defaults: ClassVar[dict[str, Any]] = {}
     global_batch_size: Any = key(
         AUTO, "samples of a step, over all ranks; auto: 14 for each rank, or fewer where there are fewer", minimum=1
     )

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from lockstep.config.copies import convert, with_values
+from lockstep.config.declared import own_task
 from lockstep.config.keys import typed
-from lockstep.config.schema import Config, convert, with_values
-from lockstep.config.tasks import IMAGES
+from lockstep.config.schema import Config
+from lockstep.config.tasks import IMAGES, task_schema
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed, UserError
 from lockstep.launch.validate import check_batch, check_package
@@ -26,6 +28,7 @@ from lockstep.verify.trace import Trace, trace
 PROOF_STEPS = {"fp64": 5, "fp32": 3, "bf16": 3, "fp16": 3}  # by precision
 SAMPLES_PER_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 samples for BatchNorm
 OF_IMAGES = ("model.", "data.")  # keys of task=images
+TASK_KEYS = "task."  # what the keys of a task begin with
 BY_SHARES = "its BatchNorm normalises by each share"
 
 
@@ -37,6 +40,7 @@ class ProofCase:
         settings: of both sides.
         differs: why the two sides compute different trainings; empty where they must be equal.
         against: the reference: single, or the path of a recipe's file, which is run on one rank.
+        task: what both sides train in place of images; empty: what `run.task` is.
     """
 
     recipe: Recipe
@@ -45,6 +49,7 @@ class ProofCase:
     settings: dict[str, Any]
     differs: str = ""
     against: str = SINGLE
+    task: str = ""
 
     @property
     def own_words(self) -> list[str]:
@@ -75,7 +80,12 @@ def proofs_of(recipe: Recipe, config: Config) -> list[Proof]:
         if proof.images:
             continue
         by_shares = proof.settings.get("model.norm", "batch") != "batch" and has_batchnorm(config)
-        settings = {name: value for name, value in proof.settings.items() if not name.startswith(OF_IMAGES)}
+        keys = {f"{TASK_KEYS}{entry.name}" for entry in fields(config.task)}
+        settings = {
+            name: value
+            for name, value in proof.settings.items()
+            if not name.startswith(OF_IMAGES) and (name in keys or not name.startswith(TASK_KEYS))
+        }
         because = (proof.because or BY_SHARES) if by_shares else ""
         found.append(replace(proof, settings=settings, differs={}, because=because))
     return found
@@ -89,12 +99,13 @@ def proof_cases(recipes: Iterable[Recipe], config: Config, device: str) -> list[
     for recipe, proof in [(each, proof) for each in recipes for proof in proofs_of(each, config)]:
         against = reference_of(recipe, getattr(config, "against", None))
         differs = proof.because if config.task.name != IMAGES else ""
+        task = (own_task(recipe) or "") if config.task.name == IMAGES else ""  # it cannot train images
         for precision in precisions if every_precision else [config.precision]:
             # What a recipe lacks of the precision that proves most, or was asked for, is said in a row.
             if precision in proof.precisions or precision == "fp64" or not every_precision:
-                cases.append(ProofCase(recipe, proof, precision, proof.settings, differs, against))
+                cases.append(ProofCase(recipe, proof, precision, proof.settings, differs, against, task))
         if proof.differs and every_precision:
-            cases.append(ProofCase(recipe, proof, proof.precisions[0], proof.differs, proof.because, against))
+            cases.append(ProofCase(recipe, proof, proof.precisions[0], proof.differs, proof.because, against, task))
     return cases
 
 
@@ -131,8 +142,13 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
         CheckFailed: a training failed.
     """
     each, precision = case.recipe, case.precision
-    base = proof_config(run, single.config, precision, case.settings)
-    mine = with_values(proof_config(run, each.config, precision, case.settings), case.proof.own)
+    trained = {name: value for name, value in case.settings.items() if name.startswith(TASK_KEYS)}
+    settings = {name: value for name, value in case.settings.items() if name not in trained}
+    base = proof_config(run, single.config, precision, settings)
+    mine = with_values(proof_config(run, each.config, precision, settings), case.proof.own)
+    if case.task:
+        base.task, mine.task = task_schema(case.task)(), task_schema(case.task)()
+    base, mine = with_values(base, trained), with_values(mine, trained)
     row = VerifyRow(each.name, precision, run.world.world_size, mine.max_steps or 0, variant=case.variant)
     row.against = described_reference(case.against, each)
     ranks = each.ranks or run.world.world_size
@@ -146,11 +162,11 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
         return row
     # Where a part of the model is frozen, say, the same part is frozen in `single`.
     alike = case.proof.prepare is not None
-    settings = [precision, *typed_words(case.settings)]
-    key = "-".join([*settings, *(case.own_words if alike else [])])
+    said = [precision, *typed_words(case.settings), *[case.task] * bool(case.task)]
+    key = "-".join([*said, *(case.own_words if alike else [])])
     try:
         if case.against != SINGLE:
-            name = "-".join([each.name, *settings, *case.own_words])
+            name = "-".join([each.name, *said, *case.own_words])
             found = trace(run, each, mine, name, case.proof.prepare)
             reference = run_alone(run, case.against, mine, f"{name}-on-one-rank", found)
             if found and reference:
@@ -158,7 +174,7 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
             return row
         if key not in references:
             references[key] = trace(run, single, mine if alike else base, f"single-{key}", case.proof.prepare)
-        found = trace(run, each, mine, "-".join([each.name, *settings, *case.own_words]), case.proof.prepare)
+        found = trace(run, each, mine, "-".join([each.name, *said, *case.own_words]), case.proof.prepare)
         if found and (reference := references[key]):
             row.compare(found, reference, case.differs)
     except Preempted:

@@ -55,7 +55,7 @@ def trains_task(file: Path) -> bool:
     """Whether a recipe's file reads `run.task`, and so trains any task."""
     return any(
         isinstance(node, ast.Attribute) and node.attr == "task" and ast.unparse(node.value) == "run"
-        for node in ast.walk(ast.parse(file.read_text()))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
     )
 
 

@@ -92,6 +92,8 @@ def trace(
     if run.world.rank:
         return None
     whole = {name: tensor for part in reversed(parts) for name, tensor in part.items()}
+    if recipe.local_updates:
+        whole = {name: torch.stack([part[name] for part in parts]).mean(0) for name in whole}
     return trace_left_by(out, whole.keys(), whole)
 
 
@@ -103,13 +105,13 @@ def trace_left_by(out: Path, trained: Collection[str], gradients: Tensors) -> Tr
         gradients: those of its first update, which no file holds; empty where they are not known.
     """
     state = torch.load(out / "model.pt", weights_only=True)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     return Trace(
         losses=[line["loss"] for line in lines if "loss" in line],
         gradients=gradients,
         weights={name: tensor for name, tensor in state.items() if name in trained},
         buffers={name: tensor for name, tensor in state.items() if name not in trained},
-        result=json.loads((out / "result.json").read_text()),
+        result=json.loads((out / "result.json").read_text(encoding="utf-8")),
     )
 
 

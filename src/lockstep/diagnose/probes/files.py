@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from lockstep.config import own_files
 from lockstep.diagnose.findings import Facts, Findings
 from lockstep.diagnose.probes.ranks import first_rank_of_hosts, rank_and_host, value_or_error
 from lockstep.distributed.collectives import broadcast_object
@@ -56,7 +57,11 @@ def probe_files(world: World, out: Path) -> Facts:
         found["disk"] = value_or_error(lambda: probe_disk(folder, world.rank))
     with contextlib.ExitStack() as held:
         if world.rank == 0:
-            value_or_error(lambda: fcntl.lockf(held.enter_context((folder / "lock").open("w")), EXCLUSIVE))
+            value_or_error(
+                lambda: fcntl.lockf(
+                    held.enter_context(own_files.open_own(folder / "lock", "w", encoding="utf-8")), EXCLUSIVE
+                )
+            )
         dist.barrier(world.control)
         if world.rank:
             found["locked"] = value_or_error(lambda: files.is_locked(folder / "lock"))
@@ -71,7 +76,7 @@ EXCLUSIVE = fcntl.LOCK_EX | fcntl.LOCK_NB
 
 def make_folder(folder: Path, nonce: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    own_files.make_folders(folder)
     files.write_atomically(folder / "hello", nonce)
     files.write_atomically(folder / "swapped", one_version(0))
 
@@ -87,7 +92,7 @@ def seconds_until(path: Path, content: str, seconds: float) -> float | None:
     while True:
         passed = time.monotonic() - started  # before the look, so that there is one however slow this process is
         with contextlib.suppress(OSError):
-            if path.read_text() == content:
+            if path.read_text(encoding="utf-8") == content:
                 return passed
         if passed >= seconds:
             return None
@@ -120,7 +125,7 @@ def probe_disk(folder: Path, rank: int) -> Facts:
     """Speed of a large file with one fsync, seconds of a small one's, bytes free, and the kind of file system."""
     block, path = os.urandom(2**20), folder / f"block-{rank}"
     started = time.perf_counter()
-    with path.open("wb") as stream:
+    with own_files.open_own(path, "wb") as stream:
         for _ in range(BLOCK_BYTES // len(block)):
             stream.write(block)
         stream.flush()
@@ -142,7 +147,7 @@ def probe_disk(folder: Path, rank: int) -> Facts:
 def file_system_of(folder: Path, mounts: Path = Path("/proc/self/mounts")) -> str:
     """The kind of file system that a folder is on: ext4, nfs4, lustre, tmpfs, …"""
     best, kind = "", "unknown"
-    for line in mounts.read_text().splitlines():
+    for line in mounts.read_text(encoding="utf-8").splitlines():
         _, point, what, *_ = line.split(" ")
         point = point.replace("\\040", " ")
         if folder.resolve().is_relative_to(point) and len(point) >= len(best):

@@ -13,8 +13,8 @@ import torch.distributed as dist
 
 from lockstep.diagnose.findings import Facts, Finding, Findings, warning_if
 from lockstep.diagnose.probes.ranks import differences, on_all, rank_and_host, ranks_by_host
+from lockstep.distributed.cores import core_quota
 from lockstep.distributed.process_group import World
-from lockstep.memory.usage import control_groups
 from lockstep.utils.system import cpu_name
 from lockstep.utils.text import count, mebibytes
 
@@ -113,22 +113,6 @@ def probe_cores(workers: int) -> Facts:
         "load": os.getloadavg()[0],
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS"),
     }
-
-
-def core_quota(machine: Path = Path("/")) -> float | None:
-    """The cores' worth of time that this process's control groups allow: a container's limit; None: no limit."""
-    limits: list[float] = []
-    for folder, version in control_groups("cpu", machine):
-        try:
-            if version == 2:
-                quota, period = (folder / "cpu.max").read_text().split()
-            else:
-                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-        except (OSError, ValueError):
-            continue
-        if quota not in ("max", "-1"):
-            limits.append(int(quota) / int(period))
-    return min(limits, default=None)
 
 
 def judge_cores(ranks: list[Facts]) -> Findings:

@@ -29,7 +29,7 @@ SKEW_SECONDS = 0.5  # from which clocks are said to differ
 def probe_network(world: World) -> Facts:
     """By which interface this rank reaches other hosts, and which ports its kernel hands out."""
     away = [host for host in world.hosts if host != world.hosts[world.rank]]
-    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    low, high = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split())
     found: Facts = {
         "backend": world.backend,
         "master": [os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")],
@@ -41,9 +41,9 @@ def probe_network(world: World) -> Facts:
     name = interface_towards(away[0]) if away else None
     if name:
         about = Path("/sys/class/net", name)
-        found |= {"interface": name, "mtu": int((about / "mtu").read_text())}
+        found |= {"interface": name, "mtu": int((about / "mtu").read_text(encoding="utf-8"))}
         with contextlib.suppress(OSError, ValueError):  # a virtual one has no speed
-            speed = int((about / "speed").read_text())
+            speed = int((about / "speed").read_text(encoding="utf-8"))
             found["megabits"] = speed if speed > 0 else None
     return found
 
