@@ -73,6 +73,17 @@ class Vit:
     def metrics(self, outputs: Tensor, targets: Tensor) -> dict[str, tuple[Tensor, int]]:
         return {"accuracy": ((outputs.argmax(1) == targets).sum(), len(targets))}
 
+    def mistakes(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(place in the batch, label, prediction) of each picture; of those that are right, the place is -1."""
+        predicted = outputs.argmax(1)
+        places = torch.arange(len(targets), device=targets.device)
+        return torch.stack([torch.where(predicted == targets, -1, places), targets, predicted], 1)
+
+    def pictures(self, samples: list[int]) -> Tensor:
+        """What misclassified.png shows of them: uint8 [N, 3, size, size]."""
+        show = v2.Compose([v2.PILToTensor(), v2.Resize((self.size, self.size))])
+        return torch.stack([show(self.eval_set.loader(self.eval_set.samples[sample][0])) for sample in samples])
+
 
 def write_digits(folder: Path) -> None:
     """1,437 pictures of 32 × 32 pixels to train on, and 360 to evaluate on, in a folder per digit."""

@@ -14,7 +14,10 @@ from tests.helpers.narrow_resnet import narrow_resnet18
 gpus.hide()
 
 # A file is one worker's: begun last, one of these would keep that worker busy long after the others have ended.
-LONGEST_FIRST = "test_slurm test_accuracy test_readme test_fuzz test_checkpoint_faults test_verify test_resume".split()
+LONGEST_FIRST = (
+    "test_slurm test_preemption test_readme test_resume test_start_paths test_tune test_lightning_launcher test_accuracy "
+    "test_fuzz test_checkpoint_faults test_verify test_examples test_activation_checkpointing test_precision test_fsdp"
+).split()
 
 NO_SUCH_CASE = pytest.StashKey[list[str]]()  # what `slow_except` names in vain; tests/unit/test_house.py looks at it
 

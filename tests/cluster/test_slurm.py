@@ -52,7 +52,7 @@ def hook(run):
 
 @pytest.fixture(scope="module")
 def box() -> Iterator[Box]:
-    with Box(nodes=2) as box:
+    with Box(nodes=2, gpu_type="a100") as box:
         yield box
 
 
@@ -89,9 +89,9 @@ def submit(box: Box, folder: Path, *words: str, how: str = "") -> str:
     return done.stdout.split()[1]
 
 
-def end(process: Command) -> tuple[int, str]:
+def end(process: Command, seconds: float = 200) -> tuple[int, str]:
     """(exit code, what was said) of a followed job."""
-    said, _ = process.communicate(timeout=200)
+    said, _ = process.communicate(timeout=seconds)
     return process.returncode, said
 
 
@@ -132,8 +132,8 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
     code, said = end(start(box, tmp_path, *words))
     assert code == 0, said
     job = said.split()[1]
-    for words in (f"job {job} submitted to partition low: 2 nodes, 4 ranks", "run/slurm/1/", f"scancel {job}"):
-        assert words in said
+    for word in (f"job {job} submitted to partition low: 2 nodes, 4 ranks", "run/slurm/1/", f"scancel {job}"):
+        assert word in said
     assert "set up on node1\n" in said
     order = [said.index(words) for words in (": running on node[1-2]", "ddp finished", ": finished")]
     assert order == sorted(order), said
@@ -194,7 +194,13 @@ def test_a_sweep_is_an_array(box: Box, tmp_path: Path) -> None:
     for point, rate in (("0", "lr: 0.01"), ("1", "lr: 0.02")):
         assert rate in (tmp_path / "sweep" / point / "config.yaml").read_text()
         assert json.loads((tmp_path / "sweep" / point / "result.json").read_text())["steps"] == 2
-        assert f"_{point}: finished" in said
+        assert f"_{point}: finished · optim.{rate.replace(': ', '=')}\n" in said
+        line = rf"(?m)^  (\d+_{point}) +optim.{rate.replace(': ', '=')}  sweep/{point}$"
+        job = re.search(line, said)
+        assert job, said
+        log = log_of(tmp_path, job[1])
+        assert f"job {job[1]} on node" in log
+        assert f" · optim.{rate.replace(': ', '=')}\n" in log
 
 
 @pytest.mark.slow
@@ -245,7 +251,9 @@ REFUSED = {
     "bacth_size=3": ["unknown key bacth_size", "did you mean global_batch_size?"],
     "global_batch_size=8,33 -m": ["global_batch_size=33", "2 ranks"],
     "cluster.partition=nowhere": ["cluster.partition=nowhere", "there is high, low"],
-    "cluster.gpus_per_node=3 cluster.tasks_per_node=1 device=cpu": ["cluster.gpus_per_node=3", "gpu:2"],
+    "cluster.gpus_per_node=3 cluster.tasks_per_node=1 device=cpu": ["cluster.gpus_per_node=3", "gpu:a100:2"],
+    "cluster.gpus_per_node=h100:2": ["cluster.gpus_per_node=h100:2: sbatch refuses the job", "gpu:a100:2"],
+    "cluster.gpus_per_node=a100:3 cluster.dry_run=true": ["cluster.gpus_per_node=a100:3: sbatch refuses", "gpu:a100:2"],
     "+cluster.sbatch.nonsense=1": ["sbatch refuses the job", "--nonsense"],
 }
 
@@ -262,7 +270,7 @@ for words in sys.argv[1:]:
         ddp.train.main()
     print(os.waitstatus_to_exitcode(os.wait()[1]), file=sys.stderr, flush=True)
 """
-    done = box.run(sys.executable, "-c", script, *REFUSED, cwd=tmp_path)
+    done = box.run(sys.executable, "-c", script, *REFUSED, cwd=tmp_path, timeout=180)
     lines = done.stderr.splitlines()
     assert lines[1::2] == ["2"] * len(REFUSED), done.stderr
     for line, parts in zip(lines[::2], REFUSED.values(), strict=True):
@@ -270,6 +278,21 @@ for words in sys.argv[1:]:
         assert all(part in line for part in parts), line
     assert not {"PENDING", "RUNNING"} & set(box.queue().values())
     assert not list(tmp_path.rglob("ranks")), "no run directory is left behind"
+
+
+@pytest.mark.slow
+def test_a_dry_run_shows_what_would_be_submitted_and_makes_nothing(box: Box, tmp_path: Path) -> None:
+    words = ["-m", "recipes.ddp", "+cluster=slurm", "cluster.nodes=2", *SHORT, "out=sweep/of", "cluster.dry_run=true"]
+    words += ["cluster.name=mine", "-m", "optim.lr=0.01,0.02"]
+    before = box.queue()
+    done = box.run(sys.executable, *words, cwd=tmp_path, timeout=180)
+    assert done.returncode == 0, done.stderr
+    for line in ("#!/bin/bash", "#SBATCH --job-name=mine", "#SBATCH --nodes=2", "#SBATCH --array=0-1%2"):
+        assert f"{line}\n" in done.stdout
+    assert "# run     sweep/of/0 · optim.lr=0.01\n# run     sweep/of/1 · optim.lr=0.02\n" in done.stdout
+    assert re.search(r"# ranks   srun --nodes=2 --ntasks=2 .* -m lockstep.launchers.slurm recipes.ddp\n", done.stdout)
+    assert re.search(r"# sbatch  Job \d+ to start at \S+ using .* on nodes node\[1-2\] in partition low\n", done.stdout)
+    assert (list(tmp_path.iterdir()), box.queue()) == ([], before)
 
 
 def test_without_slurm_it_says_where_to_find_one(tmp_path: Path) -> None:
@@ -374,6 +397,8 @@ def test_preempted_it_saves_and_comes_back(box: Box, folder: Path, uninterrupted
     assert code == 0, said
     for words in ("SIGUSR1: leaving", "requeue 1 of at most 20", "resuming from", f"job {job}: finished (requeue 1)"):
         assert words in said
+    assert "srun" not in said, said
+    assert "error" not in said, said
     assert_equal(weights(folder / "run"), uninterrupted)
 
 
@@ -419,7 +444,9 @@ def test_a_batch_script_s_job_is_requeued_by_hand(
     box.start_again_now(job)
     box.wait_for_state(job, "COMPLETED", 120, restarts=1)
     assert_equal(weights(out), uninterrupted)
-    assert "saved: requeue 1 of at most 20" in (tmp_path / f"lockstep-{job}.log").read_text()
+    said = (tmp_path / f"lockstep-{job}.log").read_text()
+    assert "saved: requeue 1 of at most 20" in said
+    assert "srun" not in said, said
 
 
 @pytest.mark.slow
@@ -438,10 +465,12 @@ def test_a_node_that_is_cut_off_is_left_behind(node: str, folder: Path, uninterr
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)  # a busy machine takes fewer steps in each minute that the job is given
 def test_before_its_time_limit_a_job_saves_and_comes_back(box: Box, folder: Path, tmp_path: Path) -> None:
     words = [*TINY, "max_steps=80"]
     code, said = end(
-        start(box, folder, "ddp.py", *words, "out=run", "cluster.nodes=2", "cluster.time_minutes=1", how="slow")
+        start(box, folder, "ddp.py", *words, "out=run", "cluster.nodes=2", "cluster.time_minutes=1", how="slow"),
+        seconds=500,
     )
     assert code == 0, said
     assert "SIGUSR1: leaving" in said
@@ -495,10 +524,13 @@ def test_tasks_are_found_on_uneven_nodes(box: Box) -> None:
 def test_a_node_s_gpus_are_its_ranks(box: Box, tmp_path: Path) -> None:
     """A rank per GPU that Slurm gives, over NCCL, and the CPU's training."""
     words = ["-m", "recipes.ddp", *DIGITS, "precision=fp64", "model.norm=group", "out=run", "+cluster=slurm"]
-    asked = ["cluster.gpus_per_node=2"]
+    asked = ["cluster.gpus_per_node=a100:2", "cluster.name=of two GPUs"]
     done = box.run(sys.executable, *words, *asked, cwd=tmp_path, env=emulated(2), timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads((tmp_path / "run" / "result.json").read_text())
     assert (found["device"], found["backend"], found["world_size"]) == ("cuda", "nccl", 2)
+    script = next((tmp_path / "run").rglob("*_submission.sh")).read_text()
+    assert "#SBATCH --gpus-per-node=a100:2\n" in script
+    assert box.run("squeue", "--noheader", "--states=all", "--name=of two GPUs", "--format=%j").stdout
     expected = on_this_machine(tmp_path, 2, *DIGITS, "precision=fp64", "model.norm=group")
     assert_equal(torch.load(tmp_path / "run" / "model.pt"), expected)

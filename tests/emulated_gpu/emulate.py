@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from . import batch_norm, host_waits, nccl
+from . import batch_norm, host_waits, nccl, rms_norm
 from .memory import current_gpu, host_view, on_gpu, to_gpu
 
 # What torch does by itself with nothing but the runtime: memory, and what a tensor is.
@@ -23,6 +23,7 @@ OWN = set(
 # These take tensors of several devices: lists of them, or an index from the host.
 SEVERAL = set("cat index index_put index_put_ _index_put_impl_ _amp_update_scale_".split())
 LISTS = ("_foreach", "_fused")
+KERNELS = batch_norm.KERNELS | rms_norm.KERNELS  # which the CPU lacks
 NUMBERS = ("_local_scalar_dense", "equal", "is_nonzero", "item")
 
 
@@ -42,6 +43,9 @@ class Emulation(TorchDispatchMode):
             return nccl.collective(func, name, args, kwargs, leaves)
         if not devices and (asked is None or asked.type != "cuda"):
             return func(*args, **kwargs)
+        if func.is_view and func.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd):
+            with self:  # below autograd, in DTensor's dispatch, `to` and its like come whole, and they may copy
+                return func.decompose(*args, **kwargs)
         if short in OWN or ((func.is_view or short in ("view", "reshape")) and short != "_unsafe_view"):
             return func(*args, **kwargs)
         if short == "copy_":
@@ -98,7 +102,7 @@ def compute(func: Any, short: str, args: Any, kwargs: Any, asked: Any, device: t
     if asked is not None:
         named["device"] = torch.device("cpu")
     named.pop("pin_memory", None)
-    result = batch_norm.KERNELS.get(short, func)(*mine, **named)
+    result = KERNELS.get(short, func)(*mine, **named)
     if func._schema.name.startswith("_c10d_functional::"):
         wait = torch.ops._c10d_functional.wait_tensor
         result = tree_map(lambda y: wait(y) if isinstance(y, Tensor) else y, result)

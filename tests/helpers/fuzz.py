@@ -62,7 +62,7 @@ START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes 
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
 ALONE = ("single", "data_parallel", "model_parallel")
 RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(
-    ("ddp", "sync_batchnorm", "grad_accumulation", "transfer_learning", "zero1"), (1, 2, 3)
+    ("ddp", "sync_batchnorm", "grad_accumulation", "transfer_learning", "zero1", "local_sgd"), (1, 2, 3)
 )
 RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "fsdp": (2, 3, 4)}
 RANKS |= dict.fromkeys(("lightning_fabric", "lightning_trainer"), (1, 2, 3))
@@ -197,6 +197,18 @@ def draw(seed: int) -> Plan:
         harm = dice.random() < 0.4
         damages.append(Damage(dice.choice(DAMAGES), dice.random(), dice.random()) if harm else None)
     recipe, words = draw_task(random.Random(f"lockstep task {seed}"), recipe, words, resized=bool(sizes))
+    if (
+        recipe in ("ddp", "zero1", "lightning_fabric")
+        and ranks == 2
+        and any(word.endswith(":FewSequences") for word in words)
+    ):
+        part = random.Random(f"lockstep tensor {seed}").choice(
+            (None, "sequence_parallel=true", "sequence_parallel=false")
+        )
+        way = random.Random(f"lockstep context {seed}").choice(("by=ring", "by=ulysses"))
+        recipe, words = ("tensor_parallel", [*words, part]) if part else ("context_parallel", [*words, way])
+        if random.Random(f"lockstep experts {seed}").random() < 0.5:  # drawn apart: other seeds keep their plans
+            recipe, words = "expert_parallel", [*words[:-1], "task.experts=2", "task.experts_per_token=1"]
     return Plan(Setup(recipe, ranks, tuple(words), tuple(saving)), tuple(faults), tuple(damages), sizes)
 
 
@@ -526,6 +538,11 @@ def state_of(folder: Path, damaged: set[str]) -> dict[Path, tuple[int, int, int]
     return found
 
 
+def folders_of(folder: Path, names: set[str]) -> dict[str, int]:
+    """Inodes of those checkpoints that are there: one that is saved again is another folder under the same name."""
+    return {name: (folder / name).stat().st_ino for name in names if (folder / name).exists()}
+
+
 # Playing a plan ---------------------------------------------------------------------------------------------------
 
 
@@ -634,6 +651,7 @@ def play(plan: Plan, folder: Path) -> Outcome:
     sizes = plan.sizes or (setup.ranks,) * (len(plan.faults) + 1)
     for fault, damage, ranks in zip((*plan.faults, Fault()), (*plan.damages, None), sizes, strict=True):
         before = state_of(out / run_directory.CHECKPOINTS, damaged)
+        broken_ones = folders_of(out / run_directory.CHECKPOINTS, damaged)
         wanted = next(
             (path for path in list_checkpoints(out / run_directory.CHECKPOINTS) if path.name not in damaged), None
         )
@@ -654,7 +672,8 @@ def play(plan: Plan, folder: Path) -> Outcome:
             or judge_resume(wanted, newer, resumed, words)
             or judge_files(before, state_of(out / run_directory.CHECKPOINTS, set()))
         )
-        damaged -= {path.name for path in list_checkpoints(out / run_directory.CHECKPOINTS)} if words else set()
+        left = folders_of(out / run_directory.CHECKPOINTS, damaged)
+        damaged = {name for name, inode in left.items() if broken_ones.get(name) == inode}  # others are saved anew
         if outcome.wrong or run_directory.read_result(out).get("status") == "finished":
             break
         if damage:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.emulated_gpu import emulated_gpus
+from tests.helpers import warm_interpreter
 from tests.helpers.harness import command
 
 NO_GPU = {"CUDA_VISIBLE_DEVICES": ""}  # the environment of a command that is to see none
@@ -28,6 +29,7 @@ def hide() -> None:
         given = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
         os.environ[MACHINES] = given if count else ""
     os.environ |= NO_GPU
+    warm_interpreter.START |= NO_GPU
 
 
 def own_gpus() -> list[str]:

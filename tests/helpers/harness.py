@@ -147,7 +147,7 @@ def result(out: Path) -> dict[str, Any]:
 def lines(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what another run need not have: its speed and memory."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    clock = ("peak_memory_bytes",)
+    clock = ("peak_memory_bytes", "mfu")
     return [
         {name: value for name, value in line.items() if name not in clock and not name.endswith("_per_second")}
         for line in found
@@ -201,5 +201,6 @@ def command(
 
 def clean_environment() -> dict[str, str]:
     """This process's environment without what would make a rank of a child."""
-    mine = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "LOCKSTEP_RUN_DIR")
+    mine = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCKSTEP_RUN_DIR"}
+    mine |= {"LOCKSTEP_LAUNCHER_PID", "TORCHELASTIC_RUN_ID"}
     return {name: value for name, value in os.environ.items() if name not in mine}

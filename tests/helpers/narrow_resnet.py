@@ -7,6 +7,15 @@ from typing import Any
 from torch import nn
 from torchvision.models import resnet
 
+# For the first lines of a recipe in a file: the ranks that it starts have the narrow network too, however they start.
+NARROW = """
+from torchvision.models import resnet
+
+from tests.helpers.narrow_resnet import narrow_resnet18
+
+resnet.resnet18 = narrow_resnet18
+"""
+
 
 class NarrowResNet(resnet.ResNet):
     """ResNet-18's blocks under their names, 32 channels wide: copying 11 million weights would be most of a test."""

@@ -26,10 +26,17 @@ class Box:
     """
 
     def __init__(
-        self, nodes: int = 2, gpus: int = 2, cpus: int = 4, slurmd_timeout: int = 20, loopback: bool = False
+        self,
+        nodes: int = 2,
+        gpus: int = 2,
+        cpus: int = 4,
+        slurmd_timeout: int = 20,
+        loopback: bool = False,
+        gpu_type: str = "",
     ) -> None:
         sizes = {"nodes": nodes, "gpus": gpus, "cpus": cpus, "slurmd-timeout": slurmd_timeout}
         self.options = [f"--{name}={value}" for name, value in sizes.items()] + ["--loopback"] * loopback
+        self.options += [f"--gpu-type={gpu_type}"] * bool(gpu_type)
 
     def __enter__(self) -> Box:
         # The command says where the box is, then does what `steer` sends until there is nobody to send any more.

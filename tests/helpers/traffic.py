@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -23,7 +24,7 @@ from tests.helpers.harness import compose_config, run_ranks
 
 Traffic = dict[str, int]  # {allreduce_: bytes of its tensors on this rank}
 NAMESPACES = ("c10d", "_c10d_functional")
-WAITS = ("wait_tensor", "barrier", "monitored_barrier_")
+WAITS = ("wait_tensor", "barrier", "monitored_barrier_", "_wrap_tensor_autograd")  # they send nothing
 
 
 class CountedStep(TorchDispatchMode):
@@ -34,11 +35,16 @@ class CountedStep(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # it makes operations on local tensors of it, which come by here once more
         result = func(*args, **(kwargs or {}))
         if func.namespace in NAMESPACES and func._opname not in WAITS:
             # The last output is a handle; of what gathers, the larger side counts: what a rank ends up with.
             given, got = (sum(nbytes(each) for each in tree_leaves(side)) for side in (args[-1:] and args, result))
-            self.bytes[func._opname] += max(given, got) if func.namespace != "c10d" else nbytes_of_largest(args)
+            handed = max(given, got) if func.namespace != "c10d" else nbytes_of_largest(args)
+            if func._opname == "alltoall_base_":  # (output, input, …): they may be unequal, and what is sent counts
+                handed = nbytes(args[1])
+            self.bytes[func._opname] += handed
         return result
 
 

@@ -37,6 +37,8 @@ LOADED = (
 )
 # Read when libraries are loaded, or when Python starts: whoever sets one of them needs a fresh interpreter.
 EARLY = ("PYTHON", "OMP_", "MKL_", "KMP_", "LD_", "MALLOC_", "TORCH_", "CUDA_", "TMPDIR")
+# scikit-learn puts these into the environment of whoever imports it, such as a test's module: they say nothing.
+OF_LIBRARIES = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 START = dict(os.environ)
 LARGEST = 2**17  # bytes of a request
 
@@ -97,7 +99,10 @@ class Warm:
 @cache
 def interpreter(emulated: tuple[tuple[str, str], ...] = ()) -> Warm:
     """This process's, or the one that has loaded the emulated GPUs: any number of them, of any size."""
-    return Warm(START | dict(emulated))
+    environment = START | dict(emulated)
+    if emulated:
+        environment.pop("CUDA_VISIBLE_DEVICES", None)
+    return Warm(environment)
 
 
 def interpreter_for(words: list[str], environment: dict[str, str]) -> Warm | None:
@@ -106,15 +111,15 @@ def interpreter_for(words: list[str], environment: dict[str, str]) -> Warm | Non
         return None
     if "EMULATED_GPUS" in environment:
         early = {name: environment[name] for name in ("LD_PRELOAD", "PYTHONPATH", "EMULATED_GPUS")}
-        asked = early_of(environment)
-        asked.pop("CUDA_VISIBLE_DEVICES", None)  # read when it is asked for
-        same = early_of(START | early) == asked
-        return interpreter(tuple(sorted((early | {"EMULATED_GPUS": "1"}).items()))) if same else None
+        mine, asked = early_of(START | early), early_of(environment)
+        for each in (mine, asked):
+            each.pop("CUDA_VISIBLE_DEVICES", None)  # read when it is asked for
+        return interpreter(tuple(sorted((early | {"EMULATED_GPUS": "1"}).items()))) if mine == asked else None
     return interpreter() if early_of(environment) == early_of(START) else None
 
 
 def early_of(environment: dict[str, str]) -> dict[str, str]:
-    return {name: value for name, value in environment.items() if name.startswith(EARLY)}
+    return {name: value for name, value in environment.items() if name.startswith(EARLY) and name not in OF_LIBRARIES}
 
 
 def serve(line: socket.socket) -> None:

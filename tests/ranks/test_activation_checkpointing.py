@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.slow_except("single", "ddp", "fsdp", "zero bubble")
+@pytest.mark.slow_except("ddp")
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_are_those_of_keeping_everything(name: str, tmp_path: Path) -> None:
     """Weights, buffers and logs, evaluation included; and what is held for backward shrinks."""
@@ -78,6 +78,7 @@ def test_without_its_buffers_put_back_batch_norm_would_count_twice(
     assert weights["bn1.num_batches_tracked"] == 2, "the stem is no block"
 
 
+@pytest.mark.slow
 def test_a_block_keeps_its_input_and_every_second_one_keeps_all(tmp_path: Path) -> None:
     """i bytes a block, tokens × width in fp32, and none inside; what K leaves alone is as it was."""
     tokens, width = 12 * 64, 64
@@ -96,6 +97,7 @@ def test_a_block_keeps_its_input_and_every_second_one_keeps_all(tmp_path: Path) 
     assert all(layers["2"][name] == held for name, held in first.items())
 
 
+@pytest.mark.slow
 def test_it_sends_what_ddp_sends(tmp_path: Path) -> None:
     """The gradients' bytes into the all-reduce of each step, and nothing else."""
     words = ("max_steps=3", "global_batch_size=12", "model.norm=group", "eval_every=0")

@@ -50,7 +50,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
     return train(single.train, tmp_path_factory.mktemp("alone") / "run", 1, *WORDS)
 
 
-@pytest.mark.slow_except("pipeline_parallel", "ddp through a worker")
+@pytest.mark.slow_except("pipeline_parallel")
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_trains_it_as_one_process_does(name: str, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
     recipe, ranks, words = RECIPES[name]

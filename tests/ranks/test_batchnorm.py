@@ -428,6 +428,7 @@ def rank_of_resnet(world: World, convert: bool, whole: Results) -> float:
     return max(((ours[name] - whole[name]).abs().max() / whole[name].abs().max()).item() for name in whole)
 
 
+@pytest.mark.slow
 def test_a_resnet_under_ddp_trains_as_on_one_process_only_when_converted() -> None:
     whole = train_resnet(resnet18(), lambda batch: batch)
     assert len(whole) == 122

@@ -70,6 +70,15 @@ FOUND = {
 }
 
 
+def test_runs_on_sequences_have_tokens_and_mfu() -> None:
+    runs = [made_up(speed, tokens_per_second=64 * speed, model_flops_per_second=2e9, mfu=0.41) for speed in (2, 1, 4)]
+    (row,) = comparison_rows({SINGLE: runs}, unit="sequences")
+    assert (row.tokens_per_second, row.model_flops_per_second, row.mfu) == (128, 2e9, 0.41)
+    cells = tables.text_columns(tables.SPEED, [row])
+    assert (cells["tokens/s"], cells["GFLOP/s"], cells["MFU"]) == (["128"], ["2"], ["41.0 %"])
+    assert not {"tokens/s", "GFLOP/s", "MFU"} & tables.text_columns(tables.SPEED, made()).keys(), "images have none"
+
+
 def made() -> list[ComparisonRow]:
     return comparison_rows(
         {

@@ -59,7 +59,7 @@ def same(a: Tensors, b: Tensors) -> bool:
 # Training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_except("1", "3")
+@pytest.mark.slow_except("1")
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_stage_trains_what_ddp_does_to_the_last_bit(stage: int, fit: Fit) -> None:
     """Weights, losses, evaluations and the learning rate, which comes from run.steps."""
@@ -80,11 +80,13 @@ def test_ragged_micro_batches_count_for_what_they_are(stage: int, fit: Fit, tmp_
     assert difference(found, expected) < 1e-3
 
 
+@pytest.mark.slow
 def test_offload_changes_nothing_but_the_place(fit: Fit, tmp_path: Path) -> None:
     found = train(deepspeed_zero.train, tmp_path / "run", 2, *WORDS, *stage_words(2), "offload=true")
     assert same(found, fit(ddp.train, "optim=adamw")[0])
 
 
+@pytest.mark.slow
 def test_a_rank_holds_only_its_part(fit: Fit) -> None:
     """Bytes of weights W: all of them, their gradients, and of the optimizer the moments and a copy of the weights."""
     weights, _ = fit(ddp.train, "optim=adamw")
@@ -118,6 +120,7 @@ def test_other_ranks_go_on(stage: int, fit: Fit, tmp_path: Path) -> None:
     assert difference(parts, expected) < 1e-3
 
 
+@pytest.mark.slow
 def test_deepspeed_s_own_converter_makes_a_universal_checkpoint_of_it(fit: Fit, tmp_path: Path) -> None:
     """As its users call it: for AdamW, the one optimizer it knows."""
     weights, out = fit(deepspeed_zero.train, *stage_words(2))
@@ -135,6 +138,7 @@ def test_deepspeed_s_own_converter_makes_a_universal_checkpoint_of_it(fit: Fit, 
     assert moments
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_another_stage(fit: Fit, tmp_path: Path) -> None:
     """With the moments: weights alone would not do."""
     expected, theirs = fit(deepspeed_zero.train, *stage_words(3))
@@ -146,7 +150,7 @@ def test_a_run_goes_on_in_another_stage(fit: Fit, tmp_path: Path) -> None:
         assert same(found, expected)
 
 
-@pytest.mark.slow_except("1")
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_plain_weights_start_a_run(stage: int, fit: Fit, tmp_path: Path) -> None:
     """optim.lr=0: what comes out is what went in, master copy included."""
@@ -197,6 +201,7 @@ def test_a_file_that_would_run_code_is_refused(fit: Fit, tmp_path: Path) -> None
     assert not (tmp_path / "trace").exists()
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
     fit: Fit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ def said(script: str, folder: Path, count: int = 2, mib: int = 4096, **variables
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.slow
 def test_a_copy_arrives_when_its_stream_is_waited_for_and_not_before(tmp_path: Path) -> None:
     script = """
 def show(x): print(x.tolist())
@@ -62,6 +63,7 @@ except torch.cuda.OutOfMemoryError as error:
     assert said(script, tmp_path, mib=100) == [9, 100, "CUDA out of memory"]
 
 
+@pytest.mark.slow
 def test_what_a_gpu_refuses_is_refused(tmp_path: Path) -> None:
     script = """
 import json
@@ -85,6 +87,7 @@ print(torch.cuda.device_count())
     assert said("print(torch.cuda.device_count())", tmp_path, 4, CUDA_VISIBLE_DEVICES="") == [0]
 
 
+@pytest.mark.slow
 def test_a_host_that_waits_is_heard(tmp_path: Path) -> None:
     script = """
 import warnings

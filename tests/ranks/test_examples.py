@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lockstep.checkpoint.directory import read_pointer
@@ -19,6 +20,7 @@ from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.run import Run
 from recipes import ddp, fsdp, pipeline_parallel, single
+from tests.helpers import averaged_fsdp
 from tests.helpers.examples import example, kill_a_rank, write_pictures, write_text
 from tests.helpers.harness import assert_equal, compose_config, execute, lines, result, run_ranks, tensors_of, train
 
@@ -56,7 +58,7 @@ def words_of(name: str, data: dict[str, str], own: bool = False) -> list[str]:
     return [*([] if own else [f"task={example(task)}"]), *filter(None, [data[name]]), *words, *SHORT]
 
 
-@pytest.mark.slow_except("tabular by ddp", "gpt by fsdp", "vit by ddp", "a loop of one's own")
+@pytest.mark.slow_except("tabular by ddp", "gpt by fsdp")
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_started_again_it_ends_with_the_same_bits(case: str, data: dict[str, str], tmp_path: Path) -> None:
     recipe, name, more = CASES[case]
@@ -89,7 +91,7 @@ def read(ranks: int, workers: int, start: int, data: dict[str, str], out: Path) 
     return [tuple(torch.cat(parts) for parts in zip(*step, strict=True)) for step in steps]  # type: ignore[misc]
 
 
-@pytest.mark.slow_except("3-1")
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_random_transforms_depend_on_no_rank_no_worker_and_no_resume(
@@ -108,7 +110,7 @@ def test_random_transforms_depend_on_no_rank_no_worker_and_no_resume(
             assert torch.equal(targets, mine[1])
 
 
-@pytest.mark.slow_except("3-1")
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1, 3])
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_a_vit_killed_on_any_ranks_has_one_process_s_losses(
@@ -121,6 +123,11 @@ def test_a_vit_killed_on_any_ranks_has_one_process_s_losses(
     execute(ddp.train, tmp_path / "parts", ranks, *words)
     assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000004"
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=1e-10)
+    parts, whole = (result(tmp_path / name)["misclassified"] for name in ("parts", "whole"))
+    assert parts == whole != [], "what the task takes for a mistake"
+    shown = (tmp_path / "parts" / "misclassified.png", tmp_path / "whole" / "misclassified.png")
+    assert shown[0].read_bytes() == shown[1].read_bytes(), "as the task shows it"
+    assert Image.open(shown[0]).width > 64 * min(8, len(whole)), "side by side, large enough to be seen"
 
 
 def losses(out: Path) -> list[float]:
@@ -139,7 +146,7 @@ RAGGED: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.slow_except("fsdp", "pipeline")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RAGGED)
 def test_every_character_of_ragged_lines_weighs_the_same(name: str, data: dict[str, str], tmp_path: Path) -> None:
     """15 lines a batch: 3 ranks, 5 lines each, in micro-batches of 3 and 2, all of them of other lengths; or two stages,
@@ -180,6 +187,7 @@ def test_own_metrics_are_the_same_bits_on_any_ranks_and_scikit_learn_s(data: dic
     assert found[0]["eval_r2"] == pytest.approx(r2_score(targets, predicted), rel=1e-3)
 
 
+@pytest.mark.slow_except("words1")
 @pytest.mark.parametrize(
     ("words", "best"),
     [(["metric=mae"], "mae"), (["metric=eval_r2"], "r2"), (["metric=mae", "metric_mode=max"], "worst")],
@@ -217,11 +225,21 @@ def test_nothing_to_evaluate_and_evaluation_at_the_end_alone(data: dict[str, str
 # A loop of one's own, which evaluates an average of the weights -------------------------------------------------------
 
 
-def test_the_best_that_is_exported_is_what_was_evaluated(data: dict[str, str], tmp_path: Path) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("loop", "prefix"),
+    [
+        pytest.param(LOOP, "keep.average.module.", id="of DDP"),
+        pytest.param(averaged_fsdp.train, "keep.average.", id="of FSDP"),
+    ],
+)
+def test_the_best_that_is_exported_is_what_was_evaluated(
+    loop: Recipe, prefix: str, data: dict[str, str], tmp_path: Path
+) -> None:
     """The average, and not the weights that are trained; after a kill as well."""
     words = [*words_of("digits", data, own=True), "epochs=4", "max_steps=null", "checkpoint.best=true", "decay=0.9"]
     words += ["optim.lr=0.3", "checkpoint.every=1000", "checkpoint.asynchronous=true"]
-    execute(LOOP, tmp_path / "whole", 2, *words)
+    execute(loop, tmp_path / "whole", 2, *words)
     found = result(tmp_path / "whole")
     values = {line["step"]: line["eval_accuracy"] for line in lines(tmp_path / "whole") if "eval_accuracy" in line}
     best = max(values, key=values.__getitem__)
@@ -231,10 +249,10 @@ def test_the_best_that_is_exported_is_what_was_evaluated(data: dict[str, str], t
     kept = read_pointer(tmp_path / "whole" / "checkpoints", "BEST")
     assert kept is not None
     saved = tensors_of(kept)
-    assert_equal({name: saved[f"keep.average.module.{name}"] for name in weights}, weights)
+    assert_equal({name: saved[prefix + name] for name in weights}, weights)
     assert not any(torch.equal(saved[f"model.{name}"], tensor) for name, tensor in weights.items())
-    kill_a_rank(LOOP, example(TASKS["digits"][0]), tmp_path / "parts", 2, best + 3, best, *words)
-    assert_equal(train(LOOP, tmp_path / "parts", 2, *words), torch.load(tmp_path / "whole" / "model.pt"))
+    kill_a_rank(loop, example(TASKS["digits"][0]), tmp_path / "parts", 2, best + 3, best, *words)
+    assert_equal(train(loop, tmp_path / "parts", 2, *words), torch.load(tmp_path / "whole" / "model.pt"))
     assert_equal(torch.load(tmp_path / "parts" / "best.pt", weights_only=True), weights)
 
 

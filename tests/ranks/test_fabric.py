@@ -41,6 +41,7 @@ def test_fabric_trains_what_ddp_trains_to_the_last_bit(words: tuple[str, ...], t
     assert_equal(mine, train(ddp.train, tmp_path / "ddp", 2, *TINY, *words))
 
 
+@pytest.mark.slow
 def test_synchronised_it_is_one_process(tmp_path: Path) -> None:
     """3 ranks; and what recipes.sync_batchnorm does, it does."""
     words = (*TINY, "precision=fp64")

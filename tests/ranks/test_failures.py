@@ -17,10 +17,12 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 
 from launchers.local import show
 from tests.helpers.harness import clean_environment, command
+from tests.helpers.narrow_resnet import NARROW
 from tests.helpers.processes import TORCHRUN, as_a_shell, free_port, processes_in, read, wait_until
 
-CRASHING = '''
+CRASHING = f'''
 """A recipe whose rank 1 ends in the way that the variable HOW says."""
+{NARROW}
 import os
 import sys
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from lockstep.config.schema import Config, shared_part, with_values
+from lockstep.config.copies import with_values
+from lockstep.config.schema import Config, shared_part
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed.process_group import World
 from lockstep.errors import CheckFailed

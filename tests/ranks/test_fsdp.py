@@ -66,12 +66,14 @@ def test_a_rank_holds_its_part_of_the_state_and_says_how_much(tmp_path: Path) ->
     assert all(type(tensor) is Tensor for tensor in weights.values())
 
 
+@pytest.mark.slow
 def test_of_two_copies_each_rank_holds_half(tmp_path: Path) -> None:
     train(fsdp.train, tmp_path / "run", 4, *SHORT, "replicate=2", "max_steps=1")
     found = result(tmp_path / "run")
     assert found["state_bytes_by_rank"] == pytest.approx([found["state_bytes_unsharded"] / 2] * 4, rel=0.01)
 
 
+@pytest.mark.slow
 def test_only_the_first_rank_ever_builds_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build = Images.build_model
 
@@ -131,7 +133,7 @@ def test_bf16_computes_in_bf16_but_for_batch_norm_s_weights_the_loss_and_the_gra
 # Evaluation and accumulation --------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_except("2")
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "size"), [(2, 4), (3, 5), (3, 12)])
 def test_ranks_with_fewer_evaluation_batches_still_gather_with_the_others(
     ranks: int, size: int, tmp_path: Path
@@ -242,6 +244,7 @@ def test_shards_go_on_as_other_shards_and_as_whole_tensors(tmp_path: Path) -> No
     assert shapes[0] == shapes[1], "the same tensors under the same names, whoever saves"
 
 
+@pytest.mark.slow
 def test_a_file_of_weights_is_where_a_sharded_model_starts_and_what_its_best_one_ends_in(tmp_path: Path) -> None:
     start = train(single.train, tmp_path / "single", 1, *SHORT, "model.norm=group")
     words = (*SHORT, "model.norm=group", "optim.lr=0", "checkpoint.best=true")

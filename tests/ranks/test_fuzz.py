@@ -55,7 +55,8 @@ def assert_nothing_is_lost(runs: int, seed: int, launcher: bool = False) -> Coun
 
 
 def test_nothing_is_lost() -> None:
-    counts = assert_nothing_is_lost(1, seed=22)
+    """Two seeds: how far a run has come when a fault is due depends on the machine, and one may be over before."""
+    counts = assert_nothing_is_lost(1, seed=11589) + assert_nothing_is_lost(1, seed=13516)
     assert counts["kills in a save"] >= 2
     assert all(counts[what] for what in ("kills", "preemptions", "damages", "resumes")), counts
 
@@ -71,7 +72,8 @@ def test_a_seed_decides_all_that_is_drawn() -> None:
     assert plans == [draw(seed) for seed in range(1000)]
     drawn = {(plan.setup.recipe, plan.setup.ranks) for plan in plans}
     own = {(recipe, ranks) for recipe, ranks in drawn if recipe == OWN_RECIPE}
-    assert drawn - own == {(recipe, ranks) for recipe, choices in RANKS.items() for ranks in choices}
+    usual = {(recipe, ranks) for recipe, choices in RANKS.items() for ranks in choices}
+    assert drawn - own == usual | {("tensor_parallel", 2), ("context_parallel", 2), ("expert_parallel", 2)}
     assert {ranks for _, ranks in own} == {1, 2, 3, 4}
     assert {plan.setup.task for plan in plans} == {plan.setup.task for plan in plans if plan.sizes} == set(TASKS)
     assert {word for plan in plans for word in plan.setup.words if word.startswith("task.per_rank")}
@@ -145,7 +147,7 @@ def samples_shifted(patch: Patch) -> None:
     patch.setattr(batches, "StepSampler", shifted)
 
 
-@pytest.mark.slow_except("one_last_bit")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("broken", "words"),
     [
@@ -168,6 +170,7 @@ def test_a_restore_that_forgets_is_reported(
     assert bool(outcome.wrong) is bool(broken)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_that_is_taken_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.setattr(directory, "find_damage", lambda *_: "")
     plan = killed_in_the_third_save(damage=Damage("flip", file=0.5, place=0.5))
@@ -176,6 +179,7 @@ def test_a_damaged_checkpoint_that_is_taken_is_reported(tmp_path: Path, monkeypa
     assert outcome.wrong.startswith(("resumed from step-00000008, not from", "undisturbed, and yet exit codes [1]"))
 
 
+@pytest.mark.slow
 def test_a_save_that_is_not_atomic_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
     """Written under the final name, a half-saved checkpoint looks like one that broke."""
     monkeypatch.setattr(CheckpointSaver, "_temporary", lambda self, step: self.folder / folder_name(step))
@@ -185,6 +189,7 @@ def test_a_save_that_is_not_atomic_is_reported(tmp_path: Path, monkeypatch: Patc
     assert outcome.wrong.startswith("resumed from step-00000008, not from step-00000012"), outcome.wrong
 
 
+@pytest.mark.slow
 def test_a_checkpoint_written_twice_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
     def touch(self: TrainingState) -> None:
         for file in (tmp_path / "out" / "checkpoints").glob("step-00000008/*"):
@@ -195,6 +200,7 @@ def test_a_checkpoint_written_twice_is_reported(tmp_path: Path, monkeypatch: Pat
     assert outcome.wrong.endswith("was written again")
 
 
+@pytest.mark.slow
 def test_a_signal_that_only_one_rank_obeys_is_reported(tmp_path: Path, monkeypatch: Patch) -> None:
     """Without the agreement a signalled rank would leave the others in a collective."""
 

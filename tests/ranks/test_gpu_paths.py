@@ -17,8 +17,9 @@ from tests.helpers.harness import ROOT, assert_equal, clean_environment, result,
 from tests.helpers.processes import free_port
 
 PROVEN = set(
-    "activation_checkpointing data_parallel ddp deepspeed_zero fsdp grad_accumulation lightning_fabric lightning_trainer "
-    "model_parallel pipeline_parallel sync_batchnorm transfer_learning zero1".split()
+    "activation_checkpointing context_parallel data_parallel ddp deepspeed_zero expert_parallel fsdp grad_accumulation "
+    "lightning_fabric lightning_trainer local_sgd model_parallel pipeline_parallel sync_batchnorm tensor_parallel "
+    "transfer_learning zero1".split()
 )
 SMALL = ["precision=fp64", "model.norm=group", "global_batch_size=8", "log_every=1", "eval_every=0", "threads=1"]
 
@@ -326,14 +327,14 @@ def test_memory_that_runs_out_on_one_rank_started_by_hand_ends_them_all(tmp_path
 
 
 @pytest.mark.slow
-def test_a_pipeline_s_rank_never_holds_the_model_twice(tmp_path: Path) -> None:
-    """It is 44 MiB: while it is placed and while it is evaluated, a rank has it once, and else its own stage of it."""
+def test_a_pipeline_s_rank_holds_its_own_stages_alone(tmp_path: Path) -> None:
+    """The model is 44 MiB; while it is cut, measured, trained, evaluated and exported, other stages are on the host."""
     words = ["nproc=2", "global_batch_size=8", "eval_batch_size=8", "max_steps=2", "eval_every=0", "threads=1"]
     done = on_gpus(2, "-m", "recipes.pipeline_parallel", *words, "out=run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     found = result(tmp_path / "run")
     peak = found["peak_memory_bytes_by_rank"][0]  # the first stage's, which has 3 MiB of weights
-    assert 44 < peak / 2**20 < 66
+    assert 3 < peak / 2**20 < 20
 
 
 @pytest.mark.slow

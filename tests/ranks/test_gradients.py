@@ -72,6 +72,7 @@ def assert_close(mine: Path, theirs: Path, tolerance: float) -> None:
         assert torch.allclose(weights[0][name], tensor, rtol=tolerance, atol=tolerance), name
 
 
+@pytest.mark.slow
 def test_the_limits_are_felt(clipped: Path, tmp_path: Path) -> None:
     """Else the next test would show nothing."""
     found = numbers(clipped)
@@ -92,7 +93,7 @@ def test_clipped_training_is_single_s_wherever_gradients_are(name: str, clipped:
     assert_close(tmp_path / "run", clipped, 1e-10)
 
 
-@pytest.mark.slow_except("stage=2 accumulate=2")
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["stage=0", "stage=2 accumulate=2", "stage=3"])
 def test_deepspeed_clips_alike(words: str, tmp_path: Path) -> None:
     """In fp32, for it has no fp64; from stage 1 on by its own gradient_clipping, in stage 0 by ours."""
@@ -147,7 +148,7 @@ STOPS = {
 }
 
 
-@pytest.mark.slow_except("ddp backward", "stages")
+@pytest.mark.slow_except("ddp backward")
 @pytest.mark.parametrize("name", STOPS)
 def test_a_nan_ends_the_run_by_layer_step_and_rank(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, ranks, where, what = STOPS[name]
@@ -247,6 +248,7 @@ def test_allow_nan_trains_on_and_saves_nothing_of_it(tmp_path: Path, monkeypatch
     assert read_pointer(folder, "BEST") == folder / "step-00000002"
 
 
+@pytest.mark.slow
 def test_a_nan_loss_over_finite_weights_is_said_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a recipe leaves out a step; nothing is lost then."""
     record = Run.record
@@ -258,6 +260,21 @@ def test_a_nan_loss_over_finite_weights_is_said_once(tmp_path: Path, monkeypatch
     assert said.read_text().count("the loss is nan; the weights are still finite") == 1
     assert result(tmp_path / "run")["status"] == "finished"
     assert list_checkpoints(tmp_path / "run" / "checkpoints")[0].name == "step-00000008"
+
+
+@pytest.mark.slow
+def test_weights_that_follow_a_nan_loss_later_end_the_run_when_the_next_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison("forward", 4, monkeypatch)
+    record = Run.record
+    monkeypatch.setattr(
+        Run, "record", lambda run, *, loss, weight=1.0: record(run, loss=loss * math.nan, weight=weight)
+    )
+    said = said_on_rank_0(tmp_path, monkeypatch)
+    with pytest.raises(AssertionError, match=r"after step [45], \S+ is not finite on rank \d"):
+        execute(ddp.train, tmp_path / "run", 2, *DATA, "epochs=4", "max_steps=8", "log_every=1", "eval_every=0")
+    assert said.read_text().count("the weights are still finite") == 1
 
 
 def hooks_of(module: nn.Module, optimizer: torch.optim.Optimizer) -> int:
@@ -353,7 +370,7 @@ def test_what_a_clipped_run_logs_goes_on_to_the_last_bit(tmp_path: Path) -> None
     assert_equal(*weights)
 
 
-@pytest.mark.slow_except("stages in copies")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sharded in copies, offloaded", "stages in copies", "deepspeed"])
 def test_histograms_are_those_of_the_whole_tensors(name: str, tmp_path: Path) -> None:
     """Of shards, of stages, of sections: counted on the ranks that have them, and each number once."""

@@ -59,7 +59,7 @@ def test_each_is_what_torchmetrics_makes_of_the_whole_set_on_any_ranks() -> None
     )
 
 
-@pytest.mark.slow_except("ddp", "fsdp")
+@pytest.mark.slow_except("fsdp")
 @pytest.mark.parametrize(
     ("recipe", "ranks"),
     [(ddp.train, 2), (fsdp.train, 3), (pipeline_parallel.train, 2), (lightning_trainer.train, 3)],

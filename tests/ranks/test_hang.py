@@ -163,7 +163,7 @@ def ended(process: Any, folder: Path, began: float) -> Ended:
         ("shape", f"rank 1 failed on {HERE} in step 0 (starting)\nTraceback"),
         ("raise", f"rank 1 failed on {HERE} in step 3 (training)\nTraceback"),
         ("worker dies", f"rank 1 failed on {HERE} in step # (…)\nTraceback"),
-        ("worker hangs", f"error: rank 1 ({HERE}) has not reached all_reduce no. # of [490], in which rank 0"),
+        ("worker hangs", f"error: rank 1 ({HERE})"),
         (
             "disk",
             f"error: rank 1 ({HERE}) has not reached all_gather no. # of [1], in which rank 0 ({HERE}) waited for "
@@ -179,8 +179,11 @@ def test_one_message_says_who_and_where(how: str, words: str, outcomes: dict[str
     found = outcomes[how]
     pattern = re.escape(words).replace(r"\#", r"\d+").replace("…", ".*")
     assert re.match(pattern, found.said), found.said
+    if how == "worker hangs":  # either rank may be the first whose time is over
+        assert re.search(r"rank 1 .*(its DataLoader workers|step \d+, waiting for data)", found.said)
     assert found.code == (134 if "SIGABRT" in words else 2 if how == "one step less" else 1)
-    assert found.said.count("error: ") + found.said.count("rank 1 failed") + found.said.count("was killed") == 1
+    messages = re.findall(r"^(error: |rank \d+ failed|rank \d+ was killed)", found.said, re.MULTILINE)
+    assert len(messages) == 1, found.said  # a traceback may quote a source line that has such words
     assert ("Traceback" in found.said) == ("Traceback" in words)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,7 @@ def by_one(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, torch.Te
     return train(single.train, out, 1, *WORDS), result(out)["eval_bits_per_token"]
 
 
-@pytest.mark.slow_except("ddp")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "words"),
     [(ddp.train, ["accumulate=3"]), (fsdp.train, []), (pipeline_parallel.train, ["stages=2", "micro_batches=4"])],
@@ -42,4 +44,11 @@ def test_a_text_of_one_s_own_is_trained_on_by_one_command(tmp_path: Path) -> Non
     done = command("-m", "recipes.ddp", *words, "global_batch_size=16", "max_steps=3", "out=run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "text, 32 of 256 tokens a sequence, 160 sequences to train on, 17 to evaluate" in done.stdout
-    assert 0 < result(tmp_path / "run")["eval_bits_per_token"] < 9
+    found = result(tmp_path / "run")
+    assert 0 < found["eval_bits_per_token"] < 9
+    assert found["tokens_per_second"] == pytest.approx(32 * found["sequences_per_second"])
+    assert found["model_flops_per_second"] == pytest.approx(found["flops_per_sample"] * found["sequences_per_second"])
+    assert found["mfu"] is None, "of a CPU nothing is promised"
+    assert re.search(r"speed .* [\d,]+ tokens/s, [\d.,]+ GFLOP/s\n", done.stdout)
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert logged[0]["tokens_per_second"] == pytest.approx(32 * logged[0]["sequences_per_second"], rel=0.01)

@@ -46,17 +46,16 @@ def session(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("start", "nproc"), [("spawn", 2), ("fork", 4)])
-def test_it_is_the_run_that_torchrun_starts(start: str, nproc: int, tmp_path: Path) -> None:
-    words = [*LIGHTNING, f"start={start}", f"nproc={nproc}", *SMOKE, "out=run"]
+def test_it_is_the_run_that_torchrun_starts(tmp_path: Path) -> None:
+    words = [*LIGHTNING, "start=spawn", *SMOKE, "out=run"]
     done = command(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"], "one run directory, and nothing beside it"
     out = tmp_path / "run"
     assert "cluster: null" in (out / "config.yaml").read_text(), "it can be continued anywhere"
-    assert sorted(path.name for path in (out / "ranks").glob("*.log")) == [f"{rank}.log" for rank in range(nproc)]
-    assert_equal(out, train(ddp.train, tmp_path / "reference", nproc, *SMOKE))
+    assert sorted(path.name for path in (out / "ranks").glob("*.log")) == [f"{rank}.log" for rank in range(2)]
+    assert_equal(out, train(ddp.train, tmp_path / "reference", 2, *SMOKE))
     assert done.stdout.index("ddp: ") < done.stdout.index("ddp finished")
 
 
@@ -66,7 +65,7 @@ def test_a_sweep_runs_once_a_point(tmp_path: Path) -> None:
     done = command(*FORK[:2], "-m", *FORK[2:], "optim.lr=0.01,0.02", *SMOKE, "out=sweep", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("ddp finished") == 2
-    assert len(list(tmp_path.rglob("multirun.yaml"))) == 1, "Hydra's own note of a sweep"
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep"], "nothing of Hydra's beside it"
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == ["0", "1"]
     for point, rate in (("0", "lr: 0.01"), ("1", "lr: 0.02")):
         assert rate in (tmp_path / "sweep" / point / "config.yaml").read_text()
@@ -97,7 +96,6 @@ def folder(tmp_path: Path) -> Path:
     [
         ("raise", 1, "rank 1 failed on "),
         ("kill", 137, "rank 1 was killed by SIGKILL on "),
-        ("exit", 7, "rank 1 ended with exit code 7"),
         ("forget", 2, "error: crash: no loss to log; call run.record(loss=loss) in every step"),
     ],
 )
@@ -115,6 +113,7 @@ def test_a_killed_rank_comes_back_as_often_as_asked(folder: Path) -> None:
     words = ["crash.py", *WORDS, "+cluster=lightning", "start=fork", "max_restarts=1"]
     done = command(*words, cwd=folder, HOW="exit")
     assert done.returncode == 7
+    assert done.stderr.startswith("rank 1 ended with exit code 7")
     assert done.stderr.splitlines()[1::2] == ["restart 1 of max_restarts=1, from the newest checkpoint"], done.stderr
 
 
@@ -137,7 +136,7 @@ def test_asked_to_leave_the_ranks_save_and_leave(number: signal.Signals, tmp_pat
     said = process.communicate(timeout=60)[1]
     assert process.returncode == 75, said
     assert said.startswith(f"{number.name}: leaving after this step")
-    assert "to go on: python -m recipes.ddp +cluster=lightning" in said
+    assert "to resume: python -m recipes.ddp +cluster=lightning" in said
     assert "Traceback" not in said
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["status"] == "preempted"

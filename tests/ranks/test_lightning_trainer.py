@@ -158,7 +158,7 @@ def test_lightning_leaves_the_signals_alone(tmp_path: Path) -> None:
     config = compose_config(TRAINER, *SHORT, f"out={tmp_path / 'run'}", "max_steps=2")
     validate(config, TRAINER, 1)
     out = freeze(config, TRAINER.name)
-    assert run_ranks(handlers_while_training, 1, to_yaml(config), str(out)) == [[[True] * 4] * 2]
+    assert run_ranks(handlers_while_training, 1, to_yaml(config), str(out)) == [[[True] * len(signals.SIGNALS)] * 2]
 
 
 # Checkpoints ------------------------------------------------------------------------------------------------------
@@ -191,6 +191,7 @@ def test_it_ends_early_keeps_the_best_and_has_nothing_left_to_train(tmp_path: Pa
     assert busy(run) == [None, None], "no step was taken"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_lightning_s_and_another_recipe_says_so(tmp_path: Path) -> None:
     execute(TRAINER, tmp_path / "run", 1, *SHORT, "max_steps=6")
     folder = list_checkpoints(tmp_path / "run" / "checkpoints")[0]

@@ -97,6 +97,7 @@ def test_counting_changes_no_bit(tmp_path: Path) -> None:
 CASES = [("fp32", "adamw"), ("bf16", "sgd"), ("fp64", "sgd")]
 
 
+@pytest.mark.slow
 def test_what_is_predicted_is_what_a_real_step_holds() -> None:
     """The prediction allocates nothing: here the same steps are taken with real memory."""
     run_ranks(predicted_and_real, 1)

@@ -111,6 +111,7 @@ def assert_each_has_each_step_once(out: Path) -> None:
     assert [row["_step"] for row in wandb_history(out) if f"{name}/values" in row] == drawn
 
 
+@pytest.mark.slow
 def test_curves_go_on_without_a_gap_or_a_step_twice(tmp_path: Path) -> None:
     out = tmp_path / "run"
     execute(ddp.train, out, 2, *WORDS, "max_steps=6")
@@ -199,6 +200,7 @@ def test_without_the_package_one_line_says_how_to_get_it(monkeypatch: pytest.Mon
         validate(compose_config(single.train, "logger=[csv,wandb]"), single.train, 1)
 
 
+@pytest.mark.slow
 def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> None:
     """The first of the evaluation set, with what they are and what the exported weights take them for."""
     words = (

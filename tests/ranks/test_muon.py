@@ -26,6 +26,7 @@ CASES = {
     "sharded in copies": ("fsdp", 4, ("replicate=2",)),
     "dealt out": ("zero1", 2, ()),
     "by stages": ("pipeline_parallel", 2, ()),
+    "by layers that ranks share": ("tensor_parallel", 4, ()),
 }
 
 
@@ -44,7 +45,7 @@ def whole(in_fp64: None, tmp_path: Path) -> dict[str, torch.Tensor]:
     return train(single.train, tmp_path / "whole", 1, *WORDS, "checkpoint.every=3")
 
 
-@pytest.mark.slow_except("replicated", "sharded")
+@pytest.mark.slow_except("sharded")
 @pytest.mark.parametrize("name", CASES)
 def test_it_trains_what_one_process_trains(name: str, whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     module, ranks, words = CASES[name]
@@ -52,6 +53,7 @@ def test_it_trains_what_one_process_trains(name: str, whole: dict[str, torch.Ten
     assert difference(mine, whole) <= 1e-10
 
 
+@pytest.mark.slow
 def test_adamw_has_embeddings_and_norms(whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     """By what they keep: Muon one moment, AdamW two."""
     kept = tensors_of(tmp_path / "whole" / "checkpoints" / "step-00000003")

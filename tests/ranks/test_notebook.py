@@ -74,6 +74,7 @@ except Exception as error:
 ]
 
 
+@pytest.mark.slow
 def test_a_recipe_and_a_task_of_a_notebook_s_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On two ranks, from a kernel that has threads; its loss is the command's; nothing is left running."""
     for name, value in clean_environment().items():

@@ -49,7 +49,7 @@ def rates() -> list[float]:
 
 
 @pytest.mark.usefixtures("lightning")
-@pytest.mark.slow_except("single", "fsdp")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_killed_and_resumed_it_has_the_same_bits(name: str, tmp_path: Path) -> None:
     """Killed in step 7, after StepLR has halved the rates twice, and resumed from step 4, after once."""

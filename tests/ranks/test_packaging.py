@@ -113,6 +113,7 @@ def test_a_recipe_of_the_wheel_is_a_module(installed: Path, crowded: Path) -> No
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_command_of_the_wheel_answers_in_its_own_names(installed: Path, crowded: Path) -> None:
     done = run(installed, "-m", "lockstep.recipes.single", "nproc=2", cwd=crowded)
     assert done.returncode == 2

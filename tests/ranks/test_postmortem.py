@@ -268,7 +268,7 @@ def trained(world: World, config: str, out: str, how: str) -> None:
 
 @pytest.mark.slow_except("slow")
 @pytest.mark.usefixtures("narrow")
-@pytest.mark.parametrize("how", ["slow", "data"])
+@pytest.mark.parametrize("how", ["slow", pytest.param("data", marks=pytest.mark.soak)])  # on a quiet machine
 def test_real_heartbeats_name_the_slow_rank(how: str, tmp_path: Path) -> None:
     config = compose_config(ddp.train, f"out={tmp_path / 'run'}", *SHORT, "max_steps=20")
     validate(config, ddp.train, 2)
@@ -302,7 +302,8 @@ def test_slow_growing_and_broken_trainings_are_seen_in_their_curves(out: Path) -
     metrics(out, loss=lambda step: float("nan") if step >= 20 else 1.0)
     assert (read(out)["loss"].verdict, read(out)["loss"].figure) == ("fails", "not finite from step 21 on")
     (out / "result.json").write_text('{"status": "finished", "step_seconds_p50": 0.1, "step_seconds_p95": 0.9}')
-    metrics(out, images_per_second=lambda step: 100)
+    metrics(out, sequences_per_second=lambda step: 100, tokens_per_second=lambda step: 6400)
+    assert "100 sequences/s" in read(out)["speed"].figure
     assert "a step takes 100 ms, one in twenty more than 900" in read(out)["speed"].figure
     (out / "out_of_memory.json").write_text('{"rank": 3, "step": 7}')
     (out / "result.json").write_text('{"status": "failed"}')

@@ -223,7 +223,7 @@ class Alone(Poisoned):
     _unscale_grads_ = torch.amp.GradScaler._unscale_grads_
 
 
-@pytest.mark.slow_except("recipe0")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("recipe", "ranks", "words"),
     [
@@ -249,6 +249,7 @@ def test_what_one_rank_finds_all_ranks_leave_out(
     assert_equal(found["all"], found["the last"])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_stages_that_decide_each_for_itself_would_be_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "Scaler", Alone)
@@ -317,7 +318,7 @@ def test_verify_compares_it_in_every_recipe(tmp_path: Path) -> None:
 # Kept -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_except("deepspeed_zero")
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
     ("recipe", "words"),
@@ -348,6 +349,7 @@ def test_scale_and_count_go_on_bit_by_bit(recipe: Any, words: tuple[str, ...], t
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_what_is_missing_without_the_scaler_s_state(tmp_path: Path) -> None:
     words = ("data=synthetic", "data.size=8", "data.image_size=8", "global_batch_size=4", "max_steps=4")
     for forget, differs in (("null", False), ("scaler", True)):

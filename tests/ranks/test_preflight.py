@@ -25,12 +25,11 @@ from lockstep.diagnose.findings import Facts, failed_checks
 from lockstep.diagnose.preflight import Needs, judge_ranks
 from lockstep.diagnose.probes import determinism, machine, network, versions
 from lockstep.diagnose.probes import files as file_system
-from lockstep.diagnose.probes.machine import core_quota
 from lockstep.diagnose.probes.ranks import first_rank_of_hosts
 from lockstep.diagnose.probes.slurm import minutes_between, signal_option
 from lockstep.diagnose.probes.versions import unmet_requirements
+from lockstep.distributed.cores import control_groups, core_quota
 from lockstep.distributed.process_group import World
-from lockstep.memory.usage import control_groups
 from lockstep.utils import files
 from recipes import ddp, doctor
 from tests.helpers.harness import command, execute, run_ranks
@@ -74,6 +73,8 @@ def machines(*hosts: str, gpu: bool = False) -> list[Facts]:
                 "device": device,
                 "cores": {"allowed": list(range(8)), "present": 8, "quota": None, "threads": 8 // ranks_here}
                 | {"workers": 0, "load": 0.5},
+                "resources": {"workers": 2, "batch_bytes": [2**20, 2**20], "shared_bytes": 2**26, "temporary": "/tmp"}
+                | {"files": [1024, 50], "processes": [1000, "ulimit -u"]},
                 "network": {"backend": "nccl" if gpu else "gloo", "master": [hosts[0], "15007"], "agent": True}
                 | {"kernel_ports": [32768, 60999], "variables": {}, "infiniband": [], "interface": "eth0", "mtu": 1500},
                 "reach": {name: {"addresses": [f"10.0.0.{n}"], "seconds": 3e-4} for n, name in enumerate(set(hosts))}
@@ -131,6 +132,7 @@ def test_sound_machines_are_called_so(hosts: tuple[str, ...], gpu: bool) -> None
         "versions",
         "devices",
         "cores",
+        "resources",
         "pace",
         "network",
         "names",
@@ -621,15 +623,25 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(file_system, "BLOCK_BYTES", 2**20)
 
 
+@pytest.mark.slow_except("2")
 @pytest.mark.usefixtures("narrow", "quick")
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])  # it measures: on a quiet machine
 def test_this_machine_passes(ranks: int, tmp_path: Path) -> None:
     execute(doctor.train, tmp_path / "run", ranks)
     report = json.loads((tmp_path / "run" / "preflight.json").read_text())
     rows = {each["check"]: each for each in report["findings"]}
     assert "fails" not in {each["verdict"] for each in report["findings"]}
     assert list(rows) == [
-        *("versions", "devices", "cores", "pace", "network", "names", *["ports"] * ("MASTER_PORT" in os.environ)),
+        *(
+            "versions",
+            "devices",
+            "cores",
+            "resources",
+            "pace",
+            "network",
+            "names",
+            *["ports"] * ("MASTER_PORT" in os.environ),
+        ),
         *("files", "links", "determinism", "verify"),
     ]
     assert rows["verify"]["figure"].startswith("5 steps of ddp in fp64: equal")
@@ -648,7 +660,7 @@ def test_where_a_run_would_fail_the_exit_code_says_so(monkeypatch: pytest.Monkey
     assert any(each["verdict"] == "fails" for each in report["findings"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak  # it measures: on a quiet machine
 @pytest.mark.usefixtures("narrow", "quick")
 def test_a_training_that_is_off_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(doctor, "PROVEN_STEPS", 2)

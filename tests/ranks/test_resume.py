@@ -31,6 +31,7 @@ from lockstep.loop.training_loop import NothingLeft
 from lockstep.recipe import Recipe
 from lockstep.run import Run
 from lockstep.training.random_state import generators, set_generators
+from lockstep.verify.trace import difference
 from recipes import (
     activation_checkpointing,
     data_parallel,
@@ -40,6 +41,7 @@ from recipes import (
     grad_accumulation,
     lightning_fabric,
     lightning_trainer,
+    local_sgd,
     model_parallel,
     pipeline_parallel,
     single,
@@ -47,7 +49,7 @@ from recipes import (
     transfer_learning,
     zero1,
 )
-from tests.helpers.harness import compose_config, execute, lines, result, run_ranks, tensors_of
+from tests.helpers.harness import compose_config, execute, lines, result, run_ranks, tensors_of, train
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -60,7 +62,7 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "deepspeed_zero": (deepspeed_zero.train, 2, ("stage=3", "optim=adamw")),
     "single": (single.train, 1, ("optim=adamw",)),
     "ddp": (ddp.train, 2, ()),
-    "ddp of 3": (ddp.train, 3, ()),
+    "ddp of 3": (ddp.train, 3, ("sample_order=computed",)),
     "ddp in fp16": (ddp.train, 2, ("precision=fp16", "loss_scale=4194304", "model.norm=group")),
     "sync_batchnorm": (sync_batchnorm.train, 2, ("optim=adamw",)),
     "fsdp": (fsdp.train, 2, ("optim=adamw",)),
@@ -69,6 +71,7 @@ RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "data_parallel": (data_parallel.train, 1, ()),
     "lightning_fabric": (lightning_fabric.train, 3, ("accumulate=2", "sync_batchnorm=true")),
     "lightning_trainer": (lightning_trainer.train, 3, ("accumulate=2", "optim=adamw")),
+    "local_sgd": (local_sgd.train, 3, ("period=3", "outer=nesterov", "fragments=2", "optim=adamw")),
     "model_parallel": (model_parallel.train, 1, ()),
     "pipeline_parallel": (pipeline_parallel.train, 2, ("stages=2", "micro_batches=4")),
     "transfer_learning": (transfer_learning.train, 3, ("weights=random", "freeze=[conv1.*,*bn*,layer2.*]")),
@@ -95,6 +98,33 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert_same(torch.load(a / "model.pt", weights_only=True), torch.load(b / "model.pt", weights_only=True))
     assert newest(a).name == newest(b).name
     assert_same(tensors_of(newest(a)), tensors_of(newest(b)))
+
+
+def assert_same_in_two_parts(recipe: Recipe, folder: Path, ranks: int, *words: str) -> None:
+    """Cut within an epoch: weights, optimizer and generators to the last bit."""
+    words += ("task.dropout=0.1", "checkpoint.every=2")
+    whole = train(recipe, folder / "whole", ranks, *words, "max_steps=5")
+    for stop in (3, 5):
+        execute(recipe, folder / "parts", ranks, *words, f"max_steps={stop}")
+    assert result(folder / "parts")["resumed_from"] == "checkpoints/step-00000003"
+    assert_same(whole, torch.load(folder / "parts" / "model.pt", weights_only=True))
+    assert_same(*(tensors_of(newest(folder / run)) for run in ("whole", "parts")))
+
+
+def assert_meshes_share(recipe: Recipe, folder: Path, starts: list[tuple[int, tuple[str, ...]]], *words: str) -> None:
+    """A step on each mesh (ranks, its words), one after the other, then one of ddp: what `single` trains, ≤ 1e-10."""
+    words += ("checkpoint.every=1",)
+    last = len(starts)
+    whole = train(single.train, folder / "whole", 1, *words, f"max_steps={last + 1}")
+    for step, (ranks, mesh) in enumerate(starts, 1):
+        execute(recipe, folder / "parts", ranks, *words, *mesh, f"max_steps={step}")
+    kept = [
+        {name for name in tensors_of(folder / run / "checkpoints" / f"step-{last:08d}") if name[:3] != "rng"}
+        for run in ("parts", "whole")
+    ]
+    assert kept[0] == kept[1]
+    mine = train(ddp.train, folder / "ddp", 2, *words, f"resume={folder / 'parts'}", f"max_steps={last + 1}")
+    assert difference(mine, whole) <= 1e-10
 
 
 # make test takes one of them, make test-slow all others, and tests/helpers/fuzz.py draws from all.
@@ -311,6 +341,7 @@ SCHEDULERS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.slow_except("in turn")
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_of_one_s_own_resumes_bit_by_bit(name: str, tmp_path: Path) -> None:
     """Nothing sets another learning rate than the recipe: what it used is what is logged, before and after a resume."""
@@ -406,7 +437,7 @@ def test_the_export_of_the_real_resnet_loads_into_plain_torchvision(tmp_path: Pa
     RESNET18(num_classes=10).load_state_dict(torch.load(tmp_path / "run" / "model.pt", weights_only=True))
 
 
-@pytest.mark.slow_except("model.pt", "nested.pt")
+@pytest.mark.slow_except("model.pt")
 @pytest.mark.parametrize(
     ("source", "first_step"),
     [("", 13), ("checkpoints", 13), ("checkpoints/step-00000008", 9), ("model.pt", 1), ("nested.pt", 1)],

@@ -34,6 +34,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.mark.slow_except("3")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_ddp_has_the_loss_curve_of_one_process(world_size: int, reference: Path, tmp_path: Path) -> None:
     train(ddp.train, tmp_path / "run", world_size, *PROOF)

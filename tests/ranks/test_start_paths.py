@@ -67,15 +67,13 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
     return {nproc: train(ddp.train, folder / str(nproc), nproc, *SMOKE) for nproc in (2, 4)}
 
 
-@pytest.mark.slow_except("by_python-2", "by_torchrun")
+@pytest.mark.slow_except("by_torchrun")  # `python -m` is how most other tests start theirs
 @pytest.mark.parametrize(
     ("start", "nproc"),
     [
         (by_python, 2),
-        (by_python, 4),
         (by_interpreters, 2),
         (by_torchrun, 2),
-        (by_two_agents, 2),
         (by_two_agents, 4),
         (by_variables, 2),
         (by_mpirun, 2),
@@ -98,6 +96,30 @@ def test_every_start_gives_the_same_run(start, nproc, weights, tmp_path: Path) -
 
 OWN = ["global_batch_size=30", "task.hidden=8", "max_steps=3", "log_every=1", "optim=adamw", "threads=1"]
 FILE = "../project/tabular.py:Diabetes"  # from a folder beside it
+
+
+PLAIN = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+
+@dataclass
+class Plain:
+    hidden: int = 4
+
+    def __post_init__(self):
+        rows = torch.arange(120.0).view(60, 2) / 120
+        self.train_set = TensorDataset(rows, rows.sum(1, keepdim=True))
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(2, self.hidden), nn.Linear(self.hidden, 1))
+
+    def loss(self, outputs, targets):
+        return nn.functional.mse_loss(outputs, targets)
+"""
 
 
 def own_words(task: str) -> list[str]:
@@ -130,7 +152,6 @@ OWN_STARTS: dict[str, Callable[[Path], None]] = {
     "lightning": lambda cwd: own_by_python(cwd, FILE, "+cluster=lightning"),
     "module here": lambda cwd: own_by_python(cwd, "package.own.tabular:Diabetes"),
     "module here by torchrun": lambda cwd: own_by_torchrun(cwd, "package.own.tabular:Diabetes"),
-    "module on PYTHONPATH": lambda cwd: own_by_python(cwd, "elsewhere.tabular:Diabetes", **python_path(cwd)),
     "module on PYTHONPATH, spawned": lambda cwd: own_by_python(
         cwd, "elsewhere.tabular:Diabetes", "start=spawn", **python_path(cwd)
     ),
@@ -145,7 +166,7 @@ def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.mark.slow_except("torchrun")
+@pytest.mark.slow
 @pytest.mark.parametrize("start", OWN_STARTS)
 def test_an_own_task_is_the_same_run_by_every_start_from_any_folder(start: str, own_run: Path, tmp_path: Path) -> None:
     source, here = ROOT / "examples" / "tabular.py", tmp_path / "here"
@@ -159,21 +180,19 @@ def test_an_own_task_is_the_same_run_by_every_start_from_any_folder(start: str, 
 
 
 @pytest.mark.slow
-def test_without_out_the_directory_is_named_by_recipe_and_time(tmp_path: Path) -> None:
-    done = command("-m", "recipes.single", *SMOKE, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    (run,) = (tmp_path / "outputs" / "single").iterdir()
-    assert f"outputs/single/{run.name}" in done.stdout, "the summary says where everything was written"
-    assert (run / "model.pt").is_file()
-
-
-@pytest.mark.slow
-def test_a_sweep_is_one_run_a_point(tmp_path: Path) -> None:
-    done = command("-m", "recipes.single", "-m", "optim.lr=0.01,0.02", *SMOKE, "out=sweep", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    rates = [(tmp_path / "sweep" / point / "config.yaml").read_text() for point in ("0", "1")]
-    assert "lr: 0.01" in rates[0]
-    assert "lr: 0.02" in rates[1]
+def test_an_own_task_that_starts_no_thread_is_forked(tmp_path: Path) -> None:
+    """`examples/tabular.py` imports scikit-learn, whose threads no copy of the process would have."""
+    (tmp_path / "plain.py").write_text(PLAIN)
+    words = ["task=plain.py:Plain", *OWN, "nproc=2"]
+    for start in ("fork", "spawn"):
+        done = in_an_interpreter("-m", "recipes.ddp", *words, f"start={start}", f"out={start}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert lines(tmp_path / "fork") == lines(tmp_path / "spawn")
+    forked, spawned = (torch.load(tmp_path / start / "model.pt", weights_only=True) for start in ("fork", "spawn"))
+    assert_equal(forked, spawned)
+    done = in_an_interpreter(*own_words(example("tabular.py:Diabetes")), "nproc=2", "start=fork", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "start=fork: task=Diabetes has started threads; set start=spawn" in done.stderr
 
 
 @pytest.mark.slow
@@ -190,21 +209,17 @@ def test_a_sweep_over_tasks_is_one_run_a_task(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_script_of_ones_own_runs_without_a_yaml(tmp_path: Path) -> None:
-    """A recipe copied into another project, under another name."""
-    (tmp_path / "mine.py").write_text((ROOT / "recipes" / "ddp.py").read_text())
-    done = command("mine.py", *SMOKE, "out=run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["recipe"] == "mine"
+    """A recipe copied into another project, under another name.
 
-
-@pytest.mark.slow
-def test_a_script_that_has_computed_something_gets_interpreters(tmp_path: Path) -> None:
-    """OpenMP's threads are not there in a copy of the process that has them, and its next product would hang."""
+    It has computed something before: OpenMP's threads are not in a copy of the process that has them, whose next
+    product would hang, so its ranks are interpreters of their own.
+    """
     work = "import torch\n\n(torch.rand(3000, 3000) * 2).sum()\n\n"
-    script = (ROOT / "recipes" / "single.py").read_text()
+    script = (ROOT / "recipes" / "ddp.py").read_text()
     (tmp_path / "mine.py").write_text(script.replace("if __name__", work + "if __name__"))
     done = in_an_interpreter("mine.py", *SMOKE, "out=run", "threads=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["recipe"] == "mine"
 
 
 def test_a_conf_folder_where_the_user_stands_does_not_hide_ours(tmp_path: Path) -> None:

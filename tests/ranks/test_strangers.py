@@ -87,7 +87,8 @@ def attack(ports: list[int], store_port: int, marker: Path, seconds: float, hear
     os._exit(0)
 
 
-@pytest.mark.parametrize("start", ["spawn", pytest.param("fork", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("start", ["spawn", "fork"])
 def test_no_stranger_gets_anything_run(start: str, tmp_path: Path) -> None:
     """Nothing listens beyond this machine; what is written into ports and store makes nothing run, and at most ends the
     run with one line."""

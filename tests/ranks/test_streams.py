@@ -47,6 +47,7 @@ def test_a_stream_resumes_with_the_same_bits(task: str, ranks: int, workers: int
     ]
 
 
+@pytest.mark.slow
 def test_a_whole_stream_resumes_on_other_ranks(tmp_path: Path) -> None:
     words = (*WORDS, "checkpoint.every=6")
     whole = train(ddp.train, tmp_path / "whole", 2, *words)
@@ -55,6 +56,7 @@ def test_a_whole_stream_resumes_on_other_ranks(tmp_path: Path) -> None:
     assert all(torch.allclose(parts[name], whole[name], rtol=0, atol=1e-12) for name in whole)
 
 
+@pytest.mark.slow
 def test_each_rank_s_own_stream_resumes_on_as_many_ranks_alone(tmp_path: Path) -> None:
     words = (*WORDS, "task.per_rank=true", "checkpoint.every=6")
     execute(ddp.train, tmp_path / "parts", 2, *words, "max_steps=6")

@@ -109,6 +109,7 @@ def whole_batch_gradients(model: nn.Module, batch: Batch) -> Tensors:
 
 
 @pytest.mark.slow_except("1f1b-2", "zero_bubble-2", "interleaved")
+@pytest.mark.slow_except("1f1b-2", "zero_bubble-2")
 @pytest.mark.parametrize(
     ("schedule", "ranks"),
     [("gpipe", 2), ("1f1b", 2), ("interleaved", 2), ("zero_bubble", 2), ("1f1b", 4), ("zero_bubble", 4)],
@@ -130,6 +131,7 @@ def test_three_steps_are_enough_to_see_a_difference(fit: Fit) -> None:
     assert difference(found, expected) > 1e3 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_without_the_average_over_pipelines_the_weights_are_off(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline_parallel, "average_gradients", lambda *_: None)
     found, _ = fit(pipeline_parallel.train, 4, *PROOF, "micro_batches=2", "schedule=1f1b", fresh=True)
@@ -357,6 +359,7 @@ def rank_of_counting(world: World, way: str) -> tuple[int, Tensors]:
     return CountedDDP.buckets.value - before, {name: g.clone() for name, g in gradients(model.module).items()}
 
 
+@pytest.mark.slow
 def test_the_forward_belongs_inside_no_sync_too(buckets: Any) -> None:
     found = {way: run_ranks(rank_of_counting, 2, way) for way in ("whole", "micro_batches", "forward outside")}
     sent = {way: ranks[0][0] for way, ranks in found.items()}
@@ -556,7 +559,8 @@ def test_cuts_by_layer_and_by_block() -> None:
 
 def test_a_layer_s_name_is_not_taken_for_another_s_beginning() -> None:
     """layer3.2 is not layer3.20, and layer is no layer."""
-    model = make_model(name="resnet152")
+    with torch.device("meta"):  # its layers' names are all that is looked at
+        model = make_model(name="resnet152")
     assert choose_cuts(model, "layer3.2", 2, torch.empty(0)) == ["layer3.2"]
     with pytest.raises(UserError, match="not a layer to cut before"):
         choose_cuts(model, "layer", 2, torch.empty(0))
@@ -677,6 +681,7 @@ def test_model_parallel_trains_what_one_process_does(words: tuple[str, ...], fit
     assert sum(result["idle_shares"]) > parts - 1.001, "one part works at a time"
 
 
+@pytest.mark.slow_except("recipe1-2")
 @pytest.mark.parametrize(("recipe", "ranks"), [(model_parallel.train, 1), (pipeline_parallel.train, 2)])
 def test_another_model_in_parts_trains_what_it_does_as_a_whole(recipe: Any, ranks: int, fit: Fit) -> None:
     """No ResNet: features.N are its blocks, and the cut lies in the middle of them."""

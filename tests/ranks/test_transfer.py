@@ -205,6 +205,7 @@ def test_of_a_task_of_ones_own_it_says_in_one_line_what_it_needs(
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 def test_the_head_of_a_gpt_of_ones_own_learns_another_text(tmp_path: Path) -> None:
     """Its last Linear is trained; the rest stays to the last bit. By pattern, all but the first block is."""
     task = (f"task={example('text_gpt.py:TextGpt')}", "task.width=16", "task.depth=2", "global_batch_size=12")
@@ -287,6 +288,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]
         yield site
 
 
+@pytest.mark.slow
 def test_torchvision_s_weights_are_fetched_once_before_any_rank_starts(published: Site, tmp_path: Path) -> None:
     for number in range(2):
         execute(transfer_learning.train, tmp_path / str(number), 2, *IMAGENET)

@@ -93,6 +93,7 @@ def test_what_is_frozen_before_the_wrap_is_not_asked_for(tmp_path: Path) -> None
     assert "parameters_without_gradient" not in result(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_freezing_after_the_wrap_is_refused(tmp_path: Path) -> None:
     said = start(tmp_path, "frozen too late")
     assert all(text.startswith("step 0: 7 tensors were to be trained when Distr") for text in said), said

@@ -28,16 +28,26 @@ PROVEN = [
     "activation_checkpointing",
     "activation_checkpointing",
     "activation_checkpointing",
+    "context_parallel",
+    "context_parallel by=ulysses",
     "data_parallel",
     "ddp",
     "deepspeed_zero",
+    "expert_parallel",
     "fsdp",
     "grad_accumulation",
     "lightning_fabric",
     "lightning_fabric",
 ]
-PROVEN += ["lightning_trainer", "lightning_trainer", "model_parallel", "pipeline_parallel", "sync_batchnorm"]
-PROVEN += ["transfer_learning", "transfer_learning"]
+PROVEN += [
+    "lightning_trainer",
+    "lightning_trainer",
+    "local_sgd",
+    "model_parallel",
+    "pipeline_parallel",
+    "sync_batchnorm",
+]
+PROVEN += ["tensor_parallel", "tensor_parallel sequence_parallel=true", "transfer_learning", "transfer_learning"]
 PROVEN += ["zero1", "zero1"]
 
 
@@ -64,8 +74,11 @@ def check_rows(out: Path) -> None:
     assert [(row["recipe"], row["precision"]) for row in unable] == [("deepspeed_zero", "fp64")]
     rows = [row for row in rows if row not in unable]
     proofs = [row for row in rows if not row["verdict"].startswith("differs")]
-    precisions = {"deepspeed_zero": ["fp32"]}
-    expected = [(name, precision) for name in PROVEN for precision in precisions.get(name, ["fp64", "fp32"])]
+    second = ("context_parallel by=ulysses", "tensor_parallel sequence_parallel=true")
+    precisions = {"deepspeed_zero": ["fp32"]} | {name: ["fp64"] for name in second}
+    expected = [
+        (name.partition(" ")[0], precision) for name in PROVEN for precision in precisions.get(name, ["fp64", "fp32"])
+    ]
     assert [(row["recipe"], row["precision"]) for row in proofs] == expected
     assert all(row["verdict"] == "equal" for row in proofs)
     assert all(row["weights"] <= 1e-10 and row["loss"] <= 1e-10 for row in proofs if row["precision"] == "fp64")
@@ -77,6 +90,7 @@ def check_rows(out: Path) -> None:
         "deepspeed_zero",
         "fsdp",
         "grad_accumulation",
+        "local_sgd",
         "pipeline_parallel",
         "zero1",
     ]
@@ -87,7 +101,7 @@ def check_rows(out: Path) -> None:
 @pytest.mark.slow_except("3")
 @pytest.mark.parametrize(
     ("world_size", "names", "words"),
-    [(3, "ddp,sync_batchnorm", ()), (4, "pipeline_parallel,fsdp", ("replicate=2",))],
+    [(3, "ddp,sync_batchnorm", ()), (4, "pipeline_parallel,fsdp,context_parallel,expert_parallel", ("replicate=2",))],
 )
 def test_on_other_numbers_of_ranks(world_size: int, names: str, words: tuple[str, ...], tmp_path: Path) -> None:
     execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=2", "precision=fp64", *words)

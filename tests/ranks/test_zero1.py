@@ -52,6 +52,7 @@ def test_gradients_are_reduced_and_weights_broadcast(tmp_path: Path) -> None:
         assert last == {"allreduce_": size, "broadcast_": size}
 
 
+@pytest.mark.slow
 def test_three_two_one_four_ranks_train_as_one(tmp_path: Path) -> None:
     """Each finds the states of its parameters in what others kept of others; the checkpoint holds every one of them."""
     words = (*PROOF, "checkpoint.every=1")
@@ -70,6 +71,7 @@ def test_three_two_one_four_ranks_train_as_one(tmp_path: Path) -> None:
     assert kept[0] == kept[1]
 
 
+@pytest.mark.slow
 def test_ddp_resumes_what_it_saved(tmp_path: Path) -> None:
     """The names are the whole model's, so another recipe can take it up."""
     train(zero1.train, tmp_path / "zero1", 2, *PROOF, "checkpoint.every=4", "max_steps=4")

@@ -124,6 +124,23 @@ class NoMetric(Fine):
         return {"mse": mse_loss}
 
 
+class NoPictures(Fine):
+    def mistakes(self, outputs, targets):
+        return torch.stack([torch.arange(len(targets))], 1)
+
+    def pictures(self, samples):
+        return torch.zeros(len(samples), 28, 28)
+
+
+class PicturesOfNothing(Fine):
+    def pictures(self, samples):
+        return torch.zeros(len(samples), 3, 28, 28, dtype=torch.uint8)
+
+
+class NoRows(NoPictures):
+    pictures = None
+
+
 @dataclass
 class Weights(Fine):
     weights: list[float] = field(default_factory=list)
@@ -172,6 +189,14 @@ BEFORE: dict[str, tuple[list[str], list[str]]] = {
         ["['mse']: MeanSquaredError is better when smaller; add it to the task's lower_is_better"],
     ),
     "no metric": (["task=FILE:NoMetric"], ["torchmetrics()['mse'] is function; allowed is a torchmetrics.Metric"]),
+    "no pictures": (
+        ["task=FILE:NoPictures"],
+        ["pictures([0]) gave float32 [1, 28, 28]; allowed is uint8 [1, 3, H, W]"],
+    ),
+    "pictures of nothing": (
+        ["task=FILE:PicturesOfNothing"],
+        ["mistakes(outputs, targets) found, but it has no mistakes"],
+    ),
     "too few weights": (
         ["task=FILE:Weights", "task.weights=[1,2]"],
         ["task=Weights: sample_weights is float32 [2] for 16 samples; allowed is a tensor with one number from 0 up"],
@@ -220,6 +245,10 @@ AT_FIRST: dict[str, tuple[str, list[str]]] = {
     "Ragged": ("nproc=2", ["these samples cannot be stacked into a batch", "collate(samples)"]),
     "NoTensor": ("nproc=2", ["the inputs hold no tensor"]),
     "OtherNames": ("eval_batch_size=4", ["rank 1's metrics are of_1 []", "rank 0's of_0 []", "the same on all ranks"]),
+    "NoRows": (
+        "nproc=2",
+        ["mistakes(outputs, targets) gave int64 [16, 1]; allowed is int64 [N, 3]", "-1 if it is right"],
+    ),
     "OtherData": ("nproc=2", ["rank 1", "has other samples to train on than rank 0", "must be the same on all hosts"]),
 }
 

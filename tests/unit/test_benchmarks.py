@@ -67,6 +67,7 @@ def test_in_slices_one_command_runs_at_a_time_and_none_is_left(tmp_path: Path, m
     assert not [one for one in psutil.process_iter(["cmdline"]) if str(program) in (one.info["cmdline"] or [])]
 
 
+@pytest.mark.slow
 def test_in_slices_a_command_that_ends_is_told(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(STEPS_FOR_EVER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import sys
@@ -9,15 +10,18 @@ from itertools import product, zip_longest
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from lockstep.config import help
 from lockstep.config.compose import compose
 from lockstep.config.declared import declared, own_keys, read_config, schema_of
 from lockstep.config.keys import walk
+from lockstep.config.run_directory import already_finished, ended_by
 from lockstep.config.schema import Config, check_values, to_yaml
 from lockstep.config.tasks import short_name
 from lockstep.errors import UserError
-from recipes import ddp
+from recipes import ddp, single, verify
+from tests.helpers.command_line import assert_one_line, run_main
 from tests.helpers.harness import ROOT, command, compose_config
 
 CONF = ROOT / "conf"
@@ -47,6 +51,8 @@ def together() -> list[list[str]]:
 )
 def test_every_recipe_composes_with_every_option(name: str, options: list[str]) -> None:
     options = [option for option in options if name == "tune" or not option.startswith("tune=")]
+    if importlib.import_module(f"recipes.{name}").train.task:  # not of images
+        options = [option for option in options if not option.startswith(("data=", "model="))]
     words = ["+" * option.startswith(("cluster", "debug")) + option for option in options]
     config = compose_config(importlib.import_module(f"recipes.{name}").train, *words)
     for group, _, choice in (option.partition("=") for option in options):
@@ -81,6 +87,22 @@ def test_a_recipe_s_keys_are_read_from_its_file_without_running_it(name: str) ->
         assert getattr(read, what) == getattr(recipe, what)
     mine, theirs = (list(walk(each.config())) for each in (recipe, read))
     assert mine == theirs
+
+
+@pytest.mark.parametrize("future", ["", "from __future__ import annotations"])
+def test_a_tool_has_the_keys_of_the_recipe_that_it_runs(future: str, tmp_path: Path) -> None:
+    """Also where the recipe's annotations are texts, which are to be looked up where it stands."""
+    own = [
+        name for name in RECIPES if re.search(r"^class \w+\(Config\)", (ROOT / f"recipes/{name}.py").read_text(), re.M)
+    ]
+    assert {"context_parallel", "fsdp", "pipeline_parallel"} <= set(own)
+    for name in own:
+        lines = (ROOT / f"recipes/{name}.py").read_text().splitlines()
+        lines.insert(ast.parse("\n".join(lines)).body[0].end_lineno or 0, future)
+        (tmp_path / f"{name}.py").write_text("\n".join(lines))
+        schema = schema_of(verify.train, [f"recipes=[{tmp_path / name}.py]"])
+        keys = {key.partition(".")[0] for key in OmegaConf.structured(schema)}
+        assert keys >= own_keys(importlib.import_module(f"recipes.{name}").train.config), name
 
 
 def test_the_shared_schema_names_no_recipe() -> None:
@@ -234,3 +256,53 @@ def test_a_bad_task_of_a_sweep_is_refused_before_the_first_point(
         with pytest.raises(UserError, match=re.escape(said)):
             compose(ddp.train, found.append)
         assert found == []
+
+
+BAD_SWEEPS = {
+    "seed=range(0,0)": ["seed=range(0,0)", "this sweep has no runs"],
+    "seed=1,x": ["seed=x", "Integer"],
+    "seed=1 optim.lr=interval(0,1)": ["optim.lr=interval(0,1)", "name some"],
+    "optim.lr=0.1,-1": ["optim.lr=-1.0", "from 0 up"],
+    "global_batch_size=48,7000": ["global_batch_size=7000", "1437"],
+    "nproc=1,5": ["runs on 1 rank, not 5"],
+    "model=[resnet18,resnet34]": ["a run has one model", "-m model=resnet18,resnet34"],
+}
+
+
+@pytest.mark.parametrize("words", BAD_SWEEPS)
+def test_a_bad_point_of_a_sweep_is_refused_before_the_first_is_trained(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And nothing is left behind, of Hydra's neither."""
+    monkeypatch.chdir(tmp_path)
+    for out in ([], ["out=sweep"]):
+        assert run_main(single.train, ["-m", *words.split(), *out], monkeypatch) == 2
+        assert_one_line(capfd, BAD_SWEEPS[words])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_points_of_a_sweep_are_hydra_s(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its order, numbered, in one folder, and with a private cluster file."""
+    site = tmp_path / "site" / "cluster"
+    site.mkdir(parents=True)
+    (site / "mine.yaml").write_text("defaults: [schema]\nnodes: 3\n")
+    monkeypatch.chdir(tmp_path)
+    found: list[Config] = []
+    words = ["-m", "--config-dir=site", "+cluster=mine", "seed=1,2", "optim.lr=choice(0.1,0.2)", "logger=[csv,wandb]"]
+    monkeypatch.setattr(sys, "argv", ["single", *words])
+    compose(single.train, found.append)
+    assert [(config.seed, config.optim.lr) for config in found] == [(1, 0.1), (1, 0.2), (2, 0.1), (2, 0.2)]
+    assert [Path(str(config.out)).name for config in found] == ["0", "1", "2", "3"]
+    assert len({Path(str(config.out)).parent for config in found}) == 1
+    assert all(config.cluster and config.cluster.nodes == 3 and config.logger.wandb for config in found)
+    assert sys.argv[1:] == words
+    assert [path.name for path in tmp_path.iterdir()] == ["site"]
+
+
+def test_what_a_finished_run_is_told_to_do_trains_it_on() -> None:
+    """Not in a circle: where its epochs or its patience ended it, max_steps would not."""
+    config = Config(out="run", epochs=2, max_steps=50)
+    assert ended_by(config, {"epochs": 2, "steps": 8}) == "epochs"
+    assert ended_by(config, {"epochs": 1, "steps": 50}) == "max_steps"
+    assert ended_by(Config(epochs=9, patience=1), {"epochs": 1, "steps": 5}) == "patience"
+    assert "raise max_steps" in already_finished(Config(out="nowhere"))

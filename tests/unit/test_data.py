@@ -11,6 +11,7 @@ import shutil
 import socket
 import struct
 import tarfile
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -25,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torchvision.datasets import CIFAR10
+from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.v2 import functional
 
 from lockstep.config.schema import DataConfig
@@ -33,7 +34,7 @@ from lockstep.data import datasets, image_files, transforms
 from lockstep.data.batch import Batch
 from lockstep.data.datasets import DRAWS, ImageDataset, ImageFiles, InMemoryImages, load_data
 from lockstep.data.loader import Samples, build_loader
-from lockstep.data.sampler import EvalSampler, StepSampler, epoch_order, rank_slice, sample_uniform
+from lockstep.data.sampler import ComputedOrder, EvalSampler, StepSampler, epoch_order, rank_slice, sample_uniform
 from lockstep.errors import UserError
 from tests.helpers.http_site import Site, serving
 
@@ -99,7 +100,52 @@ def test_an_order_is_a_permutation_and_ignores_the_state_of_torch(size: int, see
     assert torch.equal(torch.get_rng_state(), before), "it took numbers that dropout would have got"
 
 
+@few
+@given(st.integers(1, 3000), seeds, epochs)
+def test_a_computed_order_is_a_permutation_too_and_each_part_is_its_own(size: int, seed: int, epoch: int) -> None:
+    order = ComputedOrder(size, seed, epoch)
+    whole = order[:].tolist()
+    assert len(order) == size
+    assert sorted(whole) == list(range(size))
+    middle = size // 3
+    assert order[middle : 2 * middle].tolist() == whole[middle : 2 * middle]
+    assert order[size - 1 : size + 5].tolist() == whole[-1:]
+
+
+def test_a_computed_order_of_a_thousand_million_samples_takes_no_memory() -> None:
+    size = 10**9
+    tracemalloc.start()
+    order = ComputedOrder(size, 0, 0)
+    parts = [order[at : at + 1000] for at in range(0, size, size // 100)]
+    assert tracemalloc.get_traced_memory()[1] < 2**22
+    tracemalloc.stop()
+    numbers = torch.cat(parts)
+    assert len(numbers.unique()) == len(numbers)
+    assert int(numbers.min()) >= 0
+    assert int(numbers.max()) < size
+    # As even as random numbers: 100,000 in 64 bins have a chi-square of 63 on average, of 120 once in 50,000 orders.
+    bins = torch.bincount(numbers * 64 // size, minlength=64).double()
+    expected = len(numbers) / 64
+    assert float(((bins - expected) ** 2 / expected).sum()) < 120
+    # And a number says nothing of the next one, nor of its place, nor of the next epoch's.
+    for other in (numbers.roll(1), torch.arange(len(numbers)), ComputedOrder(size, 0, 1)[: len(numbers)]):
+        assert abs(float(torch.corrcoef(torch.stack([numbers.double(), other.double()]))[0, 1])) < 0.02
+
+
+def test_ranks_read_a_computed_order_together() -> None:
+    size, batch_size, epoch = 103, 12, 2
+    steps = size // batch_size
+    samplers = [
+        StepSampler(size, batch_size, 5, rank, 3, epoch * steps, (epoch + 1) * steps, computed=True)
+        for rank in range(3)
+    ]
+    read = [sample for step in zip(*samplers, strict=True) for _, part in step for sample in part.tolist()]
+    assert read == ComputedOrder(size, 5, epoch)[: steps * batch_size].tolist()
+
+
 def test_every_epoch_of_every_seed_has_its_own_order() -> None:
+    computed = {tuple(ComputedOrder(100, seed, epoch)[:].tolist()) for seed in range(10) for epoch in range(10)}
+    assert len(computed) == 100
     orders = {tuple(epoch_order(100, seed, epoch).tolist()) for seed in range(10) for epoch in range(10)}
     assert len(orders) == 100
 
@@ -1073,3 +1119,67 @@ def test_an_image_that_does_not_decode_is_named_in_one_line(content: bytes, work
     assert len(told.splitlines()) == 1
     assert "Traceback" not in told
     assert "data.root" in told
+
+
+def animation(path: Path, size: int = 20) -> None:
+    frames = [picture(size, size, seed) for seed in (1, 2)]
+    frames[0].save(path, format="WEBP", save_all=True, append_images=frames[1:], lossless=True)
+
+
+def test_an_image_folder_has_the_files_of_torchvision_s(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Links, all its formats whatever their names, bytes after the end, names that are not UTF-8; pixels are Pillow's."""
+    cat, dog = folder / "train" / "cat", folder / "train" / "dog"
+    elsewhere = folder.parent / "elsewhere"
+    (elsewhere / "deep").mkdir(parents=True)
+    picture(30, 20, 50).save(elsewhere / "deep" / "linked.png")
+    (dog / "more").symlink_to(elsewhere)
+    for part in ("train", "val"):
+        (folder / part / "fox").symlink_to(folder / part / "cat")
+    for suffix, kind in ((".bmp", "BMP"), (".ppm", "PPM"), (".pgm", "PPM"), (".tif", "TIFF"), (".TIFF", "TIFF")):
+        picture(24, 16, 60).save(cat / f"format{suffix}", format=kind)
+    picture(24, 24, 61).save(cat / "jpeg.png", format="JPEG")
+    picture(24, 24, 62).save(cat / "webp.jpg", format="WEBP")
+    picture(24, 24, 63).convert("P").save(cat / "gif.jpg", format="GIF")
+    picture(24, 24, 64).save(cat / "motion.jpg")
+    with (cat / "motion.jpg").open("ab") as stream:
+        stream.write(b"\0ftypmp42" * 2000)
+    animation(cat / "animated.webp")
+    Path(os.fsdecode(bytes(cat) + b"/caf\xe9.png")).write_bytes((cat / "2.png").read_bytes())
+    assert image_files.check_data(imagefolder(folder))[0] == 3
+    train, _ = load_data(imagefolder(folder), 32, 0)
+    theirs = ImageFolder(folder / "train")
+    assert isinstance(train, ImageFiles)
+    assert list(zip(train.paths, train.labels.tolist(), strict=True)) == [(str(path), y) for path, y in theirs.samples]
+    assert train.names == theirs.classes
+    assert train.checksum()
+    for (image, _), path in zip(theirs, train.paths, strict=True):
+        exact = format_of(path) != "JPEG"  # whose decoders round differently
+        mine = transforms.decode(path).permute(1, 2, 0).numpy().astype(int)
+        assert mine.shape == (image.height, image.width, 3)
+        assert abs(mine - np.asarray(image).astype(int)).max() <= (0 if exact else 12), path
+    train.draws = 0
+    assert train.fetch(torch.arange(len(train)), None)[0].shape == (len(theirs), 3, 32, 32)
+    assert "left out: 3 files of other types than images (3 .txt)" in capfd.readouterr().err
+
+
+def format_of(path: str) -> str | None:
+    with Image.open(path) as image:
+        return image.format
+
+
+def test_what_an_image_folder_leaves_out_is_counted_and_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (folder / "train" / "cat" / "loop").symlink_to(folder / "train" / "cat")
+    (folder / "train" / "cat" / "photo.heic").write_bytes(b"heic")
+    picture(9, 9, 1).save(folder / "train" / "lonely.png")
+    assert image_files.check_data(imagefolder(folder)) == (2, 10)
+    (said,) = [line for line in capfd.readouterr().err.splitlines() if "train" in line]
+    for part in ("3 files of other types", "1 .heic", "2 .txt", "1 image in no class folder", "lonely.png", "cat/loop"):
+        assert part in said
+
+
+def test_a_spoilt_image_whose_name_is_not_utf_8_is_named(folder: Path) -> None:
+    path = Path(os.fsdecode(bytes(folder) + b"/train/cat/caf\xe9.png"))
+    path.write_bytes(b"garbage")
+    assert r"train/cat/caf\xe9.png: not a readable image" in complaint(imagefolder(folder), load=False)
+    with pytest.raises(UserError, match=r"caf\\xe9.png: not a readable image"):
+        transforms.decode(str(path))

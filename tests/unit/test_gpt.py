@@ -48,7 +48,7 @@ def test_any_length_is_a_prefix_of_a_longer_one(length: int) -> None:
 
 def test_a_score_depends_on_how_far_apart_two_positions_are_alone() -> None:
     query, key = torch.randn(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    cos, sin = rotation(40, 16, 10_000.0, query)
+    cos, sin = rotation(torch.arange(40), 16, 10_000.0, query)
     turned = [rotate(each.expand(1, 1, 40, 16), cos, sin)[0, 0] for each in (query, key)]
     scores = turned[0] @ turned[1].T
     for apart in range(-39, 40):
@@ -60,7 +60,7 @@ def test_a_score_depends_on_how_far_apart_two_positions_are_alone() -> None:
 
 def test_the_angles_are_those_of_the_paper() -> None:
     """Pair i of head_width / 2 turns by position · 10000^(−2i / head_width)."""
-    cos, sin = rotation(5, 8, 10_000.0, torch.zeros((), dtype=torch.float64))
+    cos, sin = rotation(torch.arange(5), 8, 10_000.0, torch.zeros((), dtype=torch.float64))
     for position in range(5):
         for pair, speed in enumerate((1.0, 0.1, 0.01, 0.001)):
             angle = torch.tensor(position * speed, dtype=torch.float64)
@@ -97,7 +97,7 @@ def test_a_block_is_what_its_formula_says() -> None:
     nn.init.normal_(block.attention_norm.weight)
     nn.init.normal_(block.mlp_norm.weight)
     attention, inner = block.attention, normed(x, block.attention_norm)
-    cos, sin = rotation(9, 8, 10_000.0, x)
+    cos, sin = rotation(torch.arange(9), 8, 10_000.0, x)
     mask = torch.full((9, 9), -torch.inf, dtype=torch.float64).triu(1)
     heads = []
     for head in range(4):
@@ -216,7 +216,7 @@ def test_under_autocast_it_is_about_the_same(dtype: torch.dtype) -> None:
 
 def test_in_bf16_as_a_whole_distant_positions_stay_apart() -> None:
     """bf16 has no 257: angles computed in it would be the same for two neighbours from there on."""
-    cos, _ = rotation(1024, 8, 10_000.0, torch.zeros((), dtype=torch.bfloat16))
+    cos, _ = rotation(torch.arange(1024), 8, 10_000.0, torch.zeros((), dtype=torch.bfloat16))
     assert (cos[1:, 0] - cos[:-1, 0]).abs().min() > 1e-6
     assert cos[1023, 0].item() == pytest.approx(torch.tensor(1023.0, dtype=torch.float64).cos().item(), abs=1e-4)
     model = gpt(dtype=torch.bfloat16)

@@ -22,10 +22,12 @@ LOSS = "loss = run.task.loss(model(micro.inputs), micro.targets)"
 OPTIMIZER = "optimizer = build_optimizer(run.config.optim, model)"
 STEPS = "for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):"
 CLIP = "clip_gradients(model, optimizer, scaler, run.config.gradients)"
+PLACE = "model = run.place(run.task.build_model())"
 SCALER = ["scaler.step(optimizer)", "scaler.update()"]
 # The lines of single.py that a technique replaces by its own; every other line of single.py stands in every recipe.
 REPLACES: dict[str, list[str]] = {
     "activation_checkpointing": [],
+    "context_parallel": [],
     "data_parallel": [],
     "deepspeed_zero": [
         STEPS,
@@ -36,7 +38,8 @@ REPLACES: dict[str, list[str]] = {
         "optimizer.zero_grad()",
     ],
     "ddp": [],
-    "fsdp": ["model = run.place(run.task.build_model())", "with run.autocast():"],
+    "expert_parallel": [PLACE],
+    "fsdp": [PLACE, "with run.autocast():"],
     "grad_accumulation": LOOP[:1],
     "lightning_fabric": [LOOP[0], "with run.autocast():", LOOP[1], CLIP, *SCALER],
     "lightning_trainer": [
@@ -51,6 +54,7 @@ REPLACES: dict[str, list[str]] = {
         "scheduler.step()",
         "optimizer.zero_grad()",
     ],
+    "local_sgd": [STEPS],
     "model_parallel": [LOSS],
     "pipeline_parallel": [
         OPTIMIZER,
@@ -61,6 +65,7 @@ REPLACES: dict[str, list[str]] = {
         CLIP,
     ],
     "sync_batchnorm": [],
+    "tensor_parallel": [PLACE],
     "transfer_learning": [OPTIMIZER],
     "zero1": [],
 }
@@ -203,6 +208,16 @@ def test_no_module_is_too_long_to_read() -> None:
     lengths = {path: len(path.read_text().splitlines()) for path in python_files("src/lockstep")}
     too_long = [f"{path}: {length} lines" for path, length in lengths.items() if length > limits.get(path.name, 400)]
     assert not too_long, "\n".join(too_long)
+
+
+def test_every_text_file_is_opened_in_utf_8() -> None:
+    """Not in what the locale says: a run of one machine is read on another."""
+    for path in [each for root in ("src/lockstep", "recipes", "launchers") for each in python_files(root)]:
+        for call in [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]:
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else ""
+            modes = [value.value for value in call.args if isinstance(value, ast.Constant)]
+            text = name in ("read_text", "write_text") or (name == "open" and {"r", "r+", "w", "a", "x"} & {*modes})
+            assert not text or "encoding" in {each.arg for each in call.keywords}, f"{path}: line {call.lineno}"
 
 
 # Names with several definitions on purpose: {name: why}.
