@@ -56,11 +56,17 @@ def check(cluster: ClusterConfig) -> None:
     """Hold a cluster's settings to what a script for sbatch can say.
 
     Raises:
-        UserError: two names for one job, or a text of more than one line.
+        UserError: no such module for `ranks`, two names for one job, or a text of more than one line.
     """
     from lockstep.config.keys import walk
     from lockstep.errors import UserError
+    from lockstep.launch.launcher import importable, is_module_name, launcher_module
 
+    here = cluster.container is None and cluster.python is None  # the ranks' interpreter is this one
+    if not is_module_name(cluster.ranks) or (here and not importable(launcher_module(cluster.ranks))):
+        raise UserError(
+            f"cluster.ranks={cluster.ranks}: no such module; allowed are slurm, lightning, or a module of your own"
+        )
     theirs = cluster.sbatch.get("job-name", cluster.sbatch.get("job_name"))
     if cluster.name is not None and theirs is not None:
         raise UserError(

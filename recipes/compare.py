@@ -41,7 +41,7 @@ from lockstep.compare.report import ComparisonReport, describe_work, repeat_comm
 from lockstep.compare.tables import comparison_tables
 from lockstep.compare.verdicts import verdicts
 from lockstep.config import run_directory
-from lockstep.config.schema import to_yaml
+from lockstep.config.schema import MOST_RANKS, to_yaml
 from lockstep.config.tasks import IMAGES, metric_of, unit_of
 from lockstep.errors import CheckFailed
 from lockstep.loggers.console import described
@@ -58,9 +58,10 @@ def chosen_recipes(names: list[str] | None) -> list[Recipe]:
 def check(config: CompareConfig, share: int) -> None:
     """Before anything is created: numbers of ranks that can be, and something to run."""
     recipes = chosen_recipes(config.recipes)
-    wrong = [number for number in config.nprocs or [] if number < 1]
+    wrong = [number for number in config.nprocs or [] if not 1 <= number <= MOST_RANKS]
     if wrong or config.nprocs == []:
-        raise UserError(f"nproc={','.join(map(str, config.nprocs or []))}: allowed are numbers from 1 up, as nproc=1,2")
+        asked = ",".join(map(str, config.nprocs or []))
+        raise UserError(f"nproc={asked}: allowed are numbers from 1 up to {MOST_RANKS}, as nproc=1,2")
     before = run_directory.found_in(config, "compare")
     if before and before[1].max_steps != config.max_steps:
         raise UserError(

@@ -37,7 +37,7 @@ from lockstep.training.optim import build_optimizer, build_scheduler
 @dataclass
 class DataParallelConfig(Config):
     several_devices: ClassVar[bool] = True
-    replicas: int | None = key(None, "copies of the model (null: one a GPU; 2 on CPU)", minimum=1)
+    replicas: int | None = key(None, "copies of the model (null: one a GPU; 2 on CPU)", minimum=1, maximum=1024)
 
 
 class HostDataParallel(nn.Module):

@@ -40,8 +40,9 @@ import shlex
 from pathlib import Path
 
 from lockstep import Recipe, Run, UserError, recipe
+from lockstep.config.check import check_values
 from lockstep.config.copies import convert, with_values
-from lockstep.config.schema import Config, check_values, from_yaml
+from lockstep.config.schema import Config, from_yaml
 from lockstep.config.tasks import IMAGES
 from lockstep.diagnose.config import DoctorConfig
 from lockstep.diagnose.findings import Finding

@@ -43,9 +43,11 @@ def choose(names: list[str] | None) -> list[str]:
     """The recipes a tool is to run: those that are named, also files of one's own, or all that come with lockstep.
 
     Raises:
-        UserError: a name is not one of them, or a file holds no recipe.
+        UserError: a name is not one of them, or a file holds no recipe, or an empty list names none.
     """
     every = list_recipes()
+    if names == []:
+        raise UserError(f"recipes=[]: names none; allowed are {', '.join(every)}, or a FILE.py of yours")
     for name in names or []:
         check_name(name, f"recipes=[{name}]")
     return names or every

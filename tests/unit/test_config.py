@@ -13,11 +13,12 @@ import pytest
 from omegaconf import OmegaConf
 
 from lockstep.config import help
+from lockstep.config.check import check_values
 from lockstep.config.compose import compose
 from lockstep.config.declared import declared, own_keys, read_config, schema_of
 from lockstep.config.keys import walk
 from lockstep.config.run_directory import already_finished, ended_by
-from lockstep.config.schema import Config, check_values, to_yaml
+from lockstep.config.schema import Config, to_yaml
 from lockstep.config.tasks import short_name
 from lockstep.errors import UserError
 from recipes import ddp, single, verify

@@ -158,9 +158,6 @@ def test_what_is_no_number_of_threads_is_refused(omp: str) -> None:
     check_threads(2, {"OMP_NUM_THREADS": omp})  # the key decides
 
 
-def test_more_threads_than_any_machine_has_cores_are_refused() -> None:
-    with pytest.raises(UserError, match=r"threads=1000000: allowed are 1…4096"):
-        check_threads(1000000, {})
-    for words in ({}, {"OMP_NUM_THREADS": ""}, {"OMP_NUM_THREADS": "4,2"}):
-        check_threads(4096, words)
-        check_threads(None, words)
+@pytest.mark.parametrize("words", [{}, {"OMP_NUM_THREADS": ""}, {"OMP_NUM_THREADS": "4,2"}])
+def test_what_is_a_number_of_threads_or_nothing_is_taken(words: dict[str, str]) -> None:
+    check_threads(None, words)

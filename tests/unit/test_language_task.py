@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
-from lockstep.config.keys import check_rules
+from lockstep.config.check import check_rules
 from lockstep.data.tokens import Tokens, TokenWindows, write_tokens
 from lockstep.errors import UserError
 from lockstep.tasks.language import SHADES, Language, draw_digits, unigram_bits

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Muon, Optimizer, RMSprop
 
-from lockstep.config.schema import Config, OptimConfig, check_values
+from lockstep.config.check import check_values
+from lockstep.config.schema import Config, OptimConfig
 from lockstep.errors import UserError
 from lockstep.training.optim import (
     SchedulerState,

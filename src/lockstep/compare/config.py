@@ -14,7 +14,7 @@ class CompareConfig(ToolConfig):
     # All recipes do the same work; one that cannot is left out, and says why.
     task_defaults: ClassVar[dict[str, Any]] = {}
     recipes: list[str] | None = key(None, "recipes that are run (null: all)")
-    rounds: int = key(3, "times that each recipe is run, in turn", minimum=1)
+    rounds: int = key(3, "times that each recipe is run, in turn", minimum=1, maximum=1000)
     nprocs: list[int] | None = key(
         None, "ranks that each recipe is run on, typed as nproc=1,2,4 (null: one per GPU, else 2)"
     )

@@ -30,8 +30,8 @@ from lockstep.config.declared import CommandLine, listed, schema_of
 from lockstep.config.explain import check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import RESNETS, ClusterConfig, Config
-from lockstep.config.tasks import BUILT_IN, absolute, check_group_words, named_task, with_defaults
-from lockstep.config.words import check_options, check_single, text_keys, verbatim
+from lockstep.config.tasks import BUILT_IN, TASKS, absolute, check_group_words, named_task, with_defaults
+from lockstep.config.words import check_groups, check_options, in_plural, spelled_out, text_keys, verbatim
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
@@ -49,9 +49,7 @@ def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
     tasks, typed_words = swept_tasks(sys.argv[1:]), sys.argv[1:]
     if {"--help", "-h"} & set(typed_words):
         words = [spelled_task(word) for word in typed_words]
-        schema, (directory, _) = schema_of(recipe, words), config_source(recipe)
-        more = [Path(word.partition("=")[2]) for word in words if word.startswith("--config-dir=")]
-        print(help.text(recipe, schema, [directory, *more], everything="all" in words))
+        print(help.text(recipe, schema_of(recipe, words), config_folders(recipe), everything="all" in words))
         raise SystemExit(0)
     if not tasks:
         run_hydra(recipe, *spelled(recipe, typed_words), use)
@@ -93,6 +91,8 @@ def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Conf
     Raises:
         UserError: an unknown key, or a task that is none.
     """
+    if named_task(words) == "":
+        raise UserError(f"task=: is empty; {TASKS}")
     words = [spelled_task(word) for word in words]
     if recipe.word:
         words = spelled_out(words, recipe.word)
@@ -106,7 +106,7 @@ def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Conf
     texts, sweeps = text_keys(schema), sweep.is_sweep(words)
     words = [verbatim(word, texts, sweeps) for word in words]
     check_names(words, recipe, schema)
-    check_single(words)
+    check_groups(words, help.config_groups(config_folders(recipe)))
     check_group_words(words, schema().task.name, recipe.name)
     check_cluster_words(words)
     return with_defaults(words, schema), schema
@@ -142,7 +142,7 @@ def run_hydra(recipe: CommandLine, words: list[str], schema: type[Config], use: 
                         composed.hydra.sweep.dir = place
                     HydraConfig.instance().set_config(copy.deepcopy(composed))
                     task(without_hydra(composed))
-        elif any(word.startswith("-") or "hydra" in word for word in words):
+        elif any(word.startswith("-") for word in words):
             hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
         else:  # it would compose twice, the first time to learn whether this is a sweep, which it is not
             with hydra.initialize_config_dir(str(directory), version_base="1.3"):
@@ -201,13 +201,6 @@ def without_hydra(composed: DictConfig) -> DictConfig:
     return composed
 
 
-def spelled_out(words: list[str], key: str) -> list[str]:
-    """`memory model=resnet50` as `check=memory model=resnet50`, for a tool that is told its task in a plain word."""
-    if words and re.fullmatch(r"\w+", words[0]):
-        return [f"{key}={words[0]}", *words[1:]]
-    return words
-
-
 def spelled_task(word: str) -> str:
     """`task=my_task.py:Gpt` as `task.name=/home/me/my_task.py:Gpt`: Hydra would take the first for a whole group."""
     if not is_task(word):
@@ -231,26 +224,9 @@ def by_name(word: str, recipe: CommandLine) -> str:
     name, _, value = word.partition("=")
     if name != "model" or not re.fullmatch(r"\w+(,\w+)*", value):
         return word
-    given = [Path(each.partition("=")[2]) for each in sys.argv[1:] if each.startswith("--config-dir=")]
-    folders = [folder("conf"), config_source(recipe)[0], *given]
+    folders = config_folders(recipe)
     known = [any((each / "model" / f"{model}.yaml").is_file() for each in folders) for model in value.split(",")]
     return word if all(known) else f"model.name={value}"
-
-
-def in_plural(word: str, key: str) -> str:
-    """`nproc=1,2,4`, which Hydra would take for a sweep, as `nprocs=[1,2,4]`, for a tool that takes several numbers.
-
-    Raises:
-        UserError: it is that key, and its value is neither whole numbers nor null.
-    """
-    name, equals, value = word.partition("=")
-    if name != key or not equals:
-        return word
-    if value == "null":
-        return f"{key}s=null"
-    if not re.fullmatch(r"(\[?) *\d+( *, *\d+)* *(\]?)", value) or value.startswith("[") != value.endswith("]"):
-        raise UserError(f"{word}: allowed are whole numbers from 1 up, one or several, such as {key}=1,2,4")
-    return f"{key}s=[{value.strip('[]')}]"
 
 
 def quoted(word: str, texts: tuple[str, ...]) -> str:
@@ -266,9 +242,15 @@ def quoted(word: str, texts: tuple[str, ...]) -> str:
 
 
 def added(word: str, schema: type[Config]) -> str:
-    """`optim.arguments={dampening: 0.1}`, or `optim.arguments.dampening=0.1`, as Hydra takes it: with pluses."""
-    name, equals, _ = word.partition("=")
+    """`optim.arguments={dampening: 0.1}`, or `optim.arguments.dampening=0.1`, as Hydra takes it: with pluses.
+
+    Raises:
+        UserError: an empty dict where there is one, as in `tune.space={}`: it would add nothing and take nothing away.
+    """
+    name, equals, given = word.partition("=")
     dicts = [each for each, value, rule in walk(schema()) if rule["open"] and isinstance(value, dict)]
+    if name in dicts and not given.strip("{} "):
+        raise UserError(f"{word}: changes nothing; set {name}.NAME=VALUE, or take a part out with ~{name}.NAME")
     return f"++{word}" if equals and any(name == each or name.startswith(f"{each}.") for each in dicts) else word
 
 
@@ -339,6 +321,12 @@ def config_source(recipe: CommandLine) -> tuple[Path, str]:
         if (directory / f"{recipe.name}.yaml").is_file():
             return directory, recipe.name
     return folder("conf"), "base"
+
+
+def config_folders(recipe: CommandLine) -> list[Path]:
+    """The folders in which this command's config files are looked for."""
+    given = [Path(word.partition("=")[2]) for word in sys.argv[1:] if word.startswith("--config-dir=")]
+    return list(dict.fromkeys([folder("conf"), config_source(recipe)[0], *given]))
 
 
 def to_config(composed: DictConfig, recipe: CommandLine, schema: type[Config]) -> Config:

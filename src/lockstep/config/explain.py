@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
 
-from hydra.errors import MissingConfigException
+from hydra.errors import MissingConfigException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from lockstep.config.declared import CommandLine, neighbours, own_keys
@@ -16,6 +16,15 @@ from lockstep.config.keys import walk
 from lockstep.config.schema import ClusterConfig, Config
 from lockstep.errors import UserError
 
+ALLOWED_OF_TYPE = {  # by what OmegaConf's errors have in them
+    "to Integer": "whole numbers",
+    "to Float": "numbers",
+    "valid bool": "true and false",
+    "not a ListConfig": "lists, such as [a,b]",
+    "subclass of str": "texts alone in it",
+    "subclass of float": "numbers alone in it",
+    "subclass of int": "whole numbers alone in it",
+}
 GROUPS = ("model", "data", "optim", "logger")
 RENAMED = {  # a key, or a group of keys, by its name of before
     "batch_size": "global_batch_size",
@@ -46,7 +55,7 @@ def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> User
         where = re.search(r"In '(\S+)'", text)
         return unknown_key(wrong, recipe, schema, f" in {where.group(1)}.yaml" if where else "")
     if isinstance(error, MissingConfigException) and error.options:
-        group, _, option = str(error.missing_cfg_file).rpartition("/")
+        group, _, option = str(error.missing_cfg_file).partition("/")
         return UserError(f"{group}={option}: no such option; allowed are {', '.join(options(error.options))}")
     unloaded = re.search(r"Could not load '(\w+)/(\w+)'", text)
     if unloaded:  # one of a list
@@ -54,11 +63,26 @@ def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> User
         folders = [Path(folder) for folder in re.findall(r"path=file://(\S+)", text)]
         allowed = options(file.stem for folder in folders for file in (folder / group).glob("*.yaml"))
         return UserError(f"{group}={option}: no such option; allowed are {', '.join(allowed)}")
+    unresolved = re.search(r"full_key: (\S+)", text)
+    if isinstance(error, OverrideParseException):
+        said = str(error).partition("See https")[0].replace(f"Error parsing override '{error.override}'", "")
+        said = "a sign in it is not Hydra's" if "LexerNoViable" in said else " ".join(said.split())
+        return UserError(f"{error.override.lstrip('+')}: cannot be read: {said}; texts with such signs stand in quotes")
     if override and cause is not error:
-        return UserError(f"{override.group(1)}: {str(cause).splitlines()[0]}")
+        return UserError(f"{override.group(1).lstrip('+')}: {in_words(str(cause).splitlines()[0])}")
+    if unresolved:
+        return UserError(f"{unresolved.group(1)}: {str(cause).splitlines()[0]}")
     if override and "Could not override" in text:
         return unknown_key(override.group(1), recipe, schema)
     return UserError(" ".join(text.split()))
+
+
+def in_words(said: str) -> str:
+    """What OmegaConf says of a value's type, with what is allowed."""
+    if "is not Optional" in said:
+        return "null is not allowed; leave it out, or give it a value"
+    allowed = next((words for kind, words in ALLOWED_OF_TYPE.items() if kind in said), "")
+    return f"{said.rstrip('.')}; allowed are {allowed}" if allowed else said
 
 
 def renamed(name: str) -> str:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
 from typing import Any
-
-from lockstep.errors import UserError
 
 AUTO = "auto"  # a value that is decided later: found by trials, or chosen for the hardware
 CUT_HELP = (
@@ -23,6 +20,7 @@ def key(
     help: str,
     choices: tuple[str | int, ...] = (),
     minimum: float | None = None,
+    maximum: float | None = None,
     free: bool = False,
     open: bool = False,
     texts: bool = False,
@@ -33,7 +31,8 @@ def key(
         default: a tuple or a dict becomes a list or a dict of the config's own.
         help: one line, for `--help`.
         choices: the values that are allowed; (): any of the field's type.
-        minimum: the smallest number that is allowed.
+        minimum: the smallest number that is allowed; of a list, the smallest that may be in it.
+        maximum: the largest; None: what `lockstep.config.check` holds every number to.
         free: may change when a run is resumed; any other key would make it another training.
         open: its value is a dict whose own keys are the user's to name.
         texts: and their values are texts, taken as they are typed.
@@ -42,6 +41,8 @@ def key(
         "help": help,
         "choices": choices,
         "minimum": minimum,
+        "maximum": maximum,
+        "nullable": default is None,
         "free": free,
         "open": open,
         "texts": texts,
@@ -57,6 +58,8 @@ NO_RULE: dict[str, Any] = {
     "help": "",
     "choices": (),
     "minimum": None,
+    "maximum": None,
+    "nullable": True,
     "free": False,
     "open": False,
     "texts": False,
@@ -85,24 +88,3 @@ def typed_value(value: Any) -> str:
     plain = isinstance(value, str) and re.fullmatch(r"[A-Za-z_/.][\w/.*-]*", value)
     special = isinstance(value, str) and value.lower() in ("true", "false", "null", "nan", "inf")
     return str(value) if plain and not special else json.dumps(value)
-
-
-def check_rules(config: Any) -> None:
-    """Hold every key to its own choices and minimum.
-
-    Raises:
-        UserError: naming the key, its value and what is allowed.
-    """
-    for name, value, rule in walk(config):
-        if value == AUTO and AUTO not in rule["choices"]:
-            continue
-        if rule["choices"] and value is not None and value not in rule["choices"]:
-            allowed = (str(each).lower() if isinstance(each, bool) else str(each) for each in rule["choices"])
-            raise UserError(f"{name}={value}: allowed are {', '.join(allowed)}")
-        if value == "" and not rule["open"] and not name.startswith("task."):
-            raise UserError(f"{name}=: is empty; allowed are texts of at least one character, or leave {name} away")
-        numbers = value if isinstance(value, list) else [value]
-        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
-            raise UserError(f"{name}={value}: allowed are finite numbers")
-        if rule["minimum"] is not None and value is not None and value < rule["minimum"]:
-            raise UserError(f"{name}={value}: allowed are numbers from {rule['minimum']} up")

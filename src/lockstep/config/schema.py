@@ -7,15 +7,19 @@ imported only where it is used.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
 from lockstep.config.cluster_keys import ClusterConfig as ClusterConfig
-from lockstep.config.keys import AUTO, check_rules, key
-from lockstep.errors import UserError
+from lockstep.config.keys import AUTO, key
 
 ConfigT = TypeVar("ConfigT", bound="Config")
+
+MOST_CLASSES = 10_000_000  # more than any data set's; of a ResNet-18 the last layer alone then takes 20 GB
+MOST_PIXELS = 16384
+MOST_RANKS = 4096  # on one machine
+MOST_THREADS = 4096  # more than any machine's cores; OpenMP would fail to start them only in the first step
+LONGEST_WAIT = 31_536_000  # a year in seconds; what waits counts in nanoseconds, and would overflow
 
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -31,8 +35,12 @@ class TaskConfig:
 @dataclass
 class ModelConfig:
     name: str = key("resnet18", f"architecture: {', '.join(RESNETS)}, or any other classification model of torchvision")
-    num_classes: int | None = key(None, "outputs of the last layer (null: the data set's classes)", minimum=1)
-    image_size: int | None = key(None, "side of the square input in pixels (null: the data set's)", minimum=8)
+    num_classes: int | None = key(
+        None, "outputs of the last layer (null: the data set's classes)", minimum=1, maximum=MOST_CLASSES
+    )
+    image_size: int | None = key(
+        None, "side of the square input in pixels (null: the data set's)", minimum=8, maximum=MOST_PIXELS
+    )
     norm: str = key(
         "own", "normalisation layer; own: what the model has, of ResNets BatchNorm", ("batch", "group", "own")
     )
@@ -48,15 +56,22 @@ class ModelConfig:
 class DataConfig:
     name: str = key("digits", "data set", ("digits", "synthetic", "cifar10", "imagefolder"))
     root: str | None = key(None, "folder that holds the data (cifar10, imagefolder)", free=True)
-    num_classes: int | None = key(None, "classes (null: counted)", minimum=1)
+    num_classes: int | None = key(None, "classes (null: counted)", minimum=1, maximum=MOST_CLASSES)
     classes: list[str] | None = key(
         None, "take these alone, relabelled 0, 1, … (0…9, or an imagefolder's folders; null: all)"
     )
-    image_size: int = key(8, "side of the square images in pixels, before model.image_size resizes them", minimum=1)
+    image_size: int = key(
+        8,
+        "side of the square images in pixels, before model.image_size resizes them",
+        minimum=1,
+        maximum=MOST_PIXELS,
+    )
     mean: list[float] = key((0.5, 0.5, 0.5), "mean of each channel, images scaled to 0…1")
-    std: list[float] = key((0.5, 0.5, 0.5), "standard deviation of each channel, images scaled to 0…1")
+    std: list[float] = key((0.5, 0.5, 0.5), "standard deviation of each channel, images scaled to 0…1", minimum=1e-6)
     augment: bool = key(True, "augment the training images, seeded by (seed, epoch, sample)")
-    workers: int | None = key(None, "DataLoader processes a rank (null: none for data in memory)", minimum=0, free=True)
+    workers: int | None = key(
+        None, "DataLoader processes a rank (null: none for data in memory)", minimum=0, maximum=1024, free=True
+    )
     size: int = key(1024, "synthetic: number of training images", minimum=1)
     download: bool = key(False, "cifar10: fetch it into data.root if it is not there", free=True)
     check_files: int = key(
@@ -100,7 +115,7 @@ class LoggerConfig:
     histograms: int = key(
         0, "histograms of weights and gradients, at every so many logged steps (0: none)", minimum=0, free=True
     )
-    images: int = key(8, "misclassified images shown at the end, at most 64", minimum=0, free=True)
+    images: int = key(8, "misclassified images shown at the end, at most 64", minimum=0, maximum=64, free=True)
 
 
 @dataclass
@@ -188,7 +203,7 @@ class Config:
     memory: str | None = key(
         None, "report: count what each layer holds during the first step, into memory.json", ("report",), free=True
     )
-    seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0)
+    seed: int = key(0, "seed of the weights, of the data order and of the augmentation", minimum=0, maximum=2**32 - 1)
     precision: str = key(
         "fp32",
         "arithmetic; bf16, fp16: by autocast, weights stay fp32; fp64: for proofs; auto: bf16 where the device is fast "
@@ -211,16 +226,28 @@ class Config:
         AUTO, "cuda: time cuDNN's algorithms and take the fastest (auto: true)", (AUTO, True, False), free=True
     )
     profile: int = key(
-        0, "steps after the warm-up that torch.profiler records, into profile.json and ranks/", minimum=0, free=True
+        0,
+        "steps after the warm-up that torch.profiler records, into profile.json and ranks/",
+        minimum=0,
+        maximum=100,  # all that they do is kept in memory
+        free=True,
     )
     detect_anomaly: bool = key(False, "name the operation whose backward made a NaN (slow)", free=True)
-    nproc: int | None = key(None, "ranks on this machine (null: one per GPU, else 2)", minimum=1, free=True)
+    nproc: int | None = key(
+        None, "ranks on this machine (null: one per GPU, else 2)", minimum=1, maximum=MOST_RANKS, free=True
+    )
     device: str = key("auto", "where the ranks compute", ("auto", "cpu", "cuda"), free=True)
     backend: str = key("auto", "collectives (auto: nccl on cuda, gloo on cpu)", ("auto", "gloo", "nccl"), free=True)
     threads: int | None = key(
-        None, "CPU threads a rank (null: OMP_NUM_THREADS, else the host's cores divided)", minimum=1, free=True
+        None,
+        "CPU threads a rank (null: OMP_NUM_THREADS, else the host's cores divided)",
+        minimum=1,
+        maximum=MOST_THREADS,
+        free=True,
     )
-    timeout_seconds: int = key(300, "longest wait for another rank, or for a worker", minimum=1, free=True)
+    timeout_seconds: int = key(
+        300, "longest wait for another rank, or for a worker", minimum=1, maximum=LONGEST_WAIT, free=True
+    )
     max_restarts: int = key(0, "times that all ranks are started again after one has died", minimum=0, free=True)
     sample_order: str = key(
         AUTO,
@@ -258,56 +285,6 @@ class ToolConfig(Config):
     @property
     def pipeline_micro_batches(self) -> int:
         return 1
-
-
-def check_values(config: Config) -> None:
-    """Hold every key to its own choices and minimum, and to what can be said of it alone.
-
-    Raises:
-        UserError: naming the key, its value and what is allowed.
-    """
-    if config.global_batch_size != AUTO and type(config.global_batch_size) is not int:
-        raise UserError(f"global_batch_size={config.global_batch_size}: allowed are whole numbers from 1 up, or {AUTO}")
-    if not 0 < config.memory_fraction <= 1:
-        raise UserError(f"memory_fraction={config.memory_fraction}: allowed are numbers above 0, up to 1")
-    check_rules(config)
-    if config.seed >= 2**32:
-        raise UserError(f"seed={config.seed}: allowed are numbers from 0 to 2**32 − 1")
-    if config.task.name == "images" and config.metric not in (None, "eval_accuracy", "eval_loss", "eval_f1"):
-        raise UserError(f"metric={config.metric}: allowed are eval_accuracy, eval_loss, eval_f1")
-    if config.optim.name not in OPTIMIZERS and not config.optim.name.startswith("torch.optim."):
-        raise UserError(
-            f"optim.name={config.optim.name}: allowed are {', '.join(OPTIMIZERS)}, and the classes of torch.optim, such "
-            "as torch.optim.RMSprop"
-        )
-    check_limits(config.gradients)
-    asked = config.checkpoint_activations
-    if asked not in ("none", "full", "selective") and not (type(asked) is int and asked >= 1):
-        raise UserError(f"checkpoint_activations={asked}: allowed are none, full, selective, and numbers from 1 up")
-    if asked != "none" and config.compile:
-        raise UserError(
-            f"checkpoint_activations={asked}: compile=true decides by itself what is computed again; leave one out"
-        )
-    if config.profile > 100:
-        raise UserError(f"profile={config.profile}: allowed are 0…100, for all that they do is kept in memory")
-    if config.logger.images > 64:
-        raise UserError(f"logger.images={config.logger.images}: allowed are 0…64")
-    if min(config.data.std, default=1) <= 0:
-        raise UserError(f"data.std={config.data.std}: allowed are numbers above 0")
-
-
-def check_limits(config: GradientsConfig) -> None:
-    """Hold what gradients are measured against to numbers above 0; raises UserError."""
-    values = config.clip_value
-    if values is not None and not isinstance(values, dict):
-        raise UserError(f"gradients.clip_value={values}: allowed are a pattern and a number, such as {{fc.*: 0.1}}")
-    limits = {"warn_above": config.warn_above, "clip_norm": config.clip_norm}
-    limits |= {f"clip_value.{name}": value for name, value in (values or {}).items()}
-    if config.stop_on_nan and config.allow_nan:
-        raise UserError("gradients.allow_nan=true: allowed is false where gradients.stop_on_nan=true")
-    for name, limit in limits.items():
-        if limit is not None and not (type(limit) in (int, float) and limit > 0 and math.isfinite(limit)):
-            raise UserError(f"gradients.{name}={limit}: allowed are finite numbers above 0")
 
 
 def to_yaml(config: Config) -> str:

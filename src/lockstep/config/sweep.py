@@ -22,14 +22,10 @@ def is_sweep(words: list[str]) -> bool:
 
 
 def is_plain(words: list[str]) -> bool:
-    """Whether a sweep needs nothing of Hydra's own options, sweepers and launchers."""
+    """Whether a sweep needs nothing of Hydra's own options."""
     options = [word for word in words if word.startswith("-") and word not in FLAGS]
     folders = [word.partition("=")[2] for word in options if word.startswith("--config-dir=")]
-    return (
-        len(folders) == len(options)
-        and all(Path(folder).is_dir() for folder in folders)
-        and not any(word.lstrip("+~").startswith("hydra") for word in words)
-    )
+    return len(folders) == len(options) and all(Path(folder).is_dir() for folder in folders)
 
 
 def points(words: list[str]) -> list[list[str]]:

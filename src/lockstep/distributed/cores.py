@@ -7,13 +7,13 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from lockstep.config.schema import MOST_THREADS
 from lockstep.distributed.environment import LAUNCHER
 from lockstep.errors import UserError
 from lockstep.utils.system import stat_fields
 from lockstep.utils.text import count
 
 OMP = "OMP_NUM_THREADS"
-MOST_THREADS = 4096  # more than any machine's cores; OpenMP would fail to start them only in the first step
 
 
 def control_groups(controller: str, machine: Path = Path("/")) -> Iterator[tuple[Path, int]]:
@@ -129,13 +129,10 @@ def torchrun_was_told(process: int | None = None) -> bool:
 
 
 def check_threads(threads: int | None, env: Mapping[str, str]) -> None:
-    """Hold `threads`, or OMP_NUM_THREADS where it decides, to what can be started.
+    """Hold OMP_NUM_THREADS, where the key `threads` leaves it to that, to what can be started.
 
     Raises:
         UserError: it is no number of threads.
     """
-    allowed = f"allowed are 1…{MOST_THREADS}"
-    if threads is not None and threads > MOST_THREADS:
-        raise UserError(f"threads={threads}: {allowed}, at best the cores of one rank")
     if threads is None and env.get(OMP, "").split(",")[0].strip() and openmp_threads(env) is None:
-        raise UserError(f"{OMP}={env[OMP]}: {allowed}; unset it, or set threads=…")
+        raise UserError(f"{OMP}={env[OMP]}: allowed are 1…{MOST_THREADS}; unset it, or set threads=…")

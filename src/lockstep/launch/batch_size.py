@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config import run_directory
+from lockstep.config.check import check_values
 from lockstep.config.copies import with_values
-from lockstep.config.schema import Config, LoggerConfig, check_values, shared_part
+from lockstep.config.schema import Config, LoggerConfig, shared_part
 from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.diagnose import out_of_memory
 from lockstep.distributed import environment

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lockstep.config import run_directory
+from lockstep.config.check import check_values
 from lockstep.config.keys import typed, walk
-from lockstep.config.schema import ClusterConfig, Config, check_values
+from lockstep.config.schema import ClusterConfig, Config
 from lockstep.distributed import environment
 from lockstep.distributed.devices import resolve_device
 from lockstep.distributed.environment import in_a_step_of_many

@@ -38,8 +38,8 @@ def answer(folder: Path) -> None:
         return  # the keys of another task stand in a file that loads torch
     if recipe.looks_at and any(".py" in word for word in words if word.startswith(f"{recipe.looks_at}=")):
         return  # and so may those of a recipe of one's own
+    from lockstep.config.check import check_values
     from lockstep.config.compose import compose
-    from lockstep.config.schema import check_values
 
     try:
         compose(recipe, check_values)

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 from types import ModuleType
 
+from lockstep.config.tasks import where
 from lockstep.errors import UserError
 from lockstep.utils.places import sources
 
@@ -33,6 +34,11 @@ def launcher_module(name: str) -> str:
     return name
 
 
+def is_module_name(name: str) -> bool:
+    """Whether a text could name a module: `launchers.slurm`, and not `../slurm`."""
+    return all(part.isidentifier() for part in name.split("."))
+
+
 def importable(name: str) -> bool:
     """Whether there is a module of this name."""
     try:
@@ -45,16 +51,18 @@ def load_launcher(name: str, key: str = "launcher") -> ModuleType:
     """Import the module that a config names to start the ranks.
 
     Raises:
-        UserError: there is none, or it starts nothing.
+        UserError: there is none, it cannot be imported, or it starts nothing.
     """
     allowed = f"allowed are {', '.join(list_launchers())}, or a module of your own"
     module = launcher_module(name)
     try:
+        if not is_module_name(name):
+            raise ModuleNotFoundError(name=name)
         found = importlib.import_module(module)
-    except (ModuleNotFoundError, ValueError) as error:
-        if isinstance(error, ModuleNotFoundError) and not module.startswith(str(error.name)):
-            raise  # the launcher is there, and something it needs is not
-        raise UserError(f"{key}={name}: no such module; {allowed}") from None
+    except Exception as error:  # it is the user's, and may do anything
+        if isinstance(error, ModuleNotFoundError) and module.startswith(str(error.name)):
+            raise UserError(f"{key}={name}: no such module; {allowed}") from None
+        raise UserError(f"{key}={name}: cannot be imported: {where(error, None)}") from None
     if not any(hasattr(found, function) for function in STARTERS):
         raise UserError(f"{key}={name}: has neither launch nor submit; {allowed}")
     return found

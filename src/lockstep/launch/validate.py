@@ -9,15 +9,19 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from lockstep.checkpoint.weights import is_foreign, load_weights
+from lockstep.config.check import check_values
 from lockstep.config.keys import AUTO
 from lockstep.config.run_directory import checkpoint_folder
-from lockstep.config.schema import RESNETS, Config, check_values
+from lockstep.config.schema import RESNETS, Config
 from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.data.batches import train_size
 from lockstep.data.image_files import check_data
 from lockstep.distributed.cores import check_threads
 from lockstep.errors import UserError
+from lockstep.memory.usage import free_bytes
 from lockstep.models.resnet import SMALL_IMAGE
 from lockstep.models.torchvision_models import check_model
 from lockstep.tasks.build import blocks_of_task, has_batchnorm, known_task, sketch
@@ -25,10 +29,12 @@ from lockstep.training.activation_checkpointing import check_blocks
 from lockstep.training.clip import limits
 from lockstep.training.optim import check_optimizer
 from lockstep.training.timing import warm_up
-from lockstep.utils.text import count
+from lockstep.utils.text import count, mebibytes
 
 if TYPE_CHECKING:
     from lockstep.recipe import Recipe
+
+MANY_CLASSES = 100_000  # from here on the last layer is the larger part of the model
 
 
 def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int, int] | None = None) -> None:
@@ -87,6 +93,8 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
             )
     if config.task.name == IMAGES:
         fill_in_images(config, classes)
+    if config.cluster is None:  # else it will run on another machine
+        check_memory(config)
     if config.resume_prefix is not None and config.resume in ("auto", "never"):
         raise UserError(
             f"resume_prefix={config.resume_prefix}: is for the names in a file of weights; set resume=FILE, or leave it out"
@@ -131,6 +139,31 @@ def fill_in_images(config: Config, classes: int) -> None:
         )
     config.model.image_size = config.model.image_size or config.data.image_size
     check_model(config.model)
+
+
+def check_memory(config: Config) -> None:
+    """Refuse what this machine has no memory for whatever else is set: images that are made in it, and a last layer.
+
+    Raises:
+        UserError: with what it would take and what is there.
+    """
+    if config.task.name != IMAGES:
+        return
+    free, who = free_bytes(torch.device("cpu"))
+    side, size = config.data.image_size, config.data.size
+    needed = 5 * 3 * side**2 * size // 4  # a quarter as many again to evaluate on
+    if config.data.name == "synthetic" and needed > free:
+        raise UserError(
+            f"data.size={size} data.image_size={side}: such images take {mebibytes(needed, 0)} MiB of memory, and "
+            f"{who} has {mebibytes(free, 0)}; set smaller ones"
+        )
+    if (classes := config.model.num_classes or 0) > MANY_CLASSES:
+        needed = sum(each.numel() * each.element_size() for each in sketch(config).parameters())
+        if needed > free:
+            raise UserError(
+                f"model.num_classes={classes}: the model's weights take {mebibytes(needed, 0)} MiB of memory, and {who} "
+                f"has {mebibytes(free, 0)}; set fewer"
+            )
 
 
 def check_package(recipe: Recipe) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from lockstep.config import own_files, run_directory
 from lockstep.config.declared import read_config
-from lockstep.config.schema import Config, to_yaml
+from lockstep.config.schema import LONGEST_WAIT, Config, to_yaml
 from lockstep.data.worker_errors import WorkerFailed
 from lockstep.diagnose import out_of_memory
 from lockstep.diagnose.verdict import describe_failure
@@ -242,7 +242,8 @@ def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Stor
         store, hosts, _ = meet(place, config.timeout_seconds)
         return config, out, store, hosts
     asked = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("timeout_seconds=")]
-    seconds = float(asked[-1]) if asked and asked[-1].isdecimal() else float(Config().timeout_seconds)
+    seconds = float(asked[-1] if asked and asked[-1].isdecimal() else Config().timeout_seconds)
+    seconds = min(seconds, LONGEST_WAIT)  # what is longer is refused when it is composed
     # First of all: where a rank is missing, nothing is created.
     store, hosts, known = meet(place, seconds, recall())
     name = next(filter(None, known), "")

@@ -67,12 +67,16 @@ class Language:
     kv_heads: int | None = key(
         None, "heads of keys and values; they divide the heads of the queries (null: what the size has)", minimum=1
     )
-    experts: int = key(0, "SwiGLUs in each block, of which a token goes through some (0: one, for all)", minimum=0)
+    experts: int = key(
+        0, "SwiGLUs in each block, of which a token goes through some (0: one, for all)", minimum=0, maximum=4096
+    )
     experts_per_token: int = key(2, "of the experts, with task.experts", minimum=1)
     capacity: float | None = key(
-        None, "tokens of a sequence that an expert trains on, as a multiple of an equal share (null: all that come)"
+        None,
+        "tokens of a sequence that an expert trains on, as a multiple of an equal share (null: all that come)",
+        maximum=10**6,
     )
-    balance: float = key(0.01, "weight in the loss of how unevenly the experts are used", minimum=0)
+    balance: float = key(0.01, "weight in the loss of how unevenly the experts are used", minimum=0, maximum=10**6)
     data: str = key(
         "digits", "what is read: 8 × 8 digits as 64 grey values, text, or token files", ("digits", "text", "tokens")
     )
@@ -88,16 +92,21 @@ class Language:
     )
     token_bits: int = key(16, "data=tokens: width of a token where the file has no header that says it", (16, 32))
     vocabulary_size: int | None = key(
-        None, "data=tokens: number of tokens (null: the tokenizer's, or what the file's format stands for)", minimum=1
+        None,
+        "data=tokens: number of tokens (null: the tokenizer's, or what the file's format stands for)",
+        minimum=1,
+        maximum=2**24,
     )
-    sequence_length: int | None = key(None, "tokens of a sample (null: digits 64, else 256)", minimum=1)
+    sequence_length: int | None = key(None, "tokens of a sample (null: digits 64, else 256)", minimum=1, maximum=2**24)
     dropout: float = key(
         0.0, "share of the numbers dropped in training, after the embedding and each half block", minimum=0
     )
-    samples: int = key(2, "samples that the trained model writes at the end (0: none)", minimum=0, free=True)
-    sample_tokens: int = key(128, "tokens of such a sample of text", minimum=1, free=True)
+    samples: int = key(
+        2, "samples that the trained model writes at the end (0: none)", minimum=0, maximum=1000, free=True
+    )
+    sample_tokens: int = key(128, "tokens of such a sample of text", minimum=1, maximum=100_000, free=True)
     temperature: float = key(
-        1.0, "of the samples: 0 takes the likeliest token, above 1 is more random", minimum=0, free=True
+        1.0, "of the samples: 0 takes the likeliest token, above 1 is more random", minimum=0, maximum=10**6, free=True
     )
 
     defaults: ClassVar[dict[str, Any]] = {

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lockstep.config.keys import key
-from lockstep.config.schema import ToolConfig
+from lockstep.config.schema import MOST_RANKS, ToolConfig
 
 
 @dataclass
@@ -18,11 +18,17 @@ class Search:
         open=True,
         texts=True,
     )
-    trials: int = key(8, "settings that are tried", minimum=1)
+    trials: int = key(8, "settings that are tried", minimum=1, maximum=100_000)
     concurrent: int | None = key(
-        None, "trials at once (null: as many as there are cores or GPUs for)", minimum=1, free=True
+        None,
+        "trials at once (null: as many as there are cores or GPUs for)",
+        minimum=1,
+        maximum=MOST_RANKS,
+        free=True,
     )
-    nproc: int | None = key(None, "ranks of a trial (null: as many as the recipe alone would have)", minimum=1)
+    nproc: int | None = key(
+        None, "ranks of a trial (null: as many as the recipe alone would have)", minimum=1, maximum=MOST_RANKS
+    )
     search: str = key("random", "what draws the settings", ("random", "optuna"))
     scheduler: str = key("asha", "asha: stop early those trials that are behind", ("asha", "none"))
     grace: int = key(1, "asha: evaluations that every trial gets", minimum=1)

@@ -199,7 +199,7 @@ def called(node: ast.AST) -> str:
 
 
 def calculate(combine: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
-    if combine is operator.pow and abs(right) > 64:
+    if combine is operator.pow and max(abs(left), abs(right) * 2**58) > 2**64:
         raise ValueError(f"{left} ** {right} is too large")
     result = combine(left, right)
     # 0.5 * 96 is a whole number of images.
