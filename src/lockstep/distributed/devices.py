@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from lockstep.distributed.interfaces import check_interfaces
 from lockstep.distributed.rendezvous import describe_ranks
 from lockstep.distributed.store import close_question, get_many, leave_store, wait_for_keys
 from lockstep.errors import UserError
+
+DRIVER = Path("/dev/nvidiactl")  # is there where NVIDIA's driver is loaded
 
 
 def resolve_device(device: str, backend: str) -> tuple[str, str]:
     """Turn `auto` into what this machine has: ("cuda" | "cpu", "nccl" | "gloo").
 
     Raises:
-        UserError: cuda was asked for and is not there, or nccl for the CPU.
+        UserError: cuda was asked for and is not there, or nccl for the CPU; or GPUs are there, and CUDA_VISIBLE_DEVICES
+            names none of them.
     """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    hidden = visible.lower() in ("", "-1", "none", "void", "nodevfiles")  # what people and Slurm set on purpose
+    built = torch.backends.cuda.is_built()
+    if device != "cpu" and built and not hidden and DRIVER.exists() and not torch.cuda.is_available():
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={visible}: names no GPU of this machine; allowed are numbers such as 0,1 and UUIDs (of "
+            "nvidia-smi -L); or set device=cpu"
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
@@ -76,6 +90,7 @@ def agree_on_devices(
     found: dict[str, str] = {}
     try:
         chosen = resolve_device(device, backend)
+        check_interfaces(os.environ, chosen[1] == "nccl")
         found = {"device": chosen[0], "backend": chosen[1]}
         if chosen[0] == "cuda":
             found["local_rank"] = str(local_rank)

@@ -20,6 +20,7 @@ from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.data.batches import train_size
 from lockstep.data.image_files import check_data
 from lockstep.distributed.cores import check_threads
+from lockstep.distributed.interfaces import check_interfaces
 from lockstep.errors import UserError
 from lockstep.memory.usage import free_bytes
 from lockstep.models.resnet import SMALL_IMAGE
@@ -95,6 +96,7 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
         fill_in_images(config, classes)
     if config.cluster is None:  # else it will run on another machine
         check_memory(config)
+        check_interfaces(os.environ, nccl=config.backend != "gloo" and torch.cuda.is_available())
     if config.resume_prefix is not None and config.resume in ("auto", "never"):
         raise UserError(
             f"resume_prefix={config.resume_prefix}: is for the names in a file of weights; set resume=FILE, or leave it out"
