@@ -1,0 +1,123 @@
+"""Plan: what a training would need and take on hardware that is not here, and which strategy is the fastest that fits.
+
+Each row of the table is a recipe with its mesh and settings. The recipe's own function takes three steps in this process, as
+one of `gpus` ranks: the model lies on torch's fake tensors, which have shapes and no numbers, and the collectives go to
+torch's fake process group, which sends nothing. So what is counted is what the recipe does, a recipe and a task of your
+own too: memory by part at the peak of a step, floating-point operations, every collective with its bytes and its ranks.
+
+Time follows from the hardware's profile (`conf/plan/*.yaml`: published peaks, and the shares of them that are achieved):
+an operation takes as long as its arithmetic or its bytes, whichever is more; a collective a latency and a rate, by NCCL's own
+formula, inside a node or between nodes. It hides behind whatever does not need it.
+
+Efficiency is that of so many devices against one that has a rank's share alone. What is not planned: pipeline and expert
+parallelism, offloading, torch.compile, the wait for data, gaps in the allocator's memory. docs/plan.md says how far to
+trust it.
+
+How: lockstep/plan/dry_run.py takes the steps, watch.py counts, clock.py and links.py tell the time, rows.py lists strategies.
+
+    python -m recipes.plan gpus=8 hardware=a100 model=resnet50 data=synthetic data.image_size=224 global_batch_size=512
+    python -m recipes.plan task=language task.size=tiny gpus=64 hardware=h100 precision=bf16 price=2.5
+    python -m recipes.plan task=my_task.py:MyTask recipes=[ddp,my_recipe.py] gpus=16     your model, your loop
+    python -m recipes.plan hardware=my_cluster.yaml json=true                            your devices; for programs
+
+Expect: a table within half a minute, a command to type, and nothing on the disk.
+Source: https://arxiv.org/abs/2204.02311 (MFU), https://doi.org/10.1145/1498765.1498785 (roofline),
+https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc
+"""
+
+import json
+import sys
+import time
+
+from rich.console import Console
+
+from lockstep import Recipe, Run, UserError, recipe
+from lockstep.config.schema import check_values
+from lockstep.plan.config import PlanConfig
+from lockstep.plan.estimate import Estimate, estimate, seconds_alone
+from lockstep.plan.hardware import Hardware, load_hardware
+from lockstep.plan.report import (
+    advice,
+    formula_line,
+    memory_parts_table,
+    plan_facts,
+    ranked,
+    speed_table,
+    traffic_table,
+)
+from lockstep.plan.rows import PLANNED, plan_rows
+from lockstep.registry import choose, get_recipe, is_file
+from lockstep.task import option
+from lockstep.tasks.build import known_task
+from lockstep.utils.text import count
+
+
+def planned_recipes(names: list[str] | None) -> list[Recipe]:
+    """The recipes of the table.
+
+    Raises:
+        UserError: one of them cannot be planned.
+    """
+    found = choose(names) if names else list(PLANNED)
+    for name in found:
+        if name not in PLANNED and not is_file(name):
+            raise UserError(
+                f"recipes=[{name}]: is not planned yet; allowed are {', '.join(PLANNED)}, or a FILE.py of yours"
+            )
+    return [get_recipe(name) for name in found]
+
+
+def say(text: str) -> None:
+    """Progress, beside what a program reads."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def time_alone(config: PlanConfig, hardware: Hardware) -> float | None:
+    """Seconds per sample of recipes.single with a device's share; None where it cannot be planned."""
+    rows, _ = plan_rows(config, train, [get_recipe("single")], 1, hardware)
+    try:
+        return seconds_alone(rows[0], config.gpus, hardware) if rows else None
+    except Exception:  # the rows will say of what: a model may ask for anything
+        return None
+
+
+def make_plan(config: PlanConfig) -> int:
+    """Plan all rows and print them; no rank is started."""
+    check_values(config)
+    hardware = load_hardware(config.hardware)
+    rows, left_out = plan_rows(config, train, planned_recipes(config.recipes), config.gpus, hardware)
+    say(f"plan: {count(len(rows), 'row')} for {count(config.gpus, 'device')}, {hardware.name}")
+    made: list[Estimate] = []
+    alone = time_alone(config, hardware)
+    for number, row in enumerate(rows, start=1):
+        began = time.perf_counter()
+        try:
+            made.append(estimate(row, config, hardware, alone))
+        except Exception as error:  # of a recipe of one's own, or a model that asks tensors for their numbers
+            left_out.append(f"{row.label}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        say(f"{number} of {len(rows)}: {row.label}, {time.perf_counter() - began:.1f} s")
+    if not made:
+        raise UserError("no row could be planned: " + "; ".join(left_out))
+    found = ranked(made)
+    if config.json:
+        about = {"hardware": hardware.name, "gpus": config.gpus, "precision": config.precision}
+        print(json.dumps(plan_facts(found, left_out, about), indent=1))
+        return 0
+    unit = option(known_task(rows[0].config), "unit")
+    title = f"{count(config.gpus, 'device')}, {hardware.name}; global batch {found[0].global_batch_size:,} {unit}"
+    console = Console(width=80)
+    for tables in (speed_table(found, title, unit), memory_parts_table(found), traffic_table(found)):
+        console.print(*tables, sep="\n")
+    for line in [formula_line(found), *advice(found), *(f"left out: {each}" for each in left_out)]:
+        if line:
+            print(line)
+    return 0
+
+
+@recipe(config=PlanConfig, looks_at="recipes", single_training=False, alone=make_plan)
+def train(run: Run[PlanConfig]) -> None:
+    raise UserError("recipes.plan starts no ranks; start it with python, without torchrun or srun")
+
+
+if __name__ == "__main__":
+    train.main()

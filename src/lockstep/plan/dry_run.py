@@ -1,0 +1,177 @@
+"""A recipe's own training, taken by one process that is rank r of N, on tensors that have shapes and no numbers.
+
+The recipe's function is called as it stands, with a Run whose `steps` yields fake batches. Its model is built on torch's fake
+tensors; its collectives go to torch's fake process group, which has N ranks and sends nothing. So whatever the recipe does,
+one of your own too, is what is counted: which collectives, on which tensors, among which ranks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lockstep.config.schema import Config
+from lockstep.data.batch import Batch, map_tensors
+from lockstep.distributed.parallel_dims import ParallelDims
+from lockstep.distributed.process_group import World
+from lockstep.plan.hardware import Hardware
+from lockstep.plan.watch import StepTrace, StepWatch
+from lockstep.recipe import Recipe
+from lockstep.run import Run
+from lockstep.tasks.build import known_task, sample_of
+from lockstep.training.precision import DTYPES
+
+STEPS = 3  # the second has the optimizer's state from its beginning; after it DDP has its buckets in order
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a rank would do and hold.
+
+    Attributes:
+        step: the last one.
+        peak: bytes by part when most was there, over the last two.
+        samples: of a rank's share of the global batch.
+    """
+
+    step: StepTrace
+    peak: dict[str, int]
+    samples: int
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+
+class Recent(dict[Any, Any]):
+    """What torch's fake tensors keep of tensors that they were made from: here only the newest.
+
+    It is a weak dictionary otherwise, and nn.Module.to refuses a parameter to which there is a weak reference.
+    """
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.clear()
+        super().__setitem__(key, value)
+
+
+class DryTraining(Run[Any]):
+    """The Run of a recipe that only makes as if: no data are read, nothing is written, `steps` ends after three."""
+
+    def __init__(self, recipe: Recipe, config: Config, world: World, watch: StepWatch, example: Any) -> None:
+        self.recipe, self.world, self.out, self.started = recipe.name, world, Path("no-folder"), time.perf_counter()
+        self.asked = self.config = config
+        self.device, self.device_ids, self.listener = world.device, world.device_ids, None
+        dims = ParallelDims.of(world.rank, world.world_size, config, recipe.ranks)
+        self.shards, self.shard, self._home = dims.shards, dims.shard, world.device
+        self.task, self.prepare = known_task(config), None
+        self.scheduled_steps = self.steps_per_epoch = 1_000_000
+        self._watch, self._example = watch, example
+        self._context = SimpleNamespace(  # type: ignore[assignment]
+            notes={}, step=0, total_steps=STEPS, scaler=None, note=lambda *_, **__: None
+        )
+        self.report = SimpleNamespace(line=lambda *_: None)  # type: ignore[assignment]
+        self.data = SimpleNamespace(train_size=10**9, example=self._batch)  # type: ignore[assignment]
+        self.loop = SimpleNamespace(backbone_only=False)  # type: ignore[assignment]
+        self.peak: dict[str, int] = {}
+
+    @property
+    def samples(self) -> int:
+        return int(self.config.global_batch_size) // self.shards
+
+    def record(self, **_: Any) -> None:
+        """Nobody logs."""
+
+    def finish(self) -> None:
+        """Nothing is exported."""
+
+    def held_bytes(self) -> dict[str, int]:
+        return {}
+
+    def batches(self, start: int, stop: int) -> Iterator[Batch]:
+        return (self._batch(self.samples) for _ in range(start, stop))
+
+    def steps(self, *, model: nn.Module, optimizer: Any, **_: Any) -> Iterator[Batch]:
+        ledger = self._watch.ledger
+        optimizers: list[Optimizer] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
+        for each in optimizers:
+            each.register_step_pre_hook(lambda *_: self._name_gradients(model))
+            if self._watch.clock.hardware.device != "cpu":
+                for group in each.param_groups:
+                    if group.get("foreach", 0) is None:  # what torch chooses on a GPU
+                        group["foreach"] = True
+        ledger.call([*model.parameters(), *model.buffers()], "parameters")
+        model.train()
+        for number in range(STEPS):
+            if number == 1:
+                ledger.begin()
+            self._watch.begin()
+            yield self._batch(self.samples)
+            self._watch.end()
+            for each in optimizers:
+                states = (value for state in each.state.values() for value in state.values())
+                ledger.call((value for value in states if isinstance(value, torch.Tensor)), "optimizer")
+            self._context.step += 1
+        self.peak = ledger.peak()
+
+    def _name_gradients(self, model: nn.Module) -> None:
+        self._watch.ledger.call((each.grad for each in model.parameters()), "gradients")
+
+    def _batch(self, count: int) -> Batch:
+        """A batch of so many samples as the model takes them, but without numbers."""
+        dtype, layout = DTYPES[self.config.precision], self.config.channels_last
+
+        def fake(tensor: torch.Tensor) -> torch.Tensor:
+            shape = (count, *tensor.shape[1:]) if tensor.dim() else ()
+            made = torch.zeros(shape, dtype=dtype if tensor.is_floating_point() else tensor.dtype, device=self.device)
+            if layout is True and made.dim() == 4 and made.is_floating_point():
+                made = made.contiguous(memory_format=torch.channels_last)
+            return made
+
+        inputs, targets = (map_tensors(fake, each) for each in self._example)
+        return Batch(inputs, targets, count)
+
+
+@contextlib.contextmanager
+def fake_ranks(rank: int, world_size: int) -> Iterator[World]:
+    """Within it this process is a rank of a world whose others are not there."""
+    dist.init_process_group(dist.Backend.FAKE, store=FakeStore(), rank=rank, world_size=world_size)
+    try:
+        yield World(rank, world_size, 0, ["plan"] * world_size, torch.device("cpu"), "fake", 1)
+    finally:
+        dist.destroy_process_group()
+
+
+def dry_steps(recipe: Recipe, config: Config, world_size: int, hardware: Hardware, rank: int = 0) -> DryRun:
+    """Take three steps of a recipe as rank `rank` of `world_size`, without numbers.
+
+    Args:
+        config: of the recipe, validated for so many ranks.
+
+    Raises:
+        whatever the recipe raises on tensors without numbers.
+    """
+    config = replace(config, channels_last=config.channels_last is True)
+    example = sample_of(known_task(config), config.seed)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.fake_tensor_converter.meta_converter.tensor_memo = Recent()  # type: ignore[assignment]
+    watch = StepWatch(hardware)
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), fake_ranks(rank, world_size) as world, mode, watch:
+        run = DryTraining(recipe, config, world, watch, example)
+        recipe.train(run)
+    torch.set_num_threads(before)
+    if not watch.steps:
+        raise NotImplementedError("it never asked run.steps for a batch")
+    return DryRun(watch.steps[-1], run.peak, run.samples)

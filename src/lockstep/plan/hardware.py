@@ -1,0 +1,153 @@
+"""Hardware that a plan is made for: what a device computes, holds and sends, read from `conf/plan/*.yaml`.
+
+A profile has published peaks and, beside each, the share of it that is achieved. Both have their source in the file. A
+file of your own with the same keys is a profile too: `hardware=my_cluster.yaml`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lockstep.errors import UserError
+from lockstep.utils.places import folder
+
+MEASURED = "here"  # what is measured on this machine
+
+
+@dataclass(frozen=True)
+class Link:
+    """What carries messages between two ranks.
+
+    Attributes:
+        bandwidth: bytes per second that a device sends in one direction, as published.
+        achieved: the share of it that a large collective achieves.
+        latency: seconds of a hop from one rank to the next, whatever the message's size.
+    """
+
+    bandwidth: float
+    achieved: float
+    latency: float
+
+    @property
+    def rate(self) -> float:
+        """Bytes per second that a collective achieves."""
+        return self.bandwidth * self.achieved
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One kind of device, and how many of them are linked.
+
+    Attributes:
+        name: for people.
+        memory: bytes of a device.
+        reserved: bytes of them that torch cannot have: the driver's context, NCCL's buffers.
+        flops: {precision: floating-point operations per second of matrix products, without sparsity}.
+        achieved: the share of them that a large matrix product achieves.
+        memory_bandwidth: bytes per second between a device and its memory.
+        memory_achieved: the share of it that a large copy achieves.
+        launch: seconds that any operation takes at least.
+        collective: seconds that any collective takes besides its hops and its bytes.
+        per_node: devices in a node.
+        inside, between: the link of two devices in one node, and of two in different nodes.
+        overlaps: whether messages travel while the device computes.
+        device: what torch calls it.
+    """
+
+    name: str
+    memory: float
+    reserved: float
+    flops: dict[str, float]
+    achieved: float
+    memory_bandwidth: float
+    memory_achieved: float
+    launch: float
+    collective: float
+    per_node: int
+    inside: Link
+    between: Link
+    overlaps: bool = True
+    device: str = "cuda"
+
+    def rate(self, dtype: str) -> float:
+        """Operations per second that matrix products of this precision achieve."""
+        return self.flops[dtype] * self.achieved
+
+    def as_yaml(self) -> str:
+        """The text of a profile."""
+        return str(yaml.safe_dump(asdict(self), sort_keys=False))
+
+
+def hardware_names() -> list[str]:
+    """The profiles there are."""
+    return sorted(file.stem for file in (folder("conf") / "plan").glob("*.yaml"))
+
+
+def load_hardware(name: str) -> Hardware:
+    """A profile by its name, or by the path of its file.
+
+    Raises:
+        UserError: there is none, or it lacks a key.
+    """
+    own = name.endswith((".yaml", ".yml"))
+    file = Path(name).expanduser() if own else folder("conf") / "plan" / f"{name}.yaml"
+    if not file.is_file():
+        allowed = f"allowed are {', '.join(hardware_names())}, {MEASURED}, or a FILE.yaml of yours"
+        raise UserError(f"hardware={name}: no such {'file' if own else 'profile'}; {allowed}")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"hardware={name}: is not YAML: {str(error).splitlines()[0]}") from None
+    content = checked(content, Hardware, f"hardware={name}")
+    for link in ("inside", "between"):
+        content[link] = Link(**numbers(checked(content[link], Link, f"hardware={name}: {link}"), f"hardware={name}"))
+    flops = content["flops"]
+    if not isinstance(flops, dict) or missing_of(flops, ("fp32", "bf16", "fp16", "fp64")):
+        raise UserError(f"hardware={name}: flops: must have fp32, bf16, fp16 and fp64, in operations per second")
+    content["flops"] = numbers(flops, f"hardware={name}")
+    plain = {"name", "flops", "inside", "between", "overlaps", "device"}
+    content |= numbers({key: value for key, value in content.items() if key not in plain}, f"hardware={name}")
+    content["per_node"] = int(content["per_node"])
+    return Hardware(**content)
+
+
+def missing_of(content: dict[str, Any], names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if name not in content]
+
+
+def numbers(content: dict[str, Any], where: str) -> dict[str, float]:
+    """The same, as floats: YAML reads 3e12 as a text.
+
+    Raises:
+        UserError: one is not a number above 0.
+    """
+    found = {}
+    for key, value in content.items():
+        try:
+            found[key] = float(value)
+        except (TypeError, ValueError):
+            found[key] = -1.0
+        if not found[key] >= (0 if key in ("reserved", "latency", "launch", "collective") else 1e-12):
+            raise UserError(f"{where}: {key}={value}: allowed are numbers above 0")
+    return found
+
+
+def checked(content: Any, kind: type, where: str) -> dict[str, Any]:
+    """A mapping with the keys of a dataclass, no more and no fewer than it needs.
+
+    Raises:
+        UserError: it is not one.
+    """
+    known = fields(kind)
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: must be keys and values: {', '.join(each.name for each in known)}")
+    needed = tuple(each.name for each in known if each.default is MISSING)
+    if missing := missing_of(content, needed):
+        raise UserError(f"{where}: lacks {', '.join(missing)}")
+    if unknown := [key for key in content if key not in {each.name for each in known}]:
+        raise UserError(f"{where}: {unknown[0]}: no such key; allowed are {', '.join(each.name for each in known)}")
+    return dict(content)

@@ -1,0 +1,102 @@
+"""What a collective sends, over which links, and how long it takes: NCCL's own reckoning, a latency and a rate.
+
+A ring over n ranks sends S · (n − 1) / n bytes from each rank for an all-gather to S bytes, or a reduce-scatter of S
+bytes, and twice as many for an all-reduce. It takes n − 1 hops, or twice as many; where the ranks are on m nodes, m − 1 of
+these are between nodes. An all-reduce over several nodes may be a tree instead, whose hops between nodes are log2 m.
+On g ranks of a node all g network cards carry their part, so a card carries 1 / g of what a ring sends between nodes.
+Source: https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc,
+https://github.com/NVIDIA/nccl-tests/blob/master/doc/PERFORMANCE.md
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lockstep.plan.hardware import Hardware
+
+INSIDE, BETWEEN = "inside", "between"
+
+# The kinds of torch's operations, functional or not, by the names that both namespaces give them.
+COLLECTIVE_KINDS = {
+    "allreduce": "all-reduce",
+    "all_reduce": "all-reduce",
+    "allgather": "all-gather",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "alltoall": "all-to-all",
+    "all_to_all": "all-to-all",
+    "broadcast": "broadcast",
+    "send": "send",
+    "recv": "receive",
+    "reduce": "reduce",
+    "gather": "gather",
+    "scatter": "scatter",
+}
+
+
+def collective_kind(operation: str) -> str:
+    """`_allgather_base_` and `all_gather_into_tensor_out` are both an `all-gather`."""
+    name = operation.lstrip("_")
+    found = [known for known in COLLECTIVE_KINDS if name.startswith(known)]
+    return COLLECTIVE_KINDS[max(found, key=len)] if found else name
+
+
+@dataclass(frozen=True)
+class Collective:
+    """One that a rank takes part in.
+
+    Attributes:
+        kind: all-reduce, all-gather, reduce-scatter, all-to-all, broadcast, send or receive.
+        size: bytes that are reduced, gathered, scattered or sent in all.
+        ranks: that take part.
+        nodes: that these ranks are on.
+    """
+
+    kind: str
+    size: int
+    ranks: int
+    nodes: int
+
+    @classmethod
+    def among(cls, kind: str, size: int, ranks: Sequence[int], per_node: int) -> Collective:
+        """A collective of these ranks of the world, `per_node` of which are on each node."""
+        return cls(kind, size, len(ranks), len({rank // per_node for rank in ranks}))
+
+    @property
+    def link(self) -> str:
+        """The slowest link that it needs."""
+        return BETWEEN if self.nodes > 1 else INSIDE
+
+    @property
+    def sent(self) -> float:
+        """Bytes that a rank sends."""
+        n = self.ranks
+        if n == 1:
+            return 0.0
+        if self.kind == "all-reduce":
+            return 2 * self.size * (n - 1) / n
+        if self.kind in ("all-gather", "reduce-scatter", "all-to-all"):
+            return self.size * (n - 1) / n
+        return 0.0 if self.kind == "receive" else float(self.size)
+
+    def seconds(self, hardware: Hardware) -> float:
+        """How long it takes when all ranks have come."""
+        if self.ranks == 1 or not self.size or self.kind == "receive":  # whose time is the send's
+            return 0.0
+        inside, between = hardware.inside, hardware.between
+        n, m = self.ranks, self.nodes
+        if self.kind == "send":
+            link = between if m > 1 else inside
+            return hardware.collective + link.latency + self.size / link.rate
+        rounds = 2 if self.kind == "all-reduce" else 1
+        hops = rounds * ((n - m) * inside.latency + (m - 1) * between.latency)
+        if self.kind == "all-reduce" and m > 1:
+            hops = min(hops, 2 * ((n / m - 1) * inside.latency + math.log2(m) * between.latency))
+        share = n / m  # ranks of a node, each with a network card
+        within = self.sent / inside.rate if share > 1 else 0.0
+        # Of an all-to-all each rank's own bytes leave the node by its own card.
+        leaves = self.size * (m - 1) / m if self.kind == "all-to-all" else self.sent / share
+        across = leaves / between.rate
+        return hardware.collective + hops + max(within, across if m > 1 else 0.0)

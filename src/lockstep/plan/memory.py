@@ -1,0 +1,94 @@
+"""What a rank's tensors hold during a step, by part, and what is there at the peak."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import Tensor
+
+from lockstep.distributed.dtensor import local_shard
+
+PARTS = ("parameters", "gradients", "optimizer", "communication", "activations")
+
+
+class StorageLedger:
+    """Every storage that is alive, with its bytes, from `see` on; each is counted once.
+
+    What a storage is for is known only later: a gradient is one when the optimizer takes it. So events are kept, and the
+    parts of the peak are told apart at the end.
+    """
+
+    def __init__(self) -> None:
+        self._sizes: dict[int, int] = {}
+        self._names: dict[int, int] = {}  # a storage's address is used again: {address: its number}
+        self._watched: dict[int, Any] = {}  # what FSDP makes smaller and larger without an operation
+        self._alive: dict[int, Any] = {}
+        self._events: list[tuple[int, int]] = []  # (number, change of its bytes)
+        self._parts: dict[int, str] = {}
+        self._count = self._now = self._most = self._at = 0
+
+    def see(self, tensors: Iterable[Tensor]) -> None:
+        """Take note of these tensors' storages."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            key = storage._cdata
+            if key not in self._names:
+                self._count += 1
+                self._names[key] = number = self._count
+                self._alive[key] = weakref.ref(storage, partial(self._gone, key, number))
+            self._resize(self._names[key], storage.nbytes())
+
+    def watch(self, tensors: Iterable[Tensor]) -> None:
+        """Look at the sizes of these again and again."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata in self._names:
+                self._watched[self._names[storage._cdata]] = weakref.ref(storage)
+
+    def look_again(self) -> None:
+        for number, reference in list(self._watched.items()):
+            storage = reference()
+            if storage is None:
+                del self._watched[number]
+            else:
+                self._resize(number, storage.nbytes())
+
+    def call(self, tensors: Iterable[Tensor | None], part: str) -> None:
+        """Say what storages are for; of several parts the first in PARTS counts: a bucket of gradients is gradients."""
+        for tensor in tensors:
+            if tensor is not None:
+                number = self._names.get(local_shard(tensor).untyped_storage()._cdata)
+                if number is not None:
+                    self._parts[number] = min(part, self._parts.get(number, part), key=PARTS.index)
+
+    def begin(self) -> None:
+        """Find the peak from now on."""
+        self._events, self._most = [(number, size) for number, size in self._sizes.items() if size], self._now
+        self._at = len(self._events)
+
+    def peak(self) -> dict[str, int]:
+        """Bytes by part when most was there."""
+        held: dict[int, int] = {}
+        for number, change in self._events[: self._at]:
+            held[number] = held.get(number, 0) + change
+        found = dict.fromkeys(PARTS, 0)
+        for number, size in held.items():
+            found[self._parts.get(number, "activations")] += size
+        return found
+
+    def _resize(self, number: int, size: int) -> None:
+        change = size - self._sizes.get(number, 0)
+        if change:
+            self._sizes[number] = size
+            self._events.append((number, change))
+            self._now += change
+            if self._now > self._most:
+                self._most, self._at = self._now, len(self._events)
+
+    def _gone(self, key: int, number: int, reference: Any) -> None:
+        self._resize(number, 0)
+        self._sizes.pop(number, None)
+        del self._names[key], self._alive[key]

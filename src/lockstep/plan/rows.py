@@ -1,0 +1,151 @@
+"""Which strategies are planned: recipes, and for each the meshes and settings that suit so many devices."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lockstep.config.copies import with_values
+from lockstep.config.keys import AUTO, typed
+from lockstep.config.schema import Config
+from lockstep.errors import UserError
+from lockstep.launch.validate import validate
+from lockstep.plan.config import PlanConfig
+from lockstep.plan.hardware import Hardware
+from lockstep.recipe import Recipe
+from lockstep.registry import is_file
+
+PLANNED = ("single", "ddp", "zero1", "fsdp", "tensor_parallel", "context_parallel")
+PLAN_KEYS = {
+    "recipes",
+    "gpus",
+    "hardware",
+    "tokens",
+    "price",
+    "check",
+    "curve",
+    "json",
+    "nproc",
+    "out",
+    "global_batch_size",
+}
+PLENTY = 10**12  # samples: a plan asks no data set whether it has enough
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """A recipe with its settings, on a number of devices.
+
+    Attributes:
+        words: what its command is told, beside the number of devices.
+        own: those of them that make it another row than the recipe's first.
+    """
+
+    recipe: Recipe
+    config: Config
+    ranks: int
+    words: tuple[str, ...]
+    own: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """`fsdp replicate=8`."""
+        return " ".join([self.recipe.name, *self.own])
+
+
+def variants(recipe: Recipe, ranks: int, per_node: int) -> Iterator[dict[str, Any]]:
+    """The settings of a recipe that are worth a row each on so many devices."""
+    yield {}
+    if is_file(recipe.target):
+        return
+    if recipe.name == "fsdp":
+        yield {"reshard_after_forward": False}
+        if ranks > per_node and ranks % per_node == 0:
+            yield {"replicate": ranks // per_node}
+    if recipe.name in ("ddp", "fsdp"):
+        yield {"checkpoint_activations": "full"}
+    if recipe.name == "tensor_parallel":
+        for tensor in (4, 8):
+            if tensor <= min(per_node, ranks):
+                yield {"tensor": tensor}
+        yield {"sequence_parallel": True}
+
+
+def plan_rows(
+    config: PlanConfig, tool: Recipe, recipes: list[Recipe], ranks: int, hardware: Hardware
+) -> tuple[list[PlanRow], list[str]]:
+    """(the rows, a line for each that cannot be)."""
+    rows, left_out = [], []
+    for recipe in recipes:
+        base: Config | None = None
+        words: list[str] = []
+        for own in variants(recipe, ranks, hardware.per_node):
+            label = " ".join([recipe.name, *(typed(*pair) for pair in own.items())])
+            try:
+                if base is None:
+                    words = row_words(config, tool, recipe)
+                    base = base_config(config, recipe, words, hardware)
+                if any(value == own_value(base, key) or is_set(base, recipe, key) for key, value in own.items()):
+                    continue
+                each = with_values(base, own)
+                refuse_unplanned(each)
+                number = recipe.ranks or ranks
+                each.global_batch_size = whole_batch(each, number)
+                validate(each, recipe, number, (each.data.num_classes or 10, PLENTY))
+                told = tuple(typed(*pair) for pair in own.items())
+                rows.append(PlanRow(recipe, each, number, (*words, *told), told))
+            except UserError as error:
+                left_out.append(f"{label}: {error}")
+                if not own:
+                    break
+    return rows, left_out
+
+
+def own_value(config: Config, key: str) -> Any:
+    return getattr(config, key, None)
+
+
+def is_set(config: Config, recipe: Recipe, key: str) -> bool:
+    """Whether the command says what this key is: then it is not another row's to choose."""
+    return bool(own_value(config, key) != own_value(recipe.config(), key))
+
+
+def row_words(config: PlanConfig, tool: Recipe, recipe: Recipe) -> list[str]:
+    """The overrides that all rows of a recipe have in common."""
+    from lockstep.config.compose import overrides
+
+    return overrides(tool, config, recipe, PLAN_KEYS)
+
+
+def base_config(config: PlanConfig, recipe: Recipe, words: list[str], hardware: Hardware) -> Config:
+    """A recipe's config as its command would have it on this hardware."""
+    from lockstep.config.compose import compose_another
+
+    base = compose_another(recipe, words)
+    if base.task.name != config.task.name:
+        raise UserError(f"trains a task of its own; set task={base.task.name.rpartition('/')[2]} for all rows")
+    base = replace(
+        base, nproc=None, cluster=None, device="cpu", backend="auto", global_batch_size=config.global_batch_size
+    )
+    if base.precision == AUTO:
+        base.precision = "bf16" if hardware.device != "cpu" else "fp32"
+    return base
+
+
+def whole_batch(config: Config, ranks: int) -> int:
+    """The global batch, or the next larger one that the ranks can share."""
+    if config.global_batch_size == AUTO:
+        raise UserError("global_batch_size=auto: is found by trials, and a plan makes none; set a number")
+    shards = max(1, ranks // config.model_parallel_size) * max(config.accumulate, config.pipeline_micro_batches)
+    return -(-int(config.global_batch_size) // shards) * shards
+
+
+def refuse_unplanned(config: Config) -> None:
+    """What a plan does not reckon with."""
+    if config.compile:
+        raise UserError("compile=true: a plan reckons with operations as they are issued, and compiling melts them")
+    if getattr(config, "offload", False):
+        raise UserError("offload=true: a plan does not reckon with the link between host and device")
+    if config.memory:
+        raise UserError("memory=report: is for real steps")

@@ -1,0 +1,171 @@
+"""Looks at every operation of a step as it is issued: memory, floating-point operations, collectives, time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+from lockstep.plan.clock import DeviceClock, StepTimes
+from lockstep.plan.hardware import Hardware
+from lockstep.plan.links import Collective, collective_kind
+from lockstep.plan.memory import StorageLedger
+
+COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
+SEND_NOTHING = ("wait_tensor", "wait_tensors", "barrier", "monitored_barrier_", "_wrap_tensor_autograd")
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
+PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+FREE = ("empty", "new_empty", "empty_like", "new_empty_strided", "empty_strided", "lift_fresh", "detach")
+
+
+@dataclass
+class StepTrace:
+    """One step of one rank.
+
+    Attributes:
+        collectives: in the order in which they were issued.
+        flops: floating-point operations.
+        times: on the hardware that was asked for.
+    """
+
+    collectives: list[Collective] = field(default_factory=list)
+    flops: int = 0
+    times: StepTimes = field(default_factory=StepTimes)
+
+    def traffic(self) -> dict[tuple[str, str], int]:
+        """{(kind, link): bytes that are reduced, gathered, scattered or sent}."""
+        found: dict[tuple[str, str], int] = {}
+        for each in self.collectives:
+            if each.ranks > 1 and each.kind != "receive":
+                found[each.kind, each.link] = found.get((each.kind, each.link), 0) + each.size
+        return found
+
+
+class StepWatch(TorchDispatchMode):
+    """Entered around a training on fake tensors; `begin` and `end` mark a step.
+
+    It also makes such a training possible. Whole numbers that the host wants to know, such as the ranks of a device mesh,
+    are real: what takes no fake tensor and makes whole numbers is computed. A number that the host reads from a fake
+    tensor is 1. An all-reduce's handle has a result, which DistributedDataParallel asks for and torch's fake process
+    group does not give.
+    """
+
+    def __init__(self, hardware: Hardware) -> None:
+        super().__init__()
+        self.ledger, self.clock, self._per_node = StorageLedger(), DeviceClock(hardware), hardware.per_node
+        self.steps: list[StepTrace] = []
+        self._step: StepTrace | None = None
+
+    def begin(self) -> None:
+        self.clock.begin()
+        self._step = StepTrace()
+
+    def end(self) -> None:
+        assert self._step
+        self._step.times = self.clock.end()
+        self.steps.append(self._step)
+        self._step = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if any(issubclass(each, DTensor) for each in types):
+            return NotImplemented  # it makes operations on local tensors of it, which come by here once more
+        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        if func is torch.ops.aten._local_scalar_dense.default and isinstance(given[0], FakeTensor):
+            return one_of(given[0].dtype)
+        if func is torch.ops.c10d.allreduce_.default:
+            future: Any = torch.futures.Future()
+            future.set_result(args[0])
+            result: Any = (args[0], _create_work_from_future(future).boxed())
+        elif not any(isinstance(each, FakeTensor) for each in given) and (given or makes_whole_numbers(func, kwargs)):
+            with unset_fake_temporarily():
+                result = func(*args, **kwargs)
+            if func.namespace not in COLLECTIVES:
+                return result
+        else:
+            result = func(*args, **kwargs)
+        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        self.ledger.look_again()
+        self.ledger.see(each for each in [*given, *made] if isinstance(each, FakeTensor))
+        if func.namespace in COLLECTIVES:
+            if func._opname not in SEND_NOTHING:
+                self._collective(func, args, given, made)
+        elif self._step:
+            self._operation(func, args, kwargs, given, made, result)
+        return result
+
+    def _collective(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> None:
+        sizes = [sum(each.nbytes for each in tree_leaves(side) if isinstance(each, Tensor)) for side in args]
+        size = max([*sizes, sum(each.nbytes for each in made) if func.namespace != "c10d" else 0])
+        if func._opname == "alltoall_base_":  # (output, input, …): they may be unequal, and what is sent counts
+            size = args[1].nbytes
+        kind, ranks = collective_kind(func._opname), ranks_of(args)
+        if kind in ("send", "receive"):
+            ranks = [dist.get_rank(), ranks[args[2]] if len(args) > 2 else dist.get_rank()]
+        each = Collective.among(kind, size, ranks, self._per_node)
+        self.ledger.call([*given, *made], "communication")
+        if self._step:
+            self._step.collectives.append(each)
+            self.clock.collective(each, keys_of(given), keys_of([*given, *made]))
+
+    def _operation(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor], out: Any) -> None:
+        reads, writes = set(keys_of(given)), set(keys_of(made))
+        name = func._opname
+        if func.namespace == "fsdp":
+            if name == "split_with_sizes_copy":  # weights that were gathered; FSDP frees and takes their memory itself
+                gathered = [each for each in tree_leaves(kwargs.get("out", ())) if isinstance(each, Tensor)]
+                self.ledger.watch(gathered)
+                self.ledger.call(gathered, "communication")
+            if name == "all_gather_copy_in":
+                self.ledger.call(made, "communication")
+                return self.clock.passed_on(reads, writes)
+        if name in FREE or (writes <= reads and not func._schema.is_mutable):
+            return None  # a view, or memory that nothing is written to
+        assert self._step
+        formula = flop_registry.get(func.overloadpacket)
+        flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
+        self._step.flops += flops
+        size = sum({id(each): each.nbytes for each in [*given, *made]}.values())
+        dtype = PRECISIONS.get(next((each.dtype for each in given if each.is_floating_point()), torch.float32), "fp32")
+        kind = "matmul" if flops else "memory"
+        self.clock.operation(kind, flops, dtype, size, reads, writes | reads if func._schema.is_mutable else writes)
+        return None
+
+
+def one_of(dtype: torch.dtype) -> bool | int | float:
+    """A number that a host might have read."""
+    return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
+
+
+def makes_whole_numbers(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether what takes no tensor makes numbers that are for the host."""
+    dtype = kwargs.get("dtype")
+    return dtype in WHOLE or (dtype is None and func.overloadpacket is torch.ops.aten.arange)
+
+
+def keys_of(tensors: list[Tensor]) -> Iterator[int]:
+    return (each.untyped_storage()._cdata for each in tensors)
+
+
+def ranks_of(args: Any) -> list[int]:
+    """The ranks of the group among an operation's arguments: an object, or a name."""
+    for each in args:
+        if isinstance(each, torch.ScriptObject):
+            try:
+                group = dist.ProcessGroup.unbox(each)
+            except RuntimeError:  # the operation of a reduction, say
+                continue
+            return dist.get_process_group_ranks(group)
+        if isinstance(each, str) and each not in ("sum", "avg", "max", "min", "product"):
+            return dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(dist.GroupName(each)))
+    return list(range(dist.get_world_size()))

@@ -1,0 +1,62 @@
+"""`python -m recipes.plan` as a person types it: a table, a command, one's own task and recipe, mistakes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.harness import ROOT, command
+
+OWN_RECIPE = ROOT / "tests" / "helpers" / "own_recipe.py"
+OWN_TASK = f"task={ROOT / 'examples' / 'tabular.py'}:Diabetes"
+
+
+def test_a_task_and_a_recipe_of_ones_own_are_planned(tmp_path: Path) -> None:
+    words = ("recipes=[ddp," + str(OWN_RECIPE) + "]", OWN_TASK, "gpus=16", "hardware=a100", "price=2", "json=true")
+    done = command("-m", "recipes.plan", *words, cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    rows = {row["label"]: row for row in found["rows"]}
+    assert rows.keys() >= {"ddp", "own_recipe"}
+    ddp, own = rows["ddp"], rows["own_recipe"]
+    assert ddp["as_formula"]
+    assert ddp["traffic"] == own["traffic"]
+    assert ddp["traffic"][0][:2] == ["all-reduce", "between"]
+    assert OWN_RECIPE.name in own["command"]
+    assert OWN_TASK in own["command"]
+    assert "+cluster=slurm cluster.nodes=2 cluster.tasks_per_node=8" in own["command"]
+    assert ddp["global_batch_size"] % 16 == 0
+    assert ddp["cost"] == pytest.approx(2 * ddp["hours"])
+    assert not list(tmp_path.iterdir()), "a plan writes nothing"
+
+
+@pytest.mark.slow
+def test_the_table_ends_with_a_command(tmp_path: Path) -> None:
+    done = command("-m", "recipes.plan", "task=language", "recipes=[ddp,fsdp]", cwd=tmp_path, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert "fastest that fits: " in done.stdout
+    assert "  python -m recipes." in done.stdout
+    assert "bytes counted equal the formula in 5 of 5 rows" in done.stdout
+    assert all(len(line) <= 80 for line in done.stdout.split("bytes counted")[0].splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("hardware=h101",), "hardware=h101: no such profile; allowed are"),
+        (("gpus=0",), "gpus=0"),
+        (("recipes=[pipeline_parallel]",), "pipeline_parallel]: is not planned yet; allowed are single, ddp"),
+        (("recipes=[ddp]", "compile=true"), "compile=true: a plan reckons with operations as they are issued"),
+        (("task=language", "recipes=[tensor_parallel]", "tensor=3"), "tensor=3: 3 ranks share"),
+    ],
+)
+def test_mistakes_are_one_line(words: tuple[str, ...], said: str, tmp_path: Path) -> None:
+    done = command("-m", "recipes.plan", *words, cwd=tmp_path, timeout=240)
+    assert done.returncode == 2, done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ")
+    assert said in last
+    assert "Traceback" not in done.stderr
