@@ -32,7 +32,7 @@ import time
 from rich.console import Console
 
 from lockstep import Recipe, Run, UserError, recipe
-from lockstep.config.schema import check_values
+from lockstep.config.check import check_values
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.estimate import Estimate, estimate, seconds_alone
 from lockstep.plan.hardware import Hardware, load_hardware
