@@ -224,9 +224,8 @@ def by_name(word: str, recipe: CommandLine) -> str:
     name, _, value = word.partition("=")
     if name != "model" or not re.fullmatch(r"\w+(,\w+)*", value):
         return word
-    folders = config_folders(recipe)
-    known = [any((each / "model" / f"{model}.yaml").is_file() for each in folders) for model in value.split(",")]
-    return word if all(known) else f"model.name={value}"
+    known = set(help.config_groups(config_folders(recipe))["model"])
+    return word if known.issuperset(value.split(",")) else f"model.name={value}"
 
 
 def quoted(word: str, texts: tuple[str, ...]) -> str:

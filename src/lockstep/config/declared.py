@@ -142,7 +142,7 @@ def schema_of(recipe: CommandLine, values: Mapping[str, Any] | Iterable[str]) ->
     """
     values = values if isinstance(values, Mapping) else list(values)
     names = _names(recipe, values) if recipe.looks_at else []
-    others = [found for name in names if (found := _find(recipe.path, name))]
+    others = [found for name in names if (found := _find(recipe, name))]
     bases = list(dict.fromkeys([recipe.config, *(other.config for other in others)]))
     bases = [each for each in bases if not any(each is not other and issubclass(other, each) for other in bases)]
     schema = bases[0] if len(bases) == 1 else _combined(tuple(bases))
@@ -170,12 +170,13 @@ def _combined(bases: tuple[type[Config], ...]) -> type[Config]:
     return dataclass(type("".join(each.__name__ for each in bases), bases, {}))
 
 
-def _find(tool: Path, name: str) -> CommandLine | None:
+def _find(tool: CommandLine, name: str) -> CommandLine | None:
     if name.endswith(".py"):
         file = Path(name).expanduser().resolve()
-        return declared(file) or own_recipe(f"recipes=[{name}]", file)
-    file = tool.with_name(f"{name}.py")
-    return declared(file) if file.is_file() else None
+        asked = f"recipes=[{name}]" if tool.looks_at == "recipes" else f"{tool.looks_at}={name}"
+        return declared(file) or own_recipe(asked, file)
+    file = tool.path.parent / f"{name}.py"
+    return declared(file) if name.isidentifier() and len(name) < 100 and file.is_file() else None
 
 
 def own_recipe(asked: str, file: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +22,7 @@ ALLOWED_OF_TYPE = {  # by what OmegaConf's errors have in them
     "to Float": "numbers",
     "valid bool": "true and false",
     "not a ListConfig": "lists, such as [a,b]",
+    "Incompatible key type": "texts as names in a dict",
     "subclass of str": "texts alone in it",
     "subclass of float": "numbers alone in it",
     "subclass of int": "whole numbers alone in it",
@@ -63,6 +65,15 @@ def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> User
         folders = [Path(folder) for folder in re.findall(r"path=file://(\S+)", text)]
         allowed = options(file.stem for folder in folders for file in (folder / group).glob("*.yaml"))
         return UserError(f"{group}={option}: no such option; allowed are {', '.join(allowed)}")
+    several = re.search(r"(?:Sweep parameters|Ambiguous value for argument) '(.+?)'(?: requires|\n|$)", text)
+    if several:
+        return UserError(
+            f"{several.group(1).lstrip('+')}: has several values, and a run has one; name one, or add --multirun for a run of "
+            "each; a text or a list stands in quotes or brackets"
+        )
+    kept = re.search(r"Could not delete from config\. (?:The value of )?'([\w.]+)'(.*)", text)
+    if kept:
+        return UserError(f"~{kept.group(1)}: cannot be taken out, for it{kept.group(2)} set {kept.group(1)}=… instead")
     unresolved = re.search(r"full_key: (\S+)", text)
     if isinstance(error, OverrideParseException):
         said = str(error).partition("See https")[0].replace(f"Error parsing override '{error.override}'", "")
@@ -74,7 +85,8 @@ def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> User
         return UserError(f"{unresolved.group(1)}: {str(cause).splitlines()[0]}")
     if override and "Could not override" in text:
         return unknown_key(override.group(1), recipe, schema)
-    return UserError(" ".join(text.split()))
+    named = "" if re.search(r"\w[=:]", text) else f"{' '.join(sys.argv[1:])}: "
+    return UserError(f"{named}{' '.join(text.split())}")
 
 
 def in_words(said: str) -> str:

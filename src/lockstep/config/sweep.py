@@ -10,6 +10,7 @@ import itertools
 from pathlib import Path
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException, OverrideParseException
 
 from lockstep.errors import UserError
 
@@ -33,7 +34,7 @@ def points(words: list[str]) -> list[list[str]]:
 
     Raises:
         UserError: there is none.
-        hydra.errors.HydraException: a word that is none of Hydra's.
+        hydra.errors.OverrideParseException: a word that is none of Hydra's.
     """
     folders = [
         f"file://{Path(word.partition('=')[2]).absolute()}" for word in words if word.startswith("--config-dir=")
@@ -43,7 +44,10 @@ def points(words: list[str]) -> list[list[str]]:
     for word in words:
         if word.startswith("-"):
             continue
-        override = parser.parse_override(word)
+        try:
+            override = parser.parse_override(word)
+        except HydraException as error:
+            raise OverrideParseException(override=word, message=str(error)) from None  # which says which word it is
         if not override.is_sweep_override():
             every.append([word])
         elif override.is_discrete_sweep():

@@ -83,7 +83,7 @@ def check_groups(words: list[str], groups: Mapping[str, list[str]]) -> None:
     """
     for word in words:
         name, equals, value = word.partition("=")
-        group = name.lstrip("+")
+        group = name.lstrip("+").partition("@")[0]
         if not equals or group not in groups:
             continue
         if group in ("model", "data", "optim", "cluster") and value.startswith("[") and value.strip("[] "):
