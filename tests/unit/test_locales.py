@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import os
 import sys
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from lockstep.utils.standard_streams import unfailing
+from lockstep.utils.places import folder
+from lockstep.utils.standard_streams import PLAIN, unfailing
 from recipes import ddp
 from tests.helpers.command_line import run_main
 from tests.helpers.harness import command
@@ -33,6 +35,24 @@ def test_help_is_shown_in_any_locale(module: str, tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.isascii()
     assert "\\u" not in done.stdout
+
+
+def test_every_sign_that_is_printed_has_a_plain_one() -> None:
+    """Of the texts in the code; of its docstrings a recipe's alone is shown."""
+    lacking = {}
+    recipes = folder("recipes")
+    for file in [*recipes.parent.glob("src/**/*.py"), *recipes.glob("*.py"), *folder("launchers").glob("*.py")]:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        shown = ast.get_docstring(tree) or "" if file.parent == recipes else ""
+        for node in ast.walk(tree):  # docstrings are expressions
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""
+        texts = [
+            node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        ]
+        signs = {sign for sign in "".join([*texts, shown]) if not sign.isascii() and not "\ud800" <= sign <= "\udfff"}
+        lacking |= dict.fromkeys(signs - set(PLAIN), file.name)
+    assert not lacking
 
 
 def test_a_word_that_is_no_text_gets_one_line(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from lockstep.config.keys import AUTO, walk
@@ -72,9 +73,22 @@ def check_rules(config: Any) -> None:
             raise UserError(f"{name}={shown}: allowed are {', '.join(allowed)}")
         if value == "" and not rule["open"] and not name.startswith("task."):
             raise UserError(f"{name}=: is empty; allowed are texts of at least one character, or leave {name} away")
-        for number in value if isinstance(value, list) else [value]:
-            if type(number) in (int, float) and (allowed_numbers := out_of_bounds(name, number, rule)):
-                raise UserError(f"{name}={value}: allowed are {allowed_numbers}")
+        for where, number in numbers_in(name, value):
+            if allowed_numbers := out_of_bounds(name, number, rule):
+                shown = number if isinstance(value, dict) else value
+                raise UserError(f"{where}={shown}: allowed are {allowed_numbers}")
+
+
+def numbers_in(name: str, value: Any) -> Iterator[tuple[str, float]]:
+    """(key, number) of each number in a value: of a dict the key has the number's own name, of a list it is the list's."""
+    if isinstance(value, dict):
+        for inner, each in value.items():
+            yield from numbers_in(f"{name}.{inner}", each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from numbers_in(name, each)
+    elif type(value) in (int, float):
+        yield name, value
 
 
 def is_choice(value: Any, rule: dict[str, Any]) -> bool:

@@ -85,7 +85,7 @@ def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> User
         return UserError(f"{unresolved.group(1)}: {str(cause).splitlines()[0]}")
     if override and "Could not override" in text:
         return unknown_key(override.group(1), recipe, schema)
-    named = "" if re.search(r"\w[=:]", text) else f"{' '.join(sys.argv[1:])}: "
+    named = "" if re.search(r"\w=", text) else f"{' '.join(sys.argv[1:])}: "
     return UserError(f"{named}{' '.join(text.split())}")
 
 
