@@ -31,13 +31,13 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.checkpoint.backbone import backbone
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
+from lockstep.models.freeze import hold_statistics, release_statistics
 from lockstep.models.parameters import count_parameters, head_of
 from lockstep.tasks.build import sketch
 from lockstep.training.accumulate import micro_batches
@@ -70,19 +70,13 @@ def freeze_parameters(model: nn.Module, patterns: list[str] | None) -> None:
     for name, parameter in model.named_parameters():
         if is_frozen(name, patterns, head):
             parameter.requires_grad_(False)
-    for layer in model.modules():
-        if isinstance(layer, _BatchNorm) and not any(parameter.requires_grad for parameter in layer.parameters()):
-            layer.eval()
-            # Every loop that evaluates calls model.train() afterwards, and that calls each layer's: this one's is deaf.
-            layer.train = lambda mode=True, layer=layer: layer  # type: ignore[method-assign,misc]
+    hold_statistics(model)
 
 
 def unfreeze(model: nn.Module) -> None:
     """Undo `freeze_parameters`."""
     model.requires_grad_(True)
-    for layer in model.modules():
-        vars(layer).pop("train", None)  # the class's own is back
-    model.train()
+    release_statistics(model)
 
 
 def prepare(run: Run[TransferConfig], model: nn.Module) -> None:

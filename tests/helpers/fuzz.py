@@ -209,6 +209,8 @@ def draw(seed: int) -> Plan:
         recipe, words = ("tensor_parallel", [*words, part]) if part else ("context_parallel", [*words, way])
         if random.Random(f"lockstep experts {seed}").random() < 0.5:  # drawn apart: other seeds keep their plans
             recipe, words = "expert_parallel", [*words[:-1], "task.experts=2", "task.experts_per_token=1"]
+    if recipe == "transfer_learning" and random.Random(f"lockstep lora {seed}").random() < 0.5:
+        recipe, words = "lora", [word for word in words if not word.startswith("unfreeze_epoch")]
     return Plan(Setup(recipe, ranks, tuple(words), tuple(saving)), tuple(faults), tuple(damages), sizes)
 
 

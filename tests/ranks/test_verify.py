@@ -43,6 +43,7 @@ PROVEN += [
     "lightning_trainer",
     "lightning_trainer",
     "local_sgd",
+    "lora",
     "model_parallel",
     "pipeline_parallel",
     "sync_batchnorm",

@@ -55,6 +55,7 @@ REPLACES: dict[str, list[str]] = {
         "optimizer.zero_grad()",
     ],
     "local_sgd": [STEPS],
+    "lora": [OPTIMIZER, STEPS],
     "model_parallel": [LOSS],
     "pipeline_parallel": [
         OPTIMIZER,
