@@ -22,7 +22,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -257,15 +257,15 @@ COLUMNS: dict[str, Callable[[Figures], float]] = {
 }
 
 
-def growth_table(found: Sequence[Figures]) -> Table:
+def growth_table(found: Sequence[Any], columns: Mapping[str, Callable[[Any], float]]) -> Table:
     """A line per number of ranks, and what each column has grown by."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for name in COLUMNS:
+    for name in columns:
         table.add_column(name, justify="right", no_wrap=True)
     for each in found:
-        table.add_row(*(f"{say(each):,.0f}" if say(each) >= 100 else f"{say(each):.3g}" for say in COLUMNS.values()))
+        table.add_row(*(f"{say(each):,.0f}" if say(each) >= 100 else f"{say(each):.3g}" for say in columns.values()))
     if len(found) > 1:
-        ends = [(say(found[0]), say(found[-1])) for say in COLUMNS.values()]
+        ends = [(say(found[0]), say(found[-1])) for say in columns.values()]
         table.add_row(*(f"x{last / first:.3g}" if first else "" for first, last in ends), style="bold")
     return table
 
@@ -282,7 +282,7 @@ def main() -> None:
     for size in arguments.ranks:
         found.append(measure(size, arguments.seconds))
         print(found[-1].verdict, file=sys.stderr)
-    Console(width=80, highlight=False).print(growth_table(found))
+    Console(width=80, highlight=False).print(growth_table(found, COLUMNS))
 
 
 if __name__ == "__main__":
