@@ -71,7 +71,10 @@ def chosen_layers(config: LoraConfig, model: nn.Module) -> list[str]:
         UserError: a pattern matches none, or r is too large for one, or none is left.
     """
     possible, head = adaptable(model), head_of(model) if config.new_head else "\0"
-    patterns, text = config.layers or ["*"], f"layers=[{','.join(config.layers or ['*'])}]"
+    patterns = ["*"] if config.layers is None else config.layers
+    text = f"layers=[{','.join(patterns)}]"
+    if not patterns:
+        raise UserError(f"{text}: names none, so nothing would be trained; leave it out, or name layers")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in possible):
             raise UserError(

@@ -23,6 +23,7 @@ from recipes import (
     grad_accumulation,
     lightning_fabric,
     lightning_trainer,
+    lora,
     model_parallel,
     pipeline_parallel,
     single,
@@ -314,6 +315,14 @@ TRANSFER = {
     "resume=nowhere": ["resume=nowhere", "no such file or folder"],
     "resume=.": ["resume=.", "holds no checkpoint"],
 }
+LORA = {
+    "": ["resume=auto and weights=null", "nothing to transfer from"],
+    "weights=random layers=[]": ["layers=[]: names none"],
+    "weights=random layers=[nope,fc]": ["nope matches no Linear", "conv1", "with * and ?"],
+    "weights=random layers=[fc] r=11": ["r=11: fc has a smaller side of 10; allowed are 1…10"],
+    "weights=random layers=[fc] new_head=true": ["only fc.* is left"],
+    "weights=imagenet": ["weights=imagenet", "7 × 7 there and 3 × 3 here"],
+}
 COMPARE = {
     "global_batch_size=auto": ["is no single training; set a number"],
     "recipes=[ddp,nope]": ["recipes=[nope]", "no such recipe", "pipeline_parallel"],
@@ -339,6 +348,7 @@ TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
     (deepspeed_zero.train, ZERO),
     (fsdp.train, FSDP),
     (transfer_learning.train, TRANSFER),
+    (lora.train, LORA),
     (verify.train, {"recipes=[nope]": ["recipes=[nope]", "no such recipe", "ddp", "single"]}),
     (verify.train, {"recipes=[]": ["recipes=[]: names none; allowed are"]}),
     (compare.train, COMPARE),
