@@ -19,6 +19,7 @@ How: lockstep/plan/dry_run.py takes the steps, watch.py counts, clock.py and lin
     python -m recipes.plan task=language task.size=tiny gpus=64 hardware=h100 precision=bf16 price=2.5
     python -m recipes.plan task=my_task.py:MyTask recipes=[ddp,my_recipe.py] gpus=16     your model, your loop
     python -m recipes.plan hardware=my_cluster.yaml json=true                            your devices; for programs
+    python -m recipes.plan check=true nproc=2        real steps on this machine, and by how much the plan is off
 
 Expect: a table within half a minute, a command to type, and nothing on the disk.
 Source: https://arxiv.org/abs/2204.02311 (MFU), https://doi.org/10.1145/1498765.1498785 (roofline),
@@ -33,9 +34,12 @@ from rich.console import Console
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
+from lockstep.config.tasks import unit_of
+from lockstep.plan.check import check_plan, check_table
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.estimate import Estimate, estimate, seconds_alone
-from lockstep.plan.hardware import Hardware, load_hardware
+from lockstep.plan.hardware import MEASURED, Hardware, load_hardware
+from lockstep.plan.here import measure_hardware
 from lockstep.plan.report import (
     advice,
     formula_line,
@@ -47,9 +51,8 @@ from lockstep.plan.report import (
 )
 from lockstep.plan.rows import PLANNED, plan_rows
 from lockstep.registry import choose, get_recipe, is_file
-from lockstep.task import option
-from lockstep.tasks.build import known_task
-from lockstep.utils.text import count
+from lockstep.utils.files import write_json
+from lockstep.utils.text import count, short
 
 
 def planned_recipes(names: list[str] | None) -> list[Recipe]:
@@ -81,14 +84,13 @@ def time_alone(config: PlanConfig, hardware: Hardware) -> float | None:
         return None
 
 
-def make_plan(config: PlanConfig) -> int:
-    """Plan all rows and print them; no rank is started."""
-    check_values(config)
-    hardware = load_hardware(config.hardware)
-    rows, left_out = plan_rows(config, train, planned_recipes(config.recipes), config.gpus, hardware)
-    say(f"plan: {count(len(rows), 'row')} for {count(config.gpus, 'device')}, {hardware.name}")
+def plan_all(
+    config: PlanConfig, ranks: int, hardware: Hardware, alone: float | None
+) -> tuple[list[Estimate], list[str]]:
+    """(an estimate of each row, a line for each that cannot be)."""
+    rows, left_out = plan_rows(config, train, planned_recipes(config.recipes), ranks, hardware)
+    say(f"plan: {count(len(rows), 'row')} for {count(ranks, 'device')}, {hardware.name}")
     made: list[Estimate] = []
-    alone = time_alone(config, hardware)
     for number, row in enumerate(rows, start=1):
         began = time.perf_counter()
         try:
@@ -96,6 +98,17 @@ def make_plan(config: PlanConfig) -> int:
         except Exception as error:  # of a recipe of one's own, or a model that asks tensors for their numbers
             left_out.append(f"{row.label}: {type(error).__name__}: {str(error).splitlines()[0]}")
         say(f"{number} of {len(rows)}: {row.label}, {time.perf_counter() - began:.1f} s")
+    return made, left_out
+
+
+def make_plan(config: PlanConfig) -> int | None:
+    """Plan all rows and print them; no rank is started, but to measure this machine."""
+    check_values(config)
+    if config.check or config.hardware == MEASURED:
+        return None
+    hardware = load_hardware(config.hardware)
+    alone = time_alone(config, hardware)
+    made, left_out = plan_all(config, config.gpus, hardware, alone)
     if not made:
         raise UserError("no row could be planned: " + "; ".join(left_out))
     found = ranked(made)
@@ -103,7 +116,7 @@ def make_plan(config: PlanConfig) -> int:
         about = {"hardware": hardware.name, "gpus": config.gpus, "precision": config.precision}
         print(json.dumps(plan_facts(found, left_out, about), indent=1))
         return 0
-    unit = option(known_task(rows[0].config), "unit")
+    unit = unit_of(config)
     title = f"{count(config.gpus, 'device')}, {hardware.name}; global batch {found[0].global_batch_size:,} {unit}"
     console = Console(width=80)
     for tables in (speed_table(found, title, unit), memory_parts_table(found), traffic_table(found)):
@@ -116,7 +129,21 @@ def make_plan(config: PlanConfig) -> int:
 
 @recipe(config=PlanConfig, looks_at="recipes", single_training=False, alone=make_plan)
 def train(run: Run[PlanConfig]) -> None:
-    raise UserError("recipes.plan starts no ranks; start it with python, without torchrun or srun")
+    from lockstep.config.compose import overrides
+
+    if not run.config.check and run.config.hardware != MEASURED:
+        raise UserError("recipes.plan: is one process; start it with python, or add check=true or hardware=here")
+    run.report.line(f"measuring this machine: {count(run.world.world_size, 'rank')}")
+    hardware = measure_hardware(run.world)
+    if run.world.rank == 0:
+        (run.out / "hardware.yaml").write_text(hardware.as_yaml(), encoding="utf-8")
+    run.report.line(f"hardware={short(run.out / 'hardware.yaml')} is this machine's profile")
+    if run.config.check:
+        words = overrides(train, run.asked, train, {"out", "nproc", "check", "hardware"})
+        rows = check_plan(run, words, hardware)
+        if run.world.rank == 0:
+            write_json(run.out / "check.json", [row.facts() for row in rows])
+            run.report.console.print(*check_table(rows), sep="\n")
 
 
 if __name__ == "__main__":

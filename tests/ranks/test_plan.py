@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.plan.hardware import load_hardware
 from tests.helpers.harness import ROOT, command
 
 OWN_RECIPE = ROOT / "tests" / "helpers" / "own_recipe.py"
@@ -30,6 +31,28 @@ def test_a_task_and_a_recipe_of_ones_own_are_planned(tmp_path: Path) -> None:
     assert ddp["global_batch_size"] % 16 == 0
     assert ddp["cost"] == pytest.approx(2 * ddp["hours"])
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
+
+
+@pytest.mark.slow
+def test_real_ranks_send_and_hold_what_is_planned(tmp_path: Path) -> None:
+    words = (
+        "check=true",
+        "nproc=2",
+        "task=language",
+        "recipes=[ddp,zero1,fsdp]",
+        "threads=1",
+        f"out={tmp_path / 'run'}",
+    )
+    done = command("-m", "recipes.plan", *words, cwd=tmp_path, timeout=280)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "run" / "check.json").read_text(encoding="utf-8"))
+    assert {row["label"] for row in rows} >= {"ddp", "zero1", "fsdp"}
+    for row in rows:
+        assert row["bytes_predicted"] == row["bytes_measured"], row["label"]
+        assert abs(row["memory_error"]) < 0.1, row["label"]
+        assert row["seconds_predicted"] > 0
+    assert load_hardware(str(tmp_path / "run" / "hardware.yaml")).device == "cpu"
+    assert "measured here" in done.stdout
 
 
 @pytest.mark.slow

@@ -24,12 +24,14 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lockstep.config.schema import Config
 from lockstep.data.batch import Batch, map_tensors
+from lockstep.data.batches import items_of
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.watch import StepTrace, StepWatch
 from lockstep.recipe import Recipe
 from lockstep.run import Run
+from lockstep.task import option
 from lockstep.tasks.build import known_task, sample_of
 from lockstep.training.precision import DTYPES
 
@@ -100,7 +102,7 @@ class DryTraining(Run[Any]):
         return {}
 
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
-        return (self._batch(self.samples) for _ in range(start, stop))
+        return (self._weighted(self._batch(self.samples)) for _ in range(start, stop))
 
     def steps(self, *, model: nn.Module, optimizer: Any, **_: Any) -> Iterator[Batch]:
         ledger = self._watch.ledger
@@ -117,7 +119,7 @@ class DryTraining(Run[Any]):
             if number == 1:
                 ledger.begin()
             self._watch.begin()
-            yield self._batch(self.samples)
+            yield self._weighted(self._batch(self.samples))
             self._watch.end()
             for each in optimizers:
                 states = (value for state in each.state.values() for value in state.values())
@@ -141,6 +143,17 @@ class DryTraining(Run[Any]):
 
         inputs, targets = (map_tensors(fake, each) for each in self._example)
         return Batch(inputs, targets, count)
+
+    def _weighted(self, batch: Batch) -> Batch:
+        """With the weight that a loader gives it where the task counts its own items: an all-reduce of a number."""
+        if (weigh := option(self.task, "weigh")) is None:
+            return batch
+        batch.items, batch.weigh = items_of(weigh, batch.targets), weigh
+        total = batch.items.clone()
+        if self.shards > 1:
+            dist.all_reduce(total)
+        batch.weight = (batch.items * self.shards / total).to(DTYPES[self.config.precision])
+        return batch
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ Of W bytes of weights, on n ranks:
   gradients are reduced and scattered. Each tensor's first dim is filled up to a multiple of n. Several copies of the
   model (replicate=R) are n / R ranks each, and all-reduce their gradients' parts.
 
+A task that counts its own items, such as tokens, has its loader all-reduce one number more.
 Source: the recipes' own pages; https://arxiv.org/abs/1910.02054 (ZeRO)
 """
 
@@ -20,12 +21,23 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lockstep.config.schema import Config
+from lockstep.task import option
 from lockstep.tasks.build import blocks_of_task, known_task, sketch
 from lockstep.training.precision import AUTOCAST, DTYPES
+
+COUNTED_ITEMS = 8  # bytes of the number by which ranks agree how many items, such as tokens, a global batch has
 
 
 def expected_traffic(name: str, config: Config, ranks: int) -> dict[str, int] | None:
     """{kind: bytes per step} of a recipe by formula; None where there is none for it or for these settings."""
+    found = technique_traffic(name, config, ranks)
+    if found is not None and ranks > 1 and option(known_task(config), "weigh") is not None:
+        found["all-reduce"] = found.get("all-reduce", 0) + COUNTED_ITEMS
+    return found
+
+
+def technique_traffic(name: str, config: Config, ranks: int) -> dict[str, int] | None:
+    """`expected_traffic` of the technique alone."""
     model = sketch(config)
     if config.accumulate != 1 or not all(each.requires_grad for each in model.parameters()):
         return None

@@ -24,7 +24,6 @@ PLAN_KEYS = {
     "tokens",
     "price",
     "check",
-    "curve",
     "json",
     "nproc",
     "out",

@@ -1,0 +1,202 @@
+"""What recipes.plan predicts of trainings that others have published, from published hardware figures alone.
+
+    python -m benchmarks.published [--json FILE]
+
+The rows are all of two tables that plan can express, chosen by a rule and not by their outcome:
+- MosaicML's MPT models under FSDP on H100 in bf16, every row that takes one micro-batch per step (9 rows).
+  https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md
+- torchtitan's Llama 3.1 8B under FSDP in bf16 without torch.compile (2 rows), with memory.
+  https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md
+
+Nothing is tuned to a row. Differences that are known: MPT ties its first and last layer, which recipes.fsdp does not; torchtitan's
+H100s have 96 GB with 2.4 TB/s, which is taken into account, and a limit of 500 W, which is not.
+
+Expect: one line per row, in about three minutes on two cores; no GPU is needed.
+"""
+
+import argparse
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from lockstep.config.compose import compose_another
+from lockstep.launch.validate import validate
+from lockstep.models.gpt import GPT, GPTConfig
+from lockstep.plan.dry_run import dry_steps
+from lockstep.plan.hardware import load_hardware
+from lockstep.registry import get_recipe
+
+
+class NoTokens(Dataset[tuple[Tensor, Tensor]]):
+    """Windows of zeros."""
+
+    def __init__(self, length: int) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return 10**6
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(self.length, dtype=torch.int64), torch.zeros(self.length, dtype=torch.int64)
+
+
+class MptBlock(nn.Module):
+    """LayerNorm, attention of all heads, LayerNorm, and a GELU four times as wide."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_1, self.norm_2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
+        self.qkv, self.out = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm_1(x)).chunk(3, dim=-1)
+        )
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return x + self.down(F.gelu(self.up(self.norm_2(x))))
+
+
+class Mpt(nn.Module):
+    """Its first and last layer are not tied."""
+
+    def __init__(self, width: int, layers: int, heads: int, vocabulary: int, length: int) -> None:
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.blocks = nn.ModuleList(MptBlock(width, heads) for _ in range(layers))
+        self.norm, self.output = nn.LayerNorm(width, bias=False), nn.Linear(width, vocabulary, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens) + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.output(self.norm(x))
+
+
+@dataclass
+class Published:
+    """The task of a row."""
+
+    family: str = "mpt"
+    width: int = 2048
+    layers: int = 24
+    heads: int = 16
+    kv_heads: int = 16
+    hidden: int = 8192
+    vocabulary: int = 50368
+    length: int = 2048
+
+    def __post_init__(self) -> None:
+        self.train_set, self.tokens_per_sample = NoTokens(self.length), self.length
+
+    def build_model(self) -> nn.Module:
+        if self.family == "mpt":
+            return Mpt(self.width, self.layers, self.heads, self.vocabulary, self.length)
+        return GPT(GPTConfig(self.layers, self.width, self.heads, self.kv_heads, self.hidden, self.vocabulary))
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.float().flatten(0, 1), targets.flatten())
+
+
+MPT = {
+    "1b": {"width": 2048, "layers": 24, "heads": 16},
+    "7b": {"width": 4096, "layers": 32, "heads": 32},
+    "13b": {"width": 5120, "layers": 40, "heads": 40},
+}
+LLAMA = {
+    "family": "llama",
+    "width": 4096,
+    "layers": 32,
+    "heads": 32,
+    "kv_heads": 8,
+    "hidden": 14336,
+    "vocabulary": 128256,
+    "length": 8192,
+}
+
+
+@dataclass(frozen=True)
+class PublishedRow:
+    """A training that somebody measured.
+
+    Attributes:
+        samples: of each GPU.
+        tokens: per second and GPU.
+        memory: of a GPU at the peak, in bytes, where it was published.
+    """
+
+    name: str
+    shape: dict[str, Any]
+    gpus: int
+    samples: int
+    tokens: float
+    memory: float | None = None
+    bandwidth: float | None = None
+    words: tuple[str, ...] = ()
+
+
+ROWS = [
+    *(
+        PublishedRow("MPT-1b", MPT["1b"], *row)
+        for row in ((8, 14, 45455), (16, 20, 46037), (32, 20, 45130), (64, 20, 44402))
+    ),
+    PublishedRow("MPT-7b", MPT["7b"], 8, 6, 10643),
+    *(PublishedRow("MPT-13b", MPT["13b"], *row) for row in ((8, 2, 4792), (16, 2, 4767), (32, 2, 4811), (64, 2, 4800))),
+    *(
+        PublishedRow(
+            "Llama-3.1-8B", LLAMA, gpus, 2, tokens, memory * 2**30, 2.4e12, ("checkpoint_activations=selective",)
+        )
+        for gpus, tokens, memory in ((8, 5762, 82.4), (128, 5605, 67.0))
+    ),
+]
+
+
+def predict(row: PublishedRow) -> dict[str, Any]:
+    """A row's published and predicted figures."""
+    recipe, hardware = get_recipe("fsdp"), load_hardware("h100")
+    if row.bandwidth:
+        hardware = replace(hardware, memory=96e9, memory_bandwidth=row.bandwidth)
+    shape = [f"task.{key}={value}" for key, value in row.shape.items()]
+    words = [f'task.name="{Path(__file__).resolve()}:Published"', *shape, "optim=adamw", "precision=bf16", *row.words]
+    config = compose_another(recipe, [*words, f"global_batch_size={row.samples * row.gpus}"])
+    validate(config, recipe, row.gpus)
+    found = dry_steps(recipe, config, row.gpus, hardware)
+    length = int(row.shape.get("length", 2048))
+    return {
+        "model": row.name,
+        "gpus": row.gpus,
+        "published_tokens": row.tokens,
+        "predicted_tokens": row.samples * length / found.step.times.step,
+        "published_memory": row.memory,
+        "predicted_memory": found.peak_bytes,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--json", type=Path, help="also write the rows into this file")
+    arguments = parser.parse_args()
+    rows = []
+    for row in ROWS:
+        rows.append(predict(row))
+        made = rows[-1]
+        speed = made["predicted_tokens"] / row.tokens - 1
+        line = f"{row.name:13} {row.gpus:4} GPUs {row.tokens:8,.0f} tokens/s/GPU, predicted {made['predicted_tokens']:8,.0f}"
+        line += f" ({speed:+.0%})"
+        if row.memory:
+            line += f"; {row.memory / 1e9:.1f} GB, predicted {made['predicted_memory'] / 1e9:.1f}"
+            line += f" ({made['predicted_memory'] / row.memory - 1:+.0%})"
+        print(line, flush=True)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

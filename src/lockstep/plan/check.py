@@ -1,0 +1,234 @@
+"""Predictions for this machine against real steps on it: memory of torch's tensors, bytes, time, a row for each strategy."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from lockstep.callbacks.base import Callback, CallbackContext
+from lockstep.config.copies import with_values
+from lockstep.distributed.collectives import gather_numbers
+from lockstep.plan.config import PlanConfig
+from lockstep.plan.dry_run import STEPS, dry_steps
+from lockstep.plan.hardware import Hardware, load_hardware
+from lockstep.plan.report import gigabytes, millisecond_cell
+from lockstep.plan.rows import PlanRow, plan_rows
+from lockstep.plan.watch import COLLECTIVES, SEND_NOTHING, StepWatch
+from lockstep.recipe import Recipe
+from lockstep.registry import get_recipe
+from lockstep.run import Run
+from lockstep.utils.tables import terminal_tables
+
+TIMED = 9  # steps that are timed, after as many as a plan takes
+MARK = "second step"
+QUIET: dict[str, Any] = {"eval_every": 0, "log_every": 1000, "epochs": 1000, "checkpoint.minutes": 0}
+
+
+@dataclass(frozen=True)
+class CheckRow:
+    """A strategy on the ranks that are there: what was predicted, and what was measured.
+
+    Attributes:
+        bytes_predicted, bytes_measured: {kind: bytes per step} on rank 0.
+        peak_predicted, peak_measured: bytes of torch's tensors on rank 0 at the peak of the second and third step.
+        seconds_predicted, seconds_measured: of a step; the median of nine, on the slowest rank.
+    """
+
+    label: str
+    ranks: int
+    bytes_predicted: dict[str, int]
+    bytes_measured: dict[str, int]
+    peak_predicted: int
+    peak_measured: int
+    seconds_predicted: float
+    seconds_measured: float
+
+    @property
+    def same_bytes(self) -> bool:
+        return self.bytes_predicted == self.bytes_measured
+
+    @property
+    def memory_error(self) -> float:
+        return self.peak_predicted / self.peak_measured - 1
+
+    @property
+    def time_error(self) -> float:
+        return self.seconds_predicted / self.seconds_measured - 1
+
+    def facts(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"memory_error": self.memory_error, "time_error": self.time_error}
+
+
+class RealWatch(StepWatch):
+    """Counts the collectives of real steps, and changes nothing."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(issubclass(each, torch.distributed.tensor.DTensor) for each in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if func.namespace in COLLECTIVES and func._opname not in SEND_NOTHING:
+            tensors = torch.utils._pytree.tree_leaves((args, result))
+            given = [each for each in tensors if isinstance(each, torch.Tensor)]
+            made = [each for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, torch.Tensor)]
+            self._collective(func, args, given, made)
+        return result
+
+
+class StepProbe(Callback):
+    """Counts the third step's collectives, and tells the profiler when the second one begins and the third ends."""
+
+    def __init__(self, hardware: Hardware, profiler: Any) -> None:
+        self._watch, self._profiler, self.traffic = RealWatch(hardware), profiler, {}  # type: ignore[var-annotated]
+
+    def on_step_begin(self, context: CallbackContext) -> None:
+        if context.step == 1:
+            with record_function(MARK):
+                pass
+        if context.step == STEPS - 1:
+            self._watch.begin()
+            self._watch.__enter__()
+
+    def on_step_end(self, context: CallbackContext) -> None:
+        if context.step == STEPS:
+            self._watch.__exit__(None, None, None)
+            self._watch.end()
+            self.traffic = by_kind(self._watch.steps[0].traffic())
+            self._profiler.stop()
+
+
+class StepClock(Callback):
+    """Times each step."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, context: CallbackContext) -> None:
+        self._began = time.perf_counter()
+
+    def on_step_end(self, context: CallbackContext) -> None:
+        if context.device.type == "cuda":
+            torch.cuda.synchronize(context.device)
+        self.seconds.append(time.perf_counter() - self._began)
+
+
+def by_kind(traffic: dict[tuple[str, str], int]) -> dict[str, int]:
+    """{kind: bytes}, over whichever links."""
+    found: dict[str, int] = {}
+    for (kind, _), size in traffic.items():
+        found[kind] = found.get(kind, 0) + size
+    return found
+
+
+def measure_row(run: Run[Any], row: PlanRow, hardware: Hardware) -> tuple[dict[str, int], int, float]:
+    """(bytes by kind, peak in bytes, seconds of a step) of real steps; all ranks call it together."""
+    out = run.out / row.label.replace(" ", "-").replace("=", "-")
+    config = with_values(row.config, QUIET | {"max_steps": STEPS})
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says when it begins, and that there is no GPU
+    with_memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    probe = StepProbe(hardware, with_memory)
+    train_quietly(run, row.recipe, config, out / "memory", [probe], with_memory.start)
+    clock = StepClock()
+    train_quietly(run, row.recipe, with_values(config, {"max_steps": STEPS + TIMED}), out / "time", [clock])
+    median = statistics.median(clock.seconds[STEPS:])
+    slowest = max(gather_numbers(median, run.device))
+    return probe.traffic, peak_of(with_memory), slowest
+
+
+def train_quietly(
+    run: Run[Any], recipe: Recipe, config: Any, out: Path, callbacks: list[Callback], before: Any = lambda: None
+) -> None:
+    """Take a recipe's steps on the ranks that are there."""
+    if run.world.rank == 0:
+        (out / "ranks").mkdir(parents=True, exist_ok=True)
+    dist.barrier(run.world.control)
+    inner: Run[Any] = Run(
+        recipe.name, config, run.world, out, shards=recipe.ranks, quiet=True, listener=run.listener, callbacks=callbacks
+    )
+    inner.data.limit_evaluation()
+    before()
+    recipe(inner)
+    dist.barrier(run.world.control)
+
+
+def peak_of(profiler: Any) -> int:
+    """Bytes that torch's allocator had given out at most since the mark, of those since the profiler's start."""
+    events = profiler.profiler.kineto_results.events()
+    mark = next(each.start_ns() for each in events if each.name() == MARK)
+    held = most = 0
+    for each in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
+        held += each.nbytes()
+        if each.start_ns() >= mark:
+            most = max(most, held)
+    return most
+
+
+def predict_rows(words: list[str], ranks: int, profile_text: Path) -> list[tuple[str, dict[str, int], int, float]]:
+    """(label, bytes by kind, peak, seconds) of each row; in a process that is no rank, for a rank has a process group."""
+    from lockstep.config.compose import compose_another
+
+    tool = get_recipe("plan")
+    config = compose_another(tool, words)
+    assert isinstance(config, PlanConfig)
+    hardware = load_hardware(str(profile_text))
+    found = []
+    for row in checked_rows(config, ranks, hardware)[0]:
+        made = dry_steps(row.recipe, row.config, row.ranks, hardware)
+        found.append((row.label, by_kind(made.step.traffic()), made.peak_bytes, made.step.times.step))
+    return found
+
+
+def checked_rows(config: PlanConfig, ranks: int, hardware: Hardware) -> tuple[list[PlanRow], list[str]]:
+    """The rows that run on exactly so many ranks."""
+    from lockstep.plan.rows import PLANNED
+
+    names = config.recipes or list(PLANNED)
+    config = replace(config, precision="fp32") if config.precision == "auto" else config
+    rows, left_out = plan_rows(config, get_recipe("plan"), [get_recipe(name) for name in names], ranks, hardware)
+    return [row for row in rows if row.ranks == ranks], left_out
+
+
+def check_plan(run: Run[PlanConfig], words: list[str], hardware: Hardware) -> list[CheckRow]:
+    """Measure and predict each strategy; all ranks call it together, rank 0 has the rows."""
+    ranks, file = run.world.world_size, run.out / "hardware.yaml"
+    rows, left_out = checked_rows(run.asked, ranks, hardware)
+    measured = []
+    for number, row in enumerate(rows, start=1):
+        measured.append(measure_row(run, row, hardware))
+        run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * measured[-1][2]:,.1f} ms a step")
+    found: list[CheckRow] = []
+    if run.world.rank == 0:
+        file.write_text(hardware.as_yaml(), encoding="utf-8")
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # no rank: that has a group already
+            predicted = pool.submit(predict_rows, words, ranks, file).result()
+        for (label, sent, peak, seconds), real in zip(predicted, measured, strict=True):
+            found.append(CheckRow(label, ranks, sent, real[0], peak, real[1], seconds, real[2]))
+        for each in left_out:
+            run.report.line(f"left out: {each}")
+    dist.barrier(run.world.control)
+    return found
+
+
+def check_table(rows: list[CheckRow]) -> list[Table]:
+    """What was predicted, what was measured, and by how much they differ."""
+    columns = {
+        "strategy": [row.label.replace(" ", "\n  ") for row in rows],
+        "bytes": ["equal" if row.same_bytes else "differ" for row in rows],
+        "peak": [gigabytes(row.peak_measured) for row in rows],
+        "plan": [f"{row.memory_error:+.1%}" for row in rows],
+        "step ms": [millisecond_cell(row.seconds_measured) for row in rows],
+        "plan ms": [millisecond_cell(row.seconds_predicted) for row in rows],
+        "off": [f"{row.time_error:+.0%}" for row in rows],
+    }
+    return terminal_tables("measured here, and by how much the plan is off", columns, ("strategy",))
