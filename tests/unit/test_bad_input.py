@@ -114,6 +114,7 @@ DDP = {
     "optim.arguments={}": ["optim.arguments={}: changes nothing; set optim.arguments.NAME=VALUE"],
     "gradients.clip_value={fc.*:1e300}": ["gradients.clip_value.fc.*=1e+300: allowed are numbers up to 1e+30"],
     "optim.arguments={dampening:1e300}": ["optim.arguments.dampening=1e+300: allowed are numbers up to 1e+30"],
+    "+cluster=slurm cluster.setup.x=y": ["cluster.setup.x=y: a list's entries have no names; write KEY=[a,b]"],
     "hydra.run.dir=x": ["hydra.run.dir=x: Hydra only composes here", "out=FOLDER"],
     "hydra/launcher=basic": ["hydra/launcher=basic: Hydra only composes here"],
     "-m seed=1,x": ["seed=x", "whole numbers"],

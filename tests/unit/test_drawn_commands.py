@@ -29,7 +29,8 @@ from lockstep.registry import first_lines, get_recipe
 from tests.helpers.harness import command
 
 SEED = int(os.environ.get("DRAWN", "0"))
-RECIPES: list[Recipe] = [get_recipe(name) for name in first_lines()]
+# recipes.plan starts no ranks: it would compute whole plans here.
+RECIPES: list[Recipe] = [get_recipe(name) for name in first_lines() if name != "plan"]
 NUMBERS = (
     "0 1 2 3 7 -1 0.5 1.5 1e3 1e-300 1e300 -1e300 1e400 nan inf -inf 4096 16385 99999999999 2147483647 2147483648 "
     "99999999999999999999 -99999999999999999999 18446744073709551616 0x10 1_000 ٣"

@@ -85,7 +85,9 @@ def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> User
         return UserError(f"{unresolved.group(1)}: {str(cause).splitlines()[0]}")
     if override and "Could not override" in text:
         return unknown_key(override.group(1), recipe, schema)
-    named = "" if re.search(r"\w=", text) else f"{' '.join(sys.argv[1:])}: "
+    if "invalid literal for int" in text:  # OmegaConf looks for the number of a list's entry
+        text = "a list's entries have no names; write KEY=[a,b]"
+    named = "" if re.search(r"[a-z]=", text) else f"{' '.join(sys.argv[1:])}: "
     return UserError(f"{named}{' '.join(text.split())}")
 
 
