@@ -18,7 +18,7 @@ test: $(VENV)/installed slurm chromium mpi cc  ## at least one test of everythin
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not soak"
 
 test-slow: $(VENV)/installed slurm chromium mpi cc  ## the other tests: about half an hour
-	$(BIN)/pytest $(SIDE_BY_SIDE) -m slow
+	$(BIN)/pytest $(SIDE_BY_SIDE) -m "slow and not soak"
 
 test-soak: $(VENV)/installed slurm chromium mpi cc  ## whole trainings, every recipe proven by the command, long series of kills
 	$(BIN)/pytest $(SIDE_BY_SIDE) --numprocesses=2 -m soak

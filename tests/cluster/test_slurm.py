@@ -166,7 +166,10 @@ ENGINES |= {"transfer_learning": ["weights=random"]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in ("fsdp", "lightning_trainer") else pytest.mark.soak) for name in ENGINES],
+)
 def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
     words = [*SHORT, *ENGINES[name]]
