@@ -32,6 +32,7 @@ GROUP_HELP = {
     "tune": "how settings are searched",
     "debug": "settings to look for mistakes with, written +debug=…",
 }
+NO_GROUPS = {"plan"}  # folders of conf/ whose files are not configs: hardware that recipes.plan knows
 
 
 def text(recipe: CommandLine, schema: type[Config], folders: list[Path], everything: bool) -> str:
@@ -101,7 +102,9 @@ def text(recipe: CommandLine, schema: type[Config], folders: list[Path], everyth
 
 def config_groups(folders: list[Path]) -> dict[str, list[str]]:
     """{group: its options}, from the folders of config files."""
-    files = [file for folder in folders for file in sorted(folder.glob("*/*.yaml"))]
+    files = [
+        file for folder in folders for file in sorted(folder.glob("*/*.yaml")) if file.parent.name not in NO_GROUPS
+    ]
     names = dict.fromkeys(file.parent.name for file in files)
     return {name: options(file.stem for file in files if file.parent.name == name) for name in names}
 
