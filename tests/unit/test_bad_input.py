@@ -429,12 +429,16 @@ def test_an_option_that_there_is_not_gets_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_gets_that_line_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("word", "line"),
+    [("--foo", "--foo: no such option"), ("launcher=os", "launcher=os: has neither launch nor submit; allowed are")],
+)
+def test_a_rank_gets_that_line_too(word: str, line: str, tmp_path: Path) -> None:
     """torchrun would take a rank that ended with Hydra's page and 0 for one that has trained."""
     place = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = command("-m", "recipes.ddp", "--foo", cwd=tmp_path, **place)
+    done = command("-m", "recipes.ddp", word, cwd=tmp_path, **place)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert "--foo: no such option" in done.stderr
+    assert line in done.stderr
     assert list(tmp_path.iterdir()) == []
 
 

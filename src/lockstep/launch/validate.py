@@ -22,6 +22,7 @@ from lockstep.data.image_files import check_data
 from lockstep.distributed.cores import check_threads
 from lockstep.distributed.interfaces import check_interfaces
 from lockstep.errors import UserError
+from lockstep.launch.launcher import list_launchers, load_launcher
 from lockstep.memory.usage import free_bytes
 from lockstep.models.resnet import SMALL_IMAGE
 from lockstep.models.torchvision_models import check_model
@@ -95,6 +96,8 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     if config.task.name == IMAGES:
         fill_in_images(config, classes)
     if config.cluster is None:  # else it will run on another machine
+        if config.launcher not in list_launchers():
+            load_launcher(config.launcher)  # also where the ranks have been started, and it is not needed
         check_memory(config)
         check_interfaces(os.environ, nccl=config.backend != "gloo" and torch.cuda.is_available())
     if config.resume_prefix is not None and config.resume in ("auto", "never"):
