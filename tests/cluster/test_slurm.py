@@ -166,10 +166,8 @@ ENGINES |= {"transfer_learning": ["weights=random"]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[] if name in ("fsdp", "lightning_trainer") else pytest.mark.soak) for name in ENGINES],
-)
+@pytest.mark.soak_for("deepspeed_zero", "lightning_fabric", "transfer_learning")
+@pytest.mark.parametrize("name", ENGINES)
 def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
     words = [*SHORT, *ENGINES[name]]
@@ -453,6 +451,7 @@ def test_a_batch_script_s_job_is_requeued_by_hand(
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("node2")
 @pytest.mark.parametrize("node", ["node1", "node2"])  # rank 0's, and another one's
 def test_a_node_that_is_cut_off_is_left_behind(node: str, folder: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
     with Box(nodes=3, slurmd_timeout=5) as box:
@@ -467,7 +466,7 @@ def test_a_node_that_is_cut_off_is_left_behind(node: str, folder: Path, uninterr
     assert_equal(weights(folder / "run"), uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(700)  # a busy machine takes fewer steps in each minute that the job is given
 def test_before_its_time_limit_a_job_saves_and_comes_back(box: Box, folder: Path, tmp_path: Path) -> None:
     words = [*TINY, "max_steps=80"]

@@ -37,11 +37,18 @@ def test_the_commands_named_here_are_in_the_readme() -> None:
     assert set(readme_commands()) >= ELSEWHERE | QUICK
 
 
+def is_long(line: str) -> bool:
+    """Whether it is a minute's work also with two steps: many runs, or a plan of many rows."""
+    return "recipes.compare" in line or "recipes.plan" in line
+
+
 def readme_cases() -> list[Any]:
     lines = [line for line in readme_commands() if not line.startswith("make ") and line not in ELSEWHERE]
     trains = [TRAINS in line and "--help" not in line and "--cfg" not in line for line in lines]
     return [
-        pytest.param(line, marks=pytest.mark.slow if slow and line not in QUICK else [])
+        pytest.param(
+            line, marks=[] if line in QUICK or not slow else pytest.mark.soak if is_long(line) else pytest.mark.slow
+        )
         for line, slow in zip(lines, trains, strict=True)
     ]
 

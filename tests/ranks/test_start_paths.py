@@ -167,6 +167,7 @@ def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("lightning", "module here by torchrun", "module on PYTHONPATH, spawned")
 @pytest.mark.parametrize("start", OWN_STARTS)
 def test_an_own_task_is_the_same_run_by_every_start_from_any_folder(start: str, own_run: Path, tmp_path: Path) -> None:
     source, here = ROOT / "examples" / "tabular.py", tmp_path / "here"

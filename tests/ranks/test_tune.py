@@ -376,7 +376,7 @@ def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bi
     assert (mine["eval_loss"], mine["eval_accuracy"]) == (best["eval_loss"], best["eval_accuracy"])
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_search_with_several_ranks_a_trial_that_is_asked_to_leave_saves_and_goes_on(tmp_path: Path) -> None:
     """Steps enough that all trials are in the middle of it."""
     words = ["-m", "recipes.tune", "tune.recipe=ddp", "tune.nproc=2", "tune.trials=2", "tune.concurrent=1", "out=run"]
