@@ -10,6 +10,7 @@ of a clock then hits is up to the machine; a kill at the n-th file-system call o
 from __future__ import annotations
 
 import argparse
+import builtins
 import faulthandler
 import importlib
 import io
@@ -433,7 +434,12 @@ def strike_at_call(fault: Fault, below: Path, hit: Any) -> None:
             what = f"{'after' if fault.after else 'before'} {what}"
             if not fault.after:
                 strike(what)
-            result = function(*args, **options)
+            try:
+                result = function(*args, **options)
+            except FileNotFoundError:  # what was to be removed is not there
+                if fault.after:
+                    strike(what)
+                raise
             if fault.after and name == "open":
                 return Torn(result, lambda: strike(f"within {path.relative_to(below)}"))
             if fault.after:
@@ -444,7 +450,8 @@ def strike_at_call(fault: Fault, below: Path, hit: Any) -> None:
 
     for name in ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir"):
         setattr(os, name, watched(name, getattr(os, name)))
-    io.open = watched("open", io.open)  # type: ignore[assignment]  # what Path.open calls
+    # What Path.open calls, and what own_files does: two names of one function.
+    io.open = builtins.open = watched("open", io.open)  # type: ignore[assignment]
 
 
 def where(target: Any, folder: int | None) -> Path:

@@ -178,8 +178,8 @@ BROKEN = {
     ),
     "a frozen BatchNorm that model.train() wakes": (
         "transfer_learning",
-        "            layer.eval()\n",
-        "            continue\n",
+        "    hold_statistics(model)\n",
+        "",
     ),
     "layers unfrozen in silence": (
         "transfer_learning",
