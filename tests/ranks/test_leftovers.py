@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import tempfile
@@ -19,10 +20,12 @@ RUN += ["data.workers=1", "log_every=1", "eval_every=0", "threads=1"]
 
 
 @pytest.mark.slow
-def test_the_next_start_removes_what_a_killed_one_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_next_start_removes_what_a_killed_one_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     """Launcher, ranks and DataLoader workers are killed at once; another run that lives keeps its folder."""
-    place, work = tmp_path / "t", tmp_path / "work"
-    place.mkdir()
+    place, work = Path(tempfile.mkdtemp(dir="/tmp")), tmp_path / "work"  # a socket's path has at most 107 characters
+    request.addfinalizer(lambda: shutil.rmtree(place))
     work.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(place))
     cache = "torchinductor_"  # torch's, which is there to be found again
