@@ -17,7 +17,8 @@ data should not differ too much: with enough memory recipes.ddp resume=PATH reac
 must be a new one: `new_head=true` trains it whole. A BatchNorm keeps the running statistics that it has.
 
 The trained model is `resume=PATH`: a run, one of its checkpoints, or any file of its weights. Started again in the same
-`out=`, the run goes on where it was. `layers=[*.attention.*]` names by pattern which are adapted; all are unless told.
+`out=`, the run goes on where it was. `layers=[*.attention.*]` names by pattern which are adapted. Unless told it is
+every Linear and Conv2d that has no side smaller than r; the summary counts them.
 
     python -m recipes.ddp data.classes=[0,1,2,3,4] out=five                            five digits, then the other five
     python -m recipes.lora resume=five data.classes=[5,6,7,8,9] new_head=true optim.lr=0.003
@@ -119,7 +120,7 @@ def check(config: LoraConfig, share: int) -> None:
     # SGD: AdamW would make a step of every last bit by which B's first gradients differ, and A's follow from B.
     proof=Proof(
         {"model.norm": "group", "optim.name": "sgd", "optim.lr": 0.05},
-        {"weights": "random", "merge": False},
+        {"weights": "random", "merge": False, "r": 2},
         prepare=prepare,
     ),
     backbone=True,
@@ -149,8 +150,10 @@ def train(run: Run[LoraConfig]) -> None:
         optimizer.zero_grad()
 
     parameters, adapters = count_parameters(model)
+    layers, possible = chosen_layers(run.config, model.module), adaptable(model.module)
     run.note(
-        f"trained: {adapters:,} of {parameters:,} parameters, {adapters / parameters:.2%}",
+        f"trained: {adapters:,} of {parameters:,} parameters, {adapters / parameters:.2%}, beside {len(layers)} of "
+        f"{len(possible)} layers",
         trainable_parameters=adapters,  # of the merged model there are none
     )
 

@@ -147,4 +147,6 @@ def angle(mine: Tensors, theirs: Tensors) -> float:
         return 0.0
     a = torch.cat([mine[name].double().flatten() for name in theirs])
     b = torch.cat([tensor.double().flatten() for tensor in theirs.values()])
+    if not a.any() and not b.any():
+        return 0.0
     return max(abs(1 - (a @ b / (a.norm() * b.norm())).item()), abs(1 - (a.norm() / b.norm()).item()))
