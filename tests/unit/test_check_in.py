@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 
@@ -11,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from lockstep.distributed.rendezvous import check_in, describe_ranks, pack
-from lockstep.distributed.store import absent_keys, get_many
+from lockstep.distributed.store import absent_keys, await_everyone, get_many
 from lockstep.errors import UserError
 
 
@@ -80,3 +81,26 @@ def test_absent_keys_are_found_by_halves(store: dist.Store) -> None:
     assert absent_keys(store, []) == []
     there = [key for key in keys if key not in ("0", "613", "2499")]
     assert get_many(store, there) == [f"of {key}".encode() for key in there]
+
+
+def test_ranks_that_have_finished_leave_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first waits for the last; for one that never comes, a moment only."""
+    store, gone = dist.HashStore(), []
+
+    def finish(rank: int) -> None:
+        for _ in range(2):  # two runs of one name, as of a trial that is taken again
+            await_everyone(store, "finished", 3)
+            gone.append(rank)
+
+    ranks = [threading.Thread(target=finish, args=(rank,)) for rank in range(3)]
+    for rank in ranks[:2]:
+        rank.start()
+    time.sleep(0.1)
+    assert gone == []
+    ranks[2].start()
+    for rank in ranks:
+        rank.join(30)
+    assert sorted(gone[:3]) == [0, 1, 2]
+    assert len(gone) == 6
+    monkeypatch.setattr("lockstep.distributed.store.BRIEFLY_SECONDS", 0.05)
+    await_everyone(store, "alone", 3)

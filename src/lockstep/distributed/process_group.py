@@ -61,6 +61,7 @@ class World:
     control: dist.ProcessGroup | None = None  # a gloo group for objects and signals, where NCCL carries the tensors
     heartbeat: Heartbeat = field(default_factory=Heartbeat)  # where this rank is, for those who wait for it
     threads_by: str = ""  # who says how many threads, such as OMP_NUM_THREADS=2
+    store: dist.Store | None = None  # where the ranks have met
 
     @property
     def device_ids(self) -> list[int] | None:
@@ -132,5 +133,5 @@ def join_process_group(
         dist.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=timeout)
     control = new_gloo_group(timeout_seconds) if backend != "gloo" else None
     return World(
-        rank, world_size, local_rank, hosts, where, backend, threads, control, heartbeat or Heartbeat(), said_by
+        rank, world_size, local_rank, hosts, where, backend, threads, control, heartbeat or Heartbeat(), said_by, store
     )

@@ -127,6 +127,19 @@ def from_rank_0(
     return dict(json.loads(store.get(name)))
 
 
+def await_everyone(store: dist.Store, name: str, ranks: int) -> None:
+    """Wait, a moment at most, until all ranks are here.
+
+    After a last collective a rank may leave while another one has not yet looked at what it has received: gloo then tells
+    that one of the broken connection, and not that its wait is over.
+    """
+    deadline = time.monotonic() + BRIEFLY_SECONDS
+    with contextlib.suppress(RuntimeError):  # the rank that served the store is gone
+        everyone = -(-store.add(name, 1) // ranks) * ranks  # more than once under one name
+        while store.add(name, 0) < everyone and time.monotonic() < deadline:
+            time.sleep(0.02)
+
+
 def leave_store(store: dist.Store, rank: int, readers: int) -> None:
     """Leave after reading from a store: rank 0, which may serve it, waits until the other readers have read."""
     store.add("read", 1)

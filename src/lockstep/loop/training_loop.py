@@ -35,6 +35,7 @@ from lockstep.distributed.dtensor import full_state_dict, is_sharded
 from lockstep.distributed.heartbeat import TRAINING, WAITING
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.signals import Agreement, Listener, Preempted
+from lockstep.distributed.store import await_everyone
 from lockstep.errors import CheckFailed, UserError
 from lockstep.loop.finite import FiniteCheck
 from lockstep.loop.result import result_fields
@@ -376,6 +377,8 @@ class TrainingLoop:
         context.notes = {"state_bytes_by_rank": state, "state_bytes_unsharded": total} | context.notes
         self.callbacks.on_train_end(context, self.evaluation)
         self.callbacks.on_exit(context)
+        if context.world.store:
+            await_everyone(context.world.store, f"finished {context.out}", context.world.world_size)
         if context.rank == 0:
             export(weights, context.out / "model.pt")
             self.checkpoints.export_best(self._state, weights)
