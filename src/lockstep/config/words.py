@@ -94,7 +94,9 @@ def check_groups(words: list[str], groups: Mapping[str, list[str]]) -> None:
             read = OverridesParser.create().parse_override(word).value()
             names = read.list if isinstance(read, ChoiceSweep) else read if isinstance(read, list) else [read]
             several = group in ("logger", "debug")
-            if not isinstance(read, dict) and not (names and all(isinstance(each, str) and each for each in names)):
+            if not isinstance(read, dict) and not (
+                (names or several) and all(isinstance(each, str) and each for each in names)
+            ):
                 example = f"; several as [{','.join(groups[group][:2])}]" if several else ""
                 raise UserError(f"{word}: allowed are {', '.join(groups[group])}{example}")
 
