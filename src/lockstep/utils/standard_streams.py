@@ -18,7 +18,7 @@ _REPLACED: list[Any] = []  # streams that are kept, for a stream that nobody hol
 WAIT_SECONDS = 5.0  # for a reader whose pipe is full and does not block
 # What our own texts are written with, for a console whose encoding lacks it: LC_ALL=POSIX, a Latin-1 locale.
 PLAIN = {"…": "...", "×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "≥": ">=", "≤": "<=", "·": "*", "µ": "u"}
-PLAIN |= {"▸": ">", "█": "M", "└": "+", "│": "|", "─": "-", "²": "^2", "ᵏ": "^k", "θ": "theta"}
+PLAIN |= {"▸": ">", "█": "M", "└": "+", "│": "|", "─": "-", "²": "^2", "ᵏ": "^k", "θ": "theta", "α": "alpha"}
 SPELLED = "lockstep.spelled"  # the name of `spell`, as an encoder's `errors`
 
 
