@@ -531,8 +531,9 @@ def flipped(content: bytes, at: int, bit: int = 0) -> bytes:
 
 def same_manifest(before: bytes, after: bytes) -> bool:
     try:
-        return manifest_digest(json.loads(before)) == manifest_digest(json.loads(after))
-    except ValueError:
+        old, new = json.loads(before), json.loads(after)
+        return bool(manifest_digest(old) == manifest_digest(new) and old["seal"] == new["seal"])
+    except (ValueError, KeyError):
         return False
 
 
