@@ -325,6 +325,7 @@ LORA = {
     "weights=imagenet": ["weights=imagenet", "7 × 7 there and 3 × 3 here"],
 }
 COMPARE = {
+    "nprocs.x=1": ["nprocs.x=1", "has no keys below it"],
     "global_batch_size=auto": ["is no single training; set a number"],
     "recipes=[ddp,nope]": ["recipes=[nope]", "no such recipe", "pipeline_parallel"],
     "nproc=0": ["nproc=0", "from 1 up"],

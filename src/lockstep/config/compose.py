@@ -27,7 +27,7 @@ from yaml import YAMLError
 
 from lockstep.config import help, sweep
 from lockstep.config.declared import CommandLine, listed, schema_of
-from lockstep.config.explain import check_names, explain, unknown_key
+from lockstep.config.explain import BELOW_A_VALUE, check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import RESNETS, ClusterConfig, Config
 from lockstep.config.tasks import BUILT_IN, TASKS, absolute, check_group_words, named_task, with_defaults
@@ -36,6 +36,8 @@ from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
 QUOTES = "\"'"
+
+UNREADABLE = (HydraException, OmegaConfBaseException, ValueError, YAMLError, AssertionError)  # OmegaConf asserts, too
 
 
 def compose(recipe: CommandLine, use: Callable[[Config], None]) -> None:
@@ -149,7 +151,9 @@ def run_hydra(recipe: CommandLine, words: list[str], schema: type[Config], use: 
                 composed = load_config(name, words)
                 HydraConfig.instance().set_config(composed)
                 task(without_hydra(composed))
-    except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
+    except UNREADABLE as error:
+        if isinstance(error, AssertionError) and BELOW_A_VALUE not in str(error):
+            raise
         raise explain(error, recipe, schema) from None
     finally:
         sys.argv = typed_words
@@ -172,7 +176,9 @@ def compose_another(recipe: CommandLine, words: list[str]) -> Config:
     with other_source(directory):
         try:
             config = OmegaConf.to_object(without_hydra(load_config(name, words)))
-        except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
+        except UNREADABLE as error:
+            if isinstance(error, AssertionError) and BELOW_A_VALUE not in str(error):
+                raise
             raise explain(error, recipe, schema) from None
     assert isinstance(config, Config)
     return config

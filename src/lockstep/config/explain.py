@@ -37,6 +37,8 @@ RENAMED = {  # a key, or a group of keys, by its name of before
     "tune.space.batch_size": "tune.space.global_batch_size",
 }
 
+BELOW_A_VALUE = "Unexpected type for root"  # what OmegaConf says of nproc.x=1
+
 
 def options(names: Iterable[str]) -> list[str]:
     """A group's options, resnet50 before resnet101, without the schema they start from."""
@@ -85,6 +87,8 @@ def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> User
         return UserError(f"{unresolved.group(1)}: {str(cause).splitlines()[0]}")
     if override and "Could not override" in text:
         return unknown_key(override.group(1), recipe, schema)
+    if BELOW_A_VALUE in text:
+        text = "a key that holds a value has no keys below it; write KEY=VALUE"
     if "invalid literal for int" in text:  # OmegaConf looks for the number of a list's entry
         text = "a list's entries have no names; write KEY=[a,b]"
     named = "" if re.search(r"[a-z]=", text) else f"{' '.join(sys.argv[1:])}: "
