@@ -42,7 +42,7 @@ from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.models.freeze import hold_statistics
 from lockstep.models.lora import ADAPTER, adapt, adaptable, merged
-from lockstep.models.parameters import count_parameters, head_of
+from lockstep.models.parameters import NO_HEAD, count_parameters, head_of
 from lockstep.tasks.build import sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
@@ -65,13 +65,18 @@ class LoraConfig(Config):
     )
 
 
+def head_name(config: LoraConfig, model: nn.Module) -> str:
+    """What the names begin with of those parameters that are neither loaded nor frozen."""
+    return head_of(model) if config.new_head else NO_HEAD
+
+
 def chosen_layers(config: LoraConfig, model: nn.Module) -> list[str]:
     """The layers to be adapted.
 
     Raises:
         UserError: a pattern matches none, or r is too large for one, or none is left.
     """
-    possible, head = adaptable(model), head_of(model) if config.new_head else "\0"
+    possible, head = adaptable(model), head_name(config, model)
     patterns = ["*"] if config.layers is None else config.layers
     text = f"layers=[{','.join(patterns)}]"
     if not patterns:
@@ -94,12 +99,16 @@ def chosen_layers(config: LoraConfig, model: nn.Module) -> list[str]:
         raise UserError(
             f"r={config.r}: {least} has a smaller side of {possible[least]}; allowed are 1…{possible[least]}, or other layers="
         )
-    return [name for name in chosen if config.r <= possible[name]]
+    fitting = [name for name in chosen if config.r <= possible[name]]
+    if not fitting:
+        most = max(possible[name] for name in chosen)
+        raise UserError(f"r={config.r}: every layer has a side that is smaller; allowed are 1…{most}")
+    return fitting
 
 
 def prepare(run: Run[LoraConfig], model: nn.Module) -> None:
     """Make a new model the one that is trained here: the trained weights, frozen, and their adapters."""
-    head = head_of(model) if run.config.new_head else "\0"
+    head = head_name(run.config, model)
     model.load_state_dict(run.backbone(model, head, run.config.weights), strict=False)  # a new head stays as drawn
     model.requires_grad_(False)
     hold_statistics(model)
@@ -112,7 +121,7 @@ def check(config: LoraConfig, share: int) -> None:
     """The patterns must match, r be small enough, and the trained model be there and fit."""
     model = sketch(config)
     chosen_layers(config, model)
-    backbone(config, model, head_of(model) if config.new_head else "\0", config.weights)
+    backbone(config, model, head_name(config, model), config.weights)
 
 
 @recipe(

@@ -146,7 +146,7 @@ class Run(Generic[ConfigT]):
         found, said = backbone(self.config, model, head, pretrained) if self.world.rank == 0 else ({}, "")
         if pretrained != "random":
             self.loop.checkpoints.resumed_from = source = pretrained or self.config.resume
-            self.report.line(f"backbone from {source}: {len(found)} tensors, all but {head}*{said}")
+            self.report.line(f"backbone from {source}: {len(found)} tensors{said}")
         return found
 
     def restore_bucket_order(self, model: nn.Module, since: int) -> None:

@@ -320,6 +320,7 @@ LORA = {
     "": ["resume=auto and weights=null", "nothing to transfer from"],
     "weights=random layers=[]": ["layers=[]: names none"],
     "weights=random layers=[nope,fc]": ["nope matches no Linear", "conv1", "with * and ?"],
+    "weights=random r=100000": ["r=100000: every layer has a side that is smaller; allowed are 1…"],
     "weights=random layers=[fc] r=11": ["r=11: fc has a smaller side of 10; allowed are 1…10"],
     "weights=random layers=[fc] new_head=true": ["only fc.* is left"],
     "weights=imagenet": ["weights=imagenet", "7 × 7 there and 3 × 3 here"],

@@ -14,13 +14,14 @@ from lockstep.config.run_directory import checkpoint_folder, read_result
 from lockstep.config.schema import Config
 from lockstep.config.tasks import IMAGES, short_name
 from lockstep.errors import UserError
+from lockstep.models.parameters import NO_HEAD
 from lockstep.models.pretrained import torchvision_file
 from lockstep.models.resnet import SMALL_IMAGE
 
 
 def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None) -> tuple[dict[str, Tensor], str]:
     """What resume=PATH or weights=NAME has for a model, on the CPU: all but the tensors whose names begin with `head`;
-    and a line's end that says what was stripped from their names.
+    and a line's end that says what is left out, and what was stripped from their names.
 
     Nothing where `pretrained`, the value of `weights=`, is random. torchvision's weights are downloaded if they are not there.
 
@@ -42,11 +43,12 @@ def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None
             f"weights={pretrained}: torchvision's weights are for task=images; task={short_name(config.task.name)} takes "
             "resume=PATH, a run of this task or a file of its model's weights"
         )
+    but = "" if head == NO_HEAD else f", all but {head}*"
     path = torchvision_file(config, pretrained) if pretrained else Path(config.resume).expanduser()
     wanted = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(head)}
     if is_foreign(path):
         found, fit = load_weights(path, wanted, config.resume_prefix, head)
-        return found, fit.said()
+        return found, but + fit.said()
     weights = plain_weights(path)
     stems = [tensor for name, tensor in weights.items() if re.search(r"^(?!.*layer).*\bconv1\.weight$", name)]
     there = stems[0].shape if stems else torch.Size()
@@ -58,7 +60,7 @@ def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None
             f"set model.image_size={224 if there[-1] > here[-1] else SMALL_IMAGE}"
         )
     found, fit = select(path, weights, wanted, config.resume_prefix, head)
-    return found, fit.said()
+    return found, but + fit.said()
 
 
 def plain_weights(path: Path) -> dict[str, Tensor]:

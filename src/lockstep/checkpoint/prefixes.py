@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lockstep.errors import UserError
+from lockstep.models.parameters import NO_HEAD
 from lockstep.utils.text import count
 
 SAME_MODEL = "set model=…, model.norm=…, or the keys of your task, to the model that was saved"
@@ -55,7 +56,11 @@ def check_shape(path: Path, name: str, there: tuple[int, ...] | None, here: tupl
 
 
 def fit_names(
-    path: Path, there: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str | None = None, head: str = "\0"
+    path: Path,
+    there: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    prefix: str | None = None,
+    head: str = NO_HEAD,
 ) -> Fit:
     """Find the model's tensors among those of a file.
 

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from lockstep.checkpoint.prefixes import Fit, fit_names, taken
 from lockstep.errors import UserError
+from lockstep.models.parameters import NO_HEAD
 from lockstep.utils.text import count
 
 
 def load_weights(
-    path: Path, wanted: Mapping[str, Tensor], prefix: str | None = None, head: str = "\0"
+    path: Path, wanted: Mapping[str, Tensor], prefix: str | None = None, head: str = NO_HEAD
 ) -> tuple[dict[str, Tensor], Fit]:
     """The weights in a file or a folder under the names of the model that `wanted` is the state_dict of.
 
@@ -35,7 +36,7 @@ def load_weights(
 
 
 def select(
-    path: Path, there: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str | None, head: str = "\0"
+    path: Path, there: Mapping[str, Tensor], wanted: Mapping[str, Tensor], prefix: str | None, head: str = NO_HEAD
 ) -> tuple[dict[str, Tensor], Fit]:
     """The model's weights among tensors that were read from `path`; the rest is as `load_weights` has it."""
     fit = fit_names(path, there, wanted, prefix, head)

@@ -134,33 +134,41 @@ def run_hydra(recipe: CommandLine, words: list[str], schema: type[Config], use: 
             found.append(error)  # kept out of Hydra: it is not Hydra's, nor to be worded as if it were
 
     try:
-        if sweep.is_sweep(words) and sweep.is_plain(words):
-            with hydra.initialize_config_dir(str(directory), version_base="1.3"):
-                for number, point in enumerate(sweep.points(words)):
-                    composed = load_config(name, point, RunMode.MULTIRUN)
-                    with read_write(composed), open_dict(composed):
-                        composed.hydra.mode, composed.hydra.job.num = RunMode.MULTIRUN, number
-                        place = place or composed.hydra.sweep.dir  # named by the time
-                        composed.hydra.sweep.dir = place
-                    HydraConfig.instance().set_config(copy.deepcopy(composed))
+        with explained(recipe, schema):
+            if sweep.is_sweep(words) and sweep.is_plain(words):
+                with hydra.initialize_config_dir(str(directory), version_base="1.3"):
+                    for number, point in enumerate(sweep.points(words)):
+                        composed = load_config(name, point, RunMode.MULTIRUN)
+                        with read_write(composed), open_dict(composed):
+                            composed.hydra.mode, composed.hydra.job.num = RunMode.MULTIRUN, number
+                            place = place or composed.hydra.sweep.dir  # named by the time
+                            composed.hydra.sweep.dir = place
+                        HydraConfig.instance().set_config(copy.deepcopy(composed))
+                        task(without_hydra(composed))
+            elif any(word.startswith("-") for word in words):
+                hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
+            else:  # it would compose twice, the first time to learn whether this is a sweep, which it is not
+                with hydra.initialize_config_dir(str(directory), version_base="1.3"):
+                    composed = load_config(name, words)
+                    HydraConfig.instance().set_config(composed)
                     task(without_hydra(composed))
-        elif any(word.startswith("-") for word in words):
-            hydra.main(version_base="1.3", config_path=str(directory), config_name=name)(task)()
-        else:  # it would compose twice, the first time to learn whether this is a sweep, which it is not
-            with hydra.initialize_config_dir(str(directory), version_base="1.3"):
-                composed = load_config(name, words)
-                HydraConfig.instance().set_config(composed)
-                task(without_hydra(composed))
-    except UNREADABLE as error:
-        if isinstance(error, AssertionError) and BELOW_A_VALUE not in str(error):
-            raise
-        raise explain(error, recipe, schema) from None
     finally:
         sys.argv = typed_words
     if found:
         raise found[0]
     for config in configs:
         use(config)
+
+
+@contextlib.contextmanager
+def explained(recipe: CommandLine, schema: type[Config]) -> Iterator[None]:
+    """Word what Hydra and OmegaConf refuse as one line; an assertion of somebody else's stays what it is."""
+    try:
+        yield
+    except UNREADABLE as error:
+        if isinstance(error, AssertionError) and BELOW_A_VALUE not in str(error):
+            raise
+        raise explain(error, recipe, schema) from None
 
 
 def compose_another(recipe: CommandLine, words: list[str]) -> Config:
@@ -173,13 +181,8 @@ def compose_another(recipe: CommandLine, words: list[str]) -> Config:
     register(recipe, schema)
     directory, name = config_source(recipe)
     words = with_defaults(words, schema)
-    with other_source(directory):
-        try:
-            config = OmegaConf.to_object(without_hydra(load_config(name, words)))
-        except UNREADABLE as error:
-            if isinstance(error, AssertionError) and BELOW_A_VALUE not in str(error):
-                raise
-            raise explain(error, recipe, schema) from None
+    with other_source(directory), explained(recipe, schema):
+        config = OmegaConf.to_object(without_hydra(load_config(name, words)))
     assert isinstance(config, Config)
     return config
 

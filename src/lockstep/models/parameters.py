@@ -6,6 +6,8 @@ from torch import nn
 
 from lockstep.errors import UserError
 
+NO_HEAD = "\0"  # where names that begin with a head's are left out: none does with this
+
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(all, trainable) parameters of a model."""
