@@ -129,7 +129,7 @@ def check(config: LoraConfig, share: int) -> None:
     # SGD: AdamW would make a step of every last bit by which B's first gradients differ, and A's follow from B.
     proof=Proof(
         {"model.norm": "group", "optim.name": "sgd", "optim.lr": 0.05},
-        {"weights": "random", "merge": False, "r": 2},
+        {"weights": "random", "merge": False, "alpha": 2.0, "r": 2},
         prepare=prepare,
     ),
     backbone=True,

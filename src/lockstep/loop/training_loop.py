@@ -378,7 +378,7 @@ class TrainingLoop:
         self.callbacks.on_train_end(context, self.evaluation)
         self.callbacks.on_exit(context)
         if context.world.store:
-            await_everyone(context.world.store, f"finished {context.out}", context.world.world_size)
+            await_everyone(context.world.store, ascii(f"finished {context.out}"), context.world.world_size)
         if context.rank == 0:
             export(weights, context.out / "model.pt")
             self.checkpoints.export_best(self._state, weights)
