@@ -296,6 +296,7 @@ def test_a_dry_run_shows_what_would_be_submitted_and_makes_nothing(box: Box, tmp
     assert (list(tmp_path.iterdir()), box.queue()) == ([], before)
 
 
+@pytest.mark.slow
 def test_without_slurm_it_says_where_to_find_one(tmp_path: Path) -> None:
     done = command("-m", "recipes.ddp", "+cluster=slurm", cwd=tmp_path, PATH="/nowhere")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr

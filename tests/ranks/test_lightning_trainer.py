@@ -168,6 +168,7 @@ def busy(run: Path) -> list[Any]:
     return [result(run)[f"{name}_busy_by_rank"] for name in ("main_thread", "cores")]
 
 
+@pytest.mark.slow
 def test_it_ends_early_keeps_the_best_and_has_nothing_left_to_train(tmp_path: Path) -> None:
     """At lr=0 nothing gets better: 1 evaluation sets the mark, 2 do not beat it. Cut in between, the count goes on."""
     run = tmp_path / "run"

@@ -161,6 +161,7 @@ def read(path: Path) -> bytes:
         return b""
 
 
+@pytest.mark.slow_except("logger=[tensorboard,csv]", "logger=[]", "seed=0")
 @pytest.mark.parametrize(
     ("words", "written"),
     [
@@ -234,6 +235,7 @@ def test_the_same_mistakes_are_shown_on_any_number_of_ranks(tmp_path: Path) -> N
     assert text.tensor_proto.string_val[0].decode() == f"sample {sample}: {label}, predicted {prediction}"
 
 
+@pytest.mark.slow
 def test_the_config_and_the_memory_are_there(tmp_path: Path) -> None:
     out = tmp_path / "run"
     execute(ddp.train, out, 2, *DATA, "max_steps=2", "log_every=1", "logger=[tensorboard,wandb]")

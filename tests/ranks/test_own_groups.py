@@ -63,6 +63,7 @@ def test_killed_and_resumed_it_has_the_same_bits(name: str, tmp_path: Path) -> N
     assert [line["lr"] for line in lines(tmp_path / "parts") if "loss" in line] == rates()
 
 
+@pytest.mark.slow
 def test_every_way_to_share_the_work_trains_the_same(tmp_path: Path) -> None:
     words = (*WORDS, "precision=fp64", "task.dropout=0")
     alone = train(own_recipe.train, tmp_path / "single", 1, *words, "wrap=none")

@@ -172,6 +172,7 @@ def test_a_task_with_batch_norm_is_equal_where_it_is_synchronised_and_measured_e
     assert synchronised["verdict"] == "equal"
 
 
+@pytest.mark.slow
 def test_a_recipe_of_ones_own_is_proven_and_a_broken_one_named(own: Path, tmp_path: Path) -> None:
     (tmp_path / "alone.py").write_text(ALONE)
     words = (f"task={own}:Line", "precision=fp64", "max_steps=3")

@@ -14,6 +14,7 @@ OWN_RECIPE = ROOT / "tests" / "helpers" / "own_recipe.py"
 OWN_TASK = f"task={ROOT / 'examples' / 'tabular.py'}:Diabetes"
 
 
+@pytest.mark.slow
 def test_a_task_and_a_recipe_of_ones_own_are_planned(tmp_path: Path) -> None:
     words = ("recipes=[ddp," + str(OWN_RECIPE) + "]", OWN_TASK, "gpus=16", "hardware=a100", "price=2", "json=true")
     done = command("-m", "recipes.plan", *words, cwd=tmp_path, timeout=240)

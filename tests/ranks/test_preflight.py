@@ -651,6 +651,7 @@ def test_this_machine_passes(ranks: int, tmp_path: Path) -> None:
     assert not (tmp_path / "run" / ".preflight").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("narrow", "quick")
 def test_where_a_run_would_fail_the_exit_code_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(file_system, "probe_disk", lambda folder, rank: {"error": "OSError: No space left on device"})

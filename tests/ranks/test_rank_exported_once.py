@@ -54,6 +54,7 @@ def start_as(ranks: list[int], world_size: int, words: list[str], cwd: Path) -> 
     ]
 
 
+@pytest.mark.slow
 def test_two_processes_that_are_rank_0(tmp_path: Path) -> None:
     """As a user meets it; the wait for a rank that does not come would be 300 s."""
     pids, ends = start_as([0, 0], 2, ["-m", "recipes.ddp", "max_steps=1", f"out={tmp_path / 'run'}"], tmp_path)
@@ -76,6 +77,7 @@ def test_two_processes_that_are_rank_1(ranks: list[int], tmp_path: Path) -> None
         assert text.endswith(f"{SAYS}\n")
 
 
+@pytest.mark.slow_except("1")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_on_several_hosts_they_meet_in_the_store(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     names = iter("abc")

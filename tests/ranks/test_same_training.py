@@ -43,6 +43,7 @@ def test_ddp_has_the_loss_curve_of_one_process(world_size: int, reference: Path,
     assert max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True)) <= 1e-10
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_same_to_the_last_bit_on_any_number_of_ranks(tmp_path: Path) -> None:
     """Trained weights may differ in their last bits, so the models must not train: lr=0."""
     found = []

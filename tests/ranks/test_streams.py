@@ -29,7 +29,7 @@ def test_a_stream_trains_the_same_on_any_number_of_ranks(addressed: str, tmp_pat
     assert result(tmp_path / "2")["eval_loss"] == pytest.approx(result(tmp_path / "1")["eval_loss"], abs=1e-12)
 
 
-@pytest.mark.slow_except("task.addressed=true-2-0")
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "ranks", "workers"),
     [("task.addressed=true", 2, 0), ("task.addressed=false", 2, 1), ("task.per_rank=true", 2, 0)],

@@ -108,8 +108,7 @@ def whole_batch_gradients(model: nn.Module, batch: Batch) -> Tensors:
 # Pipeline parallelism ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow_except("1f1b-2", "zero_bubble-2", "interleaved")
-@pytest.mark.slow_except("1f1b-2", "zero_bubble-2")
+@pytest.mark.slow_except("zero_bubble-2")
 @pytest.mark.parametrize(
     ("schedule", "ranks"),
     [("gpipe", 2), ("1f1b", 2), ("interleaved", 2), ("zero_bubble", 2), ("1f1b", 4), ("zero_bubble", 4)],
@@ -139,6 +138,7 @@ def test_without_the_average_over_pipelines_the_weights_are_off(fit: Fit, monkey
     assert difference(found, expected) > 1e3 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_batch_norm_in_a_pipeline_sees_the_micro_batches_in_their_order(fit: Fit) -> None:
     """Its running statistics depend on the order, and on there being no further forward, of shape inference say."""
     found, _ = fit(pipeline_parallel.train, 2, "precision=fp64", "micro_batches=3")
@@ -151,7 +151,7 @@ def test_batch_norm_in_a_pipeline_sees_the_micro_batches_in_their_order(fit: Fit
     assert difference({n: found[n] for n in names}, {n: whole[n] for n in names}) > 1e-3
 
 
-@pytest.mark.slow_except("zero_bubble-precision=bf16")
+@pytest.mark.slow
 @pytest.mark.parametrize("switch", ["precision=bf16", "channels_last=true"])
 @pytest.mark.parametrize("schedule", ["1f1b", "zero_bubble"])
 def test_a_pipeline_trains_in_every_arithmetic(switch: str, schedule: str, fit: Fit) -> None:
@@ -203,6 +203,7 @@ def test_a_balanced_cut_trains(fit: Fit) -> None:
     assert difference(found, fit(single.train, 1, *PROOF)[0]) <= TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "stages", "pieces"), [(2, 2, 2), (4, 2, 2), (4, 4, 6)])
 def test_a_pipeline_says_how_long_each_rank_was_idle(ranks: int, stages: int, pieces: int, fit: Fit) -> None:
     words = (*PROOF, f"micro_batches={pieces}", "schedule=1f1b", *([f"stages={stages}"] if stages != 2 else []))
@@ -277,6 +278,7 @@ def test_accumulating_trains_what_the_whole_batch_does(recipe: Any, count: int, 
     assert result["train_loss"] == pytest.approx(reference["train_loss"], rel=TOLERANCE), "weighted in the log too"
 
 
+@pytest.mark.slow
 def test_unbind_trains_what_chunk_does(fit: Fit) -> None:
     by_chunk, _ = fit(grad_accumulation.train, 2, *PROOF, "accumulate=3")
     by_unbind, _ = fit(grad_accumulation.train, 2, *PROOF, "accumulate=3", "accumulate_by=unbind")
@@ -681,7 +683,7 @@ def test_model_parallel_trains_what_one_process_does(words: tuple[str, ...], fit
     assert sum(result["idle_shares"]) > parts - 1.001, "one part works at a time"
 
 
-@pytest.mark.slow_except("recipe1-2")
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "ranks"), [(model_parallel.train, 1), (pipeline_parallel.train, 2)])
 def test_another_model_in_parts_trains_what_it_does_as_a_whole(recipe: Any, ranks: int, fit: Fit) -> None:
     """No ResNet: features.N are its blocks, and the cut lies in the middle of them."""
@@ -742,6 +744,7 @@ def test_a_clock_changes_no_number_and_is_silent_without_gradients() -> None:
         assert clock.busy[0].count == before
 
 
+@pytest.mark.slow
 def test_the_smallest_input_next_to_a_bad_one_is_taken(fit: Fit) -> None:
     """accumulate may be a rank's whole share, and a pipeline's gpipe takes a single micro-batch."""
     expected, _ = fit(single.train, 1, *PROOF)

@@ -82,6 +82,7 @@ def test_only_the_head_changes_whatever_the_backbone_comes_from(source: str, bas
     assert [line["step"] for line in lines(tmp_path / "run") if "loss" in line] == list(range(1, 17))
 
 
+@pytest.mark.slow
 def test_what_the_patterns_leave_out_is_trained(base: Path, tmp_path: Path) -> None:
     words = (f"resume={base}", "freeze=[conv1.*,bn1.*,layer1.*,layer3.?.bn*]", "optim=adamw")
     execute(transfer_learning.train, tmp_path / "run", 2, *DATA, HIGH, *words)
@@ -90,6 +91,7 @@ def test_what_the_patterns_leave_out_is_trained(base: Path, tmp_path: Path) -> N
     assert all(torch.equal(mine[name], there[name]) for name in mine if name.startswith("layer3") and ".bn" in name)
 
 
+@pytest.mark.slow
 def test_a_frozen_batchnorm_whose_weights_are_trained_is_not_frozen(base: Path, tmp_path: Path) -> None:
     execute(transfer_learning.train, tmp_path / "run", 1, *DATA, HIGH, f"resume={base}", "freeze=[bn1.weight]")
     mine, there = weights(tmp_path / "run" / "model.pt"), weights(base / "model.pt")
@@ -148,7 +150,7 @@ def by_hand(world: World, config: str, out: str) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.slow_except("3")
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_head_first_then_everything_is_what_a_plain_loop_computes(ranks: int, tmp_path: Path) -> None:
     words = (*PROOF, "unfreeze_epoch=1", "unfreeze_lr=0.005")

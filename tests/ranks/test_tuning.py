@@ -98,6 +98,7 @@ def test_a_run_says_what_it_chose_and_keeps_its_precision(
     assert result(out)["precision"] == fast
 
 
+@pytest.mark.slow
 def test_ranks_agree_on_the_slowest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def arithmetic(device: torch.device) -> tuple[str, str]:
         return ("fp32" if torch.distributed.get_rank() else "bf16"), "this test"
@@ -108,6 +109,7 @@ def test_ranks_agree_on_the_slowest(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "another rank's device" in (tmp_path / "run/ranks/0.log").read_text()
 
 
+@pytest.mark.slow
 def test_what_deepspeed_cannot_is_not_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "arithmetic", lambda device: ("bf16", "this test"))
     execute(deepspeed_zero.train, tmp_path / "run", 2, "precision=auto", "max_steps=1", "global_batch_size=24")

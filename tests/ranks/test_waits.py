@@ -223,6 +223,7 @@ def messages(said: str) -> int:
     return len(re.findall(r"^(?:error: |rank \d+ failed|rank \d+ was killed|rank \d+ ended)", said, re.MULTILINE))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", PLACES)
 def test_a_rank_killed_at_the_end_ends_all_with_one_message(place: str, outcomes: dict[str, Case]) -> None:
     found, phase = outcomes[place], PLACES[place][2]
@@ -233,6 +234,7 @@ def test_a_rank_killed_at_the_end_ends_all_with_one_message(place: str, outcomes
     assert "Traceback" not in found.said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["worker", "worker, asked", "evaluation's worker"])
 def test_a_worker_that_sends_nothing_ends_the_run_with_a_line(case: str, outcomes: dict[str, Case]) -> None:
     found = outcomes[case]
@@ -247,6 +249,7 @@ def test_a_worker_that_sends_nothing_ends_the_run_with_a_line(case: str, outcome
     assert found.code == (128 + signal.SIGTERM if found.asks else 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "kept", "where"),
     [
@@ -265,6 +268,7 @@ def test_a_signal_ends_a_run_that_stands_still(case: str, kept: str, where: str,
     assert found.code == 128 + signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_stopped_is_woken_to_heed_a_signal(outcomes: dict[str, Case]) -> None:
     found = outcomes["stopped"]
     assert found.code == os.EX_TEMPFAIL, found.said

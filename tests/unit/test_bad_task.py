@@ -253,7 +253,7 @@ AT_FIRST: dict[str, tuple[str, list[str]]] = {
 }
 
 
-@pytest.mark.slow_except("Misfit", "OtherNames", "OtherData")
+@pytest.mark.slow_except("Misfit")
 @pytest.mark.parametrize("name", AT_FIRST)
 def test_what_only_training_shows_is_one_line_too(
     name: str, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

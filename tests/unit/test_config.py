@@ -223,6 +223,7 @@ SWEEPS = {
 }
 
 
+@pytest.mark.slow_except("model=vit_b_16,resnet18", "task=a.py:A,b.py:B")
 @pytest.mark.parametrize("words", SWEEPS)
 def test_a_sweep_over_models_and_tasks(words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A point for each, every task with keys of its own, and a folder for each point."""

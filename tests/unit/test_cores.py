@@ -129,6 +129,7 @@ def test_a_real_control_group(tmp_path: Path) -> None:
         assert done.stdout.startswith("SAYS (")
 
 
+@pytest.mark.slow_except("set by torchrun")
 @pytest.mark.parametrize(
     ("omp", "found"),
     [({}, "'8 cores among 2 ranks'"), ({"OMP_NUM_THREADS": "1"}, "'OMP_NUM_THREADS=1'")],

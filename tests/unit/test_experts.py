@@ -114,6 +114,7 @@ def test_a_gpt_counts_its_parameters_and_gives_logits_alone_in_evaluation() -> N
     assert dense(torch.zeros(3, 9, dtype=torch.int64)).shape == (3, 9, 18)
 
 
+@pytest.mark.slow
 def test_memory_of_a_step_is_foretold_though_nobody_knows_who_goes_where() -> None:
     words = ("task=language", f"task.experts={EXPERTS}", "task.capacity=1.0", "optim=adamw")
     found = predict_memory(compose_config(single.train, *words), 4)

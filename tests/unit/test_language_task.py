@@ -113,6 +113,7 @@ def test_the_model_fits_its_data(digits: Language) -> None:
     assert all(isinstance(model.get_submodule(name), nn.Module) for name in names)
 
 
+@pytest.mark.slow
 def test_a_nano_gpt_learns_the_digits(digits: Language) -> None:
     """Two epochs of a plain loop get from the unigram baseline's 2.98 bits to 2.6 or less; 15 to 1.9."""
     torch.manual_seed(0)

@@ -98,6 +98,7 @@ def test_only_what_is_waited_for_is_exposed() -> None:
     assert clock.end().exposed == pytest.approx(seconds)
 
 
+@pytest.mark.slow
 def test_bytes_and_memory_are_those_of_the_technique() -> None:
     found: dict[str, DryRun] = {}
     for name in ("single", "ddp", "zero1", "fsdp"):
