@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # Three on two cores: much of a test is waiting, for ranks to start, for a cluster. A file's tests stay together.
 SIDE_BY_SIDE := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-soak test-all fuzz check format board bench bench-gpu clean help slurm chromium mpi cc
+.PHONY: demo test test-slow test-soak test-all fuzz check format board bench bench-gpu docs docs-serve clean help slurm chromium mpi cc
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,7 +17,7 @@ demo: $(VENV)/installed  ## train ResNet-18 on real digits with two ranks, about
 test: $(VENV)/installed slurm chromium mpi cc  ## at least one test of everything, in minutes: no network, no GPU needed
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "not slow and not soak"
 
-test-slow: $(VENV)/installed slurm chromium mpi cc  ## the other tests: about half an hour
+test-slow: $(VENV)/installed slurm chromium mpi cc  ## the other tests: about three quarters of an hour
 	$(BIN)/pytest $(SIDE_BY_SIDE) -m "slow and not soak"
 
 test-soak: $(VENV)/installed slurm chromium mpi cc  ## whole trainings, every recipe proven by the command, long series of kills
@@ -48,6 +48,12 @@ bench: $(VENV)/installed  ## the benchmarks, as one table of paired ratios
 
 bench-gpu: $(VENV)/installed  ## ResNet-50 on one GPU, beside a bare loop and the device's own rates; 8 minutes
 	$(BIN)/python -m benchmarks.gpu
+
+docs: $(VENV)/installed  ## build the pages of docs/ into site/; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/installed  ## the same on http://127.0.0.1:8000, built again when a page changes
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
 
 # $(call need,COMMAND,PACKAGES): Debian's packages, where the command is not there and root may install them.
 need = command -v $(1) >/dev/null || test "$$(id -u)" != 0 || ! command -v apt-get >/dev/null || \

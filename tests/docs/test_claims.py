@@ -31,6 +31,6 @@ def test_no_claim_is_made_twice() -> None:
 
 
 def test_the_files_of_tests_that_the_docs_name_are_there() -> None:
-    for page in ("README.md", "CONTRIBUTING.md"):
-        for name in re.findall(r"`(tests/[\w/]+\.py)`", (ROOT / page).read_text()):
-            assert (ROOT / name).is_file(), f"{page}: there is no {name}"
+    for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
+            assert (ROOT / name).is_file(), f"{page.name}: there is no {name}"

@@ -296,7 +296,7 @@ def test_every_recipe_opens_with_command_expectation_and_source() -> None:
 EVERYTHING = {
     "a real Slurm job": "cluster/test_slurm.py::test_two_nodes_of_two_ranks_train_what_this_machine_trains",
     "the cluster itself": "cluster/test_box.py::test_srun_reaches_two_hosts",
-    "README's commands": "docs/test_readme.py::test_every_command_of_the_readme_runs",
+    "the documents' commands": "docs/test_commands.py::test_every_command_of_the_documents_runs",
     "torchrun": "ranks/test_start_paths.py::test_every_start_gives_the_same_run",
     "DDP": "ranks/test_same_training.py::test_ddp_has_the_loss_curve_of_one_process",
     "verify": "ranks/test_verify.py::test_on_other_numbers_of_ranks",

@@ -1,7 +1,7 @@
 """What is chosen for the hardware by itself, and why: all of it in `choose`.
 
 Each choice is a key that is `auto` by default, so that typing another value is the switch, and each is named with its
-reason in the start-up summary. What each of them gives was measured on ResNets; README.md has the figures.
+reason in the start-up summary. What each of them gives was measured on ResNets; docs/benchmarks.md has the figures.
 """
 
 from __future__ import annotations
