@@ -15,18 +15,23 @@ compares two records, report.py prints them.
     python -m recipes.verify recipes=[ddp] nproc=4 precision=fp64     or fp32, bf16, fp16
     python -m recipes.verify task=my_task.py:Gpt                      your model, data and loss behind every recipe
     python -m recipes.verify recipes=[my_recipe.py]                   your loop: against single, or itself on one rank
+    python -m recipes.verify recipes=[fsdp] interrupt=2               cut off after 2 steps and resumed: still equal
+    python -m recipes.verify museum=list                              bugs that really happened; museum=NAME shows one
 
 Expect: a line per row, then a table with every row green and exit code 0, in about three minutes on two CPU cores;
 exit code 1 if a row is off.
 Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 """
 
+from __future__ import annotations
+
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from lockstep import Recipe, Run, recipe
+from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.tasks import IMAGES
 from lockstep.errors import CheckFailed
 from lockstep.loggers.console import described
@@ -34,11 +39,14 @@ from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count
 from lockstep.verify.config import VerifyConfig
-from lockstep.verify.proofs import proof_batch, proof_cases, verify_case
+from lockstep.verify.proofs import ProofCase, fewest_steps, proof_batch, proof_cases, verify_case
 from lockstep.verify.reference import SINGLE, check_against
 from lockstep.verify.report import progress_line, verdict_notes, verify_tables
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import Trace
+
+if TYPE_CHECKING:
+    from lockstep.verify.museum.bug import Bug
 
 
 def recipes_with_proofs(names: list[str] | None) -> list[Recipe]:
@@ -51,16 +59,65 @@ def recipes_with_proofs(names: list[str] | None) -> list[Recipe]:
     return [each for each in found if each.proofs or is_file(each.target)]
 
 
+def shown_bug(config: VerifyConfig) -> Bug | None:
+    """What `museum=NAME` names. Without it nothing of the museum is loaded.
+
+    Raises:
+        UserError: there is no such bug, or a key besides contradicts it.
+    """
+    if config.museum is None:
+        return None
+    from lockstep.verify.museum.table import find_bug
+
+    bug = find_bug(config.museum)
+    for name, value in {"recipes": config.recipes, "against": config.against, "interrupt": config.interrupt}.items():
+        if value is not None:
+            raise UserError(f"museum={bug.name}: breaks recipes.{bug.recipe} in its own way; leave {name} out")
+    if config.task.name != IMAGES:
+        raise UserError(f"museum={bug.name}: is shown on a task of its own; leave task out")
+    return bug
+
+
 def check(config: VerifyConfig, share: int) -> None:
     """Only recipes that exist can be verified, against what exists."""
     check_against(config.against)
     recipes_with_proofs(config.recipes)
+    bug, steps = shown_bug(config), fewest_steps(config)
+    if bug and config.global_batch_size == share:
+        raise UserError(f"museum={bug.name}: is shown among several ranks, and here is 1; set nproc=2")
+    if config.interrupt is not None and config.interrupt >= steps:
+        raise UserError(
+            f"interrupt={config.interrupt}: the shortest proof has {steps} steps; allowed are 1…{steps - 1}, or a "
+            "larger max_steps"
+        )
 
 
-@recipe(config=VerifyConfig, looks_at="recipes", single_training=False, check=check, batch=proof_batch)
+def list_museum(config: VerifyConfig) -> int | None:
+    """Answer `museum=list`."""
+    if config.museum != "list":
+        return None
+    from lockstep.verify.museum.page import museum_list
+
+    print(museum_list())
+    return 0
+
+
+def cases_of(run: Run[VerifyConfig], bug: Bug | None) -> list[ProofCase]:
+    """The rows to come: of all recipes or those that are named, or of one that has a bug."""
+    if bug is None:
+        return proof_cases(recipes_with_proofs(run.config.recipes), run.config, run.device.type)
+    from lockstep.verify.museum.bug import broken
+
+    cases = proof_cases([broken(bug, get_recipe(bug.recipe))], run.config, run.device.type)
+    return [replace(case, interrupt=bug.interrupt) for case in cases]
+
+
+@recipe(
+    config=VerifyConfig, looks_at="recipes", single_training=False, check=check, batch=proof_batch, alone=list_museum
+)
 def train(run: Run[VerifyConfig]) -> None:
-    single = get_recipe("single")
-    cases = proof_cases(recipes_with_proofs(run.config.recipes), run.config, run.device.type)
+    single, bug = get_recipe("single"), shown_bug(run.config)
+    cases = cases_of(run, bug)
     model, data = described(run.task, run.config)
     what = "" if run.config.task.name == IMAGES else f" of {model} on {data}"
     run.report.line(f"verify: {count(len(cases), 'row')}{what}, on {count(run.world.world_size, 'rank')}")
@@ -68,7 +125,12 @@ def train(run: Run[VerifyConfig]) -> None:
     rows: list[VerifyRow] = []
     for number, case in enumerate(cases, start=1):
         began = time.perf_counter()
-        rows.append(verify_case(run, case, single, references))
+        try:
+            rows.append(verify_case(run, case, single, references))
+        except CheckFailed as error:
+            if bug is None:
+                raise
+            raise CheckFailed(f"museum={bug.name}: is stopped by an error: {error}; {bug.told}") from None
         if run.world.rank == 0:  # the other ranks have no numbers
             run.report.line(progress_line(rows[-1], number, len(cases), time.perf_counter() - began))
     if run.world.rank == 0:
@@ -76,6 +138,8 @@ def train(run: Run[VerifyConfig]) -> None:
         run.report.console.print(*verify_tables(rows), sep="\n")
         for note in verdict_notes(rows):
             run.report.line(note)
+        if bug:
+            run.report.line(f"{bug.name}: {bug.told}")
     off = [
         f"{row.recipe} in {row.precision}" + f" with {row.variant}" * bool(row.variant) + f" ({row.first})"
         for row in rows
@@ -83,6 +147,9 @@ def train(run: Run[VerifyConfig]) -> None:
     ]
     verdict = [", ".join(off)]
     dist.broadcast_object_list(verdict, src=0)
+    if bug:
+        found = f"is found in {verdict[0]}" if verdict[0] else f"is not seen here: {', '.join(r.verdict for r in rows)}"
+        raise CheckFailed(f"museum={bug.name}: {found}")
     if verdict[0]:
         against = " or ".join(dict.fromkeys(case.against for case in cases))
         what = "recipes.single" if against == SINGLE else "its reference"

@@ -31,7 +31,8 @@ class CallbackContext:
     Attributes:
         recipe: its name.
         out: the run directory.
-        quiet: the run belongs to a tool: nothing on the console, no checkpoints, never resumed.
+        quiet: the run belongs to a tool: nothing on the console.
+        saves: whether checkpoints are written and resumed; not where it is quiet, unless the tool says so.
         report: what a person reads.
         started: when, by time.perf_counter().
         step: optimizer updates done, those that fp16's scaler left out included.
@@ -70,12 +71,16 @@ class CallbackContext:
     scaler: Scaler | None = None
     notes: dict[str, Any] = field(default_factory=dict)
     columns: list[str] = field(default_factory=list)
+    saves: bool = field(init=False)
     parameter_names: Sequence[str] = ()
     # Unset until on_train_begin, and never None in a callback.
     module: nn.Module = field(init=False)
     model: nn.Module = field(init=False)
     optimizer: Optimizer = field(init=False)
     gradients: LocalGradients = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.saves = not self.quiet
 
     @property
     def device(self) -> torch.device:

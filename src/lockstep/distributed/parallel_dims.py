@@ -56,9 +56,11 @@ class ParallelDims:
     def random_stream(self) -> int:
         """Whose random numbers this rank draws in training: its own, or those of all who work on a layer with it.
 
-        What they all have of an activation loses the same numbers to dropout on each of them.
+        What they all have of an activation loses the same numbers to dropout on each of them. So it does where every
+        rank trains the whole batch.
         """
-        return self.shard if self.together else self.rank
+        repeated = self.shards * self.model_parallel_size < self.world_size
+        return self.shard if self.together or repeated else self.rank
 
     @property
     def evaluates_together(self) -> bool:

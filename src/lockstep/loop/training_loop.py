@@ -134,7 +134,7 @@ class TrainingLoop:
             engine=engine,
             whole=None if evaluated else whole,  # which is the state's own model
         )
-        if not context.quiet:  # a tool's run is never resumed
+        if context.saves:
             self._heartbeat.enter("resuming")
             self._resume(model)
         go_to_step(scheduler, context.step)
@@ -173,7 +173,7 @@ class TrainingLoop:
         self._optimizer = optimizer
         check_consistency(source.facts() | {"steps to take": context.total_steps}, source.where, context.world)
         if self._listener:
-            if not context.quiet:
+            if context.saves:
                 # Whose peer has died waits in here until its time is over, or until a signal ends it: as long as there
                 # is nothing to save, the first one does.
                 self.checkpoints.connect()
@@ -227,7 +227,7 @@ class TrainingLoop:
         if leaves and self._listener:
             self._listener.announce(sign)
         due = due or leaves or self.checkpoints.is_due(context.step, last)
-        if due and context.step > self.checkpoints.saved_step and not context.quiet and self._finite.check_weights():
+        if due and context.step > self.checkpoints.saved_step and context.saves and self._finite.check_weights():
             self._save()
         if leaves:
             self._leave(sign)

@@ -22,3 +22,9 @@ class VerifyConfig(ToolConfig):
         "what a recipe of your own must equal: single; self, itself on one rank; FILE.py, that on one rank (null: "
         "single if it declares a proof or trains run.task, else self)",
     )
+    interrupt: int | None = key(
+        None, "step after which each training is cut off, and resumed from its checkpoint (null: none is)", minimum=1
+    )
+    museum: str | None = key(
+        None, "break a recipe by a bug that really happened, and see it found; list: their names (docs/museum.md)"
+    )

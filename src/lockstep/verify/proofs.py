@@ -41,6 +41,7 @@ class ProofCase:
         differs: why the two sides compute different trainings; empty where they must be equal.
         against: the reference: single, or the path of a recipe's file, which is run on one rank.
         task: what both sides train in place of images; empty: what `run.task` is.
+        interrupt: the step after which the recipe's training is cut off and resumed; the reference's is not.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class ProofCase:
     differs: str = ""
     against: str = SINGLE
     task: str = ""
+    interrupt: int | None = None
 
     @property
     def own_words(self) -> list[str]:
@@ -98,15 +100,21 @@ def proof_cases(recipes: Iterable[Recipe], config: Config, device: str) -> list[
     precisions = ["fp64", "fp32", *AUTOCAST] if device == "cuda" else ["fp64", "fp32"]
     for recipe, proof in [(each, proof) for each in recipes for proof in proofs_of(each, config)]:
         against = reference_of(recipe, getattr(config, "against", None))
+        interrupt = getattr(config, "interrupt", None)
         differs = proof.because if config.task.name != IMAGES else ""
         task = (own_task(recipe) or "") if config.task.name == IMAGES else ""  # it cannot train images
         for precision in precisions if every_precision else [config.precision]:
             # What a recipe lacks of the precision that proves most, or was asked for, is said in a row.
             if precision in proof.precisions or precision == "fp64" or not every_precision:
-                cases.append(ProofCase(recipe, proof, precision, proof.settings, differs, against, task))
+                cases.append(ProofCase(recipe, proof, precision, proof.settings, differs, against, task, interrupt))
         if proof.differs and every_precision:
             cases.append(ProofCase(recipe, proof, proof.precisions[0], proof.differs, proof.because, against, task))
     return cases
+
+
+def fewest_steps(config: Config) -> int:
+    """Steps of the shortest proof."""
+    return config.max_steps or min(PROOF_STEPS.values())
 
 
 def proof_config(run: Run[Any], schema: type[Config], precision: str, values: dict[str, Any]) -> Config:
@@ -167,14 +175,15 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
     try:
         if case.against != SINGLE:
             name = "-".join([each.name, *said, *case.own_words])
-            found = trace(run, each, mine, name, case.proof.prepare)
+            found = trace(run, each, mine, name, case.proof.prepare, case.interrupt)
             reference = run_alone(run, case.against, mine, f"{name}-on-one-rank", found)
             if found and reference:
                 row.compare(found, reference, case.differs)
             return row
         if key not in references:
             references[key] = trace(run, single, mine if alike else base, f"single-{key}", case.proof.prepare)
-        found = trace(run, each, mine, "-".join([each.name, *said, *case.own_words]), case.proof.prepare)
+        name = "-".join([each.name, *said, *case.own_words])
+        found = trace(run, each, mine, name, case.proof.prepare, case.interrupt)
         if found and (reference := references[key]):
             row.compare(found, reference, case.differs)
     except Preempted:

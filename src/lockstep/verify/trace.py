@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.callbacks.base import Callback, CallbackContext
+from lockstep.config.copies import with_values
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_objects
 from lockstep.run import Run
@@ -60,7 +62,12 @@ class FirstGradients(Callback):
 
 
 def trace(
-    run: Run, recipe: Recipe, config: Config, name: str, prepare: Callable[[Run, nn.Module], None] | None = None
+    run: Run,
+    recipe: Recipe,
+    config: Config,
+    name: str,
+    prepare: Callable[[Run, nn.Module], None] | None = None,
+    interrupt: int | None = None,
 ) -> Trace | None:
     """Train a recipe on the ranks of `run`, in a run directory `name` inside its own; the Trace on rank 0, else None.
 
@@ -68,25 +75,29 @@ def trace(
 
     Args:
         prepare: called with the model when it has been placed.
+        interrupt: the step after which the training ends, and goes on as another run that finds its checkpoint.
     """
     out = run.out / name
     if run.world.rank == 0:
         (out / "ranks").mkdir(parents=True, exist_ok=True)  # left by a start that was preempted
+        shutil.rmtree(out / "checkpoints", ignore_errors=True)
     dist.barrier()
     gradients = FirstGradients()
-    inner = Run(
-        recipe.name,
-        config,
-        run.world,
-        out,
-        shards=recipe.ranks,
-        quiet=True,
-        listener=run.listener,
-        callbacks=[gradients],
-    )
-    if prepare:
-        inner.prepare = partial(prepare, inner)
-    recipe(inner)
+    for values in parts_of(interrupt):
+        inner = Run(
+            recipe.name,
+            with_values(config, values),
+            run.world,
+            out,
+            shards=recipe.ranks,
+            quiet=True,
+            listener=run.listener,
+            callbacks=[gradients],
+        )
+        inner.loop.context.saves = interrupt is not None
+        if prepare:
+            inner.prepare = partial(prepare, inner)
+        recipe(inner)
     parts = gather_objects({name: tensor.cpu() for name, tensor in gradients.found.items()}, None)
     dist.barrier()
     if run.world.rank:
@@ -95,6 +106,12 @@ def trace(
     if recipe.local_updates:
         whole = {name: torch.stack([part[name] for part in parts]).mean(0) for name in whole}
     return trace_left_by(out, whole.keys(), whole)
+
+
+def parts_of(interrupt: int | None) -> list[dict[str, Any]]:
+    """What is set besides in each part of a training: one, or the steps before and after it is cut off."""
+    saving: dict[str, Any] = {"checkpoint.every": interrupt, "resume": "auto"}
+    return [{}] if interrupt is None else [saving | {"max_steps": interrupt}, saving]
 
 
 def trace_left_by(out: Path, trained: Collection[str], gradients: Tensors) -> Trace:

@@ -1,0 +1,46 @@
+"""The museum in words: the list for a terminal, and docs/museum.md.
+
+python -m lockstep.verify.museum.page > docs/museum.md
+"""
+
+from __future__ import annotations
+
+from lockstep.verify.museum.bug import Bug
+from lockstep.verify.museum.table import BUGS
+
+PAGE_HEAD = """# The museum of silent bugs
+
+Each of these bugs really happened: a training ran to its end with them, and computed something else. Each is here as a
+mutant of one of our recipes. `python -m recipes.verify museum=NAME` breaks the recipe before your eyes, and shows by
+which number of its row the bug is seen first: the loss of a step, the gradients of the first one, the weights or the
+buffers at the end, or the evaluation. Without the mutant the same row is equal, which a test holds. The stories are
+told from the threads that the links lead to; the code is ours. {count} bugs; this page is written by
+`python -m lockstep.verify.museum.page`.
+
+| name | what happened | recipe | seen by |
+|---|---|---|---|
+"""
+
+
+def museum_list() -> str:
+    """The names, with the recipe that each bug breaks and the number that it is seen by."""
+    width = max(len(bug.name) for bug in BUGS)
+    lines = [f"{bug.name:{width}}  {bug.recipe}: {seen_by(bug)}" for bug in BUGS]
+    return "\n".join([*lines, "python -m recipes.verify museum=NAME shows one; docs/museum.md tells their stories"])
+
+
+def seen_by(bug: Bug) -> str:
+    return f"{bug.row}, resumed" if bug.interrupt else bug.row
+
+
+def written() -> str:
+    """The page."""
+    rows = []
+    for bug in BUGS:
+        links = ", ".join(f"[{name}]({link})" for name, link in zip(bug.upstream, bug.links, strict=True))
+        rows.append(f"| {bug.name} | {bug.story} {links} | {bug.recipe} | {seen_by(bug)} |\n")
+    return PAGE_HEAD.format(count=len(BUGS)) + "".join(rows)
+
+
+if __name__ == "__main__":
+    print(written(), end="")
