@@ -73,6 +73,10 @@ def shown_bug(config: VerifyConfig) -> Bug | None:
     for name, value in {"recipes": config.recipes, "against": config.against, "interrupt": config.interrupt}.items():
         if value is not None:
             raise UserError(f"museum={bug.name}: breaks recipes.{bug.recipe} in its own way; leave {name} out")
+    if config.max_steps is not None and config.max_steps <= (bug.interrupt or 1):
+        raise UserError(
+            f"max_steps={config.max_steps}: museum={bug.name} is seen later; allowed is {(bug.interrupt or 1) + 1} or more"
+        )
     if config.task.name != IMAGES:
         raise UserError(f"museum={bug.name}: is shown on a task of its own; leave task out")
     return bug
@@ -109,7 +113,8 @@ def cases_of(run: Run[VerifyConfig], bug: Bug | None) -> list[ProofCase]:
     from lockstep.verify.museum.bug import broken
 
     cases = proof_cases([broken(bug, get_recipe(bug.recipe))], run.config, run.device.type)
-    return [replace(case, interrupt=bug.interrupt) for case in cases]
+    steps = {} if run.config.max_steps else {"max_steps": bug.steps}
+    return [replace(case, settings=case.settings | steps, interrupt=bug.interrupt) for case in cases]
 
 
 @recipe(
@@ -139,7 +144,8 @@ def train(run: Run[VerifyConfig]) -> None:
         for note in verdict_notes(rows):
             run.report.line(note)
         if bug:
-            run.report.line(f"{bug.name}: {bug.told}")
+            for line in [*bug.changes, f"{bug.name}: {bug.told}"]:
+                run.report.line(line)
     off = [
         f"{row.recipe} in {row.precision}" + f" with {row.variant}" * bool(row.variant) + f" ({row.first})"
         for row in rows

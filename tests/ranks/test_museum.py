@@ -67,7 +67,7 @@ def test_a_bug_is_seen_by_its_number_and_is_the_only_cause(
     bug = find_bug(name)
     if (key := alike(bug)) not in known:
         names = [each.name for each in BUGS if alike(each) == key]
-        config = compose_config(verify.train, "precision=fp64", f"max_steps={4 if bug.interrupt else 3}")
+        config = compose_config(verify.train, "precision=fp64", f"max_steps={bug.steps}")
         validate(config, verify.train, 2)
         known[key] = run_ranks(rows_of, 2, names, to_yaml(config), str(tmp_path), timeout=120)[0]
     assert known[key][""].verdict == "equal"
@@ -87,6 +87,8 @@ def test_the_command_shows_a_bug_and_fails(tmp_path: Path) -> None:
     said = (tmp_path / "run" / "ranks" / "0.log").read_text()
     assert bug.story in said
     assert bug.links[0] in said
+    assert "- scaler.scale(loss * micro.weight).backward()" in said
+    assert "+ scaler.scale(loss).backward()" in said
 
 
 @pytest.mark.slow
@@ -130,6 +132,7 @@ def test_a_name_that_is_not_in_it_is_refused_with_all_names() -> None:
         (("museum=ddp-bypassed", "interrupt=2"), 2, "leave interrupt out"),
         (("museum=ddp-bypassed", "task=language"), 2, "leave task out"),
         (("museum=ddp-bypassed",), 1, "among several ranks, and here is 1; set nproc=2"),
+        (("museum=schedule-begins-anew", "max_steps=3"), 2, "is seen later; allowed is 4 or more"),
         (("interrupt=3",), 2, "the shortest proof has 3 steps; allowed are 1…2, or a larger max_steps"),
     ],
 )

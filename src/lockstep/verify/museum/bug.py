@@ -59,6 +59,21 @@ class Bug:
         return [f"https://github.com/{each.replace('#', '/issues/')}" for each in self.upstream]
 
     @property
+    def steps(self) -> int:
+        """After how many it is seen."""
+        return 3 if self.interrupt is None else self.interrupt + 1
+
+    @property
+    def changes(self) -> list[str]:
+        """What was taken out of the recipe, and what was put in."""
+        found = []
+        for old, new in self.edits:
+            before, after = old.splitlines(), new.splitlines()
+            found += [f"- {line.strip()}" for line in before if line not in after]
+            found += [f"+ {line.strip()}" for line in after if line not in before]
+        return found
+
+    @property
     def told(self) -> str:
         """The story, and where it is from."""
         return f"{self.story} {', '.join(self.links)}"
