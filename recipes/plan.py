@@ -49,7 +49,7 @@ from lockstep.plan.report import (
     speed_table,
     traffic_table,
 )
-from lockstep.plan.rows import PLANNED, plan_rows
+from lockstep.plan.rows import PLANNED, USUAL, plan_rows
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, short
@@ -61,7 +61,7 @@ def planned_recipes(names: list[str] | None) -> list[Recipe]:
     Raises:
         UserError: one of them cannot be planned.
     """
-    found = choose(names) if names else list(PLANNED)
+    found = choose(names) if names else list(USUAL)
     for name in found:
         if name not in PLANNED and not is_file(name):
             raise UserError(

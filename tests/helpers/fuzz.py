@@ -212,6 +212,9 @@ def draw(seed: int) -> Plan:
             recipe, words = "expert_parallel", [*words[:-1], "task.experts=2", "task.experts_per_token=1"]
     if recipe == "transfer_learning" and random.Random(f"lockstep lora {seed}").random() < 0.5:
         recipe, words = "lora", [word for word in words if not word.startswith("unfreeze_epoch")]
+    hooks = random.Random(f"lockstep compressed {seed}")
+    if recipe == "ddp" and "precision=fp16" not in words and hooks.random() < 0.4:
+        recipe, words = "comm_hooks", [*words, hooks.choice(("r=1", "compress=bf16", "compress=fp16"))]
     return Plan(Setup(recipe, ranks, tuple(words), tuple(saving)), tuple(faults), tuple(damages), sizes)
 
 

@@ -38,6 +38,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "zero bubble": ("pipeline_parallel", 2, (*TOKENS, "schedule=zero_bubble", "cut=even")),
     "model_parallel": ("model_parallel", 1, IMAGES),
     "transfer_learning": ("transfer_learning", 2, (*IMAGES, "weights=random", "freeze=[conv1.*,*bn*,layer2.*]")),
+    "comm_hooks": ("comm_hooks", 2, (*TOKENS, "compress=bf16")),
     "lora": ("lora", 2, (*TOKENS, "weights=random")),
     "deepspeed_zero": ("deepspeed_zero", 2, (*TOKENS, "stage=3")),
     "lightning_fabric": ("lightning_fabric", 2, (*IMAGES, "accumulate=2", "sync_batchnorm=true")),

@@ -34,6 +34,7 @@ from lockstep.training.random_state import generators, set_generators
 from lockstep.verify.trace import difference
 from recipes import (
     activation_checkpointing,
+    comm_hooks,
     data_parallel,
     ddp,
     deepspeed_zero,
@@ -60,6 +61,7 @@ SHORT = (*DATA, "log_every=1", "optim.warmup_steps=2", "checkpoint.every=4")
 STEPS = 12
 RECIPES: dict[str, tuple[Recipe, int, tuple[str, ...]]] = {
     "activation_checkpointing": (activation_checkpointing.train, 2, ("checkpoint_activations=selective",)),
+    "comm_hooks": (comm_hooks.train, 3, ("r=1", "start_step=2")),
     "deepspeed_zero": (deepspeed_zero.train, 2, ("stage=3", "optim=adamw")),
     "single": (single.train, 1, ("optim=adamw",)),
     "ddp": (ddp.train, 2, ()),

@@ -14,6 +14,7 @@ import torch
 from lockstep.config.compose import compose
 from lockstep.recipe import Recipe
 from recipes import (
+    comm_hooks,
     compare,
     data_parallel,
     ddp,
@@ -316,6 +317,16 @@ TRANSFER = {
     "resume=nowhere": ["resume=nowhere", "no such file or folder"],
     "resume=.": ["resume=.", "holds no checkpoint"],
 }
+COMM_HOOKS = {
+    "compress=zip": ["compress=zip: allowed are powersgd, bf16, fp16"],
+    "r=0": ["r=0: allowed are numbers from 1 up"],
+    "r=1000": ["r=1000: two such matrices save less than half of every gradient; allowed are 1…", "compress=bf16"],
+    "r=2 compress=bf16": ["r=2: compress=bf16 has no rank", "set compress=powersgd"],
+    "precision=fp16": ["precision=fp16: its loss scale changes", "allowed are fp32, bf16, fp64"],
+    "start_step=-1": ["start_step=-1"],
+    "accumulate=49": ["accumulate=49"],
+    "sync_batchnorm=true": ["sync_batchnorm", "recipes.comm_hooks"],
+}
 LORA = {
     "": ["resume=auto and weights=null", "nothing to transfer from"],
     "weights=random layers=[]": ["layers=[]: names none"],
@@ -351,6 +362,7 @@ TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
     (deepspeed_zero.train, ZERO),
     (fsdp.train, FSDP),
     (transfer_learning.train, TRANSFER),
+    (comm_hooks.train, COMM_HOOKS),
     (lora.train, LORA),
     (verify.train, {"recipes=[nope]": ["recipes=[nope]", "no such recipe", "ddp", "single"]}),
     (verify.train, {"recipes=[]": ["recipes=[]: names none; allowed are"]}),

@@ -27,6 +27,7 @@ SCALER = ["scaler.step(optimizer)", "scaler.update()"]
 # The lines of single.py that a technique replaces by its own; every other line of single.py stands in every recipe.
 REPLACES: dict[str, list[str]] = {
     "activation_checkpointing": [],
+    "comm_hooks": [STEPS],
     "context_parallel": [],
     "data_parallel": [],
     "deepspeed_zero": [

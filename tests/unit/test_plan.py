@@ -101,7 +101,7 @@ def test_only_what_is_waited_for_is_exposed() -> None:
 @pytest.mark.slow
 def test_bytes_and_memory_are_those_of_the_technique() -> None:
     found: dict[str, DryRun] = {}
-    for name in ("single", "ddp", "zero1", "fsdp"):
+    for name in ("single", "ddp", "comm_hooks", "zero1", "fsdp"):
         found[name], expected = planned(name, 1 if name == "single" else 4)
         counted: dict[str, int] = {}
         for (kind, _), size in found[name].step.traffic().items():
@@ -110,6 +110,8 @@ def test_bytes_and_memory_are_those_of_the_technique() -> None:
     assert found["ddp"].step.traffic() == {("all-reduce", "inside"): WEIGHTS + 8}  # and the tokens of the batch
     assert found["ddp"].peak["parameters"] == found["single"].peak["parameters"] >= WEIGHTS
     assert found["ddp"].peak["optimizer"] == pytest.approx(2 * WEIGHTS, rel=0.01)
+    assert 0 < found["comm_hooks"].step.traffic()["all-reduce", "inside"] < 0.5 * WEIGHTS
+    assert 2.5 * WEIGHTS < found["comm_hooks"].peak["optimizer"] < 3.5 * WEIGHTS, "with what is remembered"
     assert found["zero1"].peak["optimizer"] == pytest.approx(2 * WEIGHTS / 4, rel=0.05)
     assert found["fsdp"].peak["parameters"] == pytest.approx(WEIGHTS / 4, rel=0.01)
     assert found["single"].step.flops == 4 * found["ddp"].step.flops  # the same work, shared

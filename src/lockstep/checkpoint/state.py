@@ -59,6 +59,8 @@ class TrainingState:
         self.rank, self.device, self.owns_buffers = rank, device, owns_buffers
         # Where ranks hold different weights under the same names, a checkpoint has rank 0's under theirs.
         self.own_weights = any(getattr(thing, "own_weights", False) for thing in keep.values())
+        # Whether a training's last bits depend on where in DDP's buckets a gradient lies, also on two ranks.
+        self.by_place = any(getattr(thing, "by_place", False) for thing in keep.values())
         self._mine = f"replica.{rank}." if self.own_weights and rank else ""
         names = {id(parameter): name for name, parameter in module.named_parameters()}
         groups = optimizer.param_groups if optimizer and not engine else []
@@ -160,7 +162,8 @@ class TrainingState:
                 }
             )
             wanted |= {f"{prefix}{entry}": tensor for entry, tensor in moments[-1].items()}
-        kept = {name: thing.state_dict() for name, thing in self.keep.items()}
+        shapes = {key: tuple(info.size) for key, info in saved.items()}
+        kept = {name: expected_state(name, thing, facts["world_size"], shapes) for name, thing in self.keep.items()}
         for name, state in kept.items():
             for key, value in state.items():
                 if isinstance(value, Tensor):
@@ -191,6 +194,16 @@ class TrainingState:
         if self.engine:
             return {}
         return {name: require_tensor(value, name) for name, value in self.module.state_dict().items()}
+
+
+def expected_state(name: str, thing: Stateful, ranks: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What is read of a kept object that `ranks` ranks have saved, in a checkpoint that holds tensors of these shapes."""
+    if not hasattr(thing, "saved_by"):
+        return thing.state_dict()
+    prefix = f"keep.{name}."
+    mine = {key.removeprefix(prefix): shape for key, shape in shapes.items() if key.startswith(prefix)}
+    found: dict[str, Any] = thing.saved_by(ranks, mine)
+    return found
 
 
 def _equal(mine: Tensor, other: Tensor) -> bool:

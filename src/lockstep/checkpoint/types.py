@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 
 
 class Stateful(Protocol):
-    """A GradScaler, an average of the weights, …: its state is a flat dict of tensors and JSON values."""
+    """A GradScaler, an average of the weights, …: its state is a flat dict of tensors and JSON values.
+
+    One that differs between ranks has their numbers in its tensors' names, and a method that is called with how many
+    ranks have saved it and {name: shape} of what they saved: `saved_by(ranks, shapes) -> dict[str, Tensor]`, tensors
+    that are filled and handed to `load_state_dict`. JSON values are rank 0's.
+    """
 
     def state_dict(self) -> dict[str, Any]: ...
 

@@ -156,7 +156,7 @@ class TrainingLoop:
     def restore_bucket_order(self, model: nn.Module) -> None:
         """Give DDP back the order in which it had come to send gradients, in a run that is resumed after a step."""
         dims, config = self._dims, self.context.config
-        if dims.shards > 2:  # the sum of two numbers is the same in any order
+        if dims.shards > 2 - self._state.by_place:  # the sum of two numbers is the same in any order
             example = self._source.example(math.ceil(config.global_batch_size / dims.shards / config.accumulate))
             with autocast(config.precision, self.context.device):
                 restore_bucket_order(model, example.inputs, self.context.device)

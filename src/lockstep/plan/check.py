@@ -191,9 +191,9 @@ def predict_rows(words: list[str], ranks: int, profile_text: Path) -> list[tuple
 
 def checked_rows(config: PlanConfig, ranks: int, hardware: Hardware) -> tuple[list[PlanRow], list[str]]:
     """The rows that run on exactly so many ranks."""
-    from lockstep.plan.rows import PLANNED
+    from lockstep.plan.rows import USUAL
 
-    names = config.recipes or list(PLANNED)
+    names = config.recipes or list(USUAL)
     config = replace(config, precision="fp32") if config.precision == "auto" else config
     rows, left_out = plan_rows(config, get_recipe("plan"), [get_recipe(name) for name in names], ranks, hardware)
     return [row for row in rows if row.ranks == ranks], left_out

@@ -104,7 +104,7 @@ class DryTraining(Run[Any]):
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         return (self._weighted(self._batch(self.samples)) for _ in range(start, stop))
 
-    def steps(self, *, model: nn.Module, optimizer: Any, **_: Any) -> Iterator[Batch]:
+    def steps(self, *, model: nn.Module, optimizer: Any, keep: Any = None, **_: Any) -> Iterator[Batch]:
         ledger = self._watch.ledger
         optimizers: list[Optimizer] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         for each in optimizers:
@@ -114,6 +114,8 @@ class DryTraining(Run[Any]):
                     if group.get("foreach", 0) is None:  # what torch chooses on a GPU
                         group["foreach"] = True
         ledger.call([*model.parameters(), *model.buffers()], "parameters")
+        kept = (value for thing in (keep or {}).values() for value in thing.state_dict().values())
+        ledger.call((value for value in kept if isinstance(value, torch.Tensor)), "optimizer")
         model.train()
         for number in range(STEPS):
             if number == 1:

@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lockstep.config.schema import Config
+from lockstep.parallel.compressed_gradients import sent_numbers
 from lockstep.task import option
 from lockstep.tasks.build import blocks_of_task, known_task, sketch
 from lockstep.training.precision import AUTOCAST, DTYPES
@@ -50,9 +51,18 @@ def technique_traffic(name: str, config: Config, ranks: int) -> dict[str, int] |
         if given := buffers + (weights if name == "zero1" else 0):
             sent["broadcast"] = given
         return sent
+    if name == "comm_hooks":
+        return compressed_traffic(model, config, item)
     if name == "fsdp":
         return sharded_traffic(model, config, ranks, item)
     return None
+
+
+def compressed_traffic(model: nn.Module, config: Any, item: int) -> dict[str, int] | None:
+    """`expected_traffic` of DDP with PowerSGD; rounded buckets are filled up by numbers that only DDP knows."""
+    if config.compress != "powersgd" or config.start_step or any(True for _ in model.buffers()):
+        return None
+    return {"all-reduce": item * sum(sent_numbers(each, config.r or 4) for each in model.parameters())}
 
 
 def sharded_traffic(model: nn.Module, config: Any, ranks: int, item: int) -> dict[str, int] | None:

@@ -16,7 +16,8 @@ from lockstep.plan.hardware import Hardware
 from lockstep.recipe import Recipe
 from lockstep.registry import is_file
 
-PLANNED = ("single", "ddp", "zero1", "fsdp", "tensor_parallel", "context_parallel")
+USUAL = ("single", "ddp", "zero1", "fsdp", "tensor_parallel", "context_parallel")  # where none is named
+PLANNED = (*USUAL, "comm_hooks")
 PLAN_KEYS = {
     "recipes",
     "gpus",
