@@ -144,6 +144,7 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("package.tabular:Diabetes")
 @pytest.mark.parametrize("named", ["../project/tabular.py:Diabetes", "package.tabular:Diabetes"])
 def test_an_own_task_is_found_from_another_folder(named: str, box: Box, tmp_path: Path) -> None:
     """A file by a relative path, and a module of a package in the current folder, on two nodes."""
@@ -166,7 +167,7 @@ ENGINES |= {"transfer_learning": ["weights=random"]}
 
 
 @pytest.mark.slow
-@pytest.mark.soak_for("deepspeed_zero", "lightning_fabric", "transfer_learning")
+@pytest.mark.soak_for("deepspeed_zero", "lightning_fabric", "lightning_trainer", "transfer_learning")
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     """Each has a view of its own of what a Slurm job's variables mean; here it must not."""
@@ -227,7 +228,7 @@ def test_lightning_takes_over_what_srun_has_started(box: Box, tmp_path: Path) ->
         assert_equal(weights(tmp_path / node), reference)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_in_lightning_s_job_signals_have_one_owner(
     box: Box, folder: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
@@ -491,7 +492,7 @@ def test_a_restart_of_slurmctld_goes_unnoticed(box: Box, folder: Path, uninterru
     assert_equal(weights(folder / "run"), uninterrupted)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_four_nodes_of_two_ranks(tmp_path: Path) -> None:
     words = [*SHORT, "global_batch_size=16"]
     with Box(nodes=4) as box:
@@ -501,7 +502,7 @@ def test_four_nodes_of_two_ranks(tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 8, *words))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_tools_run_there_too(box: Box, tmp_path: Path) -> None:
     verify = ["-m", "recipes.verify", "recipes=[ddp]", "precision=fp64", "max_steps=2", "cluster.nodes=2"]
     code, said = end(start(box, tmp_path, *verify, "out=verify"))

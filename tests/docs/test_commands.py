@@ -61,7 +61,7 @@ def test_the_readme_is_short() -> None:
 
 def is_long(line: str) -> bool:
     """Whether it is a minute's work also with two steps: many runs, or a plan of many rows."""
-    return "recipes.compare" in line or "recipes.plan" in line
+    return any(f"recipes.{tool}" in line for tool in ("compare", "plan", "tune"))
 
 
 def command_cases() -> list[Any]:

@@ -112,6 +112,7 @@ EXAMPLES = {
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("vit")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_recipe_is_proven_or_says_why_not(name: str, tmp_path: Path) -> None:
     """As typed, and nothing of the batch: the ViT's folder holds 12 pictures to train on."""
@@ -233,7 +234,7 @@ def test_doctor_examines_a_recipe_of_ones_own(own: Path, tmp_path: Path) -> None
     assert "5 steps of line in fp64: equal, weights within" in done.stdout, done.stdout + done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_comparison_of_own_recipes_tells_of_their_task(own: Path, tmp_path: Path) -> None:
     """What is trained comes with the file; the report has words for it, and not for images."""
     own.write_text(TASK.replace("    norm: bool", "    unit = 'lines'\n    norm: bool"))

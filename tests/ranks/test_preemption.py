@@ -112,7 +112,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(whole: Path, tmp_path: Pat
     )
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_printed_command_resumes_a_sweep(tmp_path: Path) -> None:
     """What has finished is not trained again; and what a finished run is told to do trains on."""
     (tmp_path / "ddp.py").write_text(WAITING)
@@ -287,7 +287,7 @@ def test_torchrun_does_not_restart_ranks_that_were_asked_to_leave(whole: Path, t
     assert_equal(out, whole)
 
 
-@pytest.mark.slow  # agents take their time to notice each other
+@pytest.mark.soak  # agents take their time to notice each other
 def test_elastic_agents_grow_and_shrink(narrow: None, tmp_path: Path) -> None:
     """One node, then two, then one again, with local BatchNorm-free fp64: the losses of one process."""
     # Killed while the ranks make a group, nobody but the time limit tells the other one.
