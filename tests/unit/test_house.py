@@ -205,6 +205,17 @@ def test_the_lower_floors_know_nothing_of_the_tools() -> None:
             assert not {room(each) for each in imported} & tools, f"{module} imports {sorted(imported)}"
 
 
+def test_no_merge_is_half_done() -> None:
+    """Ruff sees it in Python; a page would be published so."""
+    for path in [*ROOT.glob("*.*"), *(ROOT / "docs").glob("*.*"), *(ROOT / "conf").rglob("*.yaml")]:
+        found = (
+            re.search(r"^(<{7} |>{7} |={7}$)", path.read_text(errors="replace"), re.MULTILINE)
+            if path.is_file()
+            else None
+        )
+        assert not found, f"{path.relative_to(ROOT)} has a line that a merge has left: {found and found[0]}"
+
+
 def test_no_module_is_too_long_to_read() -> None:
     limits = {"run.py": 250}
     lengths = {path: len(path.read_text().splitlines()) for path in python_files("src/lockstep")}
