@@ -79,6 +79,7 @@ def account(world: World, compress: str) -> tuple[list[Tensor], list[Tensor], li
     return arrived, true, owed
 
 
+@pytest.mark.slow_except("bf16-3", "powersgd-3")
 @pytest.mark.parametrize(("compress", "ranks"), [("bf16", 3), ("fp16", 2), ("powersgd", 3), ("bf16", 1)])
 def test_what_arrived_and_what_is_remembered_is_all_there_was(compress: str, ranks: int) -> None:
     """Over several buckets, filled up where 3 ranks do not divide them, to the last bits of fp64."""
@@ -140,7 +141,7 @@ def test_what_a_checkpoint_lacks_begins_anew(tmp_path: Path) -> None:
             assert len([line for line in lines(out) if "loss" in line]) == 2
 
 
-@pytest.mark.slow_except("2")
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_memories_in_16_bits_resume_to_the_last_bit(ranks: int, tmp_path: Path) -> None:
     """Also of two ranks, whose buckets DDP would otherwise sort anew: who adds up what depends on its place."""
