@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from lockstep.distributed.heartbeat import process_state
 from tests.helpers.harness import clean_environment
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -34,12 +35,13 @@ def as_a_shell(
 
 
 def children(parent: int) -> list[int]:
-    """The processes that a process has started, in the order of their numbers: a launcher's are its ranks."""
+    """The processes that a process has started, the oldest first: a launcher's are its ranks. (Their numbers begin anew
+    after the largest one, so they are no order.)"""
     found: list[int] = []
     with suppress(OSError):
         for task in Path(f"/proc/{parent}/task").glob("*/children"):
             found += [int(child) for child in task.read_text().split()]
-    return sorted(found)
+    return sorted(found, key=lambda pid: process_state(pid)[1] or 0)
 
 
 def processes_in(folder: Path) -> list[int]:
