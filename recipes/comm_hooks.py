@@ -19,7 +19,7 @@ that would lose more than the sending. PowerSGD is linear in the gradients, so N
 would make of the whole batch's compressed gradient; `recipes.verify` proves just that. Rounding is not linear: with
 bf16 or fp16 other ranks train slightly differently, and no equality is claimed.
 
-Choose it where ranks wait for the network: recipes.doctor bandwidth and recipes.plan say whether they do. First bf16,
+Choose it where ranks wait for the network: recipes.doctor and recipes.plan say whether they do. First bf16,
 which costs nothing but the memory; PowerSGD where that is not enough, for its matrix products and its
 orthogonalisation take time on each rank. On one machine with NVLink neither pays. recipes.ddp comm=bf16 rounds
 without a memory; recipes.local_sgd sends nothing in most steps.

@@ -251,7 +251,7 @@ def check_batchnorm(config: Config, share: int) -> None:
     if pixels == 1 and smallest == 1 and config.model.norm != "group" and has_batchnorm(config):
         raise UserError(
             f"global_batch_size={config.global_batch_size}: leaves a forward with a single image, whose last layers are one pixel: "
-            "BatchNorm has nothing to average; set a larger batch_size, fewer micro-batches, or model.norm=group"
+            "BatchNorm has nothing to average; set a larger global_batch_size, fewer micro-batches, or model.norm=group"
         )
 
 
@@ -261,5 +261,5 @@ def refuse_auto(config: Config) -> None:
         raise UserError(
             "global_batch_size=auto: is found by a command that starts its ranks on its own machine; find it there first with "
             "python -m recipes.doctor memory recipes=[NAME] global_batch_size=auto nproc=RANKS (on a cluster after srun "
-            "--nodes=1 --ntasks=1), and set batch_size to that number times the machines"
+            "--nodes=1 --ntasks=1), and set global_batch_size to that number times the machines"
         )
