@@ -47,7 +47,9 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
 
 
 @pytest.mark.slow_except("ddp")
-@pytest.mark.soak_for("ddp in bf16", "fsdp in bf16", "fsdp in copies", "interleaved", "lightning_trainer")
+@pytest.mark.soak_for(
+    "ddp in bf16", "deepspeed_zero", "fsdp in bf16", "fsdp in copies", "interleaved", "lightning_trainer", "lora"
+)
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_are_those_of_keeping_everything(name: str, tmp_path: Path) -> None:
     """Weights, buffers and logs, evaluation included; and what is held for backward shrinks."""

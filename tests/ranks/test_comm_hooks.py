@@ -195,7 +195,7 @@ def test_ranks_send_what_the_recipe_says(compress: str, tmp_path: Path) -> None:
     assert steps[3] == {"allreduce_": sent}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_loss_is_near_ddp_s(tmp_path: Path) -> None:
     """The same 84 steps on the digits; without what is left out, PowerSGD would train two directions of each layer."""
     words = ("epochs=6", "log_every=1", "eval_every=0", "model.norm=group")

@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_keeps_its_batch(tmp_path: Path) -> None:
     assert batch_size.find_batch_size(config, ddp.train, 2, lambda *_: 1) == 44
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_as_a_user_types_it(tmp_path: Path) -> None:
     words = ["global_batch_size=auto", "model.image_size=16", "max_steps=1", "out=run"]
     done = command("-m", "recipes.ddp", *words, cwd=tmp_path, timeout=400)

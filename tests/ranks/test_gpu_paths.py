@@ -52,6 +52,7 @@ def test_ddp_over_nccl_trains_what_the_cpu_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("4-4")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("count", "ranks", "names"), [(2, 2, []), (4, 4, []), (4, 2, ["model_parallel", "data_parallel"])]

@@ -46,6 +46,7 @@ def whole(in_fp64: None, tmp_path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow_except("sharded")
+@pytest.mark.soak_for("by layers that ranks share", "sharded in copies")
 @pytest.mark.parametrize("name", CASES)
 def test_it_trains_what_one_process_trains(name: str, whole: dict[str, torch.Tensor], tmp_path: Path) -> None:
     module, ranks, words = CASES[name]

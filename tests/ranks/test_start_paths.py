@@ -68,6 +68,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
 
 
 @pytest.mark.slow_except("by_torchrun")  # `python -m` is how most other tests start theirs
+@pytest.mark.soak_for("by_the_old_launcher", "by_two_agents")
 @pytest.mark.parametrize(
     ("start", "nproc"),
     [
@@ -167,7 +168,9 @@ def own_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.soak_for("lightning", "module here by torchrun", "module on PYTHONPATH, spawned")
+@pytest.mark.soak_for(
+    "lightning", "module here", "module here by torchrun", "module on PYTHONPATH, spawned", "variables"
+)
 @pytest.mark.parametrize("start", OWN_STARTS)
 def test_an_own_task_is_the_same_run_by_every_start_from_any_folder(start: str, own_run: Path, tmp_path: Path) -> None:
     source, here = ROOT / "examples" / "tabular.py", tmp_path / "here"

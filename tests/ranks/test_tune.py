@@ -405,7 +405,7 @@ def test_a_search_with_several_ranks_a_trial_that_is_asked_to_leave_saves_and_go
     assert result(tmp_path / "run" / "trials" / "0")["resumed_from"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_on_an_existing_cluster(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
