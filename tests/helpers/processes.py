@@ -21,7 +21,8 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 def as_a_shell(
     words: list[str], folder: Path, *, stderr: int = subprocess.STDOUT, **environment: str
 ) -> subprocess.Popen[str]:
-    """A command in a session of its own, as a shell starts it: with Ctrl-C not ignored. What it prints is text."""
+    """A command in a session of its own, as a shell starts it: Ctrl-C and the end of its terminal are not ignored, as
+    they are in what `&` and nohup start. What it prints is text."""
     return subprocess.Popen(
         words,
         cwd=folder,
@@ -30,8 +31,14 @@ def as_a_shell(
         stderr=stderr,
         text=True,
         start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=heed_signals,
     )
+
+
+def heed_signals() -> None:
+    """Undo what the tests themselves may have been started with."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def children(parent: int) -> list[int]:

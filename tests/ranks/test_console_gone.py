@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.harness import clean_environment, result
-from tests.helpers.processes import read, wait_until
+from tests.helpers.processes import heed_signals, read, wait_until
 from tests.helpers.warm_interpreter import ROOT
 
 WORDS = ["data=synthetic", "data.size=96", "data.image_size=8", "global_batch_size=12", "log_every=1"]
@@ -74,6 +74,7 @@ def test_a_terminal_that_goes_costs_no_checkpoint(tmp_path: Path) -> None:
         stdout=inside,
         stderr=inside,
         start_new_session=True,
+        preexec_fn=heed_signals,
     )
     os.close(inside)
     out = tmp_path / "run"
