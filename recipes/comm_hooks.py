@@ -48,7 +48,6 @@ https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,6 +59,7 @@ from lockstep.tasks.build import sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
+from lockstep.training.precision import AUTOCAST
 
 
 @dataclass
@@ -68,16 +68,18 @@ class CommHooksConfig(Config):
     r: int | None = key(None, "compress=powersgd: rank of the two matrices; null: 4", minimum=1)
     start_step: int = key(0, "the first steps, in which gradients are sent whole", minimum=0)
 
-
-DTYPES_SENT = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    @property
+    def matrix_rank(self) -> int:
+        """`r`, chosen where nobody has."""
+        return self.r or 4
 
 
 def build_compression(run: Run[CommHooksConfig], model: nn.Module) -> GradientCompression:
     """What is done to the gradients of a model that is placed, and not wrapped."""
     config, place = run.config, (run.shard, run.shards, run.config.start_step)
     if config.compress == "powersgd":
-        return PowerSGD(model, *place, r=config.r or 4)
-    return RoundedGradients(model, *place, dtype=DTYPES_SENT[config.compress])
+        return PowerSGD(model, *place, r=config.matrix_rank)
+    return RoundedGradients(model, *place, dtype=AUTOCAST[config.compress])
 
 
 def check(config: CommHooksConfig, share: int) -> None:
@@ -94,17 +96,17 @@ def check(config: CommHooksConfig, share: int) -> None:
             )
         return
     most = max((largest_rank(parameter) for parameter in sketch(config).parameters()), default=0)
-    if (config.r or 4) > most:
+    if config.matrix_rank > most:
         allowed = f"allowed are 1…{most}, or" if most else "set"
         raise UserError(
-            f"r={config.r or 4}: two such matrices save less than half of every gradient; {allowed} compress=bf16"
+            f"r={config.matrix_rank}: two such matrices save less than half of every gradient; {allowed} compress=bf16"
         )
 
 
 def compress_alone(run: Run, model: nn.Module) -> None:
     """Have `single` compress its gradients, which are those of the whole batch, as ranks do with the mean of theirs."""
     if run.recipe == "single":
-        alone = PowerSGD(model, 0, 1, r=run.config.r or 4)
+        alone = PowerSGD(model, 0, 1, r=run.config.matrix_rank)
         for parameter in model.parameters():
             parameter.register_post_accumulate_grad_hook(alone.compress_alone)
 

@@ -13,18 +13,23 @@ import pytest
 from tests.helpers.harness import ROOT, clean_environment
 
 
-def build(folder: Path) -> subprocess.CompletedProcess[str]:
-    """What `make docs` does, on a copy of the pages."""
+def copy_pages(folder: Path) -> None:
+    """And the files that they link to."""
     for name in ("docs", "recipes", "examples", "conf", "src"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
     for path in [*ROOT.glob("*.md"), ROOT / "mkdocs.yml", ROOT / "LICENSE"]:
         shutil.copy(path, folder)
+
+
+def build(folder: Path) -> subprocess.CompletedProcess[str]:
+    """What `make docs` does."""
     words = [sys.executable, "-m", "mkdocs", "build", "--strict"]  # --quiet would not count warnings
     environment = clean_environment() | {"NO_MKDOCS_2_WARNING": "1"}
     return subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 def test_every_page_and_every_file_that_a_page_names_is_in_the_site(tmp_path: Path) -> None:
+    copy_pages(tmp_path)
     done = build(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     site = tmp_path / "site"
@@ -38,15 +43,14 @@ def test_every_page_and_every_file_that_a_page_names_is_in_the_site(tmp_path: Pa
 
 @pytest.mark.slow
 def test_a_broken_link_is_named(tmp_path: Path) -> None:
-    build(tmp_path)
+    copy_pages(tmp_path)
     page = tmp_path / "docs" / "slurm.md"
     page.write_text(page.read_text() + "\n[there](no_such_page.md) and [here](memory.md#no-such-part)\n")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = build(tmp_path)
     assert done.returncode != 0
     assert "no_such_page.md" in done.stderr
     assert "no-such-part" in done.stderr
     page.write_text("# Slurm\n\n[there](../recipes/no_such_recipe.py)\n")
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = build(tmp_path)
     assert done.returncode != 0
     assert "recipes/no_such_recipe.py" in done.stderr + done.stdout

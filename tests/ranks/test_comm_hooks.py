@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lockstep.distributed.process_group import World
 from lockstep.parallel.compressed_gradients import GradientCompression, PowerSGD, RoundedGradients, shares_of
+from lockstep.training.precision import AUTOCAST
 from lockstep.verify.trace import difference
 from recipes import comm_hooks, ddp, single
 from tests.helpers.harness import execute, lines, result, run_ranks, tensors_of, train
@@ -24,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("narrow")
 
 DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "model.norm=group")
 WORDS = (*DATA, "precision=fp64", "log_every=1", "eval_every=0", "epochs=3", "optim.warmup_steps=2")
-ALONE = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Given(nn.Module):
@@ -57,7 +57,7 @@ def account(world: World, compress: str) -> tuple[list[Tensor], list[Tensor], li
     if compress == "powersgd":
         compression = PowerSGD(model, world.rank, world.world_size, r=2)
     else:
-        compression = RoundedGradients(model, world.rank, world.world_size, dtype=ALONE[compress])
+        compression = RoundedGradients(model, world.rank, world.world_size, dtype=AUTOCAST[compress])
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True, bucket_cap_mb=1e-3)  # type: ignore[arg-type]
     wrapped.register_comm_hook(None, compression.hook)
     arrived, true = ([torch.zeros_like(p) for p in model.parameters()] for _ in range(2))
@@ -65,8 +65,8 @@ def account(world: World, compress: str) -> tuple[list[Tensor], list[Tensor], li
         wrapped(drawn(model, world.rank, step)).backward()
         for number, parameter in enumerate(model.parameters()):
             assert parameter.grad is not None
-            if compress in ALONE:
-                assert torch.equal(parameter.grad, parameter.grad.to(ALONE[compress]).double()), "16 bits have come"
+            if compress in AUTOCAST:
+                assert torch.equal(parameter.grad, parameter.grad.to(AUTOCAST[compress]).double()), "16 bits have come"
             arrived[number] += parameter.grad
             others = [drawn(model, rank, step)[number] for rank in range(world.world_size)]
             true[number] += torch.stack(others).mean(0)
@@ -165,10 +165,6 @@ def test_other_ranks_owe_the_same(ranks: int, saved: int) -> None:
         assert sum(each.get(old, 0) for each in shares) / ranks == pytest.approx(1 / saved)
     if ranks == saved:
         assert shares == [{rank: 1.0} for rank in range(ranks)]
-
-
-def padded(count: int, ranks: int) -> int:
-    return -(-count // ranks) * ranks
 
 
 @pytest.mark.slow_except("powersgd")

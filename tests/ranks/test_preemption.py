@@ -21,7 +21,16 @@ from recipes import ddp
 from tests.helpers import harness
 from tests.helpers.harness import clean_environment, command, lines, result, train
 from tests.helpers.narrow_resnet import NARROW
-from tests.helpers.processes import TORCHRUN, as_a_shell, children, free_port, processes_in, read, wait_until
+from tests.helpers.processes import (
+    TORCHRUN,
+    as_a_shell,
+    children,
+    free_port,
+    heed_signals,
+    processes_in,
+    read,
+    wait_until,
+)
 
 RUN = [
     "data=synthetic",
@@ -193,7 +202,7 @@ def test_a_second_ctrl_c_ends_a_run_that_hangs(tmp_path: Path) -> None:
 
 def heed(number: int, launched: bool, said: str) -> None:
     """A rank that a signal reaches twice."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
+    heed_signals()
     listener = Listener(lambda words: Path(said).write_text(words), launched)
     listener.training = True
     os.kill(os.getpid(), number)

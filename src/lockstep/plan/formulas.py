@@ -62,7 +62,7 @@ def compressed_traffic(model: nn.Module, config: Any, item: int) -> dict[str, in
     """`expected_traffic` of DDP with PowerSGD; rounded buckets are filled up by numbers that only DDP knows."""
     if config.compress != "powersgd" or config.start_step or any(True for _ in model.buffers()):
         return None
-    return {"all-reduce": item * sum(sent_numbers(each, config.r or 4) for each in model.parameters())}
+    return {"all-reduce": item * sum(sent_numbers(each, config.matrix_rank) for each in model.parameters())}
 
 
 def sharded_traffic(model: nn.Module, config: Any, ranks: int, item: int) -> dict[str, int] | None:

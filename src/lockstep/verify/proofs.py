@@ -172,9 +172,9 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
     alike = case.proof.prepare is not None
     said = [precision, *typed_words(case.settings), *[case.task] * bool(case.task)]
     key = "-".join([*said, *(case.own_words if alike else [])])
+    name = "-".join([each.name, *said, *case.own_words])
     try:
         if case.against != SINGLE:
-            name = "-".join([each.name, *said, *case.own_words])
             found = trace(run, each, mine, name, case.proof.prepare, case.interrupt)
             reference = run_alone(run, case.against, mine, f"{name}-on-one-rank", found)
             if found and reference:
@@ -182,7 +182,6 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
             return row
         if key not in references:
             references[key] = trace(run, single, mine if alike else base, f"single-{key}", case.proof.prepare)
-        name = "-".join([each.name, *said, *case.own_words])
         found = trace(run, each, mine, name, case.proof.prepare, case.interrupt)
         if found and (reference := references[key]):
             row.compare(found, reference, case.differs)
