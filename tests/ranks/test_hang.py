@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import queue
 import re
 import signal
 import socket
@@ -22,7 +23,7 @@ from launchers import torchrun
 from lockstep.config.run_directory import freeze
 from lockstep.diagnose.stacks import LOCKSTEP, keep_stack, user_line
 from lockstep.diagnose.verdict import explain_wait
-from lockstep.diagnose.watchdog import Watchdog
+from lockstep.diagnose.watchdog import Watchdog, WatchdogTimeout
 from lockstep.distributed import environment, interfaces
 from lockstep.distributed.heartbeat import FILE_BYTES, FINISHED, Beat, Heartbeat, read_heartbeat
 from lockstep.launch.validate import validate
@@ -311,6 +312,19 @@ def test_a_rank_that_was_stopped_takes_over_what_was_found_meanwhile(tmp_path: P
     found = watchdog.ask(RuntimeError("Connection closed by peer"))
     watchdog.close()
     assert (str(found), found.prints) == ("rank 0 is stopped", False)
+
+
+def test_an_asker_that_is_killed_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launcher's SIGTERM may end the rank that asks before it has come to a verdict."""
+    monkeypatch.setattr("lockstep.diagnose.watchdog.SLOW_SECONDS", 1000.0)
+    asker = multiprocessing.get_context("fork").Process(target=lambda: Heartbeat(tmp_path, 1).update(asked=True))
+    asker.start()
+    asker.join()
+    store, verdicts = Deaf(), queue.SimpleQueue[WatchdogTimeout]()
+    store.set("hang/call", "1")
+    watchdog = Watchdog(Heartbeat(tmp_path, 0), tmp_path, store, 2, LIMIT, end=verdicts.put, say=print)
+    assert str(verdicts.get(timeout=60)) == "rank 1 asked rank 0 where it is, and sent no verdict"
+    watchdog.close()
 
 
 def test_what_an_earlier_attempt_left_is_kept(tmp_path: Path) -> None:

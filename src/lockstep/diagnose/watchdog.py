@@ -284,9 +284,14 @@ class Watchdog:
         return WatchdogTimeout(text, prints)
 
     def _await_verdict(self, asker: int, seconds: float) -> str:
-        """The verdict, or nothing where none comes in time; where the asker has lost the store, its first line."""
+        """The verdict; where the asker has lost the store, its first line; nothing where none comes in time, or the asker
+        has ended, as by a launcher's SIGTERM.
+        """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
+            gone = (
+                rank_state(read_heartbeat(self._folder, asker), answered=False) == "gone"
+            )  # read before its last word
             if self._try_store(lambda: self._store.check([VERDICT_KEY])):
                 told = json.loads(self._store.get(VERDICT_KEY))
                 self._leave_last(told["readers"], waits=False)
@@ -294,7 +299,7 @@ class Watchdog:
             found = read_heartbeat(self._folder, asker)
             if found.get("spoke"):
                 return str(found["end"])
-            if self._store_lost:
+            if self._store_lost or gone:
                 break
             time.sleep(0.1)
         return ""
