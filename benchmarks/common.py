@@ -197,7 +197,7 @@ def _spent_by_children() -> float:
 
 @dataclass(frozen=True)
 class Share:
-    """What a command did in the time that it was let run: steps a second, and CPU seconds a step of all its ranks."""
+    """What a command did in the time that it was let run: steps a second, and CPU seconds per step of all its ranks."""
 
     speed: float
     cpu_a_step: float

@@ -20,7 +20,7 @@ from benchmarks import common
 from benchmarks.contestants.profiled import FOLDER, RECORDED
 
 STEPS, RANKS = 14, 2
-SIZES = {"resnet18": (32, 32), "resnet50": (224, 8)}  # pixels a side, images a rank
+SIZES = {"resnet18": (32, 32), "resnet50": (224, 8)}  # pixels per side, images per rank
 OURS = {
     "recipes.ddp": [],
     "comm=bf16": ["comm=bf16"],

@@ -348,7 +348,7 @@ def derive(found: dict[str, dict[str, Any]], measurements: list[Measurement]) ->
 
 COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "images/s": lambda row: f"{row['images_per_second']:,.0f}",
-    "ms a step": lambda row: f"{1000 * row['step_seconds']:.1f}",
+    "ms per step": lambda row: f"{1000 * row['step_seconds']:.1f}",
     "of roofline": lambda row: f"{row['of_roofline']:.0%}",
     "of fused": lambda row: f"{row['of_fused']:.0%}",
     "of matmul": lambda row: f"{row['of_matmul_rate']:.0%}",
@@ -383,7 +383,7 @@ def profile_table(profile: dict[str, Any]) -> Table:
     """What a step of the recipe was spent on."""
     shares = ", ".join(f"{kind} {share:.0%}" for kind, share in profile["shares"].items() if share >= 0.005)
     grid = Table(title=f"a step: {shares}", title_justify="left")
-    for column in ("operation or kernel", "class", "ms a step", "share", "calls"):
+    for column in ("operation or kernel", "class", "ms per step", "share", "calls"):
         grid.add_column(column, overflow="fold")
     for row in profile["operations"]:
         figures = f"{1000 * row['seconds']:.2f}", f"{row['share']:.1%}", f"{row['calls']:.0f}"

@@ -2,7 +2,7 @@
 
     python -m benchmarks.loop [--rounds N]
 
-All train the same tiny network on the digits, 2 ranks of one thread over gloo, 32 images a rank, no augmentation. A
+All train the same tiny network on the digits, 2 ranks of one thread over gloo, 32 images per rank, no augmentation. A
 step by hand takes about a millisecond, so what a loop adds can be seen. `recipes.ddp` is the recipe itself, with that
 network and the digits as its task (contestants/tiny_task.py) and its defaults: it goes through `run.steps`, watches,
 logs, writes heartbeats, agrees on signals, and has a learning-rate schedule. It logs every 50 steps, as often as the

@@ -25,8 +25,8 @@ from benchmarks.contestants import work
 
 HERE = "benchmarks.contestants"
 RANKS = 2
-SIZES = {"resnet50": 224, "resnet18": 32}  # pixels a side
-SHARES = {"resnet50": 8, "resnet18": 32}  # images a rank
+SIZES = {"resnet50": 224, "resnet18": 32}  # pixels per side
+SHARES = {"resnet50": 8, "resnet18": 32}  # images per rank
 WARM = {"resnet50": 2, "resnet18": 5}
 STEPS = {"resnet50": 8, "resnet18": 15}
 LIBRARIES = {
@@ -122,7 +122,7 @@ def compare(model: str, arguments: argparse.Namespace) -> list[common.Row]:
         note = ", ".join(
             f"{1000 * statistics.median(each.step(statistics.median) for each in ran[n]):.0f}" for n in (FAST, name)
         )
-        wall.append(common.Row(f"steps/s: {what}", ratios, target.get(name), note=f"{note} ms a step"))
+        wall.append(common.Row(f"steps/s: {what}", ratios, target.get(name), note=f"{note} ms per step"))
         ratios = [theirs.cpu_a_step / mine.cpu_a_step for theirs, mine in pairs]
         cpu.append(common.Row(f"CPU a step: {model}: {name} / {FAST}", ratios))
     return wall + cpu

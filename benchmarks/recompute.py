@@ -63,7 +63,7 @@ def rows(arguments: argparse.Namespace) -> list[common.Row]:
             found[mode].append(statistics.median(times))
     return [
         common.Row(
-            f"seconds a step, {arguments.task}: checkpoint_activations={mode} / none",
+            f"seconds per step, {arguments.task}: checkpoint_activations={mode} / none",
             common.ratios(found[mode], found["none"]),
             1.45 if mode == "full" else None,
             at_most=True,

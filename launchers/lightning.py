@@ -79,7 +79,7 @@ def check(cluster: ClusterConfig | None) -> None:
         UserError: Lightning is not installed, or this machine is one of several and does not know which.
     """
     from lockstep.errors import UserError
-    from lockstep.launch.validate import require
+    from lockstep.utils.packages import require
 
     require("lightning", "the launcher lightning")
     nodes = cluster.nodes if cluster else 1

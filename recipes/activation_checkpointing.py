@@ -12,7 +12,7 @@ a third of the step's arithmetic. `checkpoint_activations` says which:
     K            every K-th block in full, the others keep everything: the dial in between
     none         all is kept
 
-It sends nothing: the ranks' traffic is DDP's, 2 (n − 1) / n times the gradients' bytes a step for each of n ranks. (A
+It sends nothing: the ranks' traffic is DDP's, 2 (n − 1) / n times the gradients' bytes per step for each of n ranks. (A
 layer that talks in its forward, as synchronised BatchNorm does, talks again in the second one.)
 
 The bits are those of keeping everything, because the second forward repeats the first: same random numbers, so dropout

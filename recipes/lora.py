@@ -4,7 +4,7 @@ A layer's weight W [outputs, inputs] stays as it is, and the layer computes W x 
 at random and B [outputs, r] zero: training begins with what the trained model does. r is small, 4 to 64, so of a layer
 of 768 × 768 and r = 8 two per cent are trained. What that saves where ranks meet and memory ends:
 
-- gradients: DDP's all-reduce has those of A and B, so each of n ranks sends 2 (n − 1) / n of their bytes a step;
+- gradients: DDP's all-reduce has those of A and B, so each of n ranks sends 2 (n − 1) / n of their bytes per step;
 - AdamW's two moments, and the gradients themselves: of A and B alone;
 - activations: nearly nothing, for A and B need the layer's input, and what lies below needs its gradient.
 

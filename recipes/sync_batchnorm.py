@@ -1,6 +1,6 @@
 """SyncBatchNorm: DDP in which BatchNorm normalises by the whole global batch, as if there were one process.
 
-Under plain DDP every rank normalises by its own share. With 2 to 4 images a rank those statistics are noise, and the
+Under plain DDP every rank normalises by its own share. With 2 to 4 images per rank those statistics are noise, and the
 model trains, and is evaluated with running statistics, that no single process would have seen. SyncBatchNorm has the
 ranks share them: in forward, one all-gather carries each rank's mean, sum of squared deviations and count per channel,
 and every rank merges them into the global mean and variance; in backward, one all-reduce carries the two sums of the
@@ -9,7 +9,7 @@ the single process's, exactly. With large shares it only costs time. `lockstep.d
 derivation.
 
     python -m recipes.sync_batchnorm                     the digits, synchronised
-    python -m recipes.sync_batchnorm demonstrate=true    2 images a rank: with, without, and one process, side by side
+    python -m recipes.sync_batchnorm demonstrate=true    2 images per rank: with, without, and one process, side by side
 
 Expect: an accuracy of 0.97 or more on the digits, in one to two minutes on two CPU cores.
 Source: https://arxiv.org/abs/1502.03167 (BatchNorm), https://arxiv.org/abs/1803.08904 (synchronising it)
@@ -34,7 +34,7 @@ from lockstep.verify.trace import difference, trace
 
 @dataclass
 class SyncBatchNormConfig(Config):
-    demonstrate: bool = key(False, "2 images a rank, with and without, beside one process")
+    demonstrate: bool = key(False, "2 images per rank, with and without, beside one process")
 
 
 def check(config: SyncBatchNormConfig, share: int) -> None:
@@ -75,7 +75,7 @@ def train(run: Run[SyncBatchNormConfig]) -> None:
 
 
 def demonstrate(run: Run[SyncBatchNormConfig]) -> None:
-    """2 images a rank, for 60 steps: one process on the whole batch, and the ranks with and without synchronising."""
+    """2 images per rank, for 60 steps: one process on the whole batch, and the ranks with and without synchronising."""
     from lockstep.recipes import ddp, single
 
     values = {"global_batch_size": 2 * run.world.world_size, "max_steps": 60, "log_every": 1, "eval_every": 0}
@@ -93,9 +93,9 @@ def demonstrate(run: Run[SyncBatchNormConfig]) -> None:
     if reference is None:
         return  # not rank 0
     table = Table(
-        title=f"{config.global_batch_size} images a step, 2 a rank, {config.max_steps} steps", title_justify="left"
+        title=f"{config.global_batch_size} images per step, 2 per rank, {config.max_steps} steps", title_justify="left"
     )
-    for column in ("BatchNorm", "loss after 1, 20, 60 steps", "running statistics off by", "accuracy", "ms a step"):
+    for column in ("BatchNorm", "loss after 1, 20, 60 steps", "running statistics off by", "accuracy", "ms per step"):
         table.add_column(column)
     for name, found in traces.items():
         assert found is not None

@@ -28,7 +28,6 @@ same model to the last bit.
 Source: https://arxiv.org/abs/1810.05934 (ASHA)
 """
 
-import importlib.util
 import signal
 
 from lockstep import Recipe, Run, UserError, recipe
@@ -45,6 +44,7 @@ from lockstep.tune.search_space import SearchSpace
 from lockstep.tune.standings import Standings, read_trials, standings_tables, tuned_name, write_search_results
 from lockstep.tune.trial import SAME_FOR_ALL, TUNE_KEYS, check_draws, plan_trials, trial_words
 from lockstep.tune.tuner import make_tuner, wait_for_trials
+from lockstep.utils.packages import require
 from lockstep.utils.text import count
 
 
@@ -67,8 +67,8 @@ def check(config: TuneConfig, share: int) -> None:
     for key in space.texts:
         if key in SAME_FOR_ALL or {key, key.partition(".")[0]} & TUNE_KEYS:
             raise UserError(f"tune.space.{key}: must be the same for all trials; set {key}=… without tune.space")
-    if tune.search == "optuna" and importlib.util.find_spec("optuna") is None:
-        raise UserError("tune.search=optuna: optuna is not installed: pip install 'lockstep[ray]'")
+    if tune.search == "optuna":
+        require("optuna", "tune.search=optuna", extra="ray")
     check_ray_address(tune.address)
     before = run_directory.found_in(config, "tune")
     if before and before[1].max_steps != config.max_steps:

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, DistributedSampler, Sampler, TensorDataset
 
 MEAN, STD = 0.305, 0.376
-SMALL = 64  # pixels a side up to which a ResNet has the stem for small images
+SMALL = 64  # pixels per side up to which a ResNet has the stem for small images
 NOISE = 256, 64  # images of noise, small and large
 
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     parser.add_argument("--model", default="tiny", help="tiny, a ResNet of torchvision's, or timm:NAME")
-    parser.add_argument("--size", type=int, default=8, help="pixels a side; 8: scikit-learn's digits, else noise")
-    parser.add_argument("--share", type=int, default=32, help="images a rank and step")
+    parser.add_argument("--size", type=int, default=8, help="pixels per side; 8: scikit-learn's digits, else noise")
+    parser.add_argument("--share", type=int, default=32, help="images per rank and step")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--bf16", action="store_true", help="autocast to bf16")
     parser.add_argument("--channels-last", action="store_true")

@@ -22,7 +22,7 @@ from tests.helpers.harness import command, lines, preload, result, train
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=2")  # 4 steps an epoch
+DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=2")  # 4 steps per epoch
 WORDS = (*DATA, "log_every=1", "optim.warmup_steps=2", "checkpoint.every=4")
 STAGES = {0: "adamw", 1: "sgd", 2: "adamw", 3: "sgd"}
 

@@ -173,5 +173,5 @@ def test_without_the_package_it_says_how_to_get_it(tmp_path: Path, monkeypatch, 
     assert run_main(ddp.train, ["+cluster=lightning"], monkeypatch) == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1
-    assert all(part in said for part in ("needs the package lightning", "pip install 'lockstep[lightning]'")), said
+    assert all(part in said for part in ("needs the package lightning", "pip install '.[lightning]'")), said
     assert list(tmp_path.iterdir()) == [], "nothing may be created"

@@ -34,7 +34,7 @@ from tests.helpers.processes import as_a_shell, wait_until
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=3")  # 4 steps an epoch
+DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=3")  # 4 steps per epoch
 WORDS = (*DATA, "log_every=1", "checkpoint.every=4", "logger=[csv,tensorboard,wandb]", "logger.histograms=2")
 STEPS = 12
 
@@ -197,7 +197,9 @@ def test_wandb_with_a_key_and_no_server_goes_on_offline_and_keeps_the_key_to_its
 def test_without_the_package_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "wandb" else find(name))
-    with pytest.raises(UserError, match=r"^logger=wandb needs the package wandb, .* pip install 'lockstep\[wandb\]'$"):
+    with pytest.raises(
+        UserError, match=r"^logger=wandb needs the package wandb, .* pip install '\.\[wandb\]' in lockstep's folder$"
+    ):
         validate(compose_config(single.train, "logger=[csv,wandb]"), single.train, 1)
 
 

@@ -117,7 +117,7 @@ def out(tmp_path: Path) -> Path:
     ]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 4')
     for rank in range(4):
-        begun = "11:00:00 ddp: 4 ranks on 2 hosts · cpu · gloo · fp32 · 1 thread a rank\n"
+        begun = "11:00:00 ddp: 4 ranks on 2 hosts · cpu · gloo · fp32 · 1 thread per rank\n"
         before = (
             f"{begun}11:01:00 step 38/50  epoch 1  loss 0.1\nTraceback (most recent call last):\nOldError: before\n"
         )

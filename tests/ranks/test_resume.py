@@ -55,7 +55,7 @@ from tests.helpers.harness import compose_config, execute, lines, result, run_ra
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=3")  # 4 steps an epoch
+DATA = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=3")  # 4 steps per epoch
 RESNET18 = resnet.resnet18
 SHORT = (*DATA, "log_every=1", "optim.warmup_steps=2", "checkpoint.every=4")
 STEPS = 12

@@ -35,7 +35,7 @@ from tests.helpers.narrow_resnet import narrow_resnet18
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
-DATA = ("global_batch_size=48", "epochs=2", "log_every=1", "max_steps=16")  # 14 steps an epoch of five digits
+DATA = ("global_batch_size=48", "epochs=2", "log_every=1", "max_steps=16")  # 14 steps per epoch of five digits
 LOW, HIGH = "data.classes=[0,1,2,3,4]", "data.classes=[5,6,7,8,9]"
 COMMANDS = (  # of docs/recipes.md; the last two differ in the backbone alone
     "python -m recipes.ddp data.classes=[0,1,2,3,4] model.norm=group optim=adamw epochs=8 out=base",

@@ -23,7 +23,7 @@ from tests.helpers.examples import kill_a_rank
 from tests.helpers.harness import compose_config, execute, lines, result, run_ranks, train
 
 TASK = f"{__file__}:Drawn"
-SIZE, STEPS = 60, 15  # five steps an epoch
+SIZE, STEPS = 60, 15  # five steps per epoch
 WORDS = (f"task={TASK}", "global_batch_size=12", "epochs=3", "log_every=1", "optim.lr=0.01", "checkpoint.every=4")
 
 

@@ -169,7 +169,7 @@ def read_trace(path: Path) -> list[Event]:
 
 
 def step_costs(events: list[Event]) -> dict[str, Any]:
-    """What the recorded steps were spent on, in seconds a step.
+    """What the recorded steps were spent on, in seconds per step.
 
     Returns:
         seconds; communication, and the part of it that is exposed; `shares` of the step by class, among them `outside`,

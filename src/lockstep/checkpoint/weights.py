@@ -13,6 +13,7 @@ from torch import Tensor
 from lockstep.checkpoint.prefixes import Fit, fit_names, taken
 from lockstep.errors import UserError
 from lockstep.models.parameters import NO_HEAD
+from lockstep.utils.packages import require
 from lockstep.utils.text import count
 
 
@@ -107,10 +108,9 @@ def safetensors() -> Any:
     Raises:
         UserError: it is not installed.
     """
-    try:
-        import safetensors.torch
-    except ImportError:
-        raise UserError("the package safetensors is not installed; pip install 'lockstep[safetensors]'") from None
+    require("safetensors", "a .safetensors file")
+    import safetensors.torch
+
     return safetensors.torch
 
 

@@ -25,7 +25,7 @@ def shares(values: list[float]) -> str:
 
 
 def per_rank(values: list[float], worded: Callable[[float], str]) -> str:
-    """One figure a rank; of many ranks, the least and the most."""
+    """One figure per rank; of many ranks, the least and the most."""
     return (
         " to ".join(map(worded, (min(values), max(values))))
         if len(values) > LISTED_RANKS

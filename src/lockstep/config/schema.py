@@ -70,7 +70,7 @@ class DataConfig:
     std: list[float] = key((0.5, 0.5, 0.5), "standard deviation of each channel, images scaled to 0…1", minimum=1e-6)
     augment: bool = key(True, "augment the training images, seeded by (seed, epoch, sample)")
     workers: int | None = key(
-        None, "DataLoader processes a rank (null: none for data in memory)", minimum=0, maximum=1024, free=True
+        None, "DataLoader processes per rank (null: none for data in memory)", minimum=0, maximum=1024, free=True
     )
     size: int = key(1024, "synthetic: number of training images", minimum=1)
     download: bool = key(False, "cifar10: fetch it into data.root if it is not there", free=True)
@@ -193,7 +193,7 @@ class Config:
         AUTO, "whether `metric` is better when larger (auto: what the task says)", (AUTO, "max", "min")
     )
     patience: int | None = key(None, "end after so many evaluations without a better `metric` (null: never)", minimum=1)
-    accumulate: int = key(1, "micro-batches a step", minimum=1)
+    accumulate: int = key(1, "micro-batches per step", minimum=1)
     checkpoint_activations: Any = key(
         "none",
         "what blocks compute again in backward, and do not keep: none, full, selective (all but the dear operations), "
@@ -240,7 +240,7 @@ class Config:
     backend: str = key("auto", "collectives (auto: nccl on cuda, gloo on cpu)", ("auto", "gloo", "nccl"), free=True)
     threads: int | None = key(
         None,
-        "CPU threads a rank (null: OMP_NUM_THREADS, else the host's cores divided)",
+        "CPU threads per rank (null: OMP_NUM_THREADS, else the host's cores divided)",
         minimum=1,
         maximum=MOST_THREADS,
         free=True,

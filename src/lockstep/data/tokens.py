@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 
 from lockstep.data.image_files import read_digits
 from lockstep.errors import UserError
+from lockstep.utils.packages import require
 
 CHECKED = 2**22  # tokens at each end of a file that are held to the vocabulary when it is opened
 COUNTED = 2**24  # tokens that are counted at a time
@@ -197,12 +198,9 @@ def load_tokenizer(path: str) -> Any:
     """
     if not Path(path).expanduser().is_file():
         raise UserError(f"task.tokenizer={path}: no such file; it takes a tokenizer.json of the package tokenizers")
-    try:
-        from tokenizers import Tokenizer
-    except ImportError:
-        raise UserError(
-            f"task.tokenizer={path} needs the package tokenizers: pip install 'lockstep[tokenizers]'"
-        ) from None
+    require("tokenizers", f"task.tokenizer={path}")
+    from tokenizers import Tokenizer
+
     try:
         return Tokenizer.from_file(str(Path(path).expanduser()))
     except Exception as error:  # the package raises Exception itself

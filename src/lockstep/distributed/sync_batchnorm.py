@@ -1,6 +1,6 @@
 """Batch normalisation over the batches of all ranks, with its backward written by hand; runs on CPU with gloo too.
 
-With few samples a rank (2 to 4), the mean and variance of a rank's own share are noise. SyncBatchNorm takes them over
+With few samples per rank (2 to 4), the mean and variance of a rank's own share are noise. SyncBatchNorm takes them over
 the global batch, so any number of ranks computes what one process computes with nn.BatchNorm on the whole batch.
 torch's own layer refuses CPU tensors, and DistributedDataParallel refuses a CPU model that holds one, so nobody could
 try or test it without GPUs. `convert_sync_batchnorm` is the one function to call, on any device, before the wrap:

@@ -72,7 +72,7 @@ class TrainBatches:
     """This rank's micro-batches, an epoch an iteration; a run that goes on within an epoch begins with the rest of it.
 
     Attributes:
-        pieces: micro-batches a step: `accumulate`, or a few less where chunk's rounding up makes fewer do.
+        pieces: micro-batches per step: `accumulate`, or a few less where chunk's rounding up makes fewer do.
         between_evaluations: micro-batches from one evaluation to the next.
     """
 

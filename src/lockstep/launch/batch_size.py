@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 TRIAL_SECONDS = 1800.0  # by then it hangs, or is too slow to be of use
-FIRST_SHARE = 16  # samples a rank in the first trial
+FIRST_SHARE = 16  # samples per rank in the first trial
 SLACK = 2**29  # what a rank may map and not touch, beyond what this process does
 CLOSE = 16  # the answer is within 1 / CLOSE of the largest that fits
 SHORT: dict[str, Any] = {  # what makes a trial of a config
@@ -115,7 +115,9 @@ def find_batch_size(config: Config, recipe: Recipe, ranks: int, start: Start) ->
             "python -m recipes.doctor memory counts by layer"
         )
     if found == most:
-        why = f"the training set has {samples:,} {unit_of(config)}, {count(samples // (found * unit), 'step')} an epoch"
+        why = (
+            f"the training set has {samples:,} {unit_of(config)}, {count(samples // (found * unit), 'step')} per epoch"
+        )
     else:
         above = min((units for units, trial in trials.items() if not trial.fits), default=found)
         why = f"{above * unit:,} is too much for {allowance(trials[found], config)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 import sys
@@ -31,6 +30,7 @@ from lockstep.training.activation_checkpointing import check_blocks
 from lockstep.training.clip import limits
 from lockstep.training.optim import check_optimizer
 from lockstep.training.timing import warm_up
+from lockstep.utils.packages import require
 from lockstep.utils.text import count, mebibytes
 
 if TYPE_CHECKING:
@@ -175,16 +175,6 @@ def check_package(recipe: Recipe) -> None:
     """Hold a recipe to the package it cannot do without; raises UserError as `require` does."""
     if recipe.needs:
         require(recipe.needs, f"recipes.{recipe.name}")
-
-
-def require(package: str, who: str) -> None:
-    """Say how an optional package is installed where it is not; nothing of it is loaded.
-
-    Raises:
-        UserError: it is not installed.
-    """
-    if importlib.util.find_spec(package) is None:
-        raise UserError(f"{who} needs the package {package}, which is not installed: pip install 'lockstep[{package}]'")
 
 
 def check_source(config: Config) -> None:

@@ -70,7 +70,7 @@ class ConsoleReport:
         frozen = f", {parameters[0] - parameters[1]:,} of them frozen" if parameters[0] != parameters[1] else ""
         self.line(
             f"{self.recipe}: {count(world.world_size, 'rank')} on {count(hosts, 'host')} · {world.device.type} · "
-            f"{world.backend} · {config.precision} · {count(world.threads, 'thread')} a rank ({world.threads_by})"
+            f"{world.backend} · {config.precision} · {count(world.threads, 'thread')} per rank ({world.threads_by})"
         )
         self.unit = unit = option(task, "unit")
         model, data = described(task, config)
@@ -79,7 +79,7 @@ class ConsoleReport:
         self.line(f"  data   {data}, {samples[0]:,} {unit} to train on, {evaluated}")
         self.line(
             f"  batch  {config.global_batch_size} = {count(shards, 'share')} × {config.global_batch_size // shards}; "
-            f"{count(steps[0], 'step')} an epoch, {steps[1]:,} in all"
+            f"{count(steps[0], 'step')} per epoch, {steps[1]:,} in all"
         )
         for number, choice in enumerate(chosen):
             self.line(f"  {'' if number else 'chosen':6} {choice}")
@@ -130,7 +130,7 @@ class ConsoleReport:
         speed = "no step taken"
         if result["samples_per_second"] is not None:
             milliseconds = [round(1000 * result[f"step_seconds_p{percent}"]) for percent in (50, 95)]
-            speed = f"{result['samples_per_second']:,.0f} {self.unit}/s ({milliseconds[0]} ms a step, 95 % within "
+            speed = f"{result['samples_per_second']:,.0f} {self.unit}/s ({milliseconds[0]} ms per step, 95 % within "
             speed += f"{milliseconds[1]} ms)"
             if result.get("tokens_per_second"):
                 speed += f"; {result['tokens_per_second']:,.0f} tokens/s"
@@ -179,5 +179,5 @@ def described(task: Any, config: Config) -> tuple[str, str]:
 
 
 def by_rank(sizes: list[int]) -> str:
-    """Bytes as MiB, one number a rank."""
+    """Bytes as MiB, one number per rank."""
     return ", ".join(f"{size / 2**20:,.1f}" for size in sizes)

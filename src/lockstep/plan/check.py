@@ -206,7 +206,7 @@ def check_plan(run: Run[PlanConfig], words: list[str], hardware: Hardware) -> li
     measured = []
     for number, row in enumerate(rows, start=1):
         measured.append(measure_row(run, row, hardware))
-        run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * measured[-1][2]:,.1f} ms a step")
+        run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * measured[-1][2]:,.1f} ms per step")
     found: list[CheckRow] = []
     if run.world.rank == 0:
         file.write_text(hardware.as_yaml(), encoding="utf-8")

@@ -38,7 +38,7 @@ def measure_hardware(world: World) -> Hardware:
         link = Link(large["bandwidth"] * large["seconds"] / max(1e-9, large["seconds"] - least), 1.0, 0.0)
     free, _ = free_bytes(world.device)
     return Hardware(
-        name=f"this machine, {kind}, {world.threads} threads a rank",
+        name=f"this machine, {kind}, {world.threads} threads per rank",
         memory=free / (world.world_size if kind == "cpu" else 1),
         reserved=0.0,
         flops=flops,

@@ -38,7 +38,7 @@ class Scaler(torch.amp.GradScaler):
 
     torch's decides for each process by the gradients it holds. Those of a pipeline's stage are that rank's alone: the
     stages would continue with weights that do not belong together, and with different scales. So the ranks that have
-    found something not finite tell all others, in an all-reduce of one number a step.
+    found something not finite tell all others, in an all-reduce of one number per step.
 
     A step that is left out is a step: its batch is used up and the schedule advances, so the order of the data
     stays a function of the step alone. Weights and optimizer stay as they are, and hooks on the optimizer's step

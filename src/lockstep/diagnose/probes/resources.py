@@ -112,5 +112,5 @@ def judge_resources(ranks: list[Facts]) -> Findings:
     if not found:
         one = ranks[0]["resources"]
         shared = f", {mebibytes(one['shared_bytes'], 0)} MiB of shared memory" if one["workers"] else ""
-        found.ok(f"{count(one['files'][0], 'open file')} a rank{shared}: enough for its workers ({one['workers']})")
+        found.ok(f"{count(one['files'][0], 'open file')} per rank{shared}: enough for its workers ({one['workers']})")
     return found

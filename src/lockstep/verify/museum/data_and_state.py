@@ -5,7 +5,7 @@ from __future__ import annotations
 from lockstep.verify.museum import mutations
 from lockstep.verify.museum.bug import GROUP, Bug
 
-FEW = {"data.name": "synthetic", "data.size": 56}  # two steps an epoch
+FEW = {"data.name": "synthetic", "data.size": 56}  # two steps per epoch
 
 OF_DATA_AND_STATE = (
     # Sequences
