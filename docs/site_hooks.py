@@ -1,16 +1,21 @@
 """For `make docs`: a page's links to files outside docs/, such as ../recipes/ddp.py, lead to pages with those files.
 
-On a forge the links lead to the files themselves; a site has only what is in it.
+On a forge the links lead to the files themselves; a site has only what is in it. A recipe's page teaches its technique: a
+picture, the docstring, the loop, the bugs of the museum that break it, and the whole file.
 Source: https://www.mkdocs.org/user-guide/configuration/#hooks
 """
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File
+from pictures import PICTURES, draw
+
+from lockstep.verify.museum.table import BUGS
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTSIDE = re.compile(r"\]\(\.\./([\w./-]+?)(#[\w-]+)?\)")
@@ -33,6 +38,49 @@ def outside_files() -> set[str]:
     return found
 
 
+def technique(name: str, source: str) -> str:
+    """The page of a recipe, from its file."""
+    tree = ast.parse(source)
+    head, _, rest = (ast.get_docstring(tree) or "").partition("\n")
+    parts = [f"# {name}", f"**{head}**", draw(PICTURES[name])]
+    sends = PICTURES[name].sends
+    parts += (
+        [sends[0]] if sends and sends[0].startswith("arrows") else [f"{at}. {what}" for at, what in enumerate(sends, 1)]
+    )
+    parts += [linked(rest)]
+    loop = next(each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == "train")
+    body = source.splitlines()[loop.lineno - 1 : loop.end_lineno]
+    parts += ["## The loop", "````python\n" + "\n".join(body) + "\n````"]
+    if name not in ("single", "checkpoint_resume"):  # what the others are compared with, and what proves itself
+        parts += [f"## See it proven\n\n```console\n$ python -m recipes.verify recipes=[{name}]\n```"]
+        parts += ["It trains the same steps beside one plain process: [how they are compared](../../proof.md)."]
+    if bugs := [f"- `{bug.name}`: {bug.story}" for bug in BUGS if bug.recipe == name]:
+        parts += [
+            "## Bugs that really happened",
+            "Each has its links in [the museum](../../museum.md).",
+            "\n".join(bugs),
+        ]
+        parts += ["`python -m recipes.verify museum=NAME` breaks this recipe so, and shows by what it is seen."]
+    parts += ["## The file", f"````python\n{source}````"]
+    return "\n\n".join(parts) + "\n"
+
+
+def linked(docstring: str) -> str:
+    """With a link at each recipe's name and at each address; a command stays as it is."""
+    lines = []
+    for line in docstring.splitlines():
+        if not line.startswith("    "):
+            line = re.sub(r"^(Expect|Source): ", r"\n**\1:** ", line)
+            line = re.sub(r"(?<![\w`])recipes\.(\w+)", recipe_link, line)
+            line = re.sub(r"https?://[^\s),]+", lambda address: f"<{address[0]}>", line)
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def recipe_link(found: re.Match[str]) -> str:
+    return f"[{found[0]}]({found[1]}.py.md)" if found[1] in PICTURES else found[0]
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Make a page of each.
 
@@ -44,11 +92,14 @@ def on_files(files: Any, config: Any) -> Any:
         if path.endswith(".md"):
             text = INSIDE.sub(r"](../\1\2)", text)
             text = BESIDE.sub(lambda link: f"]({page_of(link[1]).removeprefix('source/')}{link[2] or ''})", text)
+        elif Path(path).parent.name == "recipes" and Path(path).stem in PICTURES:
+            text = technique(Path(path).stem, text)
         else:
             language = {".py": "python", ".yaml": "yaml"}.get(Path(path).suffix, "text")
             text = f"# {path}\n\n````{language}\n{text}````\n"
         page = File.generated(config, page_of(path), content=text)
-        page.inclusion = page.inclusion.NOT_IN_NAV
+        if Path(path).stem not in PICTURES:
+            page.inclusion = page.inclusion.NOT_IN_NAV
         files.append(page)
     return files
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.registry import list_recipes
 from tests.helpers.harness import ROOT, clean_environment
+
+PICTURES = runpy.run_path(str(ROOT / "docs" / "pictures.py"))["PICTURES"]
 
 
 def copy_pages(folder: Path) -> None:
@@ -36,9 +40,22 @@ def test_every_page_and_every_file_that_a_page_names_is_in_the_site(tmp_path: Pa
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / page.with_suffix(".html").name).is_file(), page.name
     assert "DistributedDataParallel" in (site / "source" / "recipes" / "ddp.py.html").read_text()
+    for name in PICTURES:
+        page = (site / "source" / "recipes" / f"{name}.py.html").read_text()
+        assert '<svg class="technique"' in page, name
+        assert "The loop" in page, name
     for path in site.rglob("*.html"):
         fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', path.read_text())
         assert not fetched, f"{path.name} needs a network"
+
+
+def test_every_technique_has_a_picture() -> None:
+    assert set(PICTURES) == {*list_recipes(), "checkpoint_resume"}
+    for name, picture in PICTURES.items():
+        used = {letter for step in picture.steps for letter in step if letter.isdigit()}
+        named = 0 if any("v" in step for step in picture.steps) else len(picture.sends)
+        assert used == {str(number) for number in range(1, named + 1)}, f"{name}: a digit for each of `sends`"
+        assert len({len(step.replace("|", "")) for step in picture.steps}) == 1, f"{name}: ranks end together"
 
 
 @pytest.mark.slow
