@@ -61,6 +61,17 @@ def test_the_readme_is_short() -> None:
     assert len(text.split()) <= 1500
 
 
+def test_the_korean_readme_shows_the_same() -> None:
+    """Commands, code and recipes to the character; its links are the English one's, and those to the two languages."""
+    english, korean = ((ROOT / name).read_text() for name in ("README.md", "README.ko.md"))
+    blocks = re.compile(r"^```.*?^```", re.DOTALL | re.MULTILINE)
+    assert blocks.findall(korean) == blocks.findall(english)
+    rows = re.compile(r"^\| \[`\w+`\]\(\S+\)", re.MULTILINE)
+    assert rows.findall(korean) == rows.findall(english)
+    for link in re.findall(r"\]\(([^)#]+)", korean):
+        assert (ROOT / link).exists(), link
+
+
 def is_long(line: str) -> bool:
     """Whether it is a minute's work also with two steps: many runs, or a plan of many rows."""
     return any(f"recipes.{tool}" in line for tool in ("compare", "plan", "tune"))
