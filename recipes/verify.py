@@ -16,6 +16,7 @@ compares two records, report.py prints them.
     python -m recipes.verify task=my_task.py:Gpt                      your model, data and loss behind every recipe
     python -m recipes.verify recipes=[my_recipe.py]                   your loop: against single, or itself on one rank
     python -m recipes.verify recipes=[fsdp] interrupt=2               cut off after 2 steps and resumed: still equal
+    python -m recipes.verify recipes=[my_recipe.py] trace=true        of a row that is off: the first layer and operation
     python -m recipes.verify museum=list                              bugs that really happened; museum=NAME shows one
 
 Expect: a line per row, then a table with every row green and exit code 0, in about three minutes on two CPU cores;
@@ -39,6 +40,7 @@ from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count
 from lockstep.verify.config import VerifyConfig
+from lockstep.verify.parting_report import parting_lines, parting_tables
 from lockstep.verify.proofs import ProofCase, fewest_steps, proof_batch, proof_cases, verify_case
 from lockstep.verify.reference import SINGLE, check_against
 from lockstep.verify.report import progress_line, verdict_notes, verify_tables
@@ -143,6 +145,11 @@ def train(run: Run[VerifyConfig]) -> None:
         run.report.console.print(*verify_tables(rows), sep="\n")
         for note in verdict_notes(rows):
             run.report.line(note)
+        for row in rows:
+            if row.parting:
+                for line in parting_lines(row.parting, f"{row.label} in {row.precision}", row.against):
+                    run.report.line(line)
+                run.report.console.print(*parting_tables(row.parting), sep="\n")
         if bug:
             for line in [*bug.changes, f"{bug.name}: {bug.told}"]:
                 run.report.line(line)

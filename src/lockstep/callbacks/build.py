@@ -16,6 +16,7 @@ from lockstep.callbacks.nan_guard import NanGuard
 from lockstep.callbacks.step_time import StepTimeMonitor
 from lockstep.callbacks.unused_parameters import UnusedParameters
 from lockstep.config.schema import Config
+from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
 from lockstep.training.clip import clips
 
@@ -23,14 +24,16 @@ from lockstep.training.clip import clips
 def build_callbacks(
     config: Config,
     world: World,
-    *,
+    dims: ParallelDims,
     workers: int,
     task: Any,
+    *,
     first: Sequence[Callback] = (),
 ) -> CallbackList:
     """The callbacks of one start of a run, in the order in which they are called.
 
     Args:
+        dims: how the ranks share the work.
         workers: processes that read this rank's samples.
         task: what is trained.
         first: further ones, such as a tool's, which come before all others.
@@ -41,6 +44,10 @@ def build_callbacks(
         from lockstep.callbacks.profiler import ProfileSteps  # torch.profiler: only who asks for it imports it
 
         found.append(ProfileSteps(config.profile, step_time))
+    if config.record_tensors:
+        from lockstep.callbacks.tensor_recorder import TensorRecorder
+
+        found.append(TensorRecorder(config.record_tensors, dims))
     found.append(UnusedParameters())
     if config.memory:
         found.append(MemoryReport())

@@ -232,6 +232,13 @@ class Config:
         maximum=100,  # all that they do is kept in memory
         free=True,
     )
+    record_tensors: int = key(
+        0,
+        "first steps of which all layers' tensors are recorded, into tensors/, for recipes.diff",
+        minimum=0,
+        maximum=100,  # each as large as all activations and three times the weights
+        free=True,
+    )
     detect_anomaly: bool = key(False, "name the operation whose backward made a NaN (slow)", free=True)
     nproc: int | None = key(
         None, "ranks on this machine (null: one per GPU, else 2)", minimum=1, maximum=MOST_RANKS, free=True

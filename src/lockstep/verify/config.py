@@ -28,3 +28,4 @@ class VerifyConfig(ToolConfig):
     museum: str | None = key(
         None, "break a recipe by a bug that really happened, and see it found; list: their names (docs/museum.md)"
     )
+    trace: bool = key(False, "of a row that is off, also name the first layer and operation that differ")

@@ -14,6 +14,7 @@ from lockstep.config.declared import own_task
 from lockstep.config.keys import typed
 from lockstep.config.schema import Config
 from lockstep.config.tasks import IMAGES, task_schema
+from lockstep.distributed.collectives import broadcast_object
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed, UserError
 from lockstep.launch.validate import check_batch, check_package
@@ -21,6 +22,7 @@ from lockstep.recipe import Proof, Recipe
 from lockstep.run import Run
 from lockstep.tasks.build import has_batchnorm
 from lockstep.training.precision import AUTOCAST
+from lockstep.verify.first_difference import parting_of
 from lockstep.verify.reference import SINGLE, described_reference, reference_of, run_alone
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import Trace, trace
@@ -29,6 +31,7 @@ PROOF_STEPS = {"fp64": 5, "fp32": 3, "bf16": 3, "fp16": 3}  # by precision
 SAMPLES_PER_RANK = 14  # chunked in 4 it leaves a ragged piece, which still has 2 samples for BatchNorm
 OF_IMAGES = ("model.", "data.")  # keys of task=images
 TASK_KEYS = "task."  # what the keys of a task begin with
+RECORDED = "-recorded"  # what the folder of a training is called besides that is repeated to record its tensors
 BY_SHARES = "its BatchNorm normalises by each share"
 
 
@@ -173,18 +176,33 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
     said = [precision, *typed_words(case.settings), *[case.task] * bool(case.task)]
     key = "-".join([*said, *(case.own_words if alike else [])])
     name = "-".join([each.name, *said, *case.own_words])
+
+    def train(steps: int = 0) -> Trace | None:
+        """The recipe's training; the tensors of so many steps are recorded, in a folder of their own."""
+        recorded = with_values(mine, {"record_tensors": steps})
+        return trace(run, each, recorded, name + RECORDED * bool(steps), case.proof.prepare, case.interrupt)
+
+    def refer(found: Trace | None, steps: int = 0) -> Trace | None:
+        """The reference's, likewise."""
+        recorded = with_values(base if case.against == SINGLE and not alike else mine, {"record_tensors": steps})
+        if case.against == SINGLE:
+            return trace(run, single, recorded, f"single-{key}" + RECORDED * bool(steps), case.proof.prepare)
+        return run_alone(run, case.against, recorded, f"{name}-on-one-rank" + RECORDED * bool(steps), found)
+
     try:
-        if case.against != SINGLE:
-            found = trace(run, each, mine, name, case.proof.prepare, case.interrupt)
-            reference = run_alone(run, case.against, mine, f"{name}-on-one-rank", found)
-            if found and reference:
-                row.compare(found, reference, case.differs)
-            return row
-        if key not in references:
-            references[key] = trace(run, single, mine if alike else base, f"single-{key}", case.proof.prepare)
-        found = trace(run, each, mine, name, case.proof.prepare, case.interrupt)
-        if found and (reference := references[key]):
+        if case.against == SINGLE and key not in references:
+            references[key] = refer(None)
+        found = train()
+        reference = references[key] if case.against == SINGLE else refer(found)
+        if found and reference:
             row.compare(found, reference, case.differs)
+        steps = broadcast_object(row.off_after if row.fails and getattr(run.config, "trace", False) else 0)
+        if steps:
+            train(steps)
+            refer(found, steps)
+            where = f"single-{key}" if case.against == SINGLE else f"{name}-on-one-rank"
+            if run.world.rank == 0:
+                row.parting = parting_of(run.out / (name + RECORDED), run.out / (where + RECORDED), each.local_updates)
     except Preempted:
         raise
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lockstep.verify.first_difference import Parting
 from lockstep.verify.trace import Tensors, Trace, angle, difference, tensor_differences
 
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}  # by precision
@@ -14,7 +15,8 @@ COMPARED = ("loss", "gradients", "weights", "buffers", "evaluation")
 class VerifyRow:
     """One comparison; the five numbers are relative differences from the reference, None where it has nothing of them.
 
-    `variant` says which of a recipe's proofs it is, where there are several; `first` where the two first differ.
+    `variant` says which of a recipe's proofs it is, where there are several; `first` where the two first differ,
+    `off_after` how many steps of training show it, and `parting` in which layer and operation, where that was asked for.
     """
 
     recipe: str
@@ -31,6 +33,8 @@ class VerifyRow:
     variant: str = ""
     against: str = "recipes.single"
     first: str = ""
+    off_after: int = 0
+    parting: Parting | None = None
 
     def __post_init__(self) -> None:
         self.tolerance = self.tolerance or TOLERANCES[self.precision]
@@ -62,6 +66,9 @@ class VerifyRow:
         figures = {name: figure for name in COMPARED if (figure := getattr(self, name)) is not None}
         # Written so that a number which is not one is off, too.
         off = [name for name, figure in figures.items() if not figure <= self.tolerance]
+        late = next((step for step, value in enumerate(losses, start=1) if not value <= self.tolerance), None)
+        if set(off) - {"evaluation"}:
+            self.off_after = 1 if "gradients" in off else late or self.steps
         if off:
             self.first = parting_point(mine, theirs, losses, off, self)
         if differs or off:
