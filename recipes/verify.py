@@ -88,6 +88,8 @@ def check(config: VerifyConfig, share: int) -> None:
     """Only recipes that exist can be verified, against what exists."""
     check_against(config.against)
     recipes_with_proofs(config.recipes)
+    if config.trace and config.compile:
+        raise UserError("trace=true: looks layer by layer, and compile=true melts them; leave one out")
     bug, steps = shown_bug(config), fewest_steps(config)
     if bug and config.global_batch_size == share:
         raise UserError(f"museum={bug.name}: is shown among several ranks, and here is 1; set nproc=2")

@@ -67,7 +67,8 @@ class Recipe:
         single_training: whether it is one training, for which one batch size can be found.
         batch: of a tool for which global_batch_size=auto is a number to be chosen, and none to be found by trials:
             called with (samples in the training set, ranks).
-        word: the key that a first word without `=` on the command line is the value of.
+        word: the key that a first word without `=` on the command line is the value of; of a list, all such words before
+            the first key.
         several: the key whose value is a list of whole numbers on this tool's command line; config has it as `<key>s`.
         alone: called with the config before anything else; where it returns an exit code it has done all there is to
             do, and no rank is started.

@@ -71,7 +71,7 @@ REPLACES: dict[str, list[str]] = {
     "transfer_learning": [OPTIMIZER],
     "zero1": [],
 }
-TOOLS = {"verify", "compare", "doctor", "plan", "tune"}
+TOOLS = {"verify", "diff", "compare", "doctor", "plan", "tune"}
 DEMONSTRATIONS = {"checkpoint_resume"}  # single's loop several times over, taken apart
 
 

@@ -9,7 +9,7 @@ Imported only where it is asked for. A run without it is not hooked in any way.
 
 from __future__ import annotations
 
-import os
+import io
 import threading
 from collections import defaultdict
 from functools import partial
@@ -24,6 +24,7 @@ from lockstep.config.schema import Config
 from lockstep.data.batch import tree_tensors
 from lockstep.distributed.dtensor import full_tensor, is_sharded
 from lockstep.distributed.parallel_dims import ParallelDims
+from lockstep.utils.files import write_atomically
 from lockstep.utils.text import count
 
 FOLDER = "tensors"  # in the run directory
@@ -55,8 +56,7 @@ class TensorRecorder(Callback):
     def on_train_begin(self, context: CallbackContext) -> None:
         if context.step >= self._steps:
             return
-        if context.rank == 0:
-            (context.out / FOLDER).mkdir(exist_ok=True)
+        (context.out / FOLDER).mkdir(exist_ok=True)
         self._context, self._thread = context, threading.get_ident()
         for name, module in context.module.named_modules():
             # A layer that overwrites its input could not do so with a view of it.
@@ -108,11 +108,9 @@ class TensorRecorder(Callback):
             "weights": self._weights(),
             "buffers": {name: each.detach().cpu().clone() for name, each in context.module.named_buffers()},
         }
-        path = recorded_file(context.out, context.step, context.rank)
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(f".{os.getpid()}")
-        torch.save(content, temporary)
-        temporary.replace(path)
+        buffer = io.BytesIO()
+        torch.save(content, buffer)
+        write_atomically(recorded_file(context.out, context.step, context.rank), buffer.getbuffer())
         self._start = {}
         if context.step == self._steps or context.step == context.total_steps:
             self._on = False

@@ -97,7 +97,7 @@ def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Conf
         raise UserError(f"task=: is empty; {TASKS}")
     words = [spelled_task(word) for word in words]
     if recipe.word:
-        words = spelled_out(words, recipe.word)
+        words = spelled_out(words, recipe.word, recipe.config)
     words = [by_name(word, recipe) for word in words]
     if recipe.looks_at:
         words = [spelled_files(word, recipe.looks_at) for word in words]

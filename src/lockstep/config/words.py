@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -133,8 +134,13 @@ def text_keys(schema: type, prefix: str = "") -> set[str]:
     return found | (set() if prefix or not issubclass(schema, Config) else text_keys(ClusterConfig, "cluster."))
 
 
-def spelled_out(words: list[str], key: str) -> list[str]:
-    """`memory model=resnet50` as `check=memory model=resnet50`, for a tool that is told its task in a plain word."""
+def spelled_out(words: list[str], key: str, schema: type) -> list[str]:
+    """`memory model=resnet50` as `check=memory model=resnet50`, for a tool that is told its task in a plain word; where
+    that key is a list, `A B seed=1` as `runs=['A','B'] seed=1`, of any words."""
+    if any(entry.name == key and "list" in str(entry.type) for entry in fields(schema)):
+        plain = list(itertools.takewhile(lambda word: "=" not in word and not word.startswith("-"), words))
+        quoted = [QuotedString(word, Quote.single).with_quotes() for word in plain]
+        return [f"{key}=[{','.join(quoted)}]", *words[len(plain) :]] if plain else words
     if words and re.fullmatch(r"\w+", words[0]):
         return [f"{key}={words[0]}", *words[1:]]
     return words

@@ -75,6 +75,10 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
         )
     if config.memory and config.compile:
         raise UserError(f"memory={config.memory}: counts layer by layer, and compile=true melts them; leave one out")
+    if config.record_tensors and config.compile:
+        raise UserError(
+            f"record_tensors={config.record_tensors}: records layer by layer, and compile=true melts them; leave one out"
+        )
     check_batch(config, world_size)
     classes, samples = counted or count_samples(config)
     unit = unit_of(config)

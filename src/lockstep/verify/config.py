@@ -1,4 +1,4 @@
-"""The keys of recipes.verify, beside those that every recipe has."""
+"""The keys of recipes.verify and of recipes.diff, beside those that every recipe has."""
 
 from __future__ import annotations
 
@@ -29,3 +29,16 @@ class VerifyConfig(ToolConfig):
         None, "break a recipe by a bug that really happened, and see it found; list: their names (docs/museum.md)"
     )
     trace: bool = key(False, "of a row that is off, also name the first layer and operation that differ")
+
+
+@dataclass
+class DiffConfig(ToolConfig):
+    task_defaults: ClassVar[dict[str, Any]] = {}
+    runs: list[str] | None = key(None, "the two: folders of runs with record_tensors, or recipes; typed as A B")
+    tolerance: float | None = key(
+        None, "largest relative difference that is none (null: 1e-10 in fp64, 1e-3 in fp32, 5e-2 in 16 bits)", minimum=0
+    )
+    record_tensors: int = key(2, "recipes: steps that both are trained for", minimum=1, maximum=100)
+    global_batch_size: Any = key(
+        AUTO, "samples of a step, over all ranks; auto: 14 for each rank, or fewer where there are fewer", minimum=1
+    )

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from lockstep.callbacks.tensor_recorder import FOLDER, INPUT, OUTPUT, Event
-from lockstep.verify.recording import RecordedStep, Way, recorded_steps
+from lockstep.utils.text import count
+from lockstep.verify.recording import RecordedStep, Way, parents, recorded_steps
 
 ALLOWED = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # by precision
 SMALLEST = {
@@ -97,25 +98,29 @@ def first_difference(steps: Iterable[tuple[int, RecordedStep, RecordedStep]], al
         limit = max(ALLOWED[each] for each in precisions) if allowed is None else allowed
         found = list(differences(number, mine, theirs, max(SMALLEST[each] for each in precisions)))
         compared += len(found)
-        seen = [each for each in found if not hidden(each, found, limit)]
+        seen = visible(found, limit)
         every += seen
         off = [each for each in seen if not each.off <= limit]
         if off:
             kinds = theirs.kinds | mine.kinds
-            kind, operation = kinds.get(off[0].layer, ""), guilty(off[0], kinds)
+            kind, operation = kinds.get(off[0].layer, ""), guilty(off[0], kinds, seen, limit)
             return Parting(off[0], kind, operation, by_size(off), len(off), compared, number, limit)
     return Parting(None, "", "", by_size(every), 0, compared, number, limit)
 
 
-def parting_of(mine: Path, theirs: Path, local: bool = False) -> Parting:
-    """Compare the recordings of two trainings of verify's, which are deleted then: they are large.
+def parting_of(
+    mine: Path, theirs: Path, local: tuple[bool, bool] = (False, False), allowed: float | None = None
+) -> Parting:
+    """Compare the recordings of two trainings of a tool's, which are deleted then: they are large.
 
     Args:
-        local: whether the first one's ranks update weights of their own.
+        local: of each, whether its ranks update weights of their own.
     """
     a, b = recorded_steps(mine), recorded_steps(theirs)
-    steps = ((step, RecordedStep.load(a[step], local), RecordedStep.load(b[step])) for step in a if step in b)
-    parting = first_difference(steps)
+    steps = (
+        (step, RecordedStep.load(a[step], local[0]), RecordedStep.load(b[step], local[1])) for step in a if step in b
+    )
+    parting = first_difference(steps, allowed)
     for out in (mine, theirs):
         shutil.rmtree(out / FOLDER)
     return parting
@@ -141,10 +146,10 @@ def differences(step: int, mine: RecordedStep, theirs: RecordedStep, floor: floa
 
 def of_events(step: int, phase: str, mine: RecordedStep, theirs: RecordedStep) -> Iterator[Difference]:
     """What layers' calls take and give."""
-    both = set(mine.events(phase))
-    ordered = mine if theirs.about["stages"] else theirs
-    for event in ordered.events(phase):
-        if event not in both or event not in set(theirs.events(phase)):
+    a, b = mine.events(phase), theirs.events(phase)
+    both = set(a) & set(b)
+    for event in a if theirs.about["stages"] else b:
+        if event not in both:
             continue
         if (found := compare(phase, event, mine, theirs)) is not None:
             (off, largest, factor), shape, apart = found
@@ -218,11 +223,15 @@ def distance(mine: Tensor, theirs: Tensor, floor: float) -> tuple[float, Any, fl
     return off, (place, a.flatten()[flat].item(), b.flatten()[flat].item()), factor
 
 
-def parents(layer: str) -> Iterator[str]:
-    """`a.b`, `a` and the model itself, of a.b.c."""
-    while layer:
-        layer = layer.rpartition(".")[0]
-        yield layer
+def visible(found: Sequence[Difference], limit: float) -> list[Difference]:
+    """Without those that do not come out of the layer around them, and backward of what does not so in forward."""
+    lost = {each for each in found if hidden(each, found, limit)}
+    layers = {each.layer for each in lost if each.phase == FORWARD}
+    return [each for each in found if each not in lost and not (each.phase == BACKWARD and within(each.layer, layers))]
+
+
+def within(layer: str, layers: set[str]) -> bool:
+    return not layers.isdisjoint([layer, *parents(layer)])
 
 
 def hidden(each: Difference, found: Sequence[Difference], limit: float) -> bool:
@@ -242,16 +251,21 @@ def is_of(each: Difference, what: str) -> bool:
     return each.event is not None and each.event[2] == what
 
 
-def guilty(first: Difference, kinds: dict[str, str]) -> str:
+def guilty(first: Difference, kinds: dict[str, str], found: Sequence[Difference], limit: float) -> str:
     """Which operation makes the first difference, in words."""
     layer, kind = first.layer, kinds.get(first.layer, "")
     if first.event is None:
+        same = [each for each in found if each.phase == first.phase]
+        off = [each for each in same if not each.off <= limit]
+        several = len({each.layer for each in off}) > 1
+        many = f" (of {len(off)} of {count(len(same), 'parameter')})" * several
+        after = "what is done to gradients after backward: adding up, averaging"
         return {
-            START: "none yet: the weights that the training starts from",
+            START: "none: the weights before training" + many,
             LOSS: "the loss, of outputs that are equal",
-            GRADIENTS: "the layer's backward, or what is done to gradients after it: adding up, averaging",
-            WEIGHTS: "the update: clipping, learning rate, optimizer",
-            BUFFERS: "the layer's forward, which updates them",
+            GRADIENTS: after + many if several else f"backward of {kind} to its weights, or {after}",
+            WEIGHTS: "the update: clipping, learning rate, optimizer" + many,
+            BUFFERS: f"{kind}.forward, which updates them",
         }[first.phase]
     has_layers = any(layer in parents(other) for other in kinds if other != layer)
     around = kinds.get(layer.rpartition(".")[0], "the model") if layer else ""

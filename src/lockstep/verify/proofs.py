@@ -202,7 +202,9 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
             refer(found, steps)
             where = f"single-{key}" if case.against == SINGLE else f"{name}-on-one-rank"
             if run.world.rank == 0:
-                row.parting = parting_of(run.out / (name + RECORDED), run.out / (where + RECORDED), each.local_updates)
+                row.parting = parting_of(
+                    run.out / (name + RECORDED), run.out / (where + RECORDED), (each.local_updates, False)
+                )
     except Preempted:
         raise
     except Exception as error:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.callbacks.tensor_recorder import FOLDER, Event
+from lockstep.callbacks.tensor_recorder import FOLDER, OUTPUT, Event
 from lockstep.parallel.ring_attention import zigzag_positions
 
 COPY, SUM = "copy", "sum"  # each rank has the whole tensor; each has an addend of it
@@ -62,11 +62,28 @@ class RecordedStep:
         return {name: kind for rank in self.ranks for name, kind in rank["about"]["kinds"].items()}
 
     def events(self, kind: str) -> list[Event]:
-        """Those of forward or backward in their order; a pipeline's stages one after the other."""
+        """Those of forward or backward in their order; a pipeline's stages one after the other.
+
+        The gradient of what a layer gives is known before any within it; where the last of its own layers gives the
+        same tensor, that one's hook was called first.
+        """
         ranks = sorted(self.ranks, key=lambda rank: rank["about"]["place"])
-        if self.about["stages"] and kind == "backward":
+        if kind == "forward":
+            return list(dict.fromkeys(event for rank in ranks for event in rank[kind]))
+        if self.about["stages"]:
             ranks.reverse()
-        return list(dict.fromkeys(event for rank in ranks for event in rank[kind]))
+        found: dict[Event, None] = {}
+        every = list(dict.fromkeys(event for rank in ranks for event in rank[kind]))
+        again = {layer for layer, call, _, _ in every if call}  # called several times
+        given: dict[str, list[Event]] = {}
+        for event in every:
+            if event[2] == OUTPUT and event[0] not in again:
+                given.setdefault(event[0], []).append(event)
+        for event in every:
+            for layer in reversed(list(parents(event[0]))):
+                found.update(dict.fromkeys(given.get(layer, [])))
+            found[event] = None
+        return list(found)
 
     def loss(self) -> Tensor | None:
         """Of the global batch: the mean over those who know it."""
@@ -144,6 +161,13 @@ class RecordedStep:
             return [whole]
         order = sequence_order(whole.shape[way], len(tensors), self.about["sequences"])
         return [whole.index_select(way, order)]
+
+
+def parents(layer: str) -> Iterator[str]:
+    """`a.b`, `a` and the model itself, of a.b.c."""
+    while layer:
+        layer = layer.rpartition(".")[0]
+        yield layer
 
 
 def as_meta(part: Any) -> Any:
