@@ -30,7 +30,7 @@ from rich.console import Console
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
-from lockstep.config.copies import with_values
+from lockstep.config.copies import convert, with_values
 from lockstep.config.schema import Config
 from lockstep.errors import CheckFailed
 from lockstep.launch.validate import check_batch, check_package
@@ -39,7 +39,7 @@ from lockstep.utils.files import write_json
 from lockstep.utils.tables import TERMINAL_WIDTH
 from lockstep.utils.text import count
 from lockstep.verify.config import DiffConfig
-from lockstep.verify.first_difference import Parting, first_difference, parting_of
+from lockstep.verify.first_difference import Parting, find_parting, parting_of
 from lockstep.verify.parting_report import parting_lines, parting_tables
 from lockstep.verify.proofs import proof_batch, proof_config
 from lockstep.verify.recorded_runs import described_run, recorded_pairs
@@ -75,7 +75,7 @@ def diff_folders(config: DiffConfig) -> int | None:
             f"a folder of that name as ./{recipes[0]}"
         )
     pairs, shown = tee(recorded_pairs(runs))
-    parting = first_difference(pairs, config.tolerance)
+    parting = find_parting(pairs, config.tolerance)
     _, mine, theirs = next(shown)
     for name, each in zip("AB", ((runs[0], mine), (runs[1], theirs)), strict=True):
         print(f"{name} = {described_run(*each)}")
@@ -95,10 +95,12 @@ def trained_config(run: Run[DiffConfig], each: Recipe) -> Config:
 def check(config: DiffConfig, share: int) -> None:
     """Both recipes must be able to train on these ranks."""
     for name in two_of(config):
-        each, ranks = get_recipe(name), config.global_batch_size // share
+        each = get_recipe(name)
+        mine, ranks = convert(config, each.config), each.ranks or config.global_batch_size // share
         check_package(each)
-        mine = with_values(config, {})
-        check_batch(mine, each.ranks or ranks)
+        check_batch(mine, ranks)
+        if each.check:
+            each.check(mine, mine.global_batch_size // (ranks // mine.model_parallel_size))
 
 
 @recipe(

@@ -19,6 +19,7 @@ from recipes import (
     data_parallel,
     ddp,
     deepspeed_zero,
+    diff,
     doctor,
     fsdp,
     grad_accumulation,
@@ -62,6 +63,8 @@ DDP = {
         "python -m recipes.doctor memory",
     ],
     "memory=all": ["memory=all", "allowed are report"],
+    "record_tensors=-1": ["record_tensors=-1: allowed are 0…100"],
+    "record_tensors=2 compile=true": ["record_tensors=2", "compile=true", "leave one out"],
     "profile=-1": ["profile=-1: allowed are 0…100"],
     "profile=101": ["profile=101: allowed are 0…100"],
     "profile=7 max_steps=12": ["profile=7", "the run's 12 steps", "0…6"],
@@ -336,6 +339,17 @@ LORA = {
     "weights=random layers=[fc] new_head=true": ["only fc.* is left"],
     "weights=imagenet": ["weights=imagenet", "7 × 7 there and 3 × 3 here"],
 }
+DIFF = {
+    "": ["runs=null: name two: python -m recipes.diff A B"],
+    "ddp": ["runs=[ddp]: name two"],
+    "ddp fsdp single": ["runs=[ddp,fsdp,single]: name two"],
+    "here there": ["here: no such folder, and no recipe", "two folders of runs, or two recipes"],
+    "ddp here": ["runs=[ddp,here]: ddp is a recipe, and the other is not", "./ddp"],
+    "ddp fsdp tolerance=-1": ["tolerance=-1.0: allowed are numbers from 0 up"],
+    "ddp fsdp record_tensors=0": ["record_tensors=0: allowed are 1…100"],
+    "ddp fsdp compile=true": ["record_tensors=2", "compile=true"],
+    "ddp pipeline_parallel global_batch_size=6": ["global_batch_size=6: the global batch must divide by"],
+}
 COMPARE = {
     "nprocs.x=1": ["nprocs.x=1", "has no keys below it"],
     "global_batch_size=auto": ["is no single training; set a number"],
@@ -367,6 +381,7 @@ TABLE: list[tuple[Recipe, dict[str, list[str]]]] = [
     (verify.train, {"recipes=[nope]": ["recipes=[nope]", "no such recipe", "ddp", "single"]}),
     (verify.train, {"recipes=[]": ["recipes=[]: names none; allowed are"]}),
     (compare.train, COMPARE),
+    (diff.train, DIFF),
     (single.train, {"stages=2": ["stages=2", "pipeline_parallel"]}),
     (single.train, {"nproc=2": ["error: recipes.single runs on 1 rank, not 2; set nproc=1, or --nproc-per-node=1\n"]}),
     (

@@ -27,15 +27,15 @@ from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.utils.files import write_atomically
 from lockstep.utils.text import count
 
-FOLDER = "tensors"  # in the run directory
+TENSORS_FOLDER = "tensors"  # in the run directory
 INPUT, OUTPUT = "input", "output"
-Event = tuple[str, int, str, int]  # layer, its call within a forward, INPUT or OUTPUT, which of its tensors
-Calls = dict[Event, Any]
+CallEvent = tuple[str, int, str, int]  # layer, its call within a forward, INPUT or OUTPUT, which of its tensors
+Calls = dict[CallEvent, Any]
 
 
 def recorded_file(out: Path, step: int, rank: int) -> Path:
     """Where a rank's part of a step is."""
-    return out / FOLDER / f"step-{step}-rank-{rank}.pt"
+    return out / TENSORS_FOLDER / f"step-{step}-rank-{rank}.pt"
 
 
 class TensorRecorder(Callback):
@@ -56,7 +56,7 @@ class TensorRecorder(Callback):
     def on_train_begin(self, context: CallbackContext) -> None:
         if context.step >= self._steps:
             return
-        (context.out / FOLDER).mkdir(exist_ok=True)
+        (context.out / TENSORS_FOLDER).mkdir(exist_ok=True)
         self._context, self._thread = context, threading.get_ident()
         for name, module in context.module.named_modules():
             # A layer that overwrites its input could not do so with a view of it.
@@ -153,7 +153,7 @@ class TensorRecorder(Callback):
                 tensor.register_hook(partial(self._keep, self._backward, (name, call, OUTPUT, index)))
 
     @torch.no_grad()
-    def _keep(self, where: Calls, event: Event, tensor: Tensor) -> None:
+    def _keep(self, where: Calls, event: CallEvent, tensor: Tensor) -> None:
         if self._on:
             where[event] = piece(tensor)
 
@@ -206,7 +206,7 @@ def piece(tensor: Tensor) -> Any:
     return sharded.to_local().cpu().clone(), cuts, any(each.is_partial() for each, _ in places)
 
 
-def in_forwards(calls: Calls, made: dict[str, int], pieces: int) -> dict[Event, list[Any]]:
+def in_forwards(calls: Calls, made: dict[str, int], pieces: int) -> dict[CallEvent, list[Any]]:
     """What was kept by the number of a layer's call in a step, by that in a forward: a list over the micro-batches.
 
     Args:
@@ -214,7 +214,7 @@ def in_forwards(calls: Calls, made: dict[str, int], pieces: int) -> dict[Event, 
         made: calls of each layer in the step. A pipeline of torch's begins with a forward of memory that was never filled;
             so what is more than a multiple of `pieces` is left out, from the front.
     """
-    found: dict[Event, dict[int, Any]] = {}
+    found: dict[CallEvent, dict[int, Any]] = {}
     for (name, call, what, index), tensor in calls.items():
         each = max(1, made[name] // pieces)
         spare = made[name] - each * min(pieces, made[name])

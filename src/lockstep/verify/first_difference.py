@@ -16,20 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.callbacks.tensor_recorder import FOLDER, INPUT, OUTPUT, Event
+from lockstep.callbacks.tensor_recorder import INPUT, OUTPUT, TENSORS_FOLDER, CallEvent
 from lockstep.utils.text import count
 from lockstep.verify.recording import RecordedStep, Way, parents, recorded_steps
 
-ALLOWED = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # by precision
-SMALLEST = {
-    "fp64": 1e-6,
-    "fp32": 1e-3,
-    "bf16": 1e-2,
-    "fp16": 1e-2,
-}  # a gradient or weight below this share of all is rounding
-START, FORWARD, LOSS, BACKWARD, GRADIENTS, WEIGHTS, BUFFERS = (
-    *("start", "forward", "loss", "backward", "gradients", "weights", "buffers"),
-)
+LARGEST_ALLOWED = {"fp64": 1e-10, "fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}  # by precision
+# A parameter, or its gradient, that is smaller than this share of all of them is rounding.
+SMALLEST = {"fp64": 1e-6, "fp32": 1e-3, "bf16": 1e-2, "fp16": 1e-2}
+BEGINNING, FORWARD, LOSSES, BACKWARD = "start", "forward", "loss", "backward"
+GRADIENTS, WEIGHTS, BUFFERS = "gradients", "weights", "buffers"
 LARGEST = 10  # differences that are shown
 
 
@@ -58,7 +53,7 @@ class Difference:
     largest: tuple[tuple[int, ...], float, float] | None = None
     factor: float | None = None
     apart: bool = False
-    event: Event | None = None
+    event: CallEvent | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +79,7 @@ class Parting:
     allowed: float
 
 
-def first_difference(steps: Iterable[tuple[int, RecordedStep, RecordedStep]], allowed: float | None = None) -> Parting:
+def find_parting(steps: Iterable[tuple[int, RecordedStep, RecordedStep]], allowed: float | None = None) -> Parting:
     """Compare runs step by step, up to the first one in which they part.
 
     Args:
@@ -95,10 +90,10 @@ def first_difference(steps: Iterable[tuple[int, RecordedStep, RecordedStep]], al
     compared, number, limit = 0, 0, 0.0
     for number, mine, theirs in steps:
         precisions = [mine.about["precision"], theirs.about["precision"]]
-        limit = max(ALLOWED[each] for each in precisions) if allowed is None else allowed
-        found = list(differences(number, mine, theirs, max(SMALLEST[each] for each in precisions)))
+        limit = max(LARGEST_ALLOWED[each] for each in precisions) if allowed is None else allowed
+        found = list(step_differences(number, mine, theirs, max(SMALLEST[each] for each in precisions)))
         compared += len(found)
-        seen = visible(found, limit)
+        seen = coming_out(found, limit)
         every += seen
         off = [each for each in seen if not each.off <= limit]
         if off:
@@ -120,9 +115,9 @@ def parting_of(
     steps = (
         (step, RecordedStep.load(a[step], local[0]), RecordedStep.load(b[step], local[1])) for step in a if step in b
     )
-    parting = first_difference(steps, allowed)
+    parting = find_parting(steps, allowed)
     for out in (mine, theirs):
-        shutil.rmtree(out / FOLDER)
+        shutil.rmtree(out / TENSORS_FOLDER)
     return parting
 
 
@@ -131,14 +126,14 @@ def by_size(found: list[Difference]) -> list[Difference]:
     return sorted((each for each in found if each.off), key=lambda each: -each.off)[:LARGEST]
 
 
-def differences(step: int, mine: RecordedStep, theirs: RecordedStep, floor: float) -> Iterator[Difference]:
+def step_differences(step: int, mine: RecordedStep, theirs: RecordedStep, floor: float) -> Iterator[Difference]:
     """Every tensor that both have, in the order of a step."""
-    yield from of_names(step, START, mine, theirs, floor)
+    yield from of_names(step, BEGINNING, mine, theirs, floor)
     yield from of_events(step, FORWARD, mine, theirs)
     losses = mine.loss(), theirs.loss()
     if losses[0] is not None and losses[1] is not None:
         off, largest, factor = distance(losses[0], losses[1], 0.0)
-        yield Difference(step, LOSS, "", "the loss", off, (), largest, factor)
+        yield Difference(step, LOSSES, "", "the loss", off, (), largest, factor)
     yield from of_events(step, BACKWARD, mine, theirs)
     for phase in (GRADIENTS, WEIGHTS, BUFFERS):
         yield from of_names(step, phase, mine, theirs, floor)
@@ -160,7 +155,7 @@ def of_events(step: int, phase: str, mine: RecordedStep, theirs: RecordedStep) -
             yield Difference(step, phase, layer, named, off, shape, largest, factor, apart, event)
 
 
-def compare(phase: str, event: Event, mine: RecordedStep, theirs: RecordedStep) -> Any:
+def compare(phase: str, event: CallEvent, mine: RecordedStep, theirs: RecordedStep) -> Any:
     """((how far, where, factor), shape, whether ranks are apart) by the ways to join that give both one shape; None where
     there are none. Of several such ways, the one in which they are closest."""
     best: Any = None
@@ -171,7 +166,7 @@ def compare(phase: str, event: Event, mine: RecordedStep, theirs: RecordedStep) 
         if shape not in shapes or not shape:
             continue
         a, b = mine.joined(phase, event, way), theirs.joined(phase, event, shapes[shape])
-        found = furthest(a, b, 0.0), shape, spread(a)
+        found = furthest(a, b, 0.0), shape, ranks_differ(a)
         if best is None or found[0][0] < best[0][0]:
             best = found
         if best[0][0] <= 1e-12:
@@ -187,9 +182,11 @@ def of_names(step: int, phase: str, mine: RecordedStep, theirs: RecordedStep, fl
     for name in names:
         if name in a:
             off, largest, factor = furthest(a[name], b[name], floor * norm)
-            what = {GRADIENTS: f"gradient of {name}", START: f"{name} before the first step"}.get(phase, name)
+            what = {GRADIENTS: f"gradient of {name}", BEGINNING: f"{name} before the first step"}.get(phase, name)
             layer = name.rpartition(".")[0]
-            yield Difference(step, phase, layer, what, off, tuple(b[name][0].shape), largest, factor, spread(a[name]))
+            yield Difference(
+                step, phase, layer, what, off, tuple(b[name][0].shape), largest, factor, ranks_differ(a[name])
+            )
 
 
 def furthest(mine: Sequence[Tensor], theirs: Sequence[Tensor], floor: float) -> Any:
@@ -198,7 +195,7 @@ def furthest(mine: Sequence[Tensor], theirs: Sequence[Tensor], floor: float) -> 
     return max((distance(a, b, floor) for a, b in pairs), key=lambda found: found[0])
 
 
-def spread(copies: Sequence[Tensor]) -> bool:
+def ranks_differ(copies: Sequence[Tensor]) -> bool:
     """Whether what ranks have alike is not alike."""
     return any(each.shape == copies[0].shape and distance(each, copies[0], 0.0)[0] > 1e-6 for each in copies[1:])
 
@@ -223,7 +220,7 @@ def distance(mine: Tensor, theirs: Tensor, floor: float) -> tuple[float, Any, fl
     return off, (place, a.flatten()[flat].item(), b.flatten()[flat].item()), factor
 
 
-def visible(found: Sequence[Difference], limit: float) -> list[Difference]:
+def coming_out(found: Sequence[Difference], limit: float) -> list[Difference]:
     """Without those that do not come out of the layer around them, and backward of what does not so in forward."""
     lost = {each for each in found if hidden(each, found, limit)}
     layers = {each.layer for each in lost if each.phase == FORWARD}
@@ -261,8 +258,8 @@ def guilty(first: Difference, kinds: dict[str, str], found: Sequence[Difference]
         many = f" (of {len(off)} of {count(len(same), 'parameter')})" * several
         after = "what is done to gradients after backward: adding up, averaging"
         return {
-            START: "none: the weights before training" + many,
-            LOSS: "the loss, of outputs that are equal",
+            BEGINNING: "none: the weights before training" + many,
+            LOSSES: "the loss, of outputs that are equal",
             GRADIENTS: after + many if several else f"backward of {kind} to its weights, or {after}",
             WEIGHTS: "the update: clipping, learning rate, optimizer" + many,
             BUFFERS: f"{kind}.forward, which updates them",

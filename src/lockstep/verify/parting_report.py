@@ -24,7 +24,11 @@ def parting_lines(parting: Parting, mine: str, theirs: str) -> list[str]:
     first = parting.first
     if first is None:
         largest = parting.largest[0] if parting.largest else None
-        end = f"the largest difference is {largest.off:.0e}, {where(largest)}" if largest else "to the last bit"
+        end = (
+            f"the largest difference is {largest.off:.0e}, {described_difference(largest)}"
+            if largest
+            else "to the last bit"
+        )
         return wrapped(f"equal: {mine} and {theirs} by {compared}; {end}; allowed is {parting.allowed:.0e}", "")
     lines = wrapped(f"{mine} and {theirs} part in step {first.step}, {worded_phase(first)}", "")
     entries = {
@@ -52,7 +56,7 @@ def worded_phase(each: Difference) -> str:
     }.get(each.phase, f"in its {each.phase}")
 
 
-def where(each: Difference) -> str:
+def described_difference(each: Difference) -> str:
     """A difference in words, but for its size."""
     of = f" of {each.layer or 'the model'}" if each.event else ""
     return f"in step {each.step}, {each.phase}: {each.tensor}{of}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from lockstep.callbacks.tensor_recorder import FOLDER
+from lockstep.callbacks.tensor_recorder import TENSORS_FOLDER
 from lockstep.errors import UserError
 from lockstep.utils.text import count, short
 from lockstep.verify.recording import RecordedStep, recorded_steps
@@ -49,11 +49,11 @@ def load_step(run: str, step: int, paths: list[Path]) -> RecordedStep:
         wanted = about["shards"] * about["size"]
     except Exception as error:  # whatever torch meets in it
         raise UserError(
-            f"{run}: step {step} in {FOLDER}/ cannot be read ({type(error).__name__}); record it again"
+            f"{run}: step {step} in {TENSORS_FOLDER}/ cannot be read ({type(error).__name__}); record it again"
         ) from None
     if len(paths) < wanted:
         raise UserError(
-            f"{run}: of step {step} the files of {count(wanted - len(paths), 'rank')} are missing in {FOLDER}/; copy them "
+            f"{run}: of step {step} the files of {count(wanted - len(paths), 'rank')} are missing in {TENSORS_FOLDER}/; copy them "
             "too, or record it again"
         )
     return found

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lockstep.callbacks.tensor_recorder import FOLDER, OUTPUT, Event
+from lockstep.callbacks.tensor_recorder import OUTPUT, TENSORS_FOLDER, CallEvent
 from lockstep.parallel.ring_attention import zigzag_positions
 
 COPY, SUM = "copy", "sum"  # each rank has the whole tensor; each has an addend of it
@@ -30,7 +30,7 @@ BATCH = 0  # the dim of the samples
 def recorded_steps(out: Path) -> dict[int, list[Path]]:
     """The files of each recorded step, in the ranks' order."""
     found: dict[int, dict[int, Path]] = {}
-    for path in (out / FOLDER).glob("step-*-rank-*.pt"):
+    for path in (out / TENSORS_FOLDER).glob("step-*-rank-*.pt"):
         if named := re.fullmatch(r"step-(\d+)-rank-(\d+)", path.stem):
             found.setdefault(int(named[1]), {})[int(named[2])] = path
     return {step: [path for _, path in sorted(ranks.items())] for step, ranks in sorted(found.items())}
@@ -61,7 +61,7 @@ class RecordedStep:
         """The class of each layer, by its name."""
         return {name: kind for rank in self.ranks for name, kind in rank["about"]["kinds"].items()}
 
-    def events(self, kind: str) -> list[Event]:
+    def events(self, kind: str) -> list[CallEvent]:
         """Those of forward or backward in their order; a pipeline's stages one after the other.
 
         The gradient of what a layer gives is known before any within it; where the last of its own layers gives the
@@ -72,10 +72,10 @@ class RecordedStep:
             return list(dict.fromkeys(event for rank in ranks for event in rank[kind]))
         if self.about["stages"]:
             ranks.reverse()
-        found: dict[Event, None] = {}
+        found: dict[CallEvent, None] = {}
         every = list(dict.fromkeys(event for rank in ranks for event in rank[kind]))
         again = {layer for layer, call, _, _ in every if call}  # called several times
-        given: dict[str, list[Event]] = {}
+        given: dict[str, list[CallEvent]] = {}
         for event in every:
             if event[2] == OUTPUT and event[0] not in again:
                 given.setdefault(event[0], []).append(event)
@@ -101,7 +101,7 @@ class RecordedStep:
             found = {name: [torch.stack(copies).mean(0)] for name, copies in found.items()}
         return found
 
-    def parts(self, kind: str, event: Event) -> dict[tuple[int, int], list[Any]]:
+    def parts(self, kind: str, event: CallEvent) -> dict[tuple[int, int], list[Any]]:
         """By (share of the batch, place among those who hold one model): a tensor of each micro-batch."""
         found: dict[tuple[int, int], list[Any]] = {}
         for rank in self.ranks:
@@ -110,7 +110,7 @@ class RecordedStep:
                 found.setdefault((about["shard"], about["place"]), rank[kind][event])
         return found
 
-    def ways(self, kind: str, event: Event) -> Iterator[tuple[Way, tuple[int, ...]]]:
+    def ways(self, kind: str, event: CallEvent) -> Iterator[tuple[Way, tuple[int, ...]]]:
         """The ways to put a tensor together, and the shape that each gives; the likeliest first."""
         parts = {key: [as_meta(each) for each in tensors] for key, tensors in self.parts(kind, event).items()}
         shards, places = ({key[index] for key in parts} for index in (0, 1))
@@ -124,7 +124,7 @@ class RecordedStep:
             if (found := self._joined(parts, way)) is not None:
                 yield way, tuple(found[0].shape)
 
-    def joined(self, kind: str, event: Event, way: Way) -> list[Tensor]:
+    def joined(self, kind: str, event: CallEvent, way: Way) -> list[Tensor]:
         """The whole tensor in float64, as often as there are copies of it."""
         found = self._joined(self.parts(kind, event), way) or []
         scale = self.about["gradient_scale"] if kind == "backward" else 1.0
