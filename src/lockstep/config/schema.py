@@ -234,7 +234,7 @@ class Config:
     )
     record_tensors: int = key(
         0,
-        "first steps of which all layers' tensors are recorded, into tensors/, for recipes.diff",
+        "first steps of which every layer's tensors are recorded, into tensors/, to be compared (docs/diff.md)",
         minimum=0,
         maximum=100,  # each as large as all activations and three times the weights
         free=True,
