@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lockstep.checkpoint import directory
 from lockstep.checkpoint.weights import is_foreign, load_weights, read_weights, select
 from lockstep.config.run_directory import checkpoint_folder, read_result
-from lockstep.config.schema import Config
+from lockstep.config.schema import NO_SOURCE, Config
 from lockstep.config.tasks import IMAGES, short_name
 from lockstep.errors import UserError
 from lockstep.models.parameters import NO_HEAD
@@ -29,7 +29,7 @@ def backbone(config: Config, model: nn.Module, head: str, pretrained: str | None
         UserError: neither of the two is set, or both, or the weights are not there or those of another model.
     """
     images = config.task.name == IMAGES
-    given = config.resume not in ("auto", "never")
+    given = config.resume not in NO_SOURCE
     if given == (pretrained is not None):
         what = "one of them is too many" if given else "there is nothing to transfer from"
         raise UserError(

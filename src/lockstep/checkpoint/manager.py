@@ -17,8 +17,9 @@ from lockstep.checkpoint import directory
 from lockstep.checkpoint.directory import FoundCheckpoint
 from lockstep.checkpoint.state import TrainingState
 from lockstep.checkpoint.weights import is_foreign, load_weights
+from lockstep.config.keys import AUTO
 from lockstep.config.run_directory import CHECKPOINTS, checkpoint_folder
-from lockstep.config.schema import Config, to_yaml
+from lockstep.config.schema import NO_SOURCE, Config, to_yaml
 from lockstep.config.tasks import is_larger_better, metric_of
 from lockstep.distributed.process_group import World, new_gloo_group
 from lockstep.errors import UserError
@@ -28,6 +29,8 @@ from lockstep.utils.text import short
 
 if TYPE_CHECKING:
     from lockstep.checkpoint.saver import CheckpointSaver
+
+LARGEST_SHARE = 0.05  # of the time, in which a checkpoint is under way, where nobody has said how often
 
 
 class CheckpointManager:
@@ -49,7 +52,7 @@ class CheckpointManager:
         self._group: dist.ProcessGroup | None = None
         self.resumed_from: str | None = None
         self.started_at = self.saved_step = self.waited = 0
-        self._saved_at = time.perf_counter()
+        self._saved_at, self._first, self._last = time.perf_counter(), 0, 0
         self.best: float | None = None  # of `metric`, so far; larger is better
         self._best_step: int | None = None  # of the checkpoint that has it, where one was saved
         self._best_is_new = False  # and a checkpoint is to keep it
@@ -81,7 +84,7 @@ class CheckpointManager:
             directory.repair(self._folder, found)
         dist.barrier(self._world.control)
         source = self._config.resume
-        if found.path is None and weights and source not in ("auto", "never"):
+        if found.path is None and weights and source not in NO_SOURCE:
             path = Path(source).expanduser()
             if path.is_file() or is_foreign(path):
                 self._load(path, state, whole)
@@ -136,21 +139,40 @@ class CheckpointManager:
         """Make the group in which the ranks save."""
         self._group = new_gloo_group(self._config.timeout_seconds)
 
-    def begin(self) -> None:
-        """Start the clock by which checkpoints are due."""
-        self._saved_at = time.perf_counter()
+    def begin(self, evaluation: int, last: int) -> None:
+        """Start the clock by which checkpoints are due.
+
+        Args:
+            evaluation: the step after which the run is evaluated first, 0: after the last.
+            last: the run's last step.
+        """
+        self._saved_at, self._last = time.perf_counter(), last
+        self._first = evaluation - 1 if 0 < evaluation < last else last
 
     def is_due(self, step: int, last: bool) -> bool:
-        """Whether the state after a step is to be saved because of its number, or because it is the best."""
-        every = self._config.checkpoint.every
-        return self._best_is_new or (every is not None and (last or step % every == 0))
+        """Whether the state after a step is to be saved because of its number, or because it is the best.
+
+        By the clock, the first one comes before the first evaluation, however soon, and a run that has saved keeps its
+        end, from which it can be extended: what is over in one evaluation is not worth the second that saving takes.
+        """
+        config = self._config.checkpoint
+        if config.every is not None:
+            due = last or step % config.every == 0
+        else:
+            due = bool(config.minutes) and (
+                self.saved_step > 0 if last else self.saved_step == 0 and step >= self._first
+            )
+        return self._best_is_new or due
 
     def is_due_by_the_clock(self) -> bool:
         """Whether it is by now; rank 0's clock decides, and the others learn it with the agreement."""
         config = self._config.checkpoint
         if self._world.rank or config.every is not None or not config.minutes:
             return False
-        return time.perf_counter() - self._saved_at > 60 * config.minutes
+        seconds = 60.0 if config.minutes == AUTO else 60 * config.minutes
+        if config.minutes == AUTO and self._checkpoints:
+            seconds = max(seconds, self._checkpoints.save_seconds / LARGEST_SHARE)
+        return time.perf_counter() - self._saved_at > seconds
 
     def save(self, state: TrainingState, step: int, **facts: Any) -> None:
         """Have the checkpoint of a step written."""
@@ -176,6 +198,7 @@ class CheckpointManager:
         facts |= {
             "recipe": self._recipe,
             "step": step,
+            "last_step": self._last,
             "samples_seen": step * self._config.global_batch_size,
             "global_batch_size": self._config.global_batch_size,
             "world_size": self._world.world_size,

@@ -43,6 +43,7 @@ class CheckpointSaver:
         stall_seconds: for how long training has waited for checkpoints.
         failed: saves that failed.
         saved_step: the step of the newest one that is on disk, 0 where none is.
+        save_seconds: from the start of the last save until it was on disk.
     """
 
     def __init__(
@@ -56,7 +57,7 @@ class CheckpointSaver:
         moved: Callable[[], None] = lambda: None,
     ) -> None:
         self.folder, self.group, self.asynchronous, self.keep, self.warn = folder, group, asynchronous, keep, warn
-        self.stall_seconds, self.failed, self.saved_step = 0.0, 0, 0
+        self.stall_seconds, self.failed, self.saved_step, self.save_seconds = 0.0, 0, 0, 0.0
         self._copy, self._moved = HostCopy(), moved
         self._thread: ThreadPoolExecutor | None = None
         self._in_flight: tuple[Future[None], int] | None = None
@@ -81,7 +82,7 @@ class CheckpointSaver:
             best: also the best one so far.
         """
         self.wait()
-        started = time.perf_counter()
+        self._began = started = time.perf_counter()
         step = facts["step"]
         if not (self.folder / folder_name(step)).exists():  # a good one is never overwritten
             held = self._copy.of(tensors) if self.asynchronous else tensors
@@ -132,6 +133,7 @@ class CheckpointSaver:
         # The files' SHA-256 says all that torch's CRC of each tensor could; this thread alone leaves it out.
         with cast(Any, config).patch({"save.compute_crc32": False}):
             dcp_save(dict(writer.tensors), storage_writer=writer, process_group=self.group)
+        self.save_seconds = time.perf_counter() - self._began
 
 
 def lower_priority() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lockstep.config.keys import AUTO, walk
-from lockstep.config.schema import OPTIMIZERS, Config, GradientsConfig
+from lockstep.config.schema import LAST, OPTIMIZERS, Config, GradientsConfig
 from lockstep.errors import UserError
 
 # What every key is held to that has no bounds of its own. A larger number of steps or samples is no training's, and would
@@ -26,6 +26,13 @@ def check_values(config: Config) -> None:
         raise UserError(f"global_batch_size={config.global_batch_size}: allowed are whole numbers from 1 up, or {AUTO}")
     if not 0 < config.memory_fraction <= 1:
         raise UserError(f"memory_fraction={config.memory_fraction}: allowed are numbers above 0, up to 1")
+    minutes = config.checkpoint.minutes
+    if minutes != AUTO and type(minutes) not in (int, float):
+        raise UserError(f"checkpoint.minutes={minutes}: allowed are numbers from 0 up, or {AUTO}")
+    if config.resume == LAST and config.out is not None:
+        raise UserError(
+            f"resume={LAST}: finds its run in the default place, and out={config.out} names one; leave one out"
+        )
     check_rules(config)
     if config.task.name == "images" and config.metric not in (None, "eval_accuracy", "eval_loss", "eval_f1"):
         raise UserError(f"metric={config.metric}: allowed are eval_accuracy, eval_loss, eval_f1")

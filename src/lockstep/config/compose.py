@@ -29,7 +29,7 @@ from lockstep.config import help, sweep
 from lockstep.config.declared import CommandLine, listed, schema_of
 from lockstep.config.explain import BELOW_A_VALUE, check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
-from lockstep.config.schema import RESNETS, ClusterConfig, Config
+from lockstep.config.schema import LAST, RESNETS, ClusterConfig, Config
 from lockstep.config.tasks import BUILT_IN, TASKS, absolute, check_group_words, named_task, with_defaults
 from lockstep.config.words import check_groups, check_options, in_plural, spelled_out, text_keys, verbatim
 from lockstep.errors import UserError
@@ -361,6 +361,8 @@ def to_config(composed: DictConfig, recipe: CommandLine, schema: type[Config]) -
         )
     hydra_config = HydraConfig.get()
     if hydra_config.mode == RunMode.MULTIRUN:
+        if config.resume == LAST:
+            raise UserError(f"resume={LAST}: is for one run; a sweep is continued by its folder, out=FOLDER")
         root = Path(config.out) if config.out else Path(hydra_config.sweep.dir)
         config.out = str(root / hydra_config.sweep.subdir)
     if config.cluster is not None:

@@ -87,26 +87,49 @@ def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
         return None
     out = Path(config.out).expanduser().absolute()
     try:
-        text = (out / "config.yaml").read_text(encoding="utf-8")
-        theirs = re.match(r"# recipe: (\S+)\n", text)
-        there = from_yaml(text, type(config)) if theirs and theirs[1] == recipe else shared_part(text)
+        theirs, there = read_frozen(out, recipe, type(config))
     except (OSError, ValueError, OmegaConfBaseException):
         return None  # not a run; make_run_directory says so if it is not empty
-    if theirs is None or theirs[1] != recipe:
-        raise UserError(
-            f"out={config.out}: holds a run of {theirs[1] if theirs else 'something else'}; name a new folder"
-        )
-    before = {name: value for name, value, rule in walk(there) if not rule["free"]}
-    now = {name: value for name, value, rule in walk(config) if not rule["free"]}
-    # A cluster's settings say where a run is computed, not what.
-    other = [name for name in now if not name.startswith("cluster.") and before.get(name) != now[name]]
+    if theirs != recipe:
+        raise UserError(f"out={config.out}: holds a run of {theirs or 'something else'}; name a new folder")
+    other = changes(config, there)
     if other:
-        changed = ", ".join(f"{name}={now[name]} (there: {before.get(name)})" for name in other)
+        changed = ", ".join(f"{name}={now} (there: {before})" for name, (now, before) in other.items())
         raise UserError(
             f"out={config.out}: holds a run with other settings: {changed}; set them as they were to continue it, "
             "or name a new out"
         )
     return out, there
+
+
+def read_frozen(out: Path, recipe: str, schema: type[Config]) -> tuple[str | None, Config]:
+    """(the recipe that a run directory is of, its config): of another recipe's, what every recipe has of it.
+
+    Raises:
+        OSError, ValueError, OmegaConfBaseException: there is none, or none that this version reads.
+    """
+    text = (out / "config.yaml").read_text(encoding="utf-8")
+    theirs = re.match(r"# recipe: (\S+)\n", text)
+    return (
+        (recipe, from_yaml(text, schema))
+        if theirs and theirs[1] == recipe
+        else (theirs and theirs[1], shared_part(text))
+    )
+
+
+def changes(config: Config, before: Config, free: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:
+    """{key: (value, value before)} of what would make it another training.
+
+    Args:
+        free: what the names of those begin with that count although they may change when a run is resumed.
+    """
+    there = {name: value for name, value, _ in walk(before)}
+    # A cluster's settings say where a run is computed, not what.
+    return {
+        name: (value, there.get(name))
+        for name, value, rule in walk(config)
+        if (name.startswith(free) if rule["free"] else not name.startswith("cluster.")) and there.get(name) != value
+    }
 
 
 def has_checkpoint(out: Path) -> bool:

@@ -19,6 +19,8 @@ MOST_CLASSES = 10_000_000  # more than any data set's; of a ResNet-18 the last l
 MOST_PIXELS = 16384
 MOST_RANKS = 4096  # on one machine
 MOST_THREADS = 4096  # more than any machine's cores; OpenMP would fail to start them only in the first step
+LAST = "last"  # of `resume`
+NO_SOURCE = ("auto", LAST, "never")  # the words that `resume` may be; anything else is a path
 LONGEST_WAIT = 31_536_000  # a year in seconds; what waits counts in nanoseconds, and would overflow
 
 
@@ -100,7 +102,12 @@ class OptimConfig:
 @dataclass
 class CheckpointConfig:
     every: int | None = key(None, "steps between two checkpoints (null: by the clock)", minimum=1, free=True)
-    minutes: float = key(10, "minutes between two checkpoints where `every` is null (0: none)", minimum=0, free=True)
+    minutes: Any = key(
+        AUTO,
+        "minutes between two checkpoints where `every` is null (auto: 1, more where a save is slow; 0: none)",
+        minimum=0,
+        free=True,
+    )
     keep: int = key(2, "newest checkpoints kept", minimum=1, free=True)
     best: bool = key(False, "also keep the best one by `metric`, and export best.pt", free=True)
     asynchronous: bool = key(True, "training waits for the copy, not for the disk", free=True)
@@ -266,7 +273,8 @@ class Config:
     log_every: int = key(10, "steps between two lines of metrics.jsonl", minimum=1, free=True)
     resume: str = key(
         "auto",
-        "auto: continue what is in `out`; never; or a PATH: a run, a checkpoint, or a file of weights",
+        "auto: continue what is in `out`; last: the newest unfinished run of these settings; never; or a PATH: a run, a "
+        "checkpoint, or a file of weights",
         free=True,
     )
     resume_prefix: str | None = key(

@@ -19,9 +19,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
-from lockstep.config import run_directory
+from lockstep.config import run_directory, unfinished
 from lockstep.config.keys import AUTO
-from lockstep.config.schema import ClusterConfig, Config
+from lockstep.config.schema import LAST, ClusterConfig, Config
 from lockstep.config.tasks import IMAGES, short_name
 from lockstep.distributed import environment
 from lockstep.distributed.devices import check_nproc, default_nproc, resolve_device
@@ -156,7 +156,8 @@ def launch_recipe(recipe: Recipe) -> int:
             restarts = 0 if environment.TRIAL in variables else config.max_restarts
             return int(launcher.launch(target, variables, nproc=nproc, max_restarts=restarts, **more, **how))
 
-        if config.global_batch_size == AUTO and recipe.batch is None:
+        searched = config.global_batch_size == AUTO and recipe.batch is None
+        if searched:
             warm()
             target = recipe.subject(config).target
             config.global_batch_size = batch_size.find_batch_size(config, recipe, nproc, partial(start, target=target))
@@ -164,6 +165,7 @@ def launch_recipe(recipe: Recipe) -> int:
         how = still_fork(config, how)
         if note := cluster.idle_nodes(os.environ):
             print(note, file=sys.stderr)
+        unfinished.offer_or_continue(config, recipe.name, any_batch=searched)
         out = run_directory.freeze(config, recipe.name)
         if out is None:
             print(run_directory.already_finished(config))
@@ -264,5 +266,5 @@ THREADS = threads()  # those of imported libraries, which know what to do in a c
 def again(recipe: Recipe, out: Path) -> str:
     """The command that continues the run in `out`: the one that was typed, with the folder."""
     program = shlex.quote(recipe.target) if recipe.target.endswith(".py") else f"-m {recipe.target}"
-    words = [word for word in sys.argv[1:] if not word.startswith("out=")]
+    words = [word for word in sys.argv[1:] if not word.startswith("out=") and word != f"resume={LAST}"]
     return f"python {program} {shlex.join([*words, f'out={short(out)}'])}"

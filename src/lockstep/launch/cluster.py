@@ -18,7 +18,7 @@ from itertools import chain, groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lockstep.config import run_directory
+from lockstep.config import run_directory, unfinished
 from lockstep.config.check import check_values
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import ClusterConfig, Config
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def check_cluster(config: Config, recipe: Recipe) -> None:
-    """Check all that can be checked from here, and fill in the ranks on each node and their device.
+    """Check all that can be checked from here, and fill in the ranks on each node, their device, and `out` of resume=last.
 
     Raises:
         UserError: a value is out of its range, or does not fit another one.
@@ -67,6 +67,7 @@ def check_cluster(config: Config, recipe: Recipe) -> None:
             "ranks may share a device)"
         )
     validate(config, recipe, world_size)
+    unfinished.offer_or_continue(config, recipe.name)
 
 
 def gpus_on_each(there: ClusterConfig) -> int:

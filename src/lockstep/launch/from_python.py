@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lockstep.config.keys import typed
+from lockstep.config.schema import LAST
 from lockstep.errors import UserError
 from lockstep.launch.recipe_process import BECOME_COMMAND, RecipeFailed, command_environment
 from lockstep.utils.temporary import own_folder
@@ -94,6 +95,8 @@ def run_recipe(recipe: Recipe, words: tuple[str, ...], keys: Mapping[str, Any]) 
         if task:
             typed_words.append(f"task={task}")
         wanted = [word.partition("=")[2] for word in typed_words if word.startswith("out=")]
+        if not wanted and f"resume={LAST}" in typed_words:
+            raise UserError(f"resume={LAST}: is for the command line; name the run's folder here, as out=FOLDER")
         out = Path(wanted[-1].strip("\"'")).expanduser() if wanted else new_directory(recipe.name)
         if not wanted:
             typed_words.append(typed("out", str(out)))

@@ -14,7 +14,7 @@ from lockstep.checkpoint.weights import is_foreign, load_weights
 from lockstep.config.check import check_values
 from lockstep.config.keys import AUTO
 from lockstep.config.run_directory import checkpoint_folder
-from lockstep.config.schema import RESNETS, Config
+from lockstep.config.schema import NO_SOURCE, RESNETS, Config
 from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.data.batches import train_size
 from lockstep.data.image_files import check_data
@@ -104,11 +104,11 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
             load_launcher(config.launcher)  # also where the ranks have been started, and it is not needed
         check_memory(config)
         check_interfaces(os.environ, nccl=config.backend != "gloo" and torch.cuda.is_available())
-    if config.resume_prefix is not None and config.resume in ("auto", "never"):
+    if config.resume_prefix is not None and config.resume in NO_SOURCE:
         raise UserError(
             f"resume_prefix={config.resume_prefix}: is for the names in a file of weights; set resume=FILE, or leave it out"
         )
-    if config.resume not in ("auto", "never") and not recipe.backbone:
+    if config.resume not in NO_SOURCE and not recipe.backbone:
         check_source(config)
     if config.checkpoint_activations != "none":
         check_blocks(blocks_of_task(known_task(config), sketch(config)), config.checkpoint_activations)
@@ -198,7 +198,7 @@ def check_source(config: Config) -> None:
         return
     if not path.exists() or not (path.is_file() or path.is_dir()):
         raise UserError(
-            f"resume={config.resume}: no such file or folder; allowed are auto, never, or a path that exists"
+            f"resume={config.resume}: no such file or folder; allowed are auto, last, never, or a path that exists"
         )
     load_weights(path, sketch(config).state_dict(), config.resume_prefix)
 

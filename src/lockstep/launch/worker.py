@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 import torch.distributed as dist
 
-from lockstep.config import own_files, run_directory
+from lockstep.config import own_files, run_directory, unfinished
 from lockstep.config.declared import read_config
 from lockstep.config.schema import LONGEST_WAIT, Config, to_yaml
 from lockstep.data.worker_errors import WorkerFailed
@@ -325,6 +325,7 @@ def compose_by_hand(recipe: Recipe, world_size: int, known: str) -> dict[str, st
         config = replace(config, cluster=None)  # it has done its part, and the run can be continued anywhere
         validate(config, recipe, world_size)
         resolve_device(config.device, config.backend)
+        unfinished.offer_or_continue(config, recipe.name)
         told["config"] = to_yaml(config)
 
     try:

@@ -194,7 +194,7 @@ class TrainingLoop:
             chosen=self._chosen,
             first=context.step,
         )
-        self.checkpoints.begin()
+        self.checkpoints.begin(context.config.eval_every * context.steps_per_epoch, context.total_steps)
         self._setup_seconds = time.perf_counter() - context.started
         if context.step >= context.total_steps:
             self._heartbeat.enter("evaluating", context.step)
