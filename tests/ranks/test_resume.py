@@ -188,7 +188,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
 ) -> None:
     """Before the first step, within an epoch, after an evaluation, and too late to matter."""
     monkeypatch.setattr(signals, "AGREE_SECONDS", 0)  # these steps are so short that the run would be over
-    words = (*SHORT, "checkpoint.every=null", f"out={tmp_path / 'run'}")
+    words = (*SHORT, "checkpoint.every=null", "checkpoint.minutes=0", f"out={tmp_path / 'run'}")
     config = compose_config(ddp.train, *words)
     validate(config, ddp.train, 2)
     out = freeze(config, "ddp")
@@ -224,6 +224,15 @@ def test_without_every_it_saves_by_the_clock(tmp_path: Path, monkeypatch: pytest
     validate(off, ddp.train, 2)
     run_ranks(interrupted, 2, ddp.train.target, off, str(freeze(off, "ddp")), 0, 99)
     assert not (tmp_path / "off" / "checkpoints").exists()
+
+
+def test_by_default_it_saves_before_the_first_evaluation_and_at_the_end(tmp_path: Path) -> None:
+    """However short its epochs; but nothing of what is over in one evaluation."""
+    words = (*SHORT, "checkpoint.every=null")
+    execute(ddp.train, tmp_path / "run", 2, *words)
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == [STEPS, 3]
+    execute(ddp.train, tmp_path / "short", 2, *words, "max_steps=4")
+    assert not (tmp_path / "short" / "checkpoints").exists()
 
 
 PROOF = (*DATA, "precision=fp64", "model.norm=group", "log_every=1", "checkpoint.every=1")

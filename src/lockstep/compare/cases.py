@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lockstep.compare.config import CompareConfig
 from lockstep.config.copies import with_values
-from lockstep.config.keys import typed
+from lockstep.config.keys import AUTO, typed
 from lockstep.config.schema import Config
 from lockstep.config.tasks import short_name
 from lockstep.distributed.cores import usable_cores, wished_threads
@@ -111,4 +111,6 @@ def common_words(config: CompareConfig, tool: Recipe, recipe: Recipe) -> list[st
     """The overrides that all runs of a recipe have in common."""
     from lockstep.config.compose import overrides
 
+    if config.checkpoint.minutes == AUTO:
+        config = with_values(config, {"checkpoint.minutes": 0})  # a save beside the steps that are measured is noise
     return overrides(tool, config, recipe, COMPARE_KEYS)
