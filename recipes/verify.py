@@ -18,6 +18,8 @@ compares two records, report.py prints them.
     python -m recipes.verify recipes=[fsdp] interrupt=2               cut off after 2 steps and resumed: still equal
     python -m recipes.verify recipes=[my_recipe.py] trace=true        of a row that is off: the first layer and operation
     python -m recipes.verify museum=list                              bugs that really happened; museum=NAME shows one
+    python -m recipes.verify program='torchrun --nproc-per-node=2 train.py' against='python train.py'
+                                                                      a program of your own (docs/your_program.md)
 
 Expect: a line per row, then a table with every row green and exit code 0, in about three minutes on two CPU cores;
 exit code 1 if a row is off.
@@ -26,20 +28,26 @@ Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
+from rich.console import Console
 
 from lockstep import Recipe, Run, UserError, recipe
+from lockstep.config.check import check_values
+from lockstep.config.keys import AUTO
 from lockstep.config.tasks import IMAGES
 from lockstep.errors import CheckFailed
 from lockstep.loggers.console import described
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
+from lockstep.utils.temporary import own_folder
 from lockstep.utils.text import count
-from lockstep.verify.config import VerifyConfig
+from lockstep.verify.config import OF_PROGRAMS, VerifyConfig
 from lockstep.verify.parting_report import parting_lines, parting_tables
 from lockstep.verify.proofs import ProofCase, fewest_steps, proof_batch, proof_cases, verify_case
 from lockstep.verify.reference import SINGLE, check_against
@@ -100,13 +108,58 @@ def check(config: VerifyConfig, share: int) -> None:
         )
 
 
-def list_museum(config: VerifyConfig) -> int | None:
-    """Answer `museum=list`."""
-    if config.museum != "list":
-        return None
-    from lockstep.verify.museum.page import museum_list
+def answer_alone(config: VerifyConfig) -> int | None:
+    """Answer `museum=list` and `program=…`, for which no rank is started here."""
+    if config.museum == "list":
+        from lockstep.verify.museum.page import museum_list
 
-    print(museum_list())
+        print(museum_list())
+        return 0
+    if config.program is None:
+        for name, value in [(name, getattr(config, name)) for name in OF_PROGRAMS]:
+            if value != getattr(VerifyConfig(), name):
+                raise UserError(f"{name}={value}: goes with program=…; leave it out, or set max_steps for recipes")
+        return None
+    return verify_programs(config)
+
+
+def verify_programs(config: VerifyConfig) -> int:
+    """Run two programs of the user's for a few steps, and say whether they compute the same.
+
+    Raises:
+        UserError: one of them cannot be run, or says nothing.
+        CheckFailed: they do not.
+    """
+    from lockstep.config.compose import overrides
+    from lockstep.verify.judge import judge_programs, program_tables
+    from lockstep.verify.programs import find_program, run_program
+
+    check_values(config)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    others = overrides(train, config, train, {"program", "against", "precision", *OF_PROGRAMS})
+    if others or config.cluster:
+        raise UserError(
+            f"{others[0] if others else '+cluster'}: means nothing to program={config.program}; leave it out"
+        )
+    if config.against is None:
+        raise UserError(f"program={config.program}: lacks what it must equal; set against='python train.py'")
+    programs = [find_program("program", str(config.program)), find_program("against", config.against)]
+    print(f"verify: {count(config.steps, 'step')} of each of 2 programs, one after the other", flush=True)
+    records = []
+    with own_folder() as folder:
+        for each in programs:
+            found = run_program(each, Path(folder) / each.key, config.steps, config.limit_seconds, console)
+            print(f"{each}: {count(found.ranks, 'rank')} ({found.seconds:.0f} s)", flush=True)
+            records.append(found)
+        asked = None if config.precision in (VerifyConfig().precision, AUTO) else config.precision
+        mine, theirs = records
+        verdict = judge_programs(mine, theirs, asked, config.tolerance)
+    console.print(*program_tables(verdict, mine, theirs), sep="\n")
+    for note in verdict.notes:
+        print(note)
+    if verdict.first:
+        print(f"often: {verdict.hint}", flush=True)
+        raise CheckFailed(f"program: not the training that against computes: {verdict.first}")
     return 0
 
 
@@ -122,9 +175,11 @@ def cases_of(run: Run[VerifyConfig], bug: Bug | None) -> list[ProofCase]:
 
 
 @recipe(
-    config=VerifyConfig, looks_at="recipes", single_training=False, check=check, batch=proof_batch, alone=list_museum
+    config=VerifyConfig, looks_at="recipes", single_training=False, check=check, batch=proof_batch, alone=answer_alone
 )
 def train(run: Run[VerifyConfig]) -> None:
+    if run.config.program is not None:
+        raise UserError(f"program={run.config.program}: starts its ranks itself; start recipes.verify with python")
     single, bug = get_recipe("single"), shown_bug(run.config)
     cases = cases_of(run, bug)
     model, data = described(run.task, run.config)

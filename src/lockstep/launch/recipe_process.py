@@ -45,38 +45,70 @@ class RecipeFailed(Exception):
     """The command ended with an exit code other than 0; its text is what it said last."""
 
 
-class RecipeProcess:
+class CommandProcess:
+    """A command as a process, in a session of its own; it is asked to end when this process has died.
+
+    Args:
+        command: its words; the first is a path.
+        log: the file that what it says is added to.
+        folder: the working directory.
+        variables: instead of this process's own where they differ; None: not set.
+    """
+
+    def __init__(self, command: list[str], log: Path, folder: str, variables: Mapping[str, str | None]) -> None:
+        self.log = log
+        merged = {**command_environment(os.environ), **variables}
+        # As lockstep.utils.files.no_link.
+        with open(
+            log, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)
+        ) as file:
+            self._log_began = file.tell()
+            self.process = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-c", BECOME_COMMAND, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=file,
+                cwd=folder,
+                env={name: value for name, value in merged.items() if value is not None},
+                start_new_session=True,
+            )
+
+    def stop(self, seconds: float) -> bool:
+        """Ask it to end, and wait until it has, so long before it is killed; False where it had ended already."""
+        if self.process.poll() is not None:
+            return False
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # its ranks end with it
+            self.process.wait()
+        return True
+
+    def said(self) -> list[str]:
+        """The lines of its log, without empty ones."""
+        with self.log.open(errors="replace", encoding="utf-8") as log:
+            log.seek(self._log_began)
+            return [line.rstrip() for line in log if line.strip()]
+
+
+class RecipeProcess(CommandProcess):
     """`python -m recipes.NAME WORDS out=OUT` as a process, in a session of its own.
 
     Args:
         recipe: its module, or the path of its file.
         words: the overrides.
         out: its run directory; what the command says goes into a file beside it.
-        folder: the working directory.
-        variables: instead of this process's own where they differ; None: not set.
+        folder, variables: as CommandProcess's.
     """
 
     def __init__(
         self, recipe: str, words: list[str], out: Path, folder: str, variables: Mapping[str, str | None]
     ) -> None:
         self.out = out
-        self.log = out.parent / f"{out.name}.log"
-        merged = {**command_environment(os.environ), **variables}
         command = [sys.executable, *([] if recipe.endswith(".py") else ["-m"]), recipe, f"out={out}", *words]
-        # As lockstep.utils.files.no_link.
-        with open(
-            self.log, "a", encoding="utf-8", opener=lambda path, flags: os.open(path, flags | os.O_NOFOLLOW, 0o666)
-        ) as log:
-            self._log_began = log.tell()
-            self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", BECOME_COMMAND, str(os.getpid()), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=folder,
-                env={name: value for name, value in merged.items() if value is not None},
-                start_new_session=True,
-            )
+        super().__init__(command, out.parent / f"{out.name}.log", folder, variables)
 
     def ended(self, seconds: float) -> bool:
         """Whether it has come to its end, waiting for it a while.
@@ -92,22 +124,11 @@ class RecipeProcess:
             raise RecipeFailed(self._last_words() or f"ended with exit code {code} and said nothing")
         return True
 
-    def stop(self) -> bool:
+    def stop(self, seconds: float = STOP_SECONDS) -> bool:
         """Ask it to save and end, and wait until it has; False where it had ended already."""
-        if self.process.poll() is not None:
-            return False
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)  # its ranks end with it
-            self.process.wait()
-        return True
+        return super().stop(seconds)
 
     def _last_words(self) -> str:
-        with self.log.open(errors="replace", encoding="utf-8") as log:
-            log.seek(self._log_began)
-            said = [line.strip() for line in log if line.strip() and not line.startswith(("to resume: ",))]
+        said = [line.strip() for line in self.said() if not line.startswith("to resume: ")]
         errors = [line for line in said if line.startswith("error: ")]
         return (errors or said or [""])[-1]

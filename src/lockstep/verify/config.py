@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 from lockstep.config.keys import AUTO, key
 from lockstep.config.schema import ToolConfig
 
+OF_PROGRAMS = ("steps", "tolerance", "limit_seconds")  # keys that go with program=…
+
 
 @dataclass
 class VerifyConfig(ToolConfig):
@@ -20,7 +22,7 @@ class VerifyConfig(ToolConfig):
     against: str | None = key(
         None,
         "what a recipe of your own must equal: single; self, itself on one rank; FILE.py, that on one rank (null: "
-        "single if it declares a proof or trains run.task, else self)",
+        "single if it declares a proof or trains run.task, else self); what program=… must: another command",
     )
     interrupt: int | None = key(
         None, "step after which each training is cut off, and resumed from its checkpoint (null: none is)", minimum=1
@@ -29,6 +31,16 @@ class VerifyConfig(ToolConfig):
         None, "break a recipe by a bug that really happened, and see it found; list: their names (docs/museum.md)"
     )
     trace: bool = key(False, "of a row that is off, also name the first layer and operation that differ")
+    program: str | None = key(
+        None,
+        "no recipe but a program of your own: a command such as 'torchrun --nproc-per-node=2 train.py', which is held to "
+        "against='python train.py' (docs/your_program.md)",
+    )
+    steps: int = key(3, "program: steps of each of the two that are compared", minimum=1)
+    tolerance: float | None = key(
+        None, "program: largest relative difference that is equal (null: by the precision that is found)", minimum=0
+    )
+    limit_seconds: float = key(600, "program: longest that each of the two may take", minimum=1)
 
 
 @dataclass
