@@ -47,6 +47,11 @@ ELSEWHERE = {
     "python examples/two_optimizers.py",  # test_examples.py
     "python examples/by_hand.py",  # test_by_hand.py
     "torchrun --nproc-per-node=2 examples/by_hand.py --checkpoint two.pt",  # test_by_hand.py
+    shlex.join(
+        shlex.split(
+            "python -m recipes.verify program='torchrun --nproc-per-node=2 train.py' against='python train.py --single'"
+        )
+    ),  # test_your_program.py
 } | {shlex.join(shlex.split(line)) for line in COMMANDS}  # test_transfer.py
 
 

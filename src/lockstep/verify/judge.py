@@ -24,13 +24,12 @@ PROGRAM_TOLERANCES = {
     "bf16": {"loss": 1e-2, "ranks": 1e-3, "grads": 1e-1, "weights": 1e-1, "buffers": 1e-1},
     "fp16": {"loss": 1e-2, "ranks": 1e-3, "grads": 1e-1, "weights": 1e-1, "buffers": 1e-1},
 }
-DTYPES = {
+LOWEST_FIRST = {
     "torch.bfloat16": "bf16",
     "torch.float16": "fp16",
     "torch.float32": "fp32",
     "torch.float64": "fp64",
-}  # lowest first
-START = "start"
+}
 HINTS = {  # what a first difference often comes from
     "start": "they begin with other weights: seed both alike, before the model is made",
     "loss": "other samples in the batch, or a loss that is a mean over something else, such as each rank's own tokens",
@@ -97,13 +96,13 @@ def judge_programs(
         UserError: they train different parameters.
     """
     precision = precision or precision_of(mine, theirs)
-    allowed = dict.fromkeys(PROGRAM_COLUMNS, tolerance) if tolerance else PROGRAM_TOLERANCES[precision]
-    starts = gathered(mine, 0, START), gathered(theirs, 0, START)
+    allowed = dict.fromkeys(PROGRAM_COLUMNS, tolerance) if tolerance is not None else PROGRAM_TOLERANCES[precision]
+    starts = of_all_ranks(mine, 0, "start"), of_all_ranks(theirs, 0, "start")
     check_parameters(mine, theirs, *starts)
-    start = ProgramRow(START)
+    start = ProgramRow("start")
     exact = dict(allowed, weights=allowed["loss"])
     start.hold("weights", distance(*starts), exact, worst("", *starts))
-    hold_replicas(start, mine, 0, START, allowed)
+    hold_replicas(start, mine, 0, "start", allowed)
     rows, notes = [start], list[str]()
     for step in range(len(mine.steps)):
         row = ProgramRow(str(step + 1))
@@ -114,16 +113,19 @@ def judge_programs(
         rows.append(row)
     if all(row.loss is None for row in rows):
         notes.append("no losses: neither calls backward on one; lockstep.verify.record(loss, weight) says them")
-    gradients = gathered(mine, 0, "gradients"), gathered(theirs, 0, "gradients")
-    rows[1].hold("grads", distance(*gradients), allowed, worst("", *gradients) if any(gradients) else "")
+    gradients = of_all_ranks(mine, 0, "gradients"), of_all_ranks(theirs, 0, "gradients")
+    if any(gradients):
+        rows[1].hold("grads", distance(*gradients), allowed, worst("", *gradients))
+    else:
+        notes.append("no gradients: neither has any when its optimizer steps")
     hold_replicas(rows[1], mine, 0, "gradients", allowed)
     last, apart = len(mine.steps) - 1, distance if precision == "fp64" else angle
     for step in sorted({0, last}):
-        ends = gathered(mine, step, "weights"), gathered(theirs, step, "weights")
+        ends = of_all_ranks(mine, step, "weights"), of_all_ranks(theirs, step, "weights")
         ways = [way(begin, end) for begin, end in zip(starts, ends, strict=True)]
         rows[1 + step].hold("weights", apart(*ways), allowed, f"the way since the start of {worst('', *ways)}")
         hold_replicas(rows[1 + step], mine, step, "weights", allowed)
-    buffers = common(gathered(mine, last, "buffers"), gathered(theirs, last, "buffers"))
+    buffers = shared_floats(of_all_ranks(mine, last, "buffers"), of_all_ranks(theirs, last, "buffers"))
     if buffers[0]:
         rows[-1].hold("buffers", distance(*buffers), allowed, worst("", *buffers))
     first, hint = parted(rows)
@@ -150,10 +152,10 @@ def precision_of(*programs: ProgramRecords) -> str:
         for content in program.steps[0]:
             found |= set(content["autocast"])
             found |= {str(tensor.dtype) for tensors in content["tensors"].values() for tensor in tensors.values()}
-    return next((name for dtype, name in DTYPES.items() if dtype in found), "fp32")
+    return next((name for dtype, name in LOWEST_FIRST.items() if dtype in found), "fp32")
 
 
-def gathered(program: ProgramRecords, step: int, kind: str) -> Tensors:
+def of_all_ranks(program: ProgramRecords, step: int, kind: str) -> Tensors:
     """The tensors of a kind, each from the first rank that has it."""
     parts = [content["tensors"].get(kind, {}) for content in program.steps[step]]
     return {name: tensor for part in reversed(parts) for name, tensor in part.items()}
@@ -178,7 +180,7 @@ def check_parameters(mine: ProgramRecords, theirs: ProgramRecords, ours: Tensors
 
 def hold_replicas(row: ProgramRow, program: ProgramRecords, step: int, kind: str, allowed: dict[str, float]) -> None:
     """Hold what several ranks have under one name to the first of them: they should be replicas."""
-    whole = gathered(program, step, kind)
+    whole = of_all_ranks(program, step, kind)
     for content in program.steps[step]:
         found = tensor_differences(content["tensors"].get(kind, {}), whole)
         name = max(found, key=lambda each: found[each], default=None)
@@ -211,15 +213,15 @@ def distance(mine: Tensors, theirs: Tensors) -> float:
     """‖a − b‖ / ‖b‖ of all tensors as one vector; infinite where a name or a shape is another one."""
     if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in theirs):
         return float("inf")
-    apart = length(mine[name].double() - theirs[name].double() for name in theirs)
-    return 0.0 if apart == 0 else apart / max(length(tensor.double() for tensor in theirs.values()), 1e-30)
+    apart = norm_of(mine[name].double() - theirs[name].double() for name in theirs)
+    return 0.0 if apart == 0 else apart / max(norm_of(tensor.double() for tensor in theirs.values()), 1e-30)
 
 
-def length(tensors: Iterable[Any]) -> float:
+def norm_of(tensors: Iterable[Any]) -> float:
     return float(sum(float(tensor.norm()) ** 2 for tensor in tensors) ** 0.5)
 
 
-def common(mine: Tensors, theirs: Tensors) -> tuple[Tensors, Tensors]:
+def shared_floats(mine: Tensors, theirs: Tensors) -> tuple[Tensors, Tensors]:
     """Those numbers, not counters, that both have."""
     names = [name for name in mine if name in theirs and mine[name].is_floating_point()]
     return {name: mine[name] for name in names}, {name: theirs[name] for name in names}

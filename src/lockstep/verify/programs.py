@@ -112,7 +112,7 @@ def run_program(program: Program, folder: Path, steps: int, limit: float, consol
         with live_line(console) as show:
             complete_since = None
             while process.process.poll() is None:
-                found, now = written(records), time.monotonic()
+                found, now = steps_written(records), time.monotonic()
                 show(f"{program}: step {min(len(found) + 1, steps)} of {steps}, {now - began:.0f} s")
                 if complete_since is None and is_complete(records, steps):
                     complete_since = now
@@ -151,7 +151,7 @@ def live_line(console: Console) -> Iterator[Any]:
         yield lambda text: status.update(Text(text, no_wrap=True, overflow="ellipsis"))
 
 
-def written(records: Path) -> set[int]:
+def steps_written(records: Path) -> set[int]:
     """The steps that a rank has written."""
     return {int(match[1]) for match in map(FILE.fullmatch, os.listdir(records)) if match}
 
@@ -172,7 +172,7 @@ def is_complete(records: Path, steps: int) -> bool:
 
 def what_is_missing(program: Program, process: CommandProcess, records: Path, steps: int) -> str:
     """Why a program that has ended has not written what it was to, in words."""
-    code, done = process.process.returncode, len(written(records))
+    code, done = process.process.returncode, len(steps_written(records))
     if code:
         end = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
         show_last_lines(program, process)

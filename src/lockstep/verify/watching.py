@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 RECORDS = "LOCKSTEP_RECORDS"  # the folder
 RECORDED_STEPS = "LOCKSTEP_RECORDED_STEPS"  # how many steps are written
-WAIT_SECONDS = 60  # for the other ranks' last step: a rank that leaves earlier would break their collectives
+OTHERS_SECONDS = 60  # for the other ranks' last step: a rank that leaves earlier would break their collectives
 # What wrappers put into the names of parameters: DDP, torch.compile, FSDP, activation checkpointing, Fabric.
 WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 _watchers: list[Watcher] = []
@@ -198,7 +198,7 @@ class Watcher:
     def leave(self) -> None:
         """End the process, when the other ranks have written their last step, too."""
         _, world_size = own_rank()
-        deadline = time.monotonic() + WAIT_SECONDS
+        deadline = time.monotonic() + OTHERS_SECONDS
         while len(list(self.folder.glob(f"step{self.steps:06d}-*.pt"))) < world_size and time.monotonic() < deadline:
             time.sleep(0.02)
         sys.stdout.flush()
