@@ -20,7 +20,7 @@ from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.verify import record, watch, watching
 from lockstep.verify.judge import ProgramVerdict, judge_programs
-from lockstep.verify.programs import Program, ProgramRecords, load_step
+from lockstep.verify.programs import Program, ProgramRecords, load_files
 from recipes import verify
 from tests.helpers.command_line import run_main
 from tests.helpers.harness import ROOT, command, run_ranks
@@ -206,7 +206,7 @@ def train_watched(world: World, make: Callable[..., Any], folder: str) -> None:
 def records_of(make: Callable[..., Any], ranks: int, folder: Path) -> ProgramRecords:
     folder.mkdir()
     run_ranks(train_watched, ranks, make, str(folder))
-    steps = [load_step(folder, step) for step in range(1, STEPS + 1)]
+    steps = [load_files(folder, step) for step in range(1, STEPS + 1)]
     return ProgramRecords(Program("program", make.__name__, []), steps, 0)
 
 

@@ -101,7 +101,7 @@ def judge_programs(
     check_parameters(mine, theirs, *starts)
     start = ProgramRow("start")
     exact = dict(allowed, weights=allowed["loss"])
-    start.hold("weights", distance(*starts), exact, worst("", *starts))
+    start.hold("weights", vector_distance(*starts), exact, worst("", *starts))
     hold_replicas(start, mine, 0, "start", allowed)
     rows, notes = [start], list[str]()
     for step in range(len(mine.steps)):
@@ -115,11 +115,11 @@ def judge_programs(
         notes.append("no losses: neither calls backward on one; lockstep.verify.record(loss, weight) says them")
     gradients = of_all_ranks(mine, 0, "gradients"), of_all_ranks(theirs, 0, "gradients")
     if any(gradients):
-        rows[1].hold("grads", distance(*gradients), allowed, worst("", *gradients))
+        rows[1].hold("grads", vector_distance(*gradients), allowed, worst("", *gradients))
     else:
         notes.append("no gradients: neither has any when its optimizer steps")
     hold_replicas(rows[1], mine, 0, "gradients", allowed)
-    last, apart = len(mine.steps) - 1, distance if precision == "fp64" else angle
+    last, apart = len(mine.steps) - 1, vector_distance if precision == "fp64" else angle
     for step in sorted({0, last}):
         ends = of_all_ranks(mine, step, "weights"), of_all_ranks(theirs, step, "weights")
         ways = [way(begin, end) for begin, end in zip(starts, ends, strict=True)]
@@ -127,7 +127,7 @@ def judge_programs(
         hold_replicas(rows[1 + step], mine, step, "weights", allowed)
     buffers = shared_floats(of_all_ranks(mine, last, "buffers"), of_all_ranks(theirs, last, "buffers"))
     if buffers[0]:
-        rows[-1].hold("buffers", distance(*buffers), allowed, worst("", *buffers))
+        rows[-1].hold("buffers", vector_distance(*buffers), allowed, worst("", *buffers))
     first, hint = parted(rows)
     return ProgramVerdict(rows, precision, allowed, first, hint, notes)
 
@@ -209,7 +209,7 @@ def way(begin: Tensors, end: Tensors) -> Tensors:
     return {name: end[name].double() - begin[name].double() for name in end}
 
 
-def distance(mine: Tensors, theirs: Tensors) -> float:
+def vector_distance(mine: Tensors, theirs: Tensors) -> float:
     """‖a − b‖ / ‖b‖ of all tensors as one vector; infinite where a name or a shape is another one."""
     if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in theirs):
         return float("inf")

@@ -138,7 +138,9 @@ def run_program(program: Program, folder: Path, steps: int, limit: float, consol
             f"{program}: {ranks.count(f'{twice[0]:05d}')} processes each are rank {twice[0]}: they train alone, and not together; "
             "join them by torch.distributed.init_process_group"
         )
-    return ProgramRecords(program, [load_step(records, step) for step in range(1, steps + 1)], time.monotonic() - began)
+    return ProgramRecords(
+        program, [load_files(records, step) for step in range(1, steps + 1)], time.monotonic() - began
+    )
 
 
 @contextmanager
@@ -156,7 +158,7 @@ def steps_written(records: Path) -> set[int]:
     return {int(match[1]) for match in map(FILE.fullmatch, os.listdir(records)) if match}
 
 
-def load_step(records: Path, step: int) -> list[dict[str, Any]]:
+def load_files(records: Path, step: int) -> list[dict[str, Any]]:
     """What each rank has written of a step; tensors stay on disk until they are looked at."""
     files = sorted(records.glob(f"step{step:06d}-*.pt"))
     return [torch.load(file, weights_only=True, mmap=True) for file in files]
@@ -178,7 +180,7 @@ def what_is_missing(program: Program, process: CommandProcess, records: Path, st
         show_last_lines(program, process)
         return f"{program}: {end} after {done} of {count(steps, 'step')}; mend it, or set another"
     if done == steps:
-        found = load_step(records, steps)
+        found = load_files(records, steps)
         there = ", ".join(str(each["rank"]) for each in found)
         return (
             f"{program}: of {found[0]['world_size']} ranks only {there} wrote step {steps}; set TMPDIR to a folder that "
