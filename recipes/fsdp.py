@@ -28,7 +28,7 @@ Source: https://arxiv.org/abs/1910.02054 (ZeRO), https://arxiv.org/abs/2304.1127
 https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
+from lockstep.parallel.fully_sharded import precision_policies
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.clip import clip_gradients
@@ -83,11 +84,8 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run[FsdpConfig]) -> None:
         "mesh": mesh,
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy(),
     }
-    arithmetic, rest = MixedPrecisionPolicy(), MixedPrecisionPolicy()
-    if run.config.precision in AUTOCAST:  # instead: weights are cast when they are gathered, which halves the traffic
-        mean = torch.float32 if config.reduce == "fp32" else torch.bfloat16
-        arithmetic = MixedPrecisionPolicy(param_dtype=AUTOCAST[run.config.precision], reduce_dtype=mean)
-        rest = replace(arithmetic, output_dtype=torch.float32)  # the logits, for the loss
+    arithmetic, rest = precision_policies(config.precision, config.reduce)
+    if config.precision in AUTOCAST:
         norms: list[nn.Module] = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
         own = MixedPrecisionPolicy(cast_forward_inputs=False)  # 16-bit images with fp32 weights, as under autocast
         # Few numbers, gathered all at once; a block that computes again in backward needs its own norms alone.

@@ -43,15 +43,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.experimental import implicit_replication
-from torch.distributed.tensor.parallel import (
-    ColwiseParallel,
-    ParallelStyle,
-    PrepareModuleInput,
-    RowwiseParallel,
-    loss_parallel,
-)
+from torch.distributed.tensor.parallel import loss_parallel
 
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
@@ -59,7 +52,7 @@ from lockstep.config.schema import Config
 from lockstep.config.tasks import short_name
 from lockstep.distributed.dtensor import full_tensor
 from lockstep.parallel.replicas import average_gradients
-from lockstep.parallel.tensor import WholeWeights, complete_gradients, share_layers
+from lockstep.parallel.tensor import complete_gradients, layer_styles, share_layers
 from lockstep.parallel.tensor_plan import tensor_parallel_plan
 from lockstep.tasks.build import known_task, sketch
 from lockstep.training.accumulate import micro_batches
@@ -76,19 +69,6 @@ class TensorParallelConfig(Config):
     sequence_parallel: bool = key(
         False, "between layers each rank has a slice of the sequence, not all of it", free=True
     )
-
-
-def layouts(sequence: bool) -> dict[str, ParallelStyle]:
-    """What torch does to a layer, by the words of the task's plan."""
-    between = Shard(1) if sequence else Replicate()  # what ranks have of [samples, sequence, width] between layers
-    return {
-        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
-        "gather": PrepareModuleInput(input_layouts=between, desired_input_layouts=Replicate()),
-        "columns": ColwiseParallel(),
-        "rows": RowwiseParallel(output_layouts=between),
-        "whole": WholeWeights(between),
-        "output": ColwiseParallel(input_layouts=between, use_local_output=False),
-    }
 
 
 def check(config: TensorParallelConfig, share: int) -> None:
@@ -113,7 +93,7 @@ def train(run: Run[TensorParallelConfig]) -> None:
     mesh = init_device_mesh(run.device.type, (run.shards, tensor), mesh_dim_names=("data", "tensor"))
     model = run.task.build_model().to(DTYPES[run.config.precision])
     plan = tensor_parallel_plan(run.task, short_name(run.config.task.name), model, tensor, sequence)
-    model = run.place(share_layers(model, plan, layouts(sequence), mesh["tensor"], sequence))
+    model = run.place(share_layers(model, plan, layer_styles(sequence), mesh["tensor"], sequence))
     optimizer = build_optimizer(run.config.optim, model)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on

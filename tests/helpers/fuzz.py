@@ -68,6 +68,11 @@ RANKS = dict.fromkeys(ALONE, (1,)) | dict.fromkeys(
 RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "fsdp": (2, 3, 4)}
 RANKS |= dict.fromkeys(("lightning_fabric", "lightning_trainer"), (1, 2, 3))
 KEEP_ALL = ("data_parallel",)  # what cannot compute activations again in backward
+MESHES = {  # by ranks
+    2: (("tensor=2",), ("tensor=1", "context=2")),
+    3: (("tensor=1",),),
+    4: (("tensor=2",), ("replicate=2",), ("context=2",), ("tensor=1", "context=2")),
+}
 RESIZED = ("fsdp",)  # started on another number of ranks each time: compared in fp64, and no longer bit by bit
 COPIES = {("fsdp", 4): ("replicate=2",)}
 OWN = {"grad_accumulation": ("accumulate=3",), "pipeline_parallel": ("stages=2", "micro_batches=4")}
@@ -215,6 +220,9 @@ def draw(seed: int) -> Plan:
     hooks = random.Random(f"lockstep compressed {seed}")
     if recipe == "ddp" and "precision=fp16" not in words and hooks.random() < 0.4:
         recipe, words = "comm_hooks", [*words, hooks.choice(("r=1", "compress=bf16", "compress=fp16"))]
+    mesh = random.Random(f"lockstep mesh {seed}")
+    if recipe == "fsdp" and not sizes and any(word.endswith(":FewSequences") for word in words) and mesh.random() < 0.6:
+        recipe, words = "parallel_mesh", [*words, *mesh.choice(MESHES[ranks])]
     return Plan(Setup(recipe, ranks, tuple(words), tuple(saving)), tuple(faults), tuple(damages), sizes)
 
 

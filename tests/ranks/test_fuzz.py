@@ -74,6 +74,7 @@ def test_a_seed_decides_all_that_is_drawn() -> None:
     own = {(recipe, ranks) for recipe, ranks in drawn if recipe == OWN_RECIPE}
     usual = {(recipe, ranks) for recipe, choices in RANKS.items() for ranks in choices}
     usual |= {("lora", ranks) for ranks in RANKS["transfer_learning"]}
+    usual |= {("parallel_mesh", ranks) for ranks in RANKS["fsdp"]}
     usual |= {("comm_hooks", ranks) for ranks in RANKS["ddp"]}
     assert drawn - own == usual | {("tensor_parallel", 2), ("context_parallel", 2), ("expert_parallel", 2)}
     assert {ranks for _, ranks in own} == {1, 2, 3, 4}

@@ -18,8 +18,8 @@ from tests.helpers.processes import free_port
 
 PROVEN = set(
     "activation_checkpointing comm_hooks context_parallel data_parallel ddp deepspeed_zero expert_parallel fsdp "
-    "grad_accumulation lightning_fabric lightning_trainer local_sgd lora model_parallel pipeline_parallel sync_batchnorm "
-    "tensor_parallel transfer_learning zero1".split()
+    "grad_accumulation lightning_fabric lightning_trainer local_sgd lora model_parallel parallel_mesh pipeline_parallel "
+    "sync_batchnorm tensor_parallel transfer_learning zero1".split()
 )
 SMALL = ["precision=fp64", "model.norm=group", "global_batch_size=8", "log_every=1", "eval_every=0", "threads=1"]
 

@@ -94,7 +94,7 @@ TINY = (
 OWN = {"pipeline_parallel": ("stages=2", "micro_batches=2"), "grad_accumulation": ("accumulate=2",)}
 ALONE = ("single", "data_parallel", "model_parallel")
 OTHERS = "transfer_learning lora tune verify compare doctor checkpoint_resume".split()  # other models, or none
-OTHERS += ["context_parallel", "expert_parallel", "tensor_parallel"]  # of sequences
+OTHERS += ["context_parallel", "expert_parallel", "parallel_mesh", "tensor_parallel"]  # of sequences
 OTHERS += ["comm_hooks"]  # of gradients that are not quite the same
 RECIPES = sorted({path.stem for path in (ROOT / "recipes").glob("[!_]*.py")} - {*OTHERS, "sync_batchnorm"})
 QUICK = {("ddp", metric) for metric in ENDS} | {(name, "eval_f1") for name in ("lightning_trainer", "deepspeed_zero")}

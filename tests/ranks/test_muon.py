@@ -27,6 +27,7 @@ CASES = {
     "dealt out": ("zero1", 2, ()),
     "by stages": ("pipeline_parallel", 2, ()),
     "by layers that ranks share": ("tensor_parallel", 4, ()),
+    "on a mesh": ("parallel_mesh", 4, ()),
 }
 
 

@@ -130,7 +130,7 @@ def test_every_recipe_is_proven_or_says_why_not(name: str, tmp_path: Path) -> No
     named = {(row["recipe"], row["precision"]): row for row in rows if not row["variant"].startswith("sync_batchnorm")}
     equal = {recipe for (recipe, precision), row in named.items() if precision == "fp64" and row["verdict"] == "equal"}
     unable = {recipe: row for (recipe, precision), row in named.items() if precision == "fp64" and recipe not in equal}
-    parallel = {"context_parallel", "expert_parallel", "tensor_parallel"}
+    parallel = {"context_parallel", "expert_parallel", "parallel_mesh", "tensor_parallel"}
     plan = parallel if name != "language" else set()  # the examples say nothing of them
     assert unable.keys() == {"deepspeed_zero", "sync_batchnorm"} | plan
     assert equal == {name for name in list_recipes() if get_recipe(name).proofs} - unable.keys()

@@ -46,6 +46,8 @@ PROVEN += [
     "local_sgd",
     "lora",
     "model_parallel",
+    "parallel_mesh",
+    "parallel_mesh tensor=1 context=2",
     "pipeline_parallel",
     "sync_batchnorm",
 ]
@@ -76,7 +78,11 @@ def check_rows(out: Path) -> None:
     assert [(row["recipe"], row["precision"]) for row in unable] == [("deepspeed_zero", "fp64")]
     rows = [row for row in rows if row not in unable]
     proofs = [row for row in rows if not row["verdict"].startswith("differs")]
-    second = ("context_parallel by=ulysses", "tensor_parallel sequence_parallel=true")
+    second = (
+        "context_parallel by=ulysses",
+        "parallel_mesh tensor=1 context=2",
+        "tensor_parallel sequence_parallel=true",
+    )
     precisions = {"deepspeed_zero": ["fp32"]} | {name: ["fp64"] for name in second}
     expected = [
         (name.partition(" ")[0], precision) for name in PROVEN for precision in precisions.get(name, ["fp64", "fp32"])

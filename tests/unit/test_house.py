@@ -58,6 +58,7 @@ REPLACES: dict[str, list[str]] = {
     "local_sgd": [STEPS],
     "lora": [OPTIMIZER, STEPS],
     "model_parallel": [LOSS],
+    "parallel_mesh": [PLACE, "with run.autocast():"],
     "pipeline_parallel": [
         OPTIMIZER,
         STEPS,

@@ -7,6 +7,7 @@ imported only where it is used.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
@@ -151,7 +152,8 @@ class Config:
 
     Attributes:
         flat_weights: the weights are one long vector, which has no memory format of its own.
-        model_parallel_key: the key that says how many ranks hold one copy of the model between them; "": each holds one.
+        model_parallel_key: the key that says how many ranks hold one copy of the model between them, or keys joined by
+            " × ", whose product says it; "": each holds one.
         shares_activations: those ranks work on each layer together, and not one after the other.
         shares_sequences: ranks that work on a layer together have some positions each, and all weights.
         several_devices: a rank computes on more devices than its own.
@@ -168,7 +170,7 @@ class Config:
     @property
     def model_parallel_size(self) -> int:
         """Ranks that hold one copy of the model between them and see the same samples, as the stages of a pipeline."""
-        return getattr(self, self.model_parallel_key) if self.model_parallel_key else 1
+        return math.prod(getattr(self, key) for key in self.model_parallel_key.split(" × ") if key)
 
     @property
     def pipeline_micro_batches(self) -> int:

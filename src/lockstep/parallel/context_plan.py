@@ -69,7 +69,9 @@ def context_modules(task: Any, name: str, model: nn.Module, context: int) -> lis
     return list(dict.fromkeys(found))
 
 
-def check_attention(name: str, model: nn.Module, names: Sequence[str], inputs: Any, context: int, by: str) -> None:
+def check_attention(
+    name: str, model: nn.Module, names: Sequence[str], inputs: Any, context: int, by: str, tensor: int = 1
+) -> None:
     """Hold one forward to what ranks can share: the sequence's length, and each call of attention.
 
     Args:
@@ -77,6 +79,7 @@ def check_attention(name: str, model: nn.Module, names: Sequence[str], inputs: A
         model: on the meta device, or with memory where it cannot be built there.
         names: `context_modules`'.
         inputs: of one sample.
+        tensor: ranks among which heads are cut already.
 
     Raises:
         UserError: it calls attention elsewhere, or nowhere, or with what cannot be cut; or the sizes do not divide.
@@ -104,7 +107,7 @@ def check_attention(name: str, model: nn.Module, names: Sequence[str], inputs: A
             )
         require_plain_attention(f"task={name}: {call.module}: ", call.query, call.key, call.mask, call.dropout)
         if by == "ulysses":
-            require_heads(call.query.shape[1], call.key.shape[1], context)
+            require_heads(call.query.shape[1] // tensor, call.key.shape[1] // tensor, context)
 
 
 @dataclass

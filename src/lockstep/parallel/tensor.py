@@ -11,8 +11,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, distribute_module
-from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn import functional as F
 
 from lockstep.distributed.dtensor import is_sharded
@@ -90,6 +96,19 @@ class SharedModel(nn.Module):
         outputs = forward(F.pad(inputs, (0, missing)) if missing else inputs)
         outputs = outputs[:, :length] if missing else outputs
         return outputs if self.training or not is_sharded(outputs) else outputs.full_tensor()
+
+
+def layer_styles(sequence: bool) -> dict[str, ParallelStyle]:
+    """What torch does to a layer, by the words of the task's plan."""
+    between = Shard(1) if sequence else Replicate()  # what ranks have of [samples, sequence, width] between layers
+    return {
+        "embedding": RowwiseParallel(input_layouts=Replicate(), output_layouts=between),
+        "gather": PrepareModuleInput(input_layouts=between, desired_input_layouts=Replicate()),
+        "columns": ColwiseParallel(),
+        "rows": RowwiseParallel(output_layouts=between),
+        "whole": WholeWeights(between),
+        "output": ColwiseParallel(input_layouts=between, use_local_output=False),
+    }
 
 
 def share_layers(

@@ -130,7 +130,9 @@ def total_norm(tensors: Iterable[Tensor], stages: dist.ProcessGroup | None = Non
             mesh, placements = layout
             squares = squares.to(mesh.device_type)  # where its ranks talk; offloaded shards are elsewhere
             for dim, placement in enumerate(placements):
-                if placement.is_shard():  # along the others, ranks hold copies
+                # Along the others ranks hold copies. To ask for is_shard() would leave out the dim along which
+                # fully_shard has cut what tensor parallelism had cut already: its placement says no to it.
+                if not placement.is_replicate():
                     dist.all_reduce(squares, group=mesh.get_group(dim))
         total = squares if total is None else total + squares.to(total.device)
     total = torch.zeros((), dtype=torch.float64) if total is None else total

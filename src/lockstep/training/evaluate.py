@@ -301,9 +301,9 @@ class Evaluator:
         sampler = self._source.eval_sampler()
         batches = self._source.eval_batches(sampler)
         blank, counts = None, self._dims.counts_evaluation
-        if sharded and not self._dims.evaluates_together:
-            blank = self._source.example(1).inputs
         policy = any(hasattr(each, "set_requires_gradient_sync") for each in module.modules())  # fully_shard's
+        if sharded and (policy or not self._dims.evaluates_together):  # ranks with other shares gather with it, too
+            blank = self._source.example(1).inputs
         with contextlib.nullcontext() if policy else autocast(self._precision, self._device):
             return evaluate(module, batches, self.tally(), self._device, blank, sampler.rounds(), counts)
 

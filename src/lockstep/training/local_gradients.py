@@ -70,7 +70,7 @@ class LocalGradients:
         if not is_sharded(parameter):  # beside others that are, such as experts, it is the same on all ranks
             return self._owns and (not self._shards or dist.get_rank() == 0)
         sharded = cast(Any, parameter)  # in several copies: those in the first row of the mesh
-        if not self._owns:
+        if not self._owns and sharded.device_mesh.size() < dist.get_world_size():  # it knows nothing of the others
             return False
         places = zip(sharded.placements, sharded.device_mesh.get_coordinate(), strict=True)
         return all(place == 0 for placement, place in places if placement.is_replicate())
