@@ -221,8 +221,10 @@ def draw(seed: int) -> Plan:
     if recipe == "ddp" and "precision=fp16" not in words and hooks.random() < 0.4:
         recipe, words = "comm_hooks", [*words, hooks.choice(("r=1", "compress=bf16", "compress=fp16"))]
     mesh = random.Random(f"lockstep mesh {seed}")
-    if recipe == "fsdp" and not sizes and any(word.endswith(":FewSequences") for word in words) and mesh.random() < 0.6:
-        recipe, words = "parallel_mesh", [*words, *mesh.choice(MESHES[ranks])]
+    if recipe == "fsdp" and not sizes and mesh.random() < 0.6:
+        words = [word for word in words if not word.startswith(("task", "model.", "data.", "optim.lr"))]
+        words += [f"task={fuzz_tasks.__file__}:FewSequences", "optim.lr=0.003", *mesh.choice(MESHES[ranks])]
+        recipe = "parallel_mesh"
     return Plan(Setup(recipe, ranks, tuple(words), tuple(saving)), tuple(faults), tuple(damages), sizes)
 
 

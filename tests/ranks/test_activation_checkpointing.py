@@ -32,7 +32,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
     "fsdp": ("fsdp", 2, IMAGES),
     "fsdp in bf16": ("fsdp", 2, (*IMAGES, "precision=bf16")),
     "fsdp in copies": ("fsdp", 4, (*TOKENS, "replicate=2", "reshard_after_forward=false")),
-    "parallel_mesh": ("parallel_mesh", 4, TOKENS),
+    "parallel_mesh": ("parallel_mesh", 2, TOKENS),
     "1f1b": ("pipeline_parallel", 2, IMAGES),
     # Cut alike in each run: measured, the cut would move, and with it what each stage draws.
     "interleaved": ("pipeline_parallel", 2, (*TOKENS, "schedule=interleaved", "cut=even")),

@@ -110,7 +110,11 @@ def check_rows(out: Path) -> None:
 @pytest.mark.slow_except("3")
 @pytest.mark.parametrize(
     ("world_size", "names", "words"),
-    [(3, "ddp,sync_batchnorm", ()), (4, "pipeline_parallel,fsdp,context_parallel,expert_parallel", ("replicate=2",))],
+    [
+        (3, "ddp,sync_batchnorm", ()),
+        (4, "pipeline_parallel,fsdp,context_parallel,expert_parallel", ("replicate=2",)),
+        (4, "parallel_mesh", ("replicate=2",)),
+    ],
 )
 def test_on_other_numbers_of_ranks(world_size: int, names: str, words: tuple[str, ...], tmp_path: Path) -> None:
     execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=2", "precision=fp64", *words)
