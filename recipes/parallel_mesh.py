@@ -24,10 +24,9 @@ each among its own ranks: tensor's within a node, replicate's between nodes, whe
 Choose it when one of them is not enough: `tensor` up to the GPUs that NVLink joins if a layer does not fit, `context` for
 long sequences, `shard` for all other ranks, and `replicate` when gathering among so many takes longer than computing.
 
-What it composes with: accumulation (averaged after the last micro-batch), clipping by the norm of all shards of both
-kinds, bf16 and fp16, checkpointed activations. What it does not: a pipeline (each stage would need a mesh of its own)
-and experts cut over ranks (their ranks are those of the batch, which FSDP has here): recipes.pipeline_parallel and
-recipes.expert_parallel have copies of theirs. A mixture of experts goes with tensor=1 context=1, as in recipes.fsdp.
+It composes with accumulation (averaged after the last micro-batch), clipping by the norm of all shards of both kinds,
+bf16 and fp16, checkpointed activations. It refuses a pipeline and experts on ranks of their own: `refuses` below says why,
+and docs/compositions.md has the table of all. A mixture of experts goes with tensor=1 context=1, as in recipes.fsdp.
 
     python -m recipes.parallel_mesh                                        layers shared by two ranks
     python -m recipes.parallel_mesh nproc=4                                and sharded: shard 2 × tensor 2
@@ -70,6 +69,12 @@ from lockstep.training.precision import DTYPES
 class ParallelMeshConfig(Config):
     model_parallel_key: ClassVar[str] = "context × tensor"
     shares_activations: ClassVar[bool] = True
+    refuses: ClassVar[dict[str, str]] = {
+        "stages": "each stage would need a mesh of its own, which is not made here; use recipes.pipeline_parallel, "
+        "which has copies of pipelines",
+        "expert": "experts on ranks of their own are averaged by other ranks than FSDP's; use recipes.expert_parallel, "
+        "which has copies of experts, or recipes.fsdp, which shards them like all weights",
+    }
     replicate: int = key(1, "copies of the model, each sharded over its part of the ranks", minimum=1, free=True)
     shard: int | None = key(
         None, "ranks with samples of their own that a copy is cut over (null: all that are left)", minimum=1, free=True

@@ -54,6 +54,10 @@ from lockstep.training.timing import Stopwatch
 @dataclass
 class PipelineConfig(Config):
     model_parallel_key: ClassVar[str] = "stages"
+    refuses: ClassVar[dict[str, str]] = {
+        "expert": "a pipeline's schedule knows nothing of the all-to-all in its stages; use recipes.expert_parallel, or "
+        "leave it out: each stage then holds all experts of its blocks"
+    }
     stages: int = key(2, "ranks that a model is cut over", minimum=1)
     cut: Any = key(AUTO, CUT_HELP)
     micro_batches: int = key(4, "micro-batches that a global batch is piped through in", minimum=1)

@@ -44,8 +44,8 @@ from tests.helpers.harness import compose_config
             "task=images: its BatchNorm would normalise by each rank's share; use recipes.fsdp",
         ),
         (2, "task=images model.norm=group", "task=images: says nothing of how ranks could share its model's layers"),
-        (2, "stages=2", "stages=2: recipes.parallel_mesh does not use it; it belongs to .*recipes.pipeline_parallel"),
-        (2, "expert=2", "expert=2: recipes.parallel_mesh does not use it; it belongs to recipes.expert_parallel"),
+        (2, "stages=2", "stages=2: each stage would need a mesh of its own, .*; use recipes.pipeline_parallel"),
+        (2, "expert=2", "expert=2: experts on ranks of their own .*; use recipes.expert_parallel, .*recipes.fsdp"),
     ],
 )
 def test_a_mesh_that_cannot_be_is_refused_in_one_line(ranks: int, words: str, said: str) -> None:

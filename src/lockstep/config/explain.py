@@ -115,13 +115,15 @@ def check_names(words: list[str], recipe: CommandLine, schema: type[Config]) -> 
     """Refuse a key by its name of before, and one that is another recipe's own.
 
     Raises:
-        UserError: with the name it has now, or the recipes that it belongs to.
+        UserError: with the name it has now, or the recipes that it belongs to, or why this one does without it.
     """
     known = {entry.name for entry in fields(schema)}
     for word in words:
         name = re.split("[=@]", word.lstrip("+~"))[0]
         if now := renamed(name):
             raise UserError(f"{name}: is called {now} now; write {word.replace(name, now, 1)}")
+        if name not in known and name in schema.refuses:
+            raise UserError(f"{word}: {schema.refuses[name]}")
         if name.partition(".")[0] not in known and (owners := owners_of(name, recipe)):
             raise UserError(f"{word}: recipes.{recipe.name} does not use it; it belongs to {owners}")
 

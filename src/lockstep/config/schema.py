@@ -157,6 +157,7 @@ class Config:
         shares_activations: those ranks work on each layer together, and not one after the other.
         shares_sequences: ranks that work on a layer together have some positions each, and all weights.
         several_devices: a rank computes on more devices than its own.
+        refuses: {another recipe's key: why it does not compose with this recipe, and what works instead}.
         task_defaults: {name: value} of keys of the task, where it has them and the command says nothing else.
     """
 
@@ -165,6 +166,7 @@ class Config:
     shares_activations: ClassVar[bool] = False
     shares_sequences: ClassVar[bool] = False
     several_devices: ClassVar[bool] = False
+    refuses: ClassVar[dict[str, str]] = {}
     task_defaults: ClassVar[dict[str, Any]] = {}
 
     @property
