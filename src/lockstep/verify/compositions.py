@@ -66,7 +66,7 @@ class Refusal:
     ranks: int = 4
 
 
-ALONE = (
+SINGLES = (
     Composition(("ddp",), "ddp", 2),
     Composition(("fsdp",), "fsdp", 2),
     Composition(("tensor",), "tensor_parallel", 2),
@@ -174,8 +174,8 @@ def compositions() -> list[Composition]:
     """All that are proven, by ranks: each pair of TECHNIQUES that goes together is in one of them."""
     two = list(combinations(ADDED, 2))
     found = [*PAIRS, *TRIPLES]
-    found += [with_added(each, name) for each in (*ALONE, *PAIRS) for name in ADDED]
-    found += [with_added(each, *names) for each in ALONE for names in (two if each is ALONE[0] else two[1::4])]
+    found += [with_added(each, name) for each in (*SINGLES, *PAIRS) for name in ADDED]
+    found += [with_added(each, *names) for each in SINGLES for names in (two if each is SINGLES[0] else two[1::4])]
     return sorted((each for each in found if not refuses(each.techniques)), key=lambda each: each.ranks)
 
 
