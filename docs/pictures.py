@@ -93,6 +93,16 @@ PICTURES = {
             "all-reduce of the gradients of all that is no expert",
         ),
     ),
+    "parallel_mesh": Picture(  # shard 2 × tensor 2
+        tuple(f"{what} #... .#.. ..#. ...#" for what in ("weights", "gradients", "optimizer"))
+        + ("samples ##.. ##.. ..## ..##",),
+        ("1F2F21F2F2B21B23B21B23UU",),
+        (
+            "all-gather of a block's weights, among 0 and 2, and 1 and 3",
+            "all-reduce of activations, among 0 and 1, and 2 and 3",
+            "reduce-scatter of a block's gradients, as they were gathered",
+        ),
+    ),
     "grad_accumulation": Picture(
         DDP_HOLDS,
         ("FFBBB|FFBBB|FFB1B1UU",),
