@@ -94,8 +94,10 @@ PICTURES = {
         ),
     ),
     "parallel_mesh": Picture(  # shard 2 × tensor 2
-        tuple(f"{what} #... .#.. ..#. ...#" for what in ("weights", "gradients", "optimizer"))
-        + ("samples ##.. ##.. ..## ..##",),
+        (
+            *(f"{what} #... .#.. ..#. ...#" for what in ("weights", "gradients", "optimizer")),
+            "samples ##.. ##.. ..## ..##",
+        ),
         ("1F2F21F2F2B21B23B21B23UU",),
         (
             "all-gather of a block's weights, among 0 and 2, and 1 and 3",
