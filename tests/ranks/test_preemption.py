@@ -117,7 +117,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(whole: Path, tmp_path: Pat
     assert result(out)["resumed_from"] == f"checkpoints/step-{result_step(done.stdout):08d}"
     assert_equal(out, whole)
     assert command(*again, cwd=tmp_path).stdout.startswith(
-        "out=run: this run has finished, by epochs=4; to train on, start another from it: resume=run"
+        "out=run: this run has finished, by epochs=4; to train on, start another from it: resume=run out=NEW, with optim"
     )
 
 
@@ -143,7 +143,7 @@ def test_the_printed_command_resumes_a_sweep(tmp_path: Path) -> None:
     assert [result(sweep / point)["status"] for point in "01"] == ["finished"] * 2
     assert str(result(sweep / "1")["resumed_from"]).startswith("checkpoints/")
     source, told = f"outputs/{sweep.parent.name}/{sweep.name}/0", ("ddp.py", *RUN)
-    done = command(*told, f"resume={source}", "out=NEW", "epochs=2", cwd=tmp_path)
+    done = command(*told, f"resume={source}", "out=NEW", "optim.schedule=constant", "epochs=2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert result(tmp_path / "NEW")["epochs"] == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -52,6 +53,7 @@ from recipes import (
     transfer_learning,
     zero1,
 )
+from tests.helpers import own_recipe
 from tests.helpers.harness import compose_config, execute, lines, result, run_ranks, tensors_of, train
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -560,3 +562,55 @@ def test_a_batch_size_that_does_not_divide_the_samples_seen_is_refused(trained: 
         AssertionError, match=r"samples, which is no whole number of such batches; set global_batch_size=12"
     ):
         execute(single.train, tmp_path / "run", 1, *SHORT, "global_batch_size=10", f"resume={trained}")
+
+
+CONSTANT = (*SHORT, "checkpoint.every=null", "optim.schedule=constant")
+
+
+@pytest.mark.slow_except("ddp")
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "lightning_trainer"])
+def test_a_finished_run_of_two_epochs_becomes_one_of_four(name: str, tmp_path: Path) -> None:
+    """At a constant rate, in its own folder and in another one: bits, curves and generators of the longer run."""
+    recipe, ranks, words = RECIPES[name]
+    words = (*CONSTANT, *words)
+    execute(recipe, tmp_path / "whole", ranks, *words, "epochs=4")
+    execute(recipe, tmp_path / "run", ranks, *words, "epochs=2")
+    execute(recipe, tmp_path / "new", ranks, *words, "epochs=4", f"resume={tmp_path / 'run'}")
+    assert [line for line in lines(tmp_path / "whole") if line["step"] > 8] == lines(tmp_path / "new")
+    assert result(tmp_path / "run")["steps"] == 8
+    execute(recipe, tmp_path / "run", ranks, *words, "epochs=4")
+    assert lines(tmp_path / "run") == lines(tmp_path / "whole")
+    for out in ("run", "new"):
+        assert result(tmp_path / out)["resumed_from"].endswith("checkpoints/step-00000008")
+        assert_same(*(torch.load(tmp_path / run / "model.pt", weights_only=True) for run in (out, "whole")))
+        assert_same(*(tensors_of(newest(tmp_path / run)) for run in (out, "whole")))
+
+
+def test_a_rate_that_was_planned_over_its_epochs_is_not_stretched(trained: Path, tmp_path: Path) -> None:
+    """One line says why and what works; and that does work."""
+    longer = (*SHORT, "epochs=5")
+    before = (trained / "config.yaml").read_text()
+    said = [
+        refused(lambda: execute(single.train, tmp_path / "new", 1, *longer, f"resume={trained}")),
+        refused(lambda: execute(ddp.train, trained, 2, *longer)),
+    ]
+    for line in said:
+        assert re.match(
+            r"epochs=5: \S+ has a cosine learning rate planned over epochs=3, so it is no part of a run of 5; ", line
+        )
+        assert "out=NEW optim.schedule=constant, or from its weights: resume=" in line
+    assert not (tmp_path / "new").exists()
+    assert (trained / "config.yaml").read_text() == before
+    assert "epochs=2 (there: 3)" in refused(lambda: execute(ddp.train, trained, 2, *SHORT, "epochs=2"))
+    execute(single.train, tmp_path / "new", 1, *longer, f"resume={trained}", "optim.schedule=constant")
+    assert result(tmp_path / "new")["steps"] == 20
+
+
+@pytest.mark.slow
+def test_a_schedule_of_its_own_is_the_recipe_s_own_affair(tmp_path: Path) -> None:
+    """StepLR knows no end, and optim.schedule is not read: the longer run."""
+    words = (*SHORT, "checkpoint.every=null")
+    execute(own_recipe.train, tmp_path / "whole", 2, *words, "epochs=4")
+    execute(own_recipe.train, tmp_path / "run", 2, *words, "epochs=2")
+    execute(own_recipe.train, tmp_path / "new", 2, *words, "epochs=4", f"resume={tmp_path / 'run'}")
+    assert_same(*(torch.load(tmp_path / run / "model.pt", weights_only=True) for run in ("new", "whole")))

@@ -19,6 +19,7 @@ from lockstep.config.keys import walk
 from lockstep.config.schema import Config, from_yaml, shared_part, to_yaml
 from lockstep.errors import Busy, UserError
 from lockstep.utils import files
+from lockstep.utils.text import short
 
 CHECKPOINTS = "checkpoints"
 
@@ -41,11 +42,12 @@ def freeze(config: Config, recipe: str) -> Path | None:
             lock(out, 3).close()  # whoever trains there must not find its config changed; a killed one is let end
             result = read_result(out)
             if result.get("status") == "finished":
-                if config.max_steps == found[1].max_steps or ended_by(found[1], result) != "max_steps":
+                why = ended_by(found[1], result)
+                if why == "patience" or getattr(config, why) == getattr(found[1], why):
                     return None
                 if not (out / CHECKPOINTS).is_dir():
                     raise UserError(
-                        f"max_steps={config.max_steps}: out={config.out} finished at step {result['steps']} and "
+                        f"{why}={getattr(config, why)}: out={config.out} finished at step {result['steps']} and "
                         "kept no checkpoint to resume from; set checkpoint.every in the next run"
                     )
             (out / "result.json").unlink(missing_ok=True)
@@ -61,11 +63,34 @@ def already_finished(config: Config) -> str:
     """What is said of a run in `out` that has finished: what would have it train on, and does."""
     why = ended_by(config, read_result(Path(str(config.out)).expanduser()))
     start = f"out={config.out}: this run has finished"
-    if why == "max_steps":
-        return f"{start}; raise max_steps to train on, or name another out to train again"
+    if why == "max_steps" or (why == "epochs" and not is_planned(config)):
+        return f"{start}; raise {why} to train on, or name another out to train again"
+    change = "optim.schedule=constant and a" if why == "epochs" else "a"
     return (
-        f"{start}, by {why}={getattr(config, why)}; to train on, start another from it: resume={config.out} out=NEW, with a "
-        f"larger {why}"
+        f"{start}, by {why}={getattr(config, why)}; to train on, start another from it: resume={config.out} out=NEW, with "
+        f"{change} larger {why}"
+    )
+
+
+def is_planned(config: Config) -> bool:
+    """Whether the learning rate of a step depends on how many epochs there are."""
+    return config.optim.schedule != "constant"
+
+
+def refuse_other_plan(config: Config, before: Config, run: Path) -> None:
+    """Hold a run that goes on for other epochs to a learning rate that was not planned over those it had.
+
+    Raises:
+        UserError: it was, so what was trained is no part of the longer run.
+    """
+    if config.epochs == before.epochs or config.optim != before.optim or not is_planned(config):
+        return
+    weights = run / "model.pt"
+    from_weights = f", or from its weights: resume={short(weights)} out=NEW" if weights.is_file() else ""
+    raise UserError(
+        f"epochs={config.epochs}: {short(run)} has a {before.optim.schedule} learning rate planned over "
+        f"epochs={before.epochs}, so it is no part of a run of {config.epochs}; start another from it with "
+        f"resume={short(run)} out=NEW optim.schedule=constant{from_weights}"
     )
 
 
@@ -93,7 +118,9 @@ def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
     if theirs != recipe:
         raise UserError(f"out={config.out}: holds a run of {theirs or 'something else'}; name a new folder")
     other = changes(config, there)
-    if other:
+    if other.keys() == {"epochs"} and config.epochs > there.epochs:
+        refuse_other_plan(config, there, out)
+    elif other:
         changed = ", ".join(f"{name}={now} (there: {before})" for name, (now, before) in other.items())
         raise UserError(
             f"out={config.out}: holds a run with other settings: {changed}; set them as they were to continue it, "
@@ -115,6 +142,14 @@ def read_frozen(out: Path, recipe: str, schema: type[Config]) -> tuple[str | Non
         if theirs and theirs[1] == recipe
         else (theirs and theirs[1], shared_part(text))
     )
+
+
+def config_of(run: Path) -> Config | None:
+    """What every recipe has of the config in a run directory, whichever recipe's it is; None where there is none."""
+    try:
+        return shared_part((run / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, OmegaConfBaseException):
+        return None
 
 
 def changes(config: Config, before: Config, free: tuple[str, ...] = ()) -> dict[str, tuple[Any, Any]]:

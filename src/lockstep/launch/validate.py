@@ -13,7 +13,7 @@ import torch
 from lockstep.checkpoint.weights import is_foreign, load_weights
 from lockstep.config.check import check_values
 from lockstep.config.keys import AUTO
-from lockstep.config.run_directory import checkpoint_folder
+from lockstep.config.run_directory import checkpoint_folder, config_of, refuse_other_plan
 from lockstep.config.schema import NO_SOURCE, RESNETS, Config
 from lockstep.config.tasks import IMAGES, unit_of
 from lockstep.data.batches import train_size
@@ -109,7 +109,7 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
             f"resume_prefix={config.resume_prefix}: is for the names in a file of weights; set resume=FILE, or leave it out"
         )
     if config.resume not in NO_SOURCE and not recipe.backbone:
-        check_source(config)
+        check_source(config, planned="build_scheduler" in vars(sys.modules[recipe.train.__module__]))
     if config.checkpoint_activations != "none":
         check_blocks(blocks_of_task(known_task(config), sketch(config)), config.checkpoint_activations)
     if config.gradients.clip_value:
@@ -181,15 +181,21 @@ def check_package(recipe: Recipe) -> None:
         require(recipe.needs, f"recipes.{recipe.name}")
 
 
-def check_source(config: Config) -> None:
+def check_source(config: Config, planned: bool) -> None:
     """Hold resume=PATH to what can be started from: a run, a checkpoint, or a file of weights that fit the model.
+
+    Args:
+        planned: whether the recipe's learning rate is that of `optim.schedule`.
 
     Raises:
         UserError: it is none of them.
     """
     path = Path(config.resume).expanduser()
     if path.is_dir() and not is_foreign(path):
-        checkpoint_folder(path)
+        folder, _ = checkpoint_folder(path)
+        before = config_of(folder.parent)
+        if before and planned:
+            refuse_other_plan(config, before, folder.parent)
         if config.resume_prefix is not None:
             raise UserError(
                 f"resume_prefix={config.resume_prefix}: resume={config.resume} is a run of lockstep's, whose names are "
