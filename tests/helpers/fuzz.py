@@ -304,9 +304,9 @@ def warm() -> Iterator[None]:
         torch.set_num_threads(before[2])
 
 
-def shallow_resnet(num_classes: int, norm_layer: Any) -> nn.Module:
+def shallow_resnet(num_classes: int, norm_layer: Any, **options: Any) -> nn.Module:
     """One block a layer: what a start takes is for the most part the number of tensors it saves."""
-    model = NarrowResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=num_classes, norm_layer=norm_layer)
+    model = NarrowResNet(resnet.BasicBlock, [1, 1, 1, 1], num_classes=num_classes, norm_layer=norm_layer, **options)
     model.fc = nn.Linear(32, num_classes)
     return model
 

@@ -25,7 +25,7 @@ class NarrowResNet(resnet.ResNet):
         return super()._make_layer(block, 32, blocks, stride if planes == 128 else 1, dilate)
 
 
-def narrow_resnet18(num_classes: int, norm_layer: Any) -> nn.Module:
-    model = NarrowResNet(resnet.BasicBlock, [2, 2, 2, 2], num_classes=num_classes, norm_layer=norm_layer)
+def narrow_resnet18(num_classes: int, norm_layer: Any, **options: Any) -> nn.Module:
+    model = NarrowResNet(resnet.BasicBlock, [2, 2, 2, 2], num_classes=num_classes, norm_layer=norm_layer, **options)
     model.fc = nn.Linear(32, num_classes)
     return model
