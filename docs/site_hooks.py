@@ -15,6 +15,11 @@ from typing import Any
 from mkdocs.structure.files import File
 from pictures import PICTURES, draw
 
+from lockstep.config.declared import own_keys
+from lockstep.config.help import shown
+from lockstep.config.keys import walk
+from lockstep.config.schema import ClusterConfig, Config
+from lockstep.registry import first_lines, get_recipe
 from lockstep.verify.museum.table import BUGS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,8 +86,39 @@ def recipe_link(found: re.Match[str]) -> str:
     return f"[{found[0]}]({found[1]}.py.md)" if found[1] in PICTURES else found[0]
 
 
+def keys_page() -> str:
+    """Every key of every recipe and tool, from the dataclasses that declare them."""
+    parts = ["# All keys", "What `--help all` prints, on one page. `KEY=VALUE` on the command line sets a key."]
+    shared = list(walk(Config()))
+    heads = dict.fromkeys(name.partition(".")[0] if "." in name else "" for name, _, _ in shared)
+    for head in heads:
+        rows = [row for row in shared if (row[0].partition(".")[0] if "." in row[0] else "") == head]
+        parts += [f"## {head}.*" if head else "## Of every run", key_table(rows)]
+    parts += [
+        "## cluster.*",
+        "With `+cluster=…`.",
+        key_table([(f"cluster.{row[0]}", *row[1:]) for row in walk(ClusterConfig())]),
+    ]
+    for name in first_lines():
+        schema = get_recipe(name).config
+        own = own_keys(schema)
+        rows = [row for row in walk(schema()) if row[0].partition(".")[0] in own]
+        if rows:
+            parts += [f"## recipes.{name}", key_table(rows)]
+    return "\n\n".join(parts) + "\n"
+
+
+def key_table(rows: list[tuple[str, Any, dict[str, Any]]]) -> str:
+    lines = ["| key | default | what it does |", "|---|---|---|"]
+    for name, value, rule in rows:
+        allowed = f" [{', '.join(map(shown, rule['choices']))}]" if rule["choices"] else ""
+        cells = (f"`{name}`", f"`{shown(value)}`", rule["help"] + allowed)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines)
+
+
 def on_files(files: Any, config: Any) -> Any:
-    """Make a page of each.
+    """Make a page of each, and one of all keys.
 
     Raises:
         FileNotFoundError: a page links to what is not there.
@@ -101,6 +137,7 @@ def on_files(files: Any, config: Any) -> Any:
         if Path(path).stem not in PICTURES:
             page.inclusion = page.inclusion.NOT_IN_NAV
         files.append(page)
+    files.append(File.generated(config, "keys.md", content=keys_page()))
     return files
 
 

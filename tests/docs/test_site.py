@@ -40,6 +40,9 @@ def test_every_page_and_every_file_that_a_page_names_is_in_the_site(tmp_path: Pa
     for page in (ROOT / "docs").glob("*.md"):
         assert (site / page.with_suffix(".html").name).is_file(), page.name
     assert "DistributedDataParallel" in (site / "source" / "recipes" / "ddp.py.html").read_text()
+    keys = (site / "keys.html").read_text()
+    for key in ("global_batch_size", "optim.lr", "cluster.partition", "accumulate_by", "museum"):  # shared and own ones
+        assert f"<code>{key}</code>" in keys
     for name in PICTURES:
         page = (site / "source" / "recipes" / f"{name}.py.html").read_text()
         assert '<svg class="technique"' in page, name
