@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
@@ -175,6 +175,15 @@ def test_a_program_that_does_not_say_enough_is_told_what_is_missing(
     assert part in said.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_of_a_failed_torchrun_the_rank_s_own_words_are_shown(tmp_path: Path) -> None:
+    (tmp_path / "fails.py").write_text("raise ValueError('no such data')")
+    code, said = by_command(f"torchrun --nproc-per-node=2 {tmp_path}/fails.py", "python x")
+    assert code == 2, said
+    assert "ValueError: no such data" in said.splitlines()[-2]
+    assert said.splitlines()[-1].endswith("failed with exit code 1 after 0 of 3 steps; mend it, or set another")
+
+
 def test_the_import_loads_neither_torch_nor_hydra() -> None:
     done = command(
         "-c", "import sys, lockstep.verify; print({'torch', 'hydra', 'omegaconf'} & set(sys.modules))", fresh=True
@@ -253,6 +262,17 @@ def sharded(rank: int, ranks: int) -> None:
         optimizer.step()
 
 
+def flattened(rank: int, ranks: int) -> None:
+    """The older FSDP, whose shards are flat, and cut through parameters."""
+    model = FullyShardedDataParallel(small_model(), use_orig_params=True, device_id=torch.device("cpu"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    watch(model, optimizer)
+    for inputs, targets in batches(rank, ranks):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+
+
 def zero_redundancy(rank: int, ranks: int) -> None:
     """An optimizer that calls another one's step, and a closure."""
     model = DistributedDataParallel(small_model())
@@ -287,7 +307,7 @@ def accumulated(rank: int, ranks: int) -> None:
         optimizer.step()
 
 
-@pytest.mark.parametrize("make", [plain, sharded, zero_redundancy, accumulated])
+@pytest.mark.parametrize("make", [plain, sharded, flattened, zero_redundancy, accumulated])
 def test_however_it_is_wrapped_it_is_equal(make: Callable[..., Any], tmp_path: Path) -> None:
     verdict = judged(make, plain, tmp_path)
     assert verdict.first == ""
@@ -382,6 +402,17 @@ def longer(rank: int, ranks: int) -> None:
     for inputs, targets in batches(rank, ranks):
         nn.functional.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    copies = [each.detach().clone().requires_grad_() for each in small_model().parameters()]
+    optimizer = torch.optim.SGD(copies, lr=0.1)
+    watcher = watching.Watcher.__new__(watching.Watcher)
+    watcher.model, watcher.optimizer, watcher.step = small_model(), optimizer, 0
+    with pytest.raises(RuntimeError, match="updates no parameter of the model"):
+        watcher.counts(optimizer)
+    watcher.optimizer = None
+    assert not watcher.counts(optimizer)
 
 
 def test_other_parameters_are_named(tmp_path: Path) -> None:

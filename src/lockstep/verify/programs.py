@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shlex
@@ -29,6 +30,8 @@ LINES_SHOWN = 20  # of what a program that failed has said
 STOP_PROGRAM_SECONDS = 45  # torchrun waits 30 s for its ranks
 LEAVE_SECONDS = 30  # for the process that has started the ranks, when these have ended
 TWO_LINES = "import lockstep.verify; lockstep.verify.watch(model, optimizer)"
+LAUNCHER_WARNS = re.compile(r"W\d{4} \S+ \d+ torch/distributed/")
+LAUNCHER_REPORTS = re.compile(r"E\d{4} \S+ \d+ torch/distributed/elastic/.*failed \(exitcode")
 FILE = re.compile(r"step(\d+)-rank(\d+)-(\d+)\.pt")
 
 
@@ -113,7 +116,7 @@ def run_program(program: Program, folder: Path, steps: int, limit: float, consol
             complete_since = None
             while process.process.poll() is None:
                 found, now = steps_written(records), time.monotonic()
-                show(f"{program}: step {min(len(found) + 1, steps)} of {steps}, {now - began:.0f} s")
+                show(f"{program.key}: step {min(len(found) + 1, steps)} of {steps}, {now - began:.0f} s")
                 if complete_since is None and is_complete(records, steps):
                     complete_since = now
                 if complete_since and now > complete_since + LEAVE_SECONDS:
@@ -197,12 +200,8 @@ def what_is_missing(program: Program, process: CommandProcess, records: Path, st
 
 
 def show_last_lines(program: Program, process: CommandProcess) -> None:
-    said = process.said()
-    more = (
-        f"the last {LINES_SHOWN} of {len(said)} lines"
-        if len(said) > LINES_SHOWN
-        else "what it said"
-        if said
-        else "nothing said"
-    )
-    print(f"{program.key}, {more}:", *said[-LINES_SHOWN:], sep="\n  ", file=sys.stderr)
+    """Show what a program has said last: itself, and not torchrun, which adds a page of its own about a rank that failed."""
+    said = [line for line in process.said() if not LAUNCHER_WARNS.match(line)]
+    said = list(itertools.takewhile(lambda line: not LAUNCHER_REPORTS.match(line), said)) or said
+    more = f"the last {LINES_SHOWN} of {len(said)} lines" if len(said) > LINES_SHOWN else "what it said"
+    print(f"{program.key}, {more if said else 'nothing said'}:", *said[-LINES_SHOWN:], sep="\n  ", file=sys.stderr)

@@ -12,13 +12,14 @@ Then it ends the process. Shards (DTensor) are put together, and the first rank 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -91,6 +92,26 @@ def whole_copy(tensor: Tensor) -> Tensor | None:
     return tensor.to("cpu", copy=True)
 
 
+def put_together(model: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Within it, what FullyShardedDataParallel has flattened and sharded is whole; all else is as it was.
+
+    Raises:
+        RuntimeError: its parameters have no gradients of their own.
+    """
+    module = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(module, "FullyShardedDataParallel", None)
+    if kind is None or not any(isinstance(each, kind) for each in model.modules()):
+        return contextlib.nullcontext()
+    if any(name.endswith("_flat_param") for name, _ in model.named_parameters()):
+        raise RuntimeError(
+            "lockstep.verify.watch: FullyShardedDataParallel(use_orig_params=False) has no gradient per parameter; set "
+            "use_orig_params=True, or use fully_shard"
+        )
+    return cast(
+        contextlib.AbstractContextManager[Any], kind.summon_full_params(model, writeback=False, with_grads=True)
+    )
+
+
 def own_rank() -> tuple[int, int]:
     """(rank, world size) of this process."""
     from torch import distributed
@@ -127,18 +148,29 @@ class Watcher:
         see_autocast(self.autocast)
 
     def counts(self, optimizer: Optimizer) -> bool:
-        """Whether this optimizer's steps are those of training."""
-        if self.optimizer is None:
+        """Whether this optimizer's steps are those of training.
+
+        Raises:
+            RuntimeError: it is the one that was named, and updates flat copies (DeepSpeed's) or another model.
+        """
+        if self.optimizer not in (None, optimizer):
+            return False
+        if not self.step:
             mine = {id(parameter) for parameter in self.model.parameters()}
-            if any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
-                self.optimizer = optimizer
-        return self.optimizer is optimizer
+            if not any(id(parameter) in mine for group in optimizer.param_groups for parameter in group["params"]):
+                if self.optimizer is None:
+                    return False
+                raise RuntimeError(
+                    "lockstep.verify.watch: the optimizer updates no parameter of the model; name those that are"
+                )
+            self.optimizer = optimizer
+        return True
 
     def before_step(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Keep the first step's weights and gradients; the latter come with the closure where there is one (Lightning)."""
         if not self.counts(optimizer) or self.step:
             return None
-        self.keep("start", self.model.named_parameters())
+        self.keep_parameters("start")
         closure = kwargs.get("closure") if len(args) < 2 else args[1]
         if closure is None:
             self.keep_gradients()
@@ -159,7 +191,7 @@ class Watcher:
             return
         self.step += 1
         if self.step in (1, self.steps):
-            self.keep("weights", self.model.named_parameters())
+            self.keep_parameters("weights")
         if self.step == self.steps:
             self.keep("buffers", self.model.named_buffers())
         self.write()
@@ -170,9 +202,14 @@ class Watcher:
         found = {name: whole_copy(tensor) for name, tensor in by_plain_name(tensors).items()}
         self.tensors[kind] = {name: tensor for name, tensor in found.items() if tensor is not None}
 
+    def keep_parameters(self, kind: str) -> None:
+        with put_together(self.model):
+            self.keep(kind, self.model.named_parameters())
+
     def keep_gradients(self) -> None:
-        named_parameters = self.model.named_parameters()
-        self.keep("gradients", ((name, each.grad) for name, each in named_parameters if each.grad is not None))
+        with put_together(self.model):
+            parameters = self.model.named_parameters()
+            self.keep("gradients", ((name, each.grad) for name, each in parameters if each.grad is not None))
 
     def write(self) -> None:
         import torch
