@@ -29,6 +29,7 @@ import torch.distributed as dist
 from rich.console import Console
 
 from lockstep import Recipe, Run, UserError, recipe
+from lockstep.callbacks.base import Callback
 from lockstep.config.check import check_values
 from lockstep.config.copies import convert, with_values
 from lockstep.config.schema import Config
@@ -40,6 +41,7 @@ from lockstep.utils.tables import TERMINAL_WIDTH
 from lockstep.utils.text import count
 from lockstep.verify.config import DiffConfig
 from lockstep.verify.first_difference import Parting, find_parting, parting_of
+from lockstep.verify.operations import with_operation
 from lockstep.verify.parting_report import parting_lines, parting_tables
 from lockstep.verify.proofs import proof_batch, proof_config
 from lockstep.verify.recorded_runs import described_run, recorded_pairs
@@ -119,14 +121,23 @@ def train(run: Run[DiffConfig]) -> None:
     run.report.line(
         f"diff: {' and '.join(names)}, {steps} in {run.config.precision}, {count(run.world.world_size, 'rank')}"
     )
+    folders = [run.out / name for name in names]
     for each, name in zip(recipes, names, strict=True):
         trace(run, each, trained_config(run, each), name)
         run.report.line(f"{name}: trained")
-    said: list[str] = [""]
+    parting: Parting | None = None
     if run.world.rank == 0:
         local = recipes[0].local_updates, recipes[1].local_updates
-        parting = parting_of(run.out / names[0], run.out / names[1], local, run.config.tolerance)
-        said[0] = report(run, parting, names)
+        parting = parting_of(folders[0], folders[1], local, run.config.tolerance)
+
+    def again(number: int, looks_on: Callback) -> None:
+        each = recipes[number]
+        trace(
+            run, each, with_values(trained_config(run, each), {"record_tensors": 0}), names[number], looks_on=[looks_on]
+        )
+
+    parting = with_operation(run, parting, (folders[0], folders[1]), [each.ranks for each in recipes], again)
+    said = [report(run, parting, names) if parting else ""]
     dist.broadcast_object_list(said, src=0)
     if said[0]:
         raise CheckFailed(said[0])

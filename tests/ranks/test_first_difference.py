@@ -92,6 +92,8 @@ def test_a_bug_in_one_layer_is_named_exactly(
     assert first["tensor"] == ("its output" if where == "forward" else "gradient of its input")
     assert first["off"] == pytest.approx(1e-3, rel=1e-3) or name == "context_parallel"
     assert first["factor"] == pytest.approx(1.001)
+    assert "aten.mul at test_first_difference.py:" in found["inside"] or where == "backward"
+    assert "aten.mul at WrongBackward" in found["inside"] or where == "forward"
     assert not list((tmp_path / "run").glob("*/tensors")), "what was recorded is not kept"
 
 
@@ -181,11 +183,19 @@ def test_compiled_layers_are_not_looked_at(words: tuple[str, ...]) -> None:
 MUSEUM = {
     # bug: (phase, layer, a part of the operation)
     "recomputed-dropout-is-another": ("backward", "blocks.1.dropout", "backward of Dropout"),
+    "positions-from-0-on-every-rank": ("forward", "blocks.0.attention.output", "Attention.forward, in front of it"),
     "divided-by-the-ranks-twice": ("backward", "", "backward of the loss"),
     "experts-gradients-doubled": ("gradients", "blocks.1.mlp.experts", "what is done to gradients after backward"),
     "norms-gradients-not-added-up": ("gradients", "norm", "what is done to gradients after backward"),
     "stages-clipped-by-their-own-norm": ("weights", "conv1", "the update: clipping"),
     "ranks-start-apart": ("start", "embedding", "the weights before training"),
+}
+
+
+INSIDE = {
+    "recomputed-dropout-is-another": "aten.mul at MulBackward0, 1 of 1, off by ",
+    "divided-by-the-ranks-twice": "aten.nll_loss_backward at NllLossBackward0, ",
+    "positions-from-0-on-every-rank": "aten._to_copy at gpt.py:",
 }
 
 
@@ -199,3 +209,4 @@ def test_verify_names_the_operation_of_a_museum_s_bug(name: str, tmp_path: Path)
     first = row["parting"]["first"]
     assert (first["step"], first["phase"], first["layer"]) == (1, phase, layer)
     assert operation in row["parting"]["operation"]
+    assert row["parting"]["inside"].startswith(INSIDE.get(name, ""))

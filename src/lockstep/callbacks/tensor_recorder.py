@@ -65,7 +65,7 @@ class TensorRecorder(Callback):
                 module.register_forward_pre_hook(partial(self._enter, name, view)),
                 module.register_forward_hook(partial(self._leave, name)),
             ]
-        self._about = about(context.config, self._dims) | {
+        self._about = layout(context.config, self._dims) | {
             "recipe": context.recipe,
             "kinds": {name: type(module).__name__ for name, module in context.module.named_modules()},
             "parameters": list(context.parameter_names),
@@ -85,7 +85,7 @@ class TensorRecorder(Callback):
         self._gradients: dict[str, Tensor] = {}
         self._losses: list[Tensor] = []
         self._pieces = 0
-        self._scale = context.loss_scaling.get("loss_scale", 1.0)
+        self._scale = gradient_scale(context.config, self._dims) / context.loss_scaling.get("loss_scale", 1.0)
 
     def on_loss(
         self, context: CallbackContext, loss: Tensor, weight: float | Tensor, scalars: dict[str, float | Tensor]
@@ -99,7 +99,7 @@ class TensorRecorder(Callback):
             return
         pieces = max(1, self._pieces) * context.config.pipeline_micro_batches
         content = {
-            "about": self._about | {"gradient_scale": self._gradient_scale()},
+            "about": self._about | {"gradient_scale": self._scale},
             "forward": in_forwards(self._forward, self._made, pieces),
             "backward": in_forwards(self._backward, self._made, pieces),
             "loss": torch.stack(self._losses).sum() if self._losses else None,
@@ -116,12 +116,6 @@ class TensorRecorder(Callback):
             self._on = False
             for handle in self._handles:
                 handle.remove()
-
-    def _gradient_scale(self) -> float:
-        """What makes of a rank's gradients those of the mean loss over the global batch."""
-        dims = self._dims
-        parts = dims.shards * (dims.model_parallel_size if dims.whole else 1)
-        return 1 / (parts * self._scale * (self._context.config.pipeline_micro_batches if dims.in_stages else 1))
 
     def _looks(self) -> bool:
         """Whether a forward is one of the step's: no evaluation, no second one of a block in backward, no replica's."""
@@ -176,7 +170,13 @@ class TensorRecorder(Callback):
         return found
 
 
-def about(config: Config, dims: ParallelDims) -> dict[str, Any]:
+def gradient_scale(config: Config, dims: ParallelDims) -> float:
+    """What makes of a rank's gradients in backward those of the mean loss over the global batch."""
+    parts = dims.shards * (dims.model_parallel_size if dims.whole else 1)
+    return 1 / (parts * (config.pipeline_micro_batches if dims.in_stages else 1))
+
+
+def layout(config: Config, dims: ParallelDims) -> dict[str, Any]:
     """What tells where a rank's tensors belong, and what they can be compared with."""
     return {
         "precision": config.precision,

@@ -67,6 +67,8 @@ class Parting:
         largest: some differences of its step; of all steps where nothing is off.
         off: how many tensors are in that step.
         compared, steps: how many tensors, in how many steps.
+        unordered: layers that have their rows in another order, and of which nothing is compared.
+        inside: the first operation of torch's that differs there, in words; empty where it is not known.
     """
 
     first: Difference | None
@@ -77,6 +79,8 @@ class Parting:
     compared: int
     steps: int
     allowed: float
+    inside: str = ""
+    unordered: tuple[str, ...] = ()
 
 
 def find_parting(steps: Iterable[tuple[int, RecordedStep, RecordedStep]], allowed: float | None = None) -> Parting:
@@ -93,13 +97,15 @@ def find_parting(steps: Iterable[tuple[int, RecordedStep, RecordedStep]], allowe
         limit = max(LARGEST_ALLOWED[each] for each in precisions) if allowed is None else allowed
         found = list(step_differences(number, mine, theirs, max(SMALLEST[each] for each in precisions)))
         compared += len(found)
-        seen = coming_out(found, limit)
+        unordered = {each.layer for each in found if each.phase == FORWARD and hidden(each, found, limit)}
+        seen = coming_out(found, limit, unordered)
         every += seen
         off = [each for each in seen if not each.off <= limit]
         if off:
             kinds = theirs.kinds | mine.kinds
             kind, operation = kinds.get(off[0].layer, ""), guilty(off[0], kinds, seen, limit)
-            return Parting(off[0], kind, operation, by_size(off), len(off), compared, number, limit)
+            largest, mixed = by_size(off), tuple(sorted(unordered))
+            return Parting(off[0], kind, operation, largest, len(off), compared, number, limit, unordered=mixed)
     return Parting(None, "", "", by_size(every), 0, compared, number, limit)
 
 
@@ -155,22 +161,28 @@ def of_events(step: int, phase: str, mine: RecordedStep, theirs: RecordedStep) -
             yield Difference(step, phase, layer, named, off, shape, largest, factor, apart, event)
 
 
-def compare(phase: str, event: CallEvent, mine: RecordedStep, theirs: RecordedStep) -> Any:
+def compare(
+    phase: str, event: CallEvent, mine: RecordedStep, theirs: RecordedStep, other: CallEvent | None = None
+) -> Any:
     """((how far, where, factor), shape, whether ranks are apart) by the ways to join that give both one shape; None where
-    there are none. Of several such ways, the one in which they are closest."""
+    there are none. Of several such ways, the one in which they are closest.
+
+    Args:
+        other: what the event is called in `theirs`, where it is called something else.
+    """
     best: Any = None
-    shapes: dict[tuple[int, ...], Way] = {}
-    for way, shape in theirs.ways(phase, event):
-        shapes.setdefault(shape, way)
+    other = other or event
+    shapes: dict[tuple[int, ...], list[Way]] = {}
+    for way, shape in theirs.ways(phase, other):
+        shapes.setdefault(shape, []).append(way)
     for way, shape in mine.ways(phase, event):
-        if shape not in shapes or not shape:
-            continue
-        a, b = mine.joined(phase, event, way), theirs.joined(phase, event, shapes[shape])
-        found = furthest(a, b, 0.0), shape, ranks_differ(a)
-        if best is None or found[0][0] < best[0][0]:
-            best = found
-        if best[0][0] <= 1e-12:
-            break
+        for their_way in shapes.get(shape, []) if shape else []:
+            a, b = mine.joined(phase, event, way), theirs.joined(phase, other, their_way)
+            found = furthest(a, b, 0.0), shape, ranks_differ(a)
+            if best is None or found[0][0] < best[0][0]:
+                best = found
+            if best[0][0] <= 1e-12:
+                return best
     return best
 
 
@@ -220,11 +232,13 @@ def distance(mine: Tensor, theirs: Tensor, floor: float) -> tuple[float, Any, fl
     return off, (place, a.flatten()[flat].item(), b.flatten()[flat].item()), factor
 
 
-def coming_out(found: Sequence[Difference], limit: float) -> list[Difference]:
+def coming_out(found: Sequence[Difference], limit: float, unordered: set[str]) -> list[Difference]:
     """Without those that do not come out of the layer around them, and backward of what does not so in forward."""
-    lost = {each for each in found if hidden(each, found, limit)}
-    layers = {each.layer for each in lost if each.phase == FORWARD}
-    return [each for each in found if each not in lost and not (each.phase == BACKWARD and within(each.layer, layers))]
+    return [
+        each
+        for each in found
+        if not (each.phase == BACKWARD and within(each.layer, unordered)) and not hidden(each, found, limit)
+    ]
 
 
 def within(layer: str, layers: set[str]) -> bool:

@@ -34,6 +34,7 @@ def parting_lines(parting: Parting, mine: str, theirs: str) -> list[str]:
     entries = {
         "layer": f"{first.layer or 'the model itself'}" + f" ({parting.kind})" * bool(parting.kind),
         "operation": parting.operation,
+        **({"inside": parting.inside} if parting.inside else {}),
         "tensor": first.tensor + f", {list(first.shape)}" * bool(first.shape),
         "off by": f"{first.off:.0e} of its length, allowed is {parting.allowed:.0e}",
     }

@@ -5,10 +5,11 @@ The reference is `single`, among the same ranks, or a command of its own on one 
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+from lockstep.callbacks.base import Callback
 from lockstep.config.copies import convert, with_values
 from lockstep.config.declared import own_task
 from lockstep.config.keys import typed
@@ -23,6 +24,7 @@ from lockstep.run import Run
 from lockstep.tasks.build import has_batchnorm
 from lockstep.training.precision import AUTOCAST
 from lockstep.verify.first_difference import parting_of
+from lockstep.verify.operations import with_operation
 from lockstep.verify.reference import SINGLE, described_reference, reference_of, run_alone
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import Trace, trace
@@ -177,16 +179,17 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
     key = "-".join([*said, *(case.own_words if alike else [])])
     name = "-".join([each.name, *said, *case.own_words])
 
-    def train(steps: int = 0) -> Trace | None:
+    def train(steps: int = 0, looks_on: Sequence[Callback] = ()) -> Trace | None:
         """The recipe's training; the tensors of so many steps are recorded, in a folder of their own."""
-        recorded = with_values(mine, {"record_tensors": steps})
-        return trace(run, each, recorded, name + RECORDED * bool(steps), case.proof.prepare, case.interrupt)
+        recorded, where = with_values(mine, {"record_tensors": steps}), name + RECORDED * bool(steps or looks_on)
+        return trace(run, each, recorded, where, case.proof.prepare, case.interrupt, looks_on)
 
-    def refer(found: Trace | None, steps: int = 0) -> Trace | None:
+    def refer(found: Trace | None, steps: int = 0, looks_on: Sequence[Callback] = ()) -> Trace | None:
         """The reference's, likewise."""
         recorded = with_values(base if case.against == SINGLE and not alike else mine, {"record_tensors": steps})
         if case.against == SINGLE:
-            return trace(run, single, recorded, f"single-{key}" + RECORDED * bool(steps), case.proof.prepare)
+            where = f"single-{key}" + RECORDED * bool(steps or looks_on)
+            return trace(run, single, recorded, where, case.proof.prepare, looks_on=looks_on)
         return run_alone(run, case.against, recorded, f"{name}-on-one-rank" + RECORDED * bool(steps), found)
 
     try:
@@ -201,10 +204,15 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
             train(steps)
             refer(found, steps)
             where = f"single-{key}" if case.against == SINGLE else f"{name}-on-one-rank"
+            folders = run.out / (name + RECORDED), run.out / (where + RECORDED)
             if run.world.rank == 0:
-                row.parting = parting_of(
-                    run.out / (name + RECORDED), run.out / (where + RECORDED), (each.local_updates, False)
-                )
+                row.parting = parting_of(*folders, (each.local_updates, False))
+            if case.against == SINGLE:  # else the other side is a command of its own
+
+                def again(number: int, looks_on: Callback) -> None:
+                    refer(None, looks_on=[looks_on]) if number else train(looks_on=[looks_on])
+
+                row.parting = with_operation(run, row.parting, folders, (each.ranks, single.ranks), again)
     except Preempted:
         raise
     except Exception as error:

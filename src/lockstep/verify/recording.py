@@ -23,7 +23,7 @@ from lockstep.callbacks.tensor_recorder import OUTPUT, TENSORS_FOLDER, CallEvent
 from lockstep.parallel.ring_attention import zigzag_positions
 
 COPY, SUM = "copy", "sum"  # each rank has the whole tensor; each has an addend of it
-Way = tuple[bool, Any, bool]  # micro-batches are joined, how mates are (COPY, SUM or a dim), shares are joined
+Way = tuple[Any, Any, Any]  # how micro-batches, mates and shares are joined: along a dim, COPY or SUM
 BATCH = 0  # the dim of the samples
 
 
@@ -42,7 +42,7 @@ class RecordedStep:
 
     Attributes:
         ranks: what each has written, lockstep.callbacks.tensor_recorder.
-        local: whether ranks update weights of their own, of which the mean is looked at.
+        local: whether ranks update weights of their own; of their gradients the mean is looked at.
     """
 
     ranks: list[dict[str, Any]]
@@ -97,7 +97,7 @@ class RecordedStep:
             if kind != "buffers" or rank["about"]["shard"] == 0:
                 for name, tensor in rank[kind].items():
                     found.setdefault(name, []).append(tensor)
-        if self.local:
+        if self.local and kind == "gradients":
             found = {name: [torch.stack(copies).mean(0)] for name, copies in found.items()}
         return found
 
@@ -118,9 +118,8 @@ class RecordedStep:
         dims = next(iter(parts.values()))[0]
         rank = (dims[0] if isinstance(dims, tuple) else dims).dim()
         mates = [COPY, *reversed(range(rank)), SUM] if len(places) > 1 and not isinstance(dims, tuple) else [COPY]
-        for way in product(
-            [True, False] if pieces > 1 else [False], mates, [True, False] if len(shards) > 1 else [False]
-        ):
+        among = [BATCH, COPY, *[SUM] * (kind == "backward" and "operations" in self.ranks[0])]  # a weight's gradient
+        for way in product(among if pieces > 1 else [COPY], mates, among if len(shards) > 1 else [COPY]):
             if (found := self._joined(parts, way)) is not None:
                 yield way, tuple(found[0].shape)
 
@@ -132,17 +131,17 @@ class RecordedStep:
 
     def _joined(self, parts: dict[tuple[int, int], list[Any]], way: Way) -> list[Tensor] | None:
         """None where the parts do not fit together so."""
-        micro, mates, joins = way
+        micro, mates, shares = way
         try:
             by_shard: dict[int, list[list[Tensor]]] = {}
             for shard in sorted({key[0] for key in parts}):
                 own = [parts[key] for key in sorted(parts) if key[0] == shard]  # by place
                 pieces = [self._mates([tensors[number] for tensors in own], mates) for number in range(len(own[0]))]
                 copies = list(zip(*pieces, strict=True))  # by copy, over micro-batches
-                by_shard[shard] = [[torch.cat(each, BATCH)] if micro else list(each) for each in copies]
+                by_shard[shard] = [joined_so(each, micro) for each in copies]
             flat = {shard: [tensor for copy in copies for tensor in copy] for shard, copies in by_shard.items()}
-            if joins:
-                return [torch.cat(each, BATCH) for each in zip(*flat.values(), strict=True)]
+            if shares != COPY:
+                return [tensor for each in zip(*flat.values(), strict=True) for tensor in joined_so(each, shares)]
             found = [tensor for copies in flat.values() for tensor in copies]
             return found if len({tensor.shape for tensor in found}) == 1 else None
         except (RuntimeError, IndexError, ValueError):  # sizes that do not fit
@@ -168,6 +167,12 @@ def parents(layer: str) -> Iterator[str]:
     while layer:
         layer = layer.rpartition(".")[0]
         yield layer
+
+
+def joined_so(tensors: Sequence[Tensor], way: Any) -> list[Tensor]:
+    if way == COPY:
+        return list(tensors)
+    return [torch.stack([each.double() for each in tensors]).sum(0) if way == SUM else torch.cat(list(tensors), way)]
 
 
 def as_meta(part: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,6 +68,7 @@ def trace(
     name: str,
     prepare: Callable[[Run, nn.Module], None] | None = None,
     interrupt: int | None = None,
+    looks_on: Sequence[Callback] = (),
 ) -> Trace | None:
     """Train a recipe on the ranks of `run`, in a run directory `name` inside its own; the Trace on rank 0, else None.
 
@@ -76,6 +77,7 @@ def trace(
     Args:
         prepare: called with the model when it has been placed.
         interrupt: the step after which the training ends, and goes on as another run that finds its checkpoint.
+        looks_on: further callbacks.
     """
     out = run.out / name
     if run.world.rank == 0:
@@ -92,7 +94,7 @@ def trace(
             shards=recipe.ranks,
             quiet=True,
             listener=run.listener,
-            callbacks=[gradients],
+            callbacks=[gradients, *looks_on],
         )
         inner.loop.context.saves = interrupt is not None
         if prepare:
