@@ -203,6 +203,34 @@ def test_a_sweep_is_an_array(box: Box, tmp_path: Path) -> None:
         log = log_of(tmp_path, job[1])
         assert f"job {job[1]} on node" in log
         assert f" · optim.{rate.replace(': ', '=')}\n" in log
+    table = [" ".join(line.split()) for line in said[said.rindex("2 runs in sweep") :].splitlines()]
+    losses = [json.loads((tmp_path / "sweep" / point / "result.json").read_text())["eval_loss"] for point in "01"]
+    assert table[-2:] == [
+        f"{point} optim.lr={rate} {loss:.4g} {accuracy}"
+        for point, rate, loss in zip("01", (0.01, 0.02), losses, strict=True)
+        for accuracy in [table[-2 + int(point)].split()[-1]]
+    ]
+
+
+@pytest.mark.slow
+def test_last_continues_on_the_cluster_what_was_killed_here(box: Box, tmp_path: Path) -> None:
+    """As it was typed, without `out`: the submitting process finds the run, and says so where it is not asked for."""
+    words = ["-m", "recipes.ddp", *TINY, "max_steps=3", "checkpoint.every=1"]
+    assert command(*words, "nproc=2", cwd=tmp_path).returncode == 0
+    (out,) = (tmp_path / "outputs" / "ddp").iterdir()
+    finished = weights(out)
+    shutil.rmtree(out / "checkpoints" / "step-00000003")
+    (out / "checkpoints" / "LATEST").write_text("step-00000002\n")
+    for name in ("result.json", "model.pt"):
+        (out / name).unlink()
+    code, said = end(start(box, tmp_path, *words, "cluster.tasks_per_node=2", "cluster.dry_run=true"))
+    assert code == 0, said
+    assert "an unfinished run of these settings is at step 2 of 3: add resume=last\n" in said
+    code, said = end(start(box, tmp_path, *words, "cluster.tasks_per_node=2", "resume=last"))
+    assert code == 0, said
+    assert f"resuming from outputs/ddp/{out.name}/checkpoints/step-00000002, at step 2 of 3" in said
+    assert list((tmp_path / "outputs" / "ddp").iterdir()) == [out]
+    assert_equal(weights(out), finished)
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 from lockstep.config import run_directory, unfinished
 from lockstep.config.keys import AUTO
 from lockstep.config.schema import LAST, ClusterConfig, Config
-from lockstep.config.tasks import IMAGES, short_name
+from lockstep.config.tasks import IMAGES, metric_of, short_name
 from lockstep.distributed import environment
 from lockstep.distributed.devices import check_nproc, default_nproc, resolve_device
 from lockstep.distributed.environment import discover
@@ -31,6 +31,7 @@ from lockstep.errors import UserError
 from lockstep.launch import batch_size, cluster, worker
 from lockstep.launch.from_python import RunResult, run_recipe
 from lockstep.launch.launcher import load_launcher
+from lockstep.launch.run_records import RunRecord, apart, read_record, settings_of, show_sweep
 from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.run import Run
@@ -122,6 +123,7 @@ def launch_recipe(recipe: Recipe) -> int:
 
     codes = [0]
     configs: list[Config] = []
+    ended: list[RunRecord] = []  # the points of a sweep on this machine
     points: list[Config] = []  # of a cluster: submitted when all of them are known to be good
 
     def launch(config: Config) -> None:
@@ -169,6 +171,7 @@ def launch_recipe(recipe: Recipe) -> int:
         out = run_directory.freeze(config, recipe.name)
         if out is None:
             print(run_directory.already_finished(config))
+            ended.append(read_record(Path(str(config.out))))
             return
         started, code = time.perf_counter(), 1
         try:
@@ -178,6 +181,8 @@ def launch_recipe(recipe: Recipe) -> int:
             if code:
                 run_directory.note_failure(out, recipe.name, nproc, time.perf_counter() - started)
         codes.append(code)
+        if len(configs) > 1:
+            ended.append(read_record(out))
         cut_off = code in (PREEMPTED, 128 + signal.SIGINT)
         if code == PREEMPTED or (cut_off and len(configs) > 1) or (code and run_directory.has_checkpoint(out)):
             whole = out.parent if len(configs) > 1 else out  # of a sweep: what has finished is not trained again
@@ -202,7 +207,15 @@ def launch_recipe(recipe: Recipe) -> int:
         for config in configs:
             check_point(recipe, copy.deepcopy(config))
     for config in configs:
-        launch(config)
+        try:
+            launch(config)
+        except UserError as error:
+            if len(configs) == 1 or points:
+                raise
+            codes.append(complain(error))  # found only now; the other points are trained all the same
+            ended.append(read_record(Path(str(config.out)), str(error)))
+    if len(configs) > 1 and len(ended) == len(configs) and recipe.single_training:
+        show_sweep(apart([settings_of(config) for config in configs]), ended, metric_of(configs[0]))
     if points:
         codes.append(cluster.submit(recipe, points))
     return max(codes)

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import chain, groupby
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +22,13 @@ from lockstep.config import run_directory, unfinished
 from lockstep.config.check import check_values
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import ClusterConfig, Config
+from lockstep.config.tasks import metric_of
 from lockstep.distributed import environment
 from lockstep.distributed.devices import resolve_device
 from lockstep.distributed.environment import in_a_step_of_many
 from lockstep.errors import UserError
 from lockstep.launch.launcher import load_launcher
+from lockstep.launch.run_records import apart, read_record, settings_of, show_sweep
 from lockstep.launch.validate import validate
 
 if TYPE_CHECKING:
@@ -147,12 +149,12 @@ def submit(recipe: Recipe, configs: Sequence[Config]) -> int:
     Raises:
         UserError: one of them is refused; none is in the queue, and nothing is left behind.
     """
-    points = apart(configs)
+    points = apart([settings_of(config) for config in configs])
     if any(config.cluster and config.cluster.dry_run for config in configs):
         return dry_run(recipe, configs, points)
     made: list[tuple[Path, Path | None]] = []  # run directories, and what to remove of each if it comes to nothing
     runs: list[Submission] = []
-    jobs = []
+    jobs, outs = [], []
     try:
         for config, point in zip(configs, points, strict=True):
             assert config.cluster is not None
@@ -160,7 +162,9 @@ def submit(recipe: Recipe, configs: Sequence[Config]) -> int:
             out = run_directory.freeze(replace(config, cluster=None), recipe.name)
             if out is None:
                 print(run_directory.already_finished(config))
+                outs.append(Path(str(config.out)))
                 continue
+            outs.append(out)
             made.append((out, new))
             runs.append((config.cluster, config.max_restarts, out, variables(out, point)))
         for there, max_restarts, wanted in arrays(runs):
@@ -182,6 +186,8 @@ def submit(recipe: Recipe, configs: Sequence[Config]) -> int:
     for job in jobs:
         if job.code:  # ranks that were killed, or never began, have left no word
             run_directory.note_failure(job.out, recipe.name, 0, time.perf_counter() - started)
+    if len(configs) > 1 and all(job.code is not None for job in jobs):
+        show_sweep(points, [read_record(out) for out in outs], metric_of(configs[0]))
     return int(code)
 
 
@@ -215,25 +221,6 @@ def arrays(runs: Sequence[Submission]) -> Iterator[tuple[ClusterConfig, int, lis
     for _, alike in groupby(runs, key=lambda run: (asdict(run[0]), run[1])):
         group = list(alike)
         yield group[0][0], group[0][1], [(out, environment) for _, _, out, environment in group]
-
-
-def apart(configs: Sequence[Config]) -> list[str]:
-    """What is each point's own in a sweep, as it is typed: `optim.lr=0.1`; nothing of a run alone."""
-    every = [{name: value for name, value, _ in walk(config) if name != "out"} for config in configs]
-    names = [
-        name for name in dict.fromkeys(chain(*every)) if any(each.get(name) != every[0].get(name) for each in every)
-    ]
-    # What a group's name brings with it needs no word, unless points of one name differ in it.
-    groups = [
-        name.removesuffix("name") for name in names if name in ("task.name", "model.name", "data.name", "optim.name")
-    ]
-    follows = ("model.",) if "data." in groups else ()
-    few = [name for name in names if name.endswith(".name") or not name.startswith((*groups, *follows))]
-    for chosen in (few, names):
-        labels = [" ".join(typed(name, each[name]) for name in chosen if name in each) for each in every]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
 
 
 def idle_nodes(env: Mapping[str, str]) -> str:
