@@ -19,6 +19,8 @@ verdicts.py, plots.py and html_report.py show them.
     python -m recipes.compare nproc=1,2,4 rounds=5 model=resnet50 data=synthetic data.image_size=64 max_steps=20
     python -m recipes.compare recipes=[single,ddp,fsdp] verify=true     with recipes.verify's table of the same recipes
 
+    python -m recipes.compare outputs/ddp/A outputs/fsdp/B               finished runs side by side: nothing is run
+
 Interrupt it or kill it, and start it again with the `out=` it had: runs that have ended are not run again.
 
 Expect: after a minute for each recipe, number and round: tables, compare.json, plots, and report.html, one file
@@ -35,6 +37,7 @@ from lockstep.compare import plots
 from lockstep.compare.cases import case_name, plan_cases
 from lockstep.compare.config import CompareConfig
 from lockstep.compare.figures import comparison_rows
+from lockstep.compare.finished_runs import compare_runs
 from lockstep.compare.html_report import html_report
 from lockstep.compare.measure import measure_all, run_verify
 from lockstep.compare.report import ComparisonReport, describe_work, repeat_command
@@ -73,7 +76,16 @@ def check(config: CompareConfig, share: int) -> None:
         raise UserError(f"nothing is left to compare: {left_out[0]}")
 
 
-@recipe(config=CompareConfig, looks_at="recipes", single_training=False, ranks=1, check=check, several="nproc")
+@recipe(
+    config=CompareConfig,
+    looks_at="recipes",
+    word="runs",
+    single_training=False,
+    ranks=1,
+    check=check,
+    several="nproc",
+    alone=compare_runs,
+)
 def train(run: Run[CompareConfig]) -> None:
     config = run.asked
     recipes = chosen_recipes(config.recipes)

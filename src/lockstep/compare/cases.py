@@ -22,7 +22,19 @@ from lockstep.training.timing import warm_up
 from lockstep.utils.text import count
 
 # Keys that mean recipes.compare itself, and not the recipes that it runs.
-COMPARE_KEYS = {"recipes", "nprocs", "rounds", "verify", "profile", "out", "nproc", "threads", "resume", "launcher"}
+COMPARE_KEYS = {
+    "runs",
+    "recipes",
+    "nprocs",
+    "rounds",
+    "verify",
+    "profile",
+    "out",
+    "nproc",
+    "threads",
+    "resume",
+    "launcher",
+}
 REPLICATES = {"data_parallel"}  # one process, whose `replicas` the number of ranks is
 
 

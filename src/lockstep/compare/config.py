@@ -13,6 +13,7 @@ from lockstep.config.schema import ToolConfig
 class CompareConfig(ToolConfig):
     # All recipes do the same work; one that cannot is left out, and says why.
     task_defaults: ClassVar[dict[str, Any]] = {}
+    runs: list[str] | None = key(None, "no recipes but folders of finished runs, two or more; typed as A B …")
     recipes: list[str] | None = key(None, "recipes that are run (null: all)")
     rounds: int = key(3, "times that each recipe is run, in turn", minimum=1, maximum=1000)
     nprocs: list[int] | None = key(

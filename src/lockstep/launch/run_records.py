@@ -71,11 +71,11 @@ def apart(every: Sequence[Mapping[str, Any]]) -> list[str]:
     ]
     follows = ("model.",) if "data." in groups else ()
     few = [name for name in names if name.endswith(".name") or not name.startswith((*groups, *follows))]
-    for chosen in (few, names):
-        labels = [" ".join(typed(name, each[name]) for name in chosen if name in each) for each in every]
-        if len(set(labels)) == len(labels):
-            break
-    return labels
+    short_labels, labels = (
+        [" ".join(typed(name, each[name]) for name in chosen if name in each) for each in every]
+        for chosen in (few, names)
+    )
+    return short_labels if len(set(short_labels)) == len(set(labels)) else labels
 
 
 def score_columns(results: Sequence[Mapping[str, Any]], metric: str) -> dict[str, list[str]]:
