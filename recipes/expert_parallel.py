@@ -24,6 +24,10 @@ with the ranks. Nothing hides it, for the block waits, and who has the most popu
 an addend that keeps experts evenly used (lockstep.models.experts: over which tokens, and why over those). The host
 learns the sizes from the device twice per block, which a GPU has to be waited for.
 
+`balance=bias` keeps them evenly used by another means: each expert has a bias that only chooses, raised or lowered by
+`bias_rate` after every step, as the whole batch used it less or more than others: 8 · L · E bytes more in an all-reduce. Set
+task.balance=0 besides, or a small one, as DeepSeek-V3 has it. Checkpoints hold the biases.
+
 More than `expert` ranks make copies: the mesh is ("data", "expert"), neighbours share the experts, and copies average
 their experts' gradients. Checkpoints hold whole tensors by name, for any mesh and any other recipe.
 
@@ -40,7 +44,8 @@ few large experts, go with recipes.fsdp, whose traffic is that of the weights, w
 Expect: what recipes.ddp task=language task.experts=8 gives; in the summary about half of its state on each of two ranks,
 because nearly all weights are experts'.
 Source: https://arxiv.org/abs/1701.06538 (Shazeer 2017), https://arxiv.org/abs/2006.16668 (GShard),
-https://arxiv.org/abs/2101.03961 (Switch), https://arxiv.org/abs/2412.19437 (DeepSeek-V3)
+https://arxiv.org/abs/2101.03961 (Switch), https://arxiv.org/abs/2412.19437 (DeepSeek-V3),
+https://arxiv.org/abs/2408.15664 (balance=bias)
 """
 
 from dataclasses import dataclass
@@ -53,7 +58,7 @@ from lockstep.config.keys import key
 from lockstep.config.schema import Config
 from lockstep.config.tasks import short_name
 from lockstep.parallel.expert_plan import expert_modules
-from lockstep.parallel.experts import average_over_ranks, share_experts
+from lockstep.parallel.experts import average_over_ranks, biased_mixtures, share_experts, update_biases
 from lockstep.tasks.build import known_task, sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
@@ -66,6 +71,10 @@ from lockstep.utils.text import divisors
 class ExpertParallelConfig(Config):
     task_defaults: ClassVar[dict[str, Any]] = {"experts": 8}
     expert: int = key(2, "ranks that share the experts of each block", minimum=1, free=True)
+    balance: str = key(
+        "loss", "loss: task.balance, an addend; bias: of each expert, moved after a step", ("loss", "bias")
+    )
+    bias_rate: float = key(0.001, "balance=bias: by how much a bias is moved", minimum=0, maximum=1)
 
 
 def check(config: ExpertParallelConfig, share: int) -> None:
@@ -75,7 +84,10 @@ def check(config: ExpertParallelConfig, share: int) -> None:
     ranks = config.global_batch_size // share
     if ranks % config.expert:
         raise UserError(f"expert={config.expert}: {ranks} ranks do not divide by it; allowed are {divisors(ranks)}")
-    expert_modules(known_task(config), short_name(config.task.name), sketch(config), config.expert)
+    model = sketch(config)
+    expert_modules(known_task(config), short_name(config.task.name), model, config.expert)
+    if config.balance == "bias":
+        biased_mixtures(model, short_name(config.task.name))
 
 
 @recipe(
@@ -89,6 +101,7 @@ def train(run: Run[ExpertParallelConfig]) -> None:
     shape = run.world.world_size // run.config.expert, run.config.expert
     mesh = init_device_mesh(run.device.type, shape, mesh_dim_names=("data", "expert"))
     model = run.task.build_model().to(DTYPES[run.config.precision])
+    mixtures = biased_mixtures(model, short_name(run.config.task.name)) if run.config.balance == "bias" else []
     modules = expert_modules(run.task, short_name(run.config.task.name), model, run.config.expert)
     model = run.place(share_experts(model, modules, mesh))
     optimizer = build_optimizer(run.config.optim, model)
@@ -104,6 +117,7 @@ def train(run: Run[ExpertParallelConfig]) -> None:
         average_over_ranks(model, mesh)
         clip_gradients(model, optimizer, scaler, run.config.gradients)
         scaler.step(optimizer)  # unscales the gradients, unless that is done; if one is not finite, no rank updates
+        update_biases(mixtures, run.config.bias_rate)
         scaler.update()
         scheduler.step()
         optimizer.zero_grad()

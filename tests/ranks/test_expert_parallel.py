@@ -50,6 +50,29 @@ def test_it_trains_what_one_process_trains_with_everything_on(words: tuple[str, 
         assert {name: own[name] for name in norms} == pytest.approx(norms, rel=1e-9)
 
 
+@pytest.mark.slow
+def test_biases_balance_alike_on_any_ranks_and_are_resumed(words: tuple[str, ...], tmp_path: Path) -> None:
+    """From the whole batch's choices, in micro-batches and recomputed blocks; a step on each mesh, one after the other."""
+    words += ("balance=bias", "bias_rate=0.03", "task.balance=0", "checkpoint.every=1", "optim=adamw", "optim.lr=0.001")
+    whole = train(expert_parallel.train, tmp_path / "whole", 1, *words, "expert=1", "max_steps=4")
+    for step, (ranks, expert) in enumerate(((2, 2), (4, 2), (1, 1), (4, 4)), 1):
+        own = ("accumulate=2", "checkpoint_activations=full", f"expert={expert}", f"max_steps={step}")
+        mine = train(expert_parallel.train, tmp_path / "parts", ranks, *words, *own)
+    assert difference(mine, whole) <= 1e-10
+    biases = [whole[f"blocks.{number}.mlp.bias"] for number in range(LAYERS)]
+    assert all(bias.abs().max() >= 0.03 for bias in biases)
+    steps = torch.stack(biases) / 0.03  # each step moves one by a whole rate, or not at all
+    assert torch.allclose(steps, steps.round(), atol=1e-9)
+    assert result(tmp_path / "parts")["eval_loss"] == pytest.approx(result(tmp_path / "whole")["eval_loss"], rel=1e-10)
+    by_loss = train(expert_parallel.train, tmp_path / "loss", 1, *words, "balance=loss", "expert=1", "max_steps=4")
+    assert difference({name: whole[name] for name in by_loss}, by_loss) > 1e-6, "the biases do choose"
+
+
+@pytest.mark.slow
+def test_a_run_with_biases_in_two_parts_is_the_run_in_one(words: tuple[str, ...], tmp_path: Path) -> None:
+    assert_same_in_two_parts(expert_parallel.train, tmp_path, 2, *words, "balance=bias", "bias_rate=0.03")
+
+
 def test_a_model_of_one_s_own(tmp_path: Path) -> None:
     """Experts of another make, in a module of a module; three ranks that share, and three copies of one."""
     words = (

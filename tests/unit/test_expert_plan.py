@@ -80,6 +80,11 @@ def test_what_is_no_expert_s_is_shown_with_its_shape() -> None:
         (["task.experts=4", "task.experts_per_token=5"], 2, "there are only task.experts=4; allowed are 1…4"),
         (["compile=true"], 2, "compile=true: is for what a rank computes by itself"),
         (["task=images"], 2, r"task=images: says nothing of experts; give the task expert_parallel_modules\(model\)"),
+        (
+            [OWN, "expert=1", "balance=bias"],
+            2,
+            "balance=bias: task=.*Affine routes by means of its own; allowed are models",
+        ),
         ([OWN], 2, r"expert=2: does not divide the 3 experts of 0.maps; allowed are 1, 3"),
     ],
 )

@@ -139,6 +139,35 @@ def test_keys_that_contradict_each_other(keys: dict[str, Any], said: str) -> Non
         Language(**keys)
 
 
+def test_a_bias_chooses_and_weighs_nothing() -> None:
+    made = mixture()
+    x = torch.randn(3, 5, WIDTH, dtype=torch.float64)
+    plain, _ = made(x)
+    made.balance_by_bias()
+    assert torch.equal(made(x)[0], plain), "they are 0 at first"
+    assert made.chosen.sum() == 3 * 5 * 2
+    assert made.bias is not None
+    made.bias[3] = 2.0  # above any share: each token's first choice
+    shares = made.route(x)
+    other = shares[..., :3].argmax(-1)
+    biased, _ = made(x)
+    for n, t in ((0, 0), (2, 4)):
+        own, second = shares[n, t, 3], shares[n, t, other[n, t]]
+        expected = own * swiglu(made, x[n, t], 3) + second * swiglu(made, x[n, t], int(other[n, t]))
+        assert torch.allclose(biased[n, t], expected / (own + second), rtol=1e-12)
+    before = made.chosen.clone()
+    made.eval()(x)
+    assert torch.equal(made.chosen, before), "evaluation is not counted"
+    assert set(made.state_dict()) == {"router.weight", "experts.gate", "experts.up", "experts.down", "bias"}
+
+
+def swiglu(made: MixtureOfExperts, x: Tensor, expert: int) -> Tensor:
+    """An expert's output of one token."""
+    gate, up, down = (getattr(made.experts, name)[expert] for name in ("gate", "up", "down"))
+    found: Tensor = down @ (F.silu(gate @ x) * (up @ x))
+    return found
+
+
 @pytest.mark.parametrize("method", ["tensor_parallel_plan", "context_parallel_modules"])
 def test_recipes_that_cannot_share_experts_say_which_one_can(method: str) -> None:
     task = Language(experts=EXPERTS)

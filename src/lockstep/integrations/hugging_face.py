@@ -163,6 +163,10 @@ def export_llama(run: Path, folder: Path, weights: str = "model.pt") -> str:
             "1, and would compute something else; allowed are 2 and more"
         )
     found = read_weights(run / weights)
+    if any(name.endswith("mlp.bias") for name in found):
+        raise UserError(
+            f"{run}: trained balance=bias; a Mixtral's router has no biases, and would choose other experts"
+        )
     config = gpt_config(task["size"], found["embedding.weight"].shape[0], kv_heads=task["kv_heads"])
     config = replace(config, experts=experts, experts_per_token=per_token)
     length = window_length(task["sequence_length"], task["data"])

@@ -13,13 +13,17 @@ process happens to have (a rank's share, a micro-batch) would make another objec
 sequence (GShard's groups, DeepSeek-V3's sequence-wise loss) the addend is a mean over sequences, like the loss itself,
 and any number of ranks and micro-batches trains the same. What cuts sequences (recipes.context_parallel) would not.
 
+**Balance without a loss** (Wang 2024). Each expert has a bias b_e, a buffer, not a weight: the k largest of p + b are chosen, and
+g still comes from p alone. After every step b_e grows by a rate if e got fewer than the mean of the whole batch's choices,
+and shrinks by it if it got more. Nothing is added to the loss, so no gradient of it disturbs the others.
+
 **Capacity.** Dropless by default: an expert takes all tokens that come. With `capacity=c` it takes ceil(c · k · T / E) of
 each sequence in training, the first ones, so that no token depends on later ones; the others go past it (GShard, Switch).
 In evaluation nothing is dropped.
 
 Source: https://arxiv.org/abs/1701.06538 (Shazeer 2017), https://arxiv.org/abs/2006.16668 (GShard),
 https://arxiv.org/abs/2101.03961 (Switch), https://arxiv.org/abs/2401.04088 (Mixtral),
-https://arxiv.org/abs/2412.19437 (DeepSeek-V3, section 2.1.2)
+https://arxiv.org/abs/2412.19437 (DeepSeek-V3, section 2.1.2), https://arxiv.org/abs/2408.15664 (Wang 2024)
 """
 
 from __future__ import annotations
@@ -62,18 +66,38 @@ class MixtureOfExperts(nn.Module):
     Args:
         per_token: experts that each token goes through.
         capacity: None: dropless; else the tokens of a sequence that an expert takes, as a multiple of its equal share.
+
+    Attributes:
+        bias: [E], what is added to the shares to choose by; None: the balance is the loss's.
+        chosen: int64 [E], how often each was chosen in training since the last `update_biases`.
     """
+
+    bias: Tensor | None
+    chosen: Tensor
 
     def __init__(self, width: int, hidden: int, experts: int, per_token: int, capacity: float | None = None) -> None:
         super().__init__()
         self.per_token, self.capacity = per_token, capacity
         self.router = projection(width, experts)
         self.experts = Experts(experts, width, hidden)
+        self.register_buffer("bias", None)
+
+    def balance_by_bias(self) -> None:
+        """Begin to choose by biases, which are 0 at first, and to count the choices."""
+        weight = self.router.weight
+        self.register_buffer("bias", weight.new_zeros(len(weight)))
+        # Of the state between two steps nothing: it is 0 then. A buffer, so that a second forward counts nothing.
+        self.register_buffer("chosen", weight.new_zeros(len(weight), dtype=torch.int64), persistent=False)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         shares = self.route(x)
         count = shares.shape[-1]
         weights, chosen = shares.topk(self.per_token)  # [N, T, k] both
+        if self.bias is not None:
+            chosen = (shares + self.bias).topk(self.per_token).indices
+            weights = shares.gather(-1, chosen)
+            if self.training:
+                self.chosen += chosen_by(chosen.flatten(), count).sum(0)
         uneven = unevenness(shares, chosen)
         if self.per_token > 1:
             weights = weights / weights.sum(-1, keepdim=True)

@@ -16,6 +16,8 @@ from torch.distributed.tensor import Placement, Replicate, Shard, distribute_ten
 from torch.func import functional_call
 
 from lockstep.distributed.dtensor import is_sharded, local_shard
+from lockstep.errors import UserError
+from lockstep.models.experts import MixtureOfExperts
 from lockstep.parallel.context import subclass_of
 
 Compute = Callable[[Tensor, Tensor], Tensor]  # rows [n, width] sorted by expert, counts [experts] → [n, …]
@@ -90,6 +92,45 @@ def share_experts(model: nn.Module, names: Sequence[str], mesh: DeviceMesh) -> n
         module.__class__ = subclass_of(CutExperts, type(module))
         module.group = mesh.get_group("expert")
     return model
+
+
+def biased_mixtures(model: nn.Module, name: str) -> list[MixtureOfExperts]:
+    """The model's mixtures, in its order, from now on balanced by biases.
+
+    Args:
+        name: the task's, for the error.
+
+    Raises:
+        UserError: it has none of lockstep's, whose router can have biases.
+    """
+    found = [module for module in model.modules() if isinstance(module, MixtureOfExperts)]
+    if not found:
+        raise UserError(
+            f"balance=bias: task={name} routes by means of its own; allowed are models with "
+            "lockstep.models.experts.MixtureOfExperts, or balance=loss"
+        )
+    for mixture in found:
+        mixture.balance_by_bias()
+    return found
+
+
+@torch.no_grad()
+def update_biases(mixtures: Sequence[MixtureOfExperts], rate: float) -> None:
+    """Raise the bias of each expert that got fewer than the mean of all ranks' choices of a step, and lower the others'.
+
+    All ranks call it together, after each step: one all-reduce of E numbers per mixture.
+
+    Args:
+        rate: by how much, of a share of a token.
+    """
+    if not mixtures:
+        return
+    counts = torch.stack([mixture.chosen for mixture in mixtures])
+    dist.all_reduce(counts)
+    for mixture, count in zip(mixtures, counts.double(), strict=True):
+        assert mixture.bias is not None
+        mixture.bias += (rate * (count.mean() - count).sign()).to(mixture.bias.dtype)
+        mixture.chosen.zero_()
 
 
 @torch.no_grad()
