@@ -64,6 +64,8 @@ def test_biases_balance_alike_on_any_ranks_and_are_resumed(words: tuple[str, ...
     steps = torch.stack(biases) / 0.03  # each step moves one by a whole rate, or not at all
     assert torch.allclose(steps, steps.round(), atol=1e-9)
     assert result(tmp_path / "parts")["eval_loss"] == pytest.approx(result(tmp_path / "whole")["eval_loss"], rel=1e-10)
+    with pytest.raises(AssertionError, match=r"holds blocks\.0\.mlp\.bias, which .* resume it with"):
+        train(single.train, tmp_path / "single", 1, *words[:-6], f"resume={tmp_path / 'parts'}", "max_steps=5")
     by_loss = train(expert_parallel.train, tmp_path / "loss", 1, *words, "balance=loss", "expert=1", "max_steps=4")
     assert difference({name: whole[name] for name in by_loss}, by_loss) > 1e-6, "the biases do choose"
 

@@ -12,7 +12,7 @@ has helpers for such names, but to read or set an optimizer's state they take a 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,8 @@ class TrainingState:
             )
         saved = dcp.tensor_metadata(path)
         wanted: dict[str, Tensor] = {f"{self._mine}model.{name}": tensor for name, tensor in self._model().items()}
+        if not self.engine:
+            self._refuse_more(path, saved, facts["recipe"])
         for name, tensor in wanted.items():
             shape = tuple(saved[name].size) if name in saved else None
             check_shape(path, name.removeprefix(f"{self._mine}model."), shape, tuple(tensor.shape))
@@ -182,6 +184,18 @@ class TrainingState:
         for name, thing in self.keep.items():
             thing.load_state_dict(kept[name] | facts["keep"].get(name, {}))
         set_generators(streams, self.device)
+
+    def _refuse_more(self, path: Path, saved: Iterable[str], recipe: str) -> None:
+        """Refuse a tensor of a layer that this rank has, and that has no such tensor here: it would be dropped."""
+        layers, here = {name for name, _ in self.module.named_modules()}, self._model()
+        for key in saved:
+            name = key.removeprefix(f"{self._mine}model.")
+            layer = name.rpartition(".")[0]
+            if name != key and name not in here and layer and layer in layers:
+                raise UserError(
+                    f"{path}: holds {name}, which {layer} does not have here; resume it with recipes.{recipe} and the keys "
+                    "that it had"
+                )
 
     def load(self, weights: dict[str, Tensor]) -> None:
         """Take over plain weights."""
