@@ -72,7 +72,7 @@ class OperationRecorder(Callback):
 
     def on_step_begin(self, context: CallbackContext) -> None:
         if context.step + 1 == self._stretch.step:
-            self._on, self._mode = True, Watcher(self._keep)
+            self._on, self._mode = True, OperationWatcher(self._keep)
             self._mode.__enter__()
 
     def on_loss(self, context: CallbackContext, loss: Tensor, weight: Any, scalars: Any) -> None:
@@ -148,7 +148,7 @@ class OperationRecorder(Callback):
         self._times[-1].append((name, called_from(), sorted(sources), phase, [piece(each) for each in tensors]))
 
 
-class Watcher(TorchDispatchMode):
+class OperationWatcher(TorchDispatchMode):
     """Calls back after each operation: with its name, its arguments and its results."""
 
     def __init__(self, call: Callable[[str, Any, Any], None]) -> None:
