@@ -7,8 +7,9 @@ backward as soon as it can, so that at most `stages` micro-batches' activations 
 two thinner stages, which halves the wait at both ends, and `zero_bubble` fills the rest by putting the weights'
 gradients off.
 
-While a pipeline of p stages fills and drains, each rank waits: a share (p − 1) / (m + p − 1) of the step with m
-micro-batches, the bubble, if all stages cost the same. `cut=balanced` measures the blocks and cuts accordingly. The
+While a pipeline of p ranks fills and drains, each rank waits: a share (p − 1) / (w m + p − 1) of the step with m
+micro-batches, the bubble, if all stages cost the same. With `gpipe` and `1f1b` w is 1, with `interleaved` 2, and with
+`zero_bubble` 6: it waits for a third of a stage's work. `cut=balanced` measures the blocks and cuts accordingly. The
 summary sets each rank's measured idle share beside the formula.
 
 With more ranks than `stages` there are several pipelines, each with its share of the batch: the mesh is ("data",
@@ -162,6 +163,12 @@ def another(stage: TimedStage) -> TimedStage:
     return found
 
 
+def bubble_share(schedule: str, ranks: int, micro_batches: int) -> float:
+    """The share of a step in which each rank waits, if all stages cost the same and a backward twice its forward."""
+    waits_for = STAGES_A_RANK[schedule] * (3 if schedule == "zero_bubble" else 1)  # of this many pieces, for one
+    return (ranks - 1) / (waits_for * micro_batches + ranks - 1)
+
+
 def build_schedule(
     run: Run[PipelineConfig], stages: list[TimedStage], loss_fn: Callable[[Tensor, Tensor], Tensor]
 ) -> Any:
@@ -304,12 +311,12 @@ def train(run: Run[PipelineConfig]) -> None:
 
     busy = sum(stage.watch.total() for stage in stages)
     idle = gather_numbers(1 - busy / clock.total(), run.device)
-    p, m = run.config.stages, run.config.micro_batches
+    bubble = bubble_share(run.config.schedule, run.config.stages, run.config.micro_batches)
     run.note(
-        f"idle: {', '.join(f'{share:.0%}' for share in idle)} by rank; the bubble alone is (p−1)/(m+p−1) = "
-        f"{(p - 1) / (m + p - 1):.0%}; cut before {', '.join(part.names[0] for part in parts[1:])}",
+        f"idle: {', '.join(f'{share:.0%}' for share in idle)} by rank; the bubble alone is {bubble:.0%}; "
+        f"cut before {', '.join(part.names[0] for part in parts[1:])}",
         idle_shares=idle,
-        bubble_formula=(p - 1) / (m + p - 1),
+        bubble_formula=bubble,
         cuts=[part.names[0] for part in parts[1:]],
     )
 

@@ -207,7 +207,7 @@ def train_watched(world: World, make: Callable[..., Any], folder: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(watching.RECORDS, folder)
         patch.setenv(watching.RECORDED_STEPS, str(STEPS))
-        patch.setattr(watching.Watcher, "leave", leave)
+        patch.setattr(watching.ProgramWatcher, "leave", leave)
         with pytest.raises(Left):
             make(world.rank, world.world_size)
 
@@ -407,7 +407,7 @@ def longer(rank: int, ranks: int) -> None:
 def test_an_optimizer_of_another_model_is_refused() -> None:
     copies = [each.detach().clone().requires_grad_() for each in small_model().parameters()]
     optimizer = torch.optim.SGD(copies, lr=0.1)
-    watcher = watching.Watcher.__new__(watching.Watcher)
+    watcher = watching.ProgramWatcher.__new__(watching.ProgramWatcher)
     watcher.model, watcher.optimizer, watcher.step = small_model(), optimizer, 0
     with pytest.raises(RuntimeError, match="updates no parameter of the model"):
         watcher.counts(optimizer)

@@ -30,7 +30,7 @@ RECORDED_STEPS = "LOCKSTEP_RECORDED_STEPS"  # how many steps are written
 OTHERS_SECONDS = 60  # for the other ranks' last step: a rank that leaves earlier would break their collectives
 # What wrappers put into the names of parameters: DDP, torch.compile, FSDP, activation checkpointing, Fabric.
 WRAPPER_PARTS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-_watchers: list[Watcher] = []
+_watchers: list[ProgramWatcher] = []
 
 
 def watch(model: nn.Module, optimizer: Any = None) -> None:
@@ -52,7 +52,7 @@ def watch(model: nn.Module, optimizer: Any = None) -> None:
         raise RuntimeError(
             "lockstep.verify.watch is called a second time; of several models, watch nn.ModuleList([...])"
         )
-    _watchers.append(Watcher(model, optimizer, Path(os.environ[RECORDS]), int(os.environ[RECORDED_STEPS])))
+    _watchers.append(ProgramWatcher(model, optimizer, Path(os.environ[RECORDS]), int(os.environ[RECORDED_STEPS])))
 
 
 def record(loss: Any, weight: float = 1.0) -> None:
@@ -121,7 +121,7 @@ def own_rank() -> tuple[int, int]:
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-class Watcher:
+class ProgramWatcher:
     """Looks on at one process's training through the public hooks of torch's optimizers, and at what backward is called on.
 
     Attributes:
