@@ -78,8 +78,8 @@ def check(cluster: ClusterConfig | None) -> None:
     Raises:
         UserError: Lightning is not installed, or this machine is one of several and does not know which.
     """
+    from lockstep.config.packages import require
     from lockstep.errors import UserError
-    from lockstep.utils.packages import require
 
     require("lightning", "the launcher lightning")
     nodes = cluster.nodes if cluster else 1

@@ -33,6 +33,7 @@ import signal
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config import run_directory
 from lockstep.config.keys import AUTO
+from lockstep.config.packages import require
 from lockstep.distributed.devices import check_nproc, resolve_device
 from lockstep.distributed.signals import Preempted
 from lockstep.errors import CheckFailed
@@ -44,7 +45,6 @@ from lockstep.tune.search_space import SearchSpace
 from lockstep.tune.standings import Standings, read_trials, standings_tables, tuned_name, write_search_results
 from lockstep.tune.trial import SAME_FOR_ALL, TUNE_KEYS, check_draws, plan_trials, trial_words
 from lockstep.tune.tuner import make_tuner, wait_for_trials
-from lockstep.utils.packages import require
 from lockstep.utils.text import count
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from lockstep.checkpoint.prefixes import Fit, fit_names, taken
+from lockstep.config.packages import require
 from lockstep.errors import UserError
 from lockstep.models.parameters import NO_HEAD
-from lockstep.utils.packages import require
 from lockstep.utils.text import count
 
 

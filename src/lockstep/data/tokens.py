@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from lockstep.config.packages import require
 from lockstep.data.image_files import read_digits
 from lockstep.errors import UserError
-from lockstep.utils.packages import require
 
 CHECKED = 2**22  # tokens at each end of a file that are held to the vocabulary when it is opened
 COUNTED = 2**24  # tokens that are counted at a time

@@ -13,6 +13,7 @@ import torch
 from lockstep.checkpoint.weights import is_foreign, load_weights
 from lockstep.config.check import check_values
 from lockstep.config.keys import AUTO
+from lockstep.config.packages import require
 from lockstep.config.run_directory import checkpoint_folder, config_of, refuse_other_plan
 from lockstep.config.schema import NO_SOURCE, RESNETS, Config
 from lockstep.config.tasks import IMAGES, unit_of
@@ -30,7 +31,6 @@ from lockstep.training.activation_checkpointing import check_blocks
 from lockstep.training.clip import limits
 from lockstep.training.optim import check_optimizer
 from lockstep.training.timing import warm_up
-from lockstep.utils.packages import require
 from lockstep.utils.text import count, mebibytes
 
 if TYPE_CHECKING:
