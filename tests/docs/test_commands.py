@@ -45,6 +45,7 @@ ELSEWHERE = {
     "python -m recipes.verify task=examples/tabular.py:Diabetes",  # test_own_tasks_in_tools.py
     "python -m recipes.verify 'recipes=[my_recipe.py]'",  # test_own_tasks_in_tools.py
     "python examples/two_optimizers.py",  # test_examples.py
+    "python -m recipes.compare outputs/ddp/A outputs/fsdp/B",  # unit/test_finished_runs.py
     "python examples/by_hand.py",  # test_by_hand.py
     "torchrun --nproc-per-node=2 examples/by_hand.py --checkpoint two.pt",  # test_by_hand.py
     shlex.join(
