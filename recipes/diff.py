@@ -97,6 +97,10 @@ def trained_config(run: Run[DiffConfig], each: Recipe) -> Config:
 def check(config: DiffConfig, share: int) -> None:
     """Both recipes must be able to train on these ranks."""
     for name in two_of(config):
+        if not is_recipe(name):
+            raise UserError(
+                f"runs={name}: folders are read by one process; start it with python, without torchrun or srun"
+            )
         each = get_recipe(name)
         mine, ranks = convert(config, each.config), each.ranks or config.global_batch_size // share
         check_package(each)

@@ -160,6 +160,11 @@ def test_a_recipe_and_a_folder_are_refused(recorded: dict[str, Path]) -> None:
         diff.train.alone(compose_config(diff.train, "ddp", str(recorded["single"])))
 
 
+def test_ranks_started_by_hand_do_not_read_folders() -> None:
+    with pytest.raises(UserError, match="runs=here: folders are read by one process"):
+        validate(compose_config(diff.train, "here", "there"), diff.train, 2)
+
+
 def test_a_missing_or_damaged_rank_is_named(recorded: dict[str, Path], tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     (copy / "tensors").mkdir(parents=True)
