@@ -48,9 +48,14 @@ def test_transformers_compute_the_same_logits_and_the_weights_come_back(tmp_path
     assert_equal(torch.load(tmp_path / "back.pt", weights_only=True), dict(ours.state_dict()))
 
 
-def test_one_expert_per_token_is_weighed_otherwise_and_refused(tmp_path: Path) -> None:
+def test_what_a_mixtral_would_compute_otherwise_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"task\.experts_per_token=1, whose output is weighed by the router"):
         export_llama(run_of(tmp_path / "run", GPT(SHAPE), per_token=1), tmp_path / "out")
+    biased = GPT(SHAPE)
+    for block in biased.blocks:
+        block.mlp.balance_by_bias()  # type: ignore[union-attr,operator]
+    with pytest.raises(UserError, match="trained balance=bias; a Mixtral's router has no biases"):
+        export_llama(run_of(tmp_path / "biased", biased), tmp_path / "out")
     config = llama_config(SHAPE, 64, torch.float32)
     for changed, said in (
         ({"num_experts_per_tok": 1}, "num_experts_per_tok is 1"),
