@@ -26,7 +26,8 @@ learns the sizes from the device twice per block, which a GPU has to be waited f
 
 `balance=bias` keeps them evenly used by another means: each expert has a bias that only chooses, raised or lowered by
 `bias_rate` after every step, as the whole batch used it less or more than others: 8 · L · E bytes more in an all-reduce. Set
-task.balance=0 besides, or a small one, as DeepSeek-V3 has it. Checkpoints hold the biases.
+task.balance=0 besides, or a small one, as DeepSeek-V3 has it. The paper's rate is for many thousand steps: on 3 epochs of the
+digits bias_rate=0.01 halves how far the most popular of 8 experts is above the mean. Checkpoints hold the biases.
 
 More than `expert` ranks make copies: the mesh is ("data", "expert"), neighbours share the experts, and copies average
 their experts' gradients. Checkpoints hold whole tensors by name, for any mesh and any other recipe.
