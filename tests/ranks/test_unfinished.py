@@ -18,8 +18,8 @@ from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from recipes import ddp
 from tests.helpers.command_line import assert_one_line, run_main
-from tests.helpers.harness import compose_config, execute, lines, result
-from tests.helpers.processes import TORCHRUN, as_a_shell, processes_in, read, wait_until
+from tests.helpers.harness import command, compose_config, execute, lines, result
+from tests.helpers.processes import TORCHRUN, as_a_shell
 
 WORDS = ("data=synthetic", "data.size=48", "data.image_size=8", "global_batch_size=12", "epochs=6", "log_every=1")
 WORDS += ("threads=1",)  # 4 steps an epoch, 24 in all
@@ -28,18 +28,11 @@ OFFER = re.compile(r"an unfinished run of these settings is at step (\d+) of 24:
 
 
 def run_killed_at(step: int, folder: Path) -> Path:
-    """The run directory of a command all of whose processes were killed when it had logged this step, at once."""
-    process = as_a_shell(QUICK, folder)
-    stop = f'"step": {step},'
-
-    def is_there() -> bool:
-        logged = next(iter(folder.glob("outputs/ddp/*/metrics.jsonl")), None)
-        return logged is not None and stop in read(logged) and (logged.parent / "checkpoints" / "LATEST").exists()
-
-    wait_until(is_there)
-    for pid in processes_in(folder):
-        os.kill(pid, signal.SIGKILL)
-    process.communicate()
+    """The run directory of a command all of whose processes were killed after this step, at once."""
+    process = as_a_shell([sys.executable, "-m", "tests.helpers.killed", str(step), "recipes.ddp", *WORDS], folder)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == -signal.SIGKILL, said
+    assert "to resume" not in said
     (out,) = folder.glob("outputs/ddp/*")
     assert not (out / "result.json").exists()
     return out
@@ -47,7 +40,7 @@ def run_killed_at(step: int, folder: Path) -> Path:
 
 def continued(words: list[str], folder: Path) -> str:
     """What a command says that is to end well."""
-    done = subprocess.run(words, cwd=folder, env=dict(os.environ), capture_output=True, text=True, timeout=120)
+    done = command(*words[1:], cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stderr + done.stdout
 
@@ -56,7 +49,7 @@ def continued(words: list[str], folder: Path) -> str:
 @pytest.mark.parametrize("step", [4, 6, 12, 23])
 @pytest.mark.usefixtures("narrow")
 def test_killed_by_default_it_is_continued_by_last_bit_by_bit(step: int, tmp_path: Path) -> None:
-    """After the first epoch, within the second, in the middle and in the last step; nothing was asked for beforehand."""
+    """After the first epoch, within the second, after the third, before the last step; nothing was asked for beforehand."""
     (tmp_path / "place").mkdir()
     out = run_killed_at(step, tmp_path / "place")
     said = continued([*QUICK, "resume=last"], tmp_path / "place")
