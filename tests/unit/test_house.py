@@ -314,6 +314,7 @@ EVERYTHING = {
     "DDP": "ranks/test_same_training.py::test_ddp_has_the_loss_curve_of_one_process",
     "verify": "ranks/test_verify.py::test_on_other_numbers_of_ranks",
     "verify of something broken": "ranks/test_verify.py::test_a_broken_recipe_is_named",
+    "verify of a program that is no recipe": "ranks/test_your_program.py::test_a_broken_program_is_named_by_its_row",
     "DeepSpeed": "ranks/test_deepspeed.py::test_every_stage_trains_what_ddp_does_to_the_last_bit",
     "Fabric": "ranks/test_fabric.py::test_fabric_trains_what_ddp_trains_to_the_last_bit",
     "Lightning's Trainer": "ranks/test_lightning_trainer.py::test_the_bits_are_those_of_the_same_technique",

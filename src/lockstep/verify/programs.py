@@ -204,4 +204,7 @@ def show_last_lines(program: Program, process: CommandProcess) -> None:
     said = [line for line in process.said() if not LAUNCHER_WARNS.match(line)]
     said = list(itertools.takewhile(lambda line: not LAUNCHER_REPORTS.match(line), said)) or said
     more = f"the last {LINES_SHOWN} of {len(said)} lines" if len(said) > LINES_SHOWN else "what it said"
-    print(f"{program.key}, {more if said else 'nothing said'}:", *said[-LINES_SHOWN:], sep="\n  ", file=sys.stderr)
+    if said:
+        print(f"{program.key}, {more}:", *said[-LINES_SHOWN:], sep="\n  ", file=sys.stderr)
+    else:
+        print(f"{program.key} said nothing", file=sys.stderr)
