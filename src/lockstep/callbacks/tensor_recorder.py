@@ -72,9 +72,8 @@ class TensorRecorder(Callback):
         }
         self._start = self._weights()
         context.gradients.before_update(self._before_update)
-        context.note(
-            f"tensors of {count(self._steps, 'step')} recorded: python -m recipes.diff {context.out.name} OTHER"
-        )
+        recorded = f"recorded: tensors of {count(self._steps, 'step')}"
+        context.note(f"{recorded}; python -m recipes.diff {context.out.name} OTHER", recorded_steps=self._steps)
 
     def on_step_begin(self, context: CallbackContext) -> None:
         self._on = context.step < self._steps
