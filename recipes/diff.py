@@ -7,7 +7,7 @@ there and from the same settings, as recipes.verify does.
 Compared are whole tensors, however the ranks have divided them: what each layer takes and gives, the loss, the gradients
 of what it takes and gives, parameters' gradients, weights and buffers after the update. The first one that is off
 beyond `tolerance` is named, with the operation that made it; then the ten that are furthest off in that step. A tensor's
-difference is ‖A − B‖ / ‖B‖.
+difference is |A − B| / |B|, each the root of its sum of squares.
 
 How: lockstep/callbacks/tensor_recorder.py records, verify/recording.py puts whole tensors together,
 first_difference.py compares them, parting_report.py says it.

@@ -410,6 +410,7 @@ def test_a_kill_at_any_call_of_a_save_leaves_an_intact_checkpoint(tmp_path: Path
     assert all(part in done for part in (".distcp", "manifest", ".metadata", "LATEST", "BEST", "rmdir", "rename")), done
 
 
+@pytest.mark.slow
 def test_two_starts_on_one_run_do_not_meet(tmp_path: Path) -> None:
     """The second one is refused in one line, and changes nothing that the first one works with."""
     out = tmp_path / "out"

@@ -61,6 +61,7 @@ def test_a_model_of_one_s_own_and_slices_that_are_all_padding(tmp_path: Path) ->
             assert result(tmp_path / by)[name] == pytest.approx(result(tmp_path / "whole")[name], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_each_rank_sends_what_the_recipe_says(words: tuple[str, ...], tmp_path: Path) -> None:
     """Two ranks that share, four that do, and two copies of two; bytes handed to collectives in a step."""
     for ranks, context, by in ((4, 4, "ring"), (4, 2, "ulysses")):

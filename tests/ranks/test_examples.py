@@ -58,7 +58,7 @@ def words_of(name: str, data: dict[str, str], own: bool = False) -> list[str]:
     return [*([] if own else [f"task={example(task)}"]), *filter(None, [data[name]]), *words, *SHORT]
 
 
-@pytest.mark.slow_except("tabular by ddp", "gpt by fsdp")
+@pytest.mark.slow_except("tabular by ddp")
 @pytest.mark.parametrize("case", CASES)
 def test_killed_and_started_again_it_ends_with_the_same_bits(case: str, data: dict[str, str], tmp_path: Path) -> None:
     recipe, name, more = CASES[case]

@@ -75,6 +75,7 @@ def test_a_run_with_biases_in_two_parts_is_the_run_in_one(words: tuple[str, ...]
     assert_same_in_two_parts(expert_parallel.train, tmp_path, 2, *words, "balance=bias", "bias_rate=0.03")
 
 
+@pytest.mark.slow
 def test_a_model_of_one_s_own(tmp_path: Path) -> None:
     """Experts of another make, in a module of a module; three ranks that share, and three copies of one."""
     words = (
@@ -92,6 +93,7 @@ def test_a_model_of_one_s_own(tmp_path: Path) -> None:
             assert result(out)[name] == pytest.approx(result(tmp_path / "whole")[name], rel=1e-10)
 
 
+@pytest.mark.slow
 def test_each_rank_sends_what_the_recipe_says(words: tuple[str, ...], tmp_path: Path) -> None:
     """Two ranks that share, and two copies of two: bytes handed to collectives in a step."""
     for ranks in (2, 4):

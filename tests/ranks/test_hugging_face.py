@@ -18,6 +18,7 @@ from tests.helpers.harness import assert_equal, command, train
 WORDS = ("task=language", "max_steps=3", "eval_every=0", "task.samples=0", "precision=fp64", "task.kv_heads=1")
 
 
+@pytest.mark.slow
 def test_transformers_compute_the_same_logits_and_the_weights_come_back(tmp_path: Path) -> None:
     weights = train(ddp.train, tmp_path / "run", 2, *WORDS)
     done = command("-m", "lockstep", "export", "run", "llama", cwd=tmp_path)

@@ -129,6 +129,7 @@ def test_a_step_that_is_left_out_is_a_step_of_the_schedule(tmp_path: Path) -> No
     assert rates == in_run(first_step_left_out, tmp_path / "fp32", *words)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_what_looks_at_the_first_update_waits_for_one(tmp_path: Path) -> None:
     """Zero-bubble pipelines set gradients by themselves, so parameters that have one are found at the update."""

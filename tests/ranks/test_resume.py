@@ -140,7 +140,7 @@ def assert_meshes_share(recipe: Recipe, folder: Path, starts: list[tuple[int, tu
 
 
 # make test takes one of them, make test-slow all others, and tests/helpers/fuzz.py draws from all.
-@pytest.mark.slow_except("single")
+@pytest.mark.slow
 @pytest.mark.soak_for("fsdp in copies", "pipelines", "data_parallel", "lightning_fabric", "unfrozen while saved")
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_in_three_parts_is_the_run_in_one(name: str, tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def interrupted(world: World, recipe: str, config: Any, out: str, rank: int, ste
     return "finished"
 
 
-@pytest.mark.slow_except("1-6")
+@pytest.mark.slow
 @pytest.mark.parametrize(("rank", "step"), [(0, 0), (1, 6), (0, 8), (1, 12)])
 def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     rank: int, step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -500,7 +500,7 @@ def enter(recipe: Recipe, ranks: int, *words: str) -> None:
     ("words", "said"),
     [
         (["optim.lr=0.5"], "optim.lr=0.5 (there: 0.02)"),
-        (["epochs=4"], "epochs=4 (there: 3)"),
+        (["epochs=4"], "cosine learning rate planned over epochs=3"),
         (["seed=1", "model.norm=group"], "model.norm=group (there: own), seed=1 (there: 0)"),
         (["resume=never"], "not empty"),
     ],
@@ -567,7 +567,7 @@ def test_a_batch_size_that_does_not_divide_the_samples_seen_is_refused(trained: 
 CONSTANT = (*SHORT, "checkpoint.every=null", "optim.schedule=constant")
 
 
-@pytest.mark.slow_except("ddp")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "lightning_trainer"])
 def test_a_finished_run_of_two_epochs_becomes_one_of_four(name: str, tmp_path: Path) -> None:
     """At a constant rate, in its own folder and in another one: bits, curves and generators of the longer run."""

@@ -33,6 +33,7 @@ def test_the_state_is_dealt_out_and_the_bits_are_ddp_s(tmp_path: Path) -> None:
     assert found["state_bytes_by_rank"] == [2 * weights + state for state in states]
 
 
+@pytest.mark.slow
 def test_it_is_between_ddp_and_fsdp(tmp_path: Path) -> None:
     held = {}
     for recipe in (ddp.train, zero1.train, fsdp.train):

@@ -16,7 +16,8 @@ from lockstep.config.schema import ClusterConfig, Config
 from lockstep.distributed.environment import discover, nodes_of_tasks
 from lockstep.distributed.interfaces import interface_towards
 from lockstep.errors import UserError
-from lockstep.launch.cluster import apart, gpus_on_each, idle_nodes
+from lockstep.launch.cluster import gpus_on_each, idle_nodes
+from lockstep.launch.run_records import apart, settings_of
 from recipes import ddp
 from tests.helpers.harness import ROOT
 
@@ -189,7 +190,7 @@ def test_the_points_of_a_sweep_are_told_apart(monkeypatch: pytest.MonkeyPatch) -
         points: list[Config] = []
         monkeypatch.setattr(sys, "argv", ["ddp", "-m", *words])
         compose(ddp.train, points.append)
-        return apart(points)
+        return apart([settings_of(point) for point in points])
 
     assert said("optim.lr=0.1,0.2") == ["optim.lr=0.1", "optim.lr=0.2"]
     assert said("data=digits,synthetic", "seed=1,2")[1] == "data.name=digits seed=2"
