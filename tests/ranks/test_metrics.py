@@ -16,10 +16,11 @@ from lockstep.config.schema import Config
 from lockstep.data.batch import Batch
 from lockstep.data.sampler import EvalSampler
 from lockstep.distributed.process_group import World
+from lockstep.registry import list_recipes
 from lockstep.run import Run
 from lockstep.tasks.images import Images
 from lockstep.training.evaluate import Evaluation, Tally
-from tests.helpers.harness import ROOT, execute, lines, preload, result, run_ranks
+from tests.helpers.harness import execute, lines, preload, result, run_ranks
 from tests.ranks.test_run import in_run
 
 pytestmark = pytest.mark.usefixtures("narrow")
@@ -93,10 +94,10 @@ TINY = (
 )
 OWN = {"pipeline_parallel": ("stages=2", "micro_batches=2"), "grad_accumulation": ("accumulate=2",)}
 ALONE = ("single", "data_parallel", "model_parallel")
-OTHERS = "transfer_learning lora tune verify compare doctor checkpoint_resume".split()  # other models, or none
+OTHERS = ["transfer_learning", "lora"]  # other models
 OTHERS += ["context_parallel", "expert_parallel", "parallel_mesh", "tensor_parallel"]  # of sequences
 OTHERS += ["comm_hooks"]  # of gradients that are not quite the same
-RECIPES = sorted({path.stem for path in (ROOT / "recipes").glob("[!_]*.py")} - {*OTHERS, "sync_batchnorm"})
+RECIPES = sorted(set(list_recipes()) - {*OTHERS, "sync_batchnorm"})
 QUICK = {("ddp", metric) for metric in ENDS} | {(name, "eval_f1") for name in ("lightning_trainer", "deepspeed_zero")}
 
 
