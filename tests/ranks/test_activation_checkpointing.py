@@ -49,7 +49,14 @@ CASES: dict[str, tuple[str, int, tuple[str, ...]]] = {
 
 @pytest.mark.slow_except("ddp")
 @pytest.mark.soak_for(
-    "ddp in bf16", "deepspeed_zero", "fsdp in bf16", "fsdp in copies", "interleaved", "lightning_trainer", "lora"
+    "parallel_mesh",
+    "ddp in bf16",
+    "deepspeed_zero",
+    "fsdp in bf16",
+    "fsdp in copies",
+    "interleaved",
+    "lightning_trainer",
+    "lora",
 )
 @pytest.mark.parametrize("name", CASES)
 def test_the_bits_are_those_of_keeping_everything(name: str, tmp_path: Path) -> None:

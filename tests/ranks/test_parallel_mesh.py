@@ -33,7 +33,7 @@ def words(tmp_path: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.slow_except("layers")
-@pytest.mark.soak_for("all without layers", "ulysses")
+@pytest.mark.soak_for("all without layers", "ulysses", "replicate", "shard", "context")
 @pytest.mark.parametrize("name", MESHES)
 def test_it_trains_what_one_process_trains_with_everything_on(
     name: str, words: tuple[str, ...], tmp_path: Path

@@ -46,6 +46,7 @@ def continued(words: list[str], folder: Path) -> str:
 
 
 @pytest.mark.slow_except("6")
+@pytest.mark.soak_for("4", "12")
 @pytest.mark.parametrize("step", [4, 6, 12, 23])
 @pytest.mark.usefixtures("narrow")
 def test_killed_by_default_it_is_continued_by_last_bit_by_bit(step: int, tmp_path: Path) -> None:

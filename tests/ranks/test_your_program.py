@@ -178,7 +178,7 @@ def test_a_program_that_does_not_say_enough_is_told_what_is_missing(
 
 @pytest.mark.slow
 def test_of_a_failed_torchrun_the_rank_s_own_words_are_shown(tmp_path: Path) -> None:
-    (tmp_path / "fails.py").write_text("raise ValueError('no such data')")
+    (tmp_path / "fails.py").write_text("import os\nif os.environ['RANK'] == '1':\n    raise ValueError('no such data')")
     code, said = by_command(f"torchrun --nproc-per-node=2 {tmp_path}/fails.py", "python x")
     assert code == 2, said
     assert "ValueError: no such data" in said.splitlines()[-2]

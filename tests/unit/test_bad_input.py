@@ -153,7 +153,7 @@ DDP = {
     "cudnn_benchmark=2": ["cudnn_benchmark=2: allowed are auto, true, false"],
     "comm=fp8": ["comm=fp8: allowed are fp32, bf16, fp16"],
     "model.norm=layer": ["model.norm=layer", "batch, group"],
-    "model.init=zero": ["model.init=zero", "kaiming, xavier"],
+    "model.init=zero": ["model.init=zero", "kaiming, zero_residual, xavier"],
     "model.num_classes=9": ["model.num_classes=9", "digits has 10 classes", "from 10 up"],
     "model.image_size=4": ["model.image_size=4: allowed are 8…16384"],
     "optim.schedule=step": ["optim.schedule=step", "constant, cosine"],

@@ -48,7 +48,10 @@ class ModelConfig:
         "own", "normalisation layer; own: what the model has, of ResNets BatchNorm", ("batch", "group", "own")
     )
     init: str = key(
-        "own", "weight initialisation; own: torchvision's, but of ResNets kaiming", ("kaiming", "xavier", "own")
+        "own",
+        "weight initialisation; own: torchvision's, but of ResNets kaiming; zero_residual: the same, and each block begins "
+        "as the identity",
+        ("kaiming", "zero_residual", "xavier", "own"),
     )
     arguments: dict[str, Any] = key(
         {}, "further arguments of torchvision's class, such as {dropout: 0.1}; not of ResNets", open=True

@@ -21,8 +21,9 @@ def build_model(config: ModelConfig) -> nn.Module:
 
     The model maps images [N, 3, image_size, image_size] to logits [N, num_classes]. With `image_size` above 64 its
     state_dict is torchvision's own, key by key; below, the stem is one 3 × 3 convolution of stride 1 without pooling,
-    as He et al. use for CIFAR (https://arxiv.org/abs/1512.03385, section 4.2). Every block begins as the identity, its
-    last norm's weight at zero (https://arxiv.org/abs/1706.02677, section 5.1): large learning rates do no harm at first.
+    as He et al. use for CIFAR (https://arxiv.org/abs/1512.03385, section 4.2). With init=zero_residual every block begins
+    as the identity, its last norm's weight at zero (https://arxiv.org/abs/1706.02677, section 5.1): a large learning rate
+    does no harm at first.
     """
     if config.name not in RESNETS:
         return build_torchvision_model(config)
@@ -30,9 +31,8 @@ def build_model(config: ModelConfig) -> nn.Module:
 
     assert config.num_classes is not None, "the app fills in what the data set says"
     assert config.image_size is not None, "the app fills in what the data set says"
-    model = getattr(resnet, config.name)(
-        num_classes=config.num_classes, zero_init_residual=True, norm_layer=norm_layer(config.norm)
-    )
+    begins = {"zero_init_residual": True} if config.init == "zero_residual" else {}
+    model = getattr(resnet, config.name)(num_classes=config.num_classes, norm_layer=norm_layer(config.norm), **begins)
     if config.image_size <= SMALL_IMAGE:
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         model.maxpool = nn.Identity()

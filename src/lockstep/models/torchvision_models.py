@@ -39,9 +39,9 @@ def check_model(config: ModelConfig) -> None:
             f"model={config.name}: allowed are {', '.join(RESNETS)}, and the names of torchvision's other "
             f"classification models; nearest: {near}"
         )
-    if config.init == "kaiming":
+    if config.init in ("kaiming", "zero_residual"):
         raise UserError(
-            f"model.init=kaiming: is the ResNets'; {config.name} has torchvision's; set model.init=xavier, or leave it out"
+            f"model.init={config.init}: is the ResNets'; {config.name} has torchvision's; set model.init=xavier, or leave it out"
         )
     with torch.device("meta"):
         model = build_torchvision_model(replace(config, norm="own"))
