@@ -89,10 +89,10 @@ def recipe_link(found: re.Match[str]) -> str:
 def keys_page() -> str:
     """Every key of every recipe and tool, from the dataclasses that declare them."""
     parts = ["# All keys", "What `--help all` prints, on one page. `KEY=VALUE` on the command line sets a key."]
-    shared = list(walk(Config()))
-    heads = dict.fromkeys(name.partition(".")[0] if "." in name else "" for name, _, _ in shared)
-    for head in heads:
-        rows = [row for row in shared if (row[0].partition(".")[0] if "." in row[0] else "") == head]
+    sections: dict[str, list[Any]] = {}
+    for row in walk(Config()):
+        sections.setdefault(row[0].rpartition(".")[0].partition(".")[0], []).append(row)
+    for head, rows in sections.items():
         parts += [f"## {head}.*" if head else "## Of every run", key_table(rows)]
     parts += [
         "## cluster.*",
@@ -125,16 +125,17 @@ def on_files(files: Any, config: Any) -> Any:
     """
     for path in sorted(outside_files()):
         text = (ROOT / path).read_text(encoding="utf-8")
+        taught = Path(path).parent.name == "recipes" and Path(path).stem in PICTURES
         if path.endswith(".md"):
             text = INSIDE.sub(r"](../\1\2)", text)
             text = BESIDE.sub(lambda link: f"]({page_of(link[1]).removeprefix('source/')}{link[2] or ''})", text)
-        elif Path(path).parent.name == "recipes" and Path(path).stem in PICTURES:
+        elif taught:
             text = technique(Path(path).stem, text)
         else:
             language = {".py": "python", ".yaml": "yaml"}.get(Path(path).suffix, "text")
             text = f"# {path}\n\n````{language}\n{text}````\n"
         page = File.generated(config, page_of(path), content=text)
-        if Path(path).stem not in PICTURES:
+        if not taught:
             page.inclusion = page.inclusion.NOT_IN_NAV
         files.append(page)
     files.append(File.generated(config, "keys.md", content=keys_page()))

@@ -73,8 +73,8 @@ for epoch in range(first, options.epochs):
     with torch.no_grad():
         logits = plain(inputs[part])
     right = (logits.argmax(1) == targets[part]).sum()
-    sums = torch.stack([cross_entropy(logits, targets[part], reduction="sum"), right, torch.tensor(len(part))])
-    sums = sums.to(device)
+    total = cross_entropy(logits, targets[part], reduction="sum")
+    sums = torch.stack([total, right, torch.tensor(len(part), device=device)])
     dist.all_reduce(sums)
 
     # 7. One rank speaks and writes, into another file first: who is killed meanwhile leaves the old one whole.

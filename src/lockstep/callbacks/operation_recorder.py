@@ -6,7 +6,6 @@ between the two moments; of a DTensor, this rank's shard.
 
 from __future__ import annotations
 
-import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.callbacks.tensor_recorder import OUTPUT, TENSORS_FOLDER, gradient_scale, layout, piece
 from lockstep.data.batch import tree_tensors
 from lockstep.distributed.parallel_dims import ParallelDims
-from lockstep.utils.files import write_atomically
+from lockstep.utils.files import save_atomically
 
 ENTERED, LEFT, GRADIENT_IN, GRADIENT_OUT = "entered", "left", "gradient_in", "gradient_out"
 Moment = tuple[
@@ -95,11 +94,9 @@ class OperationRecorder(Callback):
                     kept[phase].setdefault(("", number, OUTPUT, index), []).append(tensor)
         operations = [tuple(each[:3]) for each in (times[0] if times else [])]
         content = {"about": self._about | {"gradient_scale": scale}, "operations": operations, **kept}
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
         path = operations_file(context.out, context.rank)
         path.parent.mkdir(exist_ok=True)
-        write_atomically(path, buffer.getbuffer())
+        save_atomically(path, content)
         self._alive.clear()
 
     def _reached(self, layer: str, what: str) -> None:

@@ -9,7 +9,6 @@ Imported only where it is asked for. A run without it is not hooked in any way.
 
 from __future__ import annotations
 
-import io
 import threading
 from collections import defaultdict
 from functools import partial
@@ -24,7 +23,7 @@ from lockstep.config.schema import Config
 from lockstep.data.batch import tree_tensors
 from lockstep.distributed.dtensor import full_tensor, is_sharded
 from lockstep.distributed.parallel_dims import ParallelDims
-from lockstep.utils.files import write_atomically
+from lockstep.utils.files import save_atomically
 from lockstep.utils.text import count
 
 TENSORS_FOLDER = "tensors"  # in the run directory
@@ -107,9 +106,7 @@ class TensorRecorder(Callback):
             "weights": self._weights(),
             "buffers": {name: each.detach().cpu().clone() for name, each in context.module.named_buffers()},
         }
-        buffer = io.BytesIO()
-        torch.save(content, buffer)
-        write_atomically(recorded_file(context.out, context.step, context.rank), buffer.getbuffer())
+        save_atomically(recorded_file(context.out, context.step, context.rank), content)
         self._start = {}
         if context.step == self._steps or context.step == context.total_steps:
             self._on = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -24,7 +23,7 @@ from lockstep.config.tasks import is_larger_better, metric_of
 from lockstep.distributed.process_group import World, new_gloo_group
 from lockstep.errors import UserError
 from lockstep.training.evaluate import Evaluation
-from lockstep.utils.files import write_atomically
+from lockstep.utils.files import save_atomically
 from lockstep.utils.text import short
 
 if TYPE_CHECKING:
@@ -281,7 +280,4 @@ class CheckpointManager:
 
 def export(weights: Mapping[str, Tensor], path: Path) -> None:
     """Write a plain state_dict on the CPU, for `load_state_dict(torch.load(path, weights_only=True))` anywhere."""
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    save_atomically(path, {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()})

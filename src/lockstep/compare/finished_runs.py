@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lockstep.compare.config import CompareConfig
-from lockstep.config.run_directory import read_result
+from lockstep.config.run_directory import frozen_recipe, read_result
 from lockstep.errors import UserError
 from lockstep.launch.run_records import apart, folded_table, print_table, score_columns
 from lockstep.registry import list_recipes
@@ -76,13 +75,13 @@ def read_finished(name: str) -> FinishedRun:
         settings = dict(flat_settings(OmegaConf.to_container(OmegaConf.create(text))))
     except (OSError, ValueError, AttributeError, OmegaConfBaseException, YAMLError):
         raise UserError(f"runs: {name}: holds no run; name folders with config.yaml and result.json") from None
-    recipe, result = re.match(r"# recipe: (\S+)\n", text), read_result(out)
+    recipe, result = frozen_recipe(text), read_result(out)
     status = result.get("status", "it left no result.json")
     if status != "finished":
         raise UserError(f"runs: {name}: has not finished ({status}); continue it with out={name}, or leave it out")
     if "train_loss" not in result:
         raise UserError(f"runs: {name}: is a tool's, which trains nothing; name folders of finished trainings")
-    return FinishedRun(out, recipe[1] if recipe else str(result.get("recipe")), settings, result)
+    return FinishedRun(out, recipe or str(result.get("recipe")), settings, result)
 
 
 def flat_settings(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

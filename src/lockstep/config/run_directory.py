@@ -136,12 +136,14 @@ def read_frozen(out: Path, recipe: str, schema: type[Config]) -> tuple[str | Non
         OSError, ValueError, OmegaConfBaseException: there is none, or none that this version reads.
     """
     text = (out / "config.yaml").read_text(encoding="utf-8")
-    theirs = re.match(r"# recipe: (\S+)\n", text)
-    return (
-        (recipe, from_yaml(text, schema))
-        if theirs and theirs[1] == recipe
-        else (theirs and theirs[1], shared_part(text))
-    )
+    theirs = frozen_recipe(text)
+    return theirs, from_yaml(text, schema) if theirs == recipe else shared_part(text)
+
+
+def frozen_recipe(text: str) -> str | None:
+    """The recipe that a frozen config is of, by its first line; None where it has none."""
+    found = re.match(r"# recipe: (\S+)\n", text)
+    return found[1] if found else None
 
 
 def config_of(run: Path) -> Config | None:

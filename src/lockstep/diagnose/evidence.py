@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lockstep.checkpoint import directory
-from lockstep.config.run_directory import CHECKPOINTS, read_result
+from lockstep.config.run_directory import CHECKPOINTS, frozen_recipe, read_result
 from lockstep.diagnose.findings import Facts
 from lockstep.diagnose.stacks import VERDICT_MARK, crash_place
 from lockstep.distributed.collective_errors import lost_a_peer
@@ -50,20 +50,20 @@ def collect_evidence(out: Path) -> Facts:
         text = (out / "config.yaml").read_text(errors="replace", encoding="utf-8")
     except OSError:
         raise refuse_folder(out) from None
-    named = re.match(r"# recipe: (\S+)\n", text)
-    if named is None:
+    recipe = frozen_recipe(text)
+    if recipe is None:
         raise UserError(f"run={out}: its config.yaml is not one that a run writes; name a run's folder")
     started = modified_at(out / "config.yaml")
     environment = read_json(out / "environment.json")
     signs = [*out.glob("metrics.jsonl"), *out.glob("ranks/*"), *out.glob(f"{CHECKPOINTS}/*"), *out.glob("result.json")]
     return {
-        "recipe": named[1],
+        "recipe": recipe,
         "config": text,
         "started": started,
         "last_sign": max(map(modified_at, signs), default=None),
         "running": is_locked(out / ".lock"),
         "result": read_result(out),
-        "report": next((name for name in REPORTS.get(named[1], []) if modified_at(out / name) >= started), None),
+        "report": next((name for name in REPORTS.get(recipe, []) if modified_at(out / name) >= started), None),
         "environment": environment,
         "out_of_memory": read_json(out / "out_of_memory.json"),
         "metrics": list(json_lines(out / "metrics.jsonl")),

@@ -289,9 +289,8 @@ class Watchdog:
         """
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            gone = (
-                rank_state(read_heartbeat(self._folder, asker), answered=False) == "gone"
-            )  # read before its last word
+            # Looked at before its last word: what it has written by its end is read then.
+            gone = rank_state(read_heartbeat(self._folder, asker), answered=False) == "gone"
             if self._try_store(lambda: self._store.check([VERDICT_KEY])):
                 told = json.loads(self._store.get(VERDICT_KEY))
                 self._leave_last(told["readers"], waits=False)

@@ -139,7 +139,7 @@ def known(config: Config, recipe: Recipe) -> int | None:
         return None
     try:
         text = (Path(config.out).expanduser() / "config.yaml").read_text(encoding="utf-8")
-        return int(shared_part(text).global_batch_size) if text.startswith(f"# recipe: {recipe.name}\n") else None
+        return int(shared_part(text).global_batch_size) if run_directory.frozen_recipe(text) == recipe.name else None
     except OSError:
         return None
 

@@ -31,8 +31,11 @@ def build_model(config: ModelConfig) -> nn.Module:
 
     assert config.num_classes is not None, "the app fills in what the data set says"
     assert config.image_size is not None, "the app fills in what the data set says"
-    begins = {"zero_init_residual": True} if config.init == "zero_residual" else {}
-    model = getattr(resnet, config.name)(num_classes=config.num_classes, norm_layer=norm_layer(config.norm), **begins)
+    model = getattr(resnet, config.name)(
+        num_classes=config.num_classes,
+        zero_init_residual=config.init == "zero_residual",
+        norm_layer=norm_layer(config.norm),
+    )
     if config.image_size <= SMALL_IMAGE:
         model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
         model.maxpool = nn.Identity()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import json
 import os
 from pathlib import Path
@@ -23,6 +24,15 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def save_atomically(path: Path, content: Any) -> None:
+    """torch.save, as write_atomically writes."""
+    import torch  # launchers use the other functions, and do without it
+
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write_atomically(path, buffer.getbuffer())
 
 
 def append(path: Path, text: str) -> None:
