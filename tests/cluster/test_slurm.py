@@ -212,7 +212,7 @@ def test_a_sweep_is_an_array(box: Box, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_last_continues_on_the_cluster_what_was_killed_here(box: Box, tmp_path: Path) -> None:
     """As it was typed, without `out`: the submitting process finds the run, and says so where it is not asked for."""
     words = ["-m", "recipes.ddp", *TINY, "max_steps=3", "checkpoint.every=1"]
@@ -510,7 +510,7 @@ def test_before_its_time_limit_a_job_saves_and_comes_back(box: Box, folder: Path
     assert_equal(weights(folder / "run"), on_this_machine(tmp_path, 2, *words))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_restart_of_slurmctld_goes_unnoticed(box: Box, folder: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
     process = start(box, folder, "ddp.py", *LONG, "out=run", "cluster.nodes=2", how="slow")
     wait_for_steps(folder / "run", 4)

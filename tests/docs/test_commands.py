@@ -79,8 +79,8 @@ def test_the_korean_readme_shows_the_same() -> None:
 
 
 def is_long(line: str) -> bool:
-    """Whether it is a minute's work also with two steps: many runs, or a plan of many rows."""
-    return any(f"recipes.{tool}" in line for tool in ("compare", "plan", "tune"))
+    """Whether it is a minute's work also with two steps: many runs, a plan of many rows, or a cluster's preflight."""
+    return any(f"recipes.{tool}" in line for tool in ("compare", "doctor +cluster", "plan", "tune"))
 
 
 def command_cases() -> list[Any]:

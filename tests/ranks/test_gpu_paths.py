@@ -283,7 +283,7 @@ def test_what_does_not_fit_ends_with_one_page(tmp_path: Path) -> None:
     assert page["step"] == 1
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_largest_batch_for_a_gpu_is_found(tmp_path: Path) -> None:
     words = ["nproc=2", "global_batch_size=auto", "model.image_size=64", "max_steps=2", "threads=1"]
     done = run_recipe("ddp", 2, *words, "out=run", cwd=tmp_path, timeout=400, **emulated(2, mib=512))

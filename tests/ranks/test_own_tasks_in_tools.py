@@ -112,7 +112,7 @@ EXAMPLES = {
 
 
 @pytest.mark.slow
-@pytest.mark.soak_for("vit")
+@pytest.mark.soak_for("vit", "language")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_recipe_is_proven_or_says_why_not(name: str, tmp_path: Path) -> None:
     """As typed, and nothing of the batch: the ViT's folder holds 12 pictures to train on."""

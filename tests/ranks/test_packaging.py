@@ -103,7 +103,7 @@ def test_a_file_of_the_wheel_copied_by_hand_runs_in_an_empty_folder(installed: P
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_recipe_of_the_wheel_is_a_module(installed: Path, crowded: Path) -> None:
     for start in ("fork", "spawn"):
         done = run(installed, "-m", "lockstep.recipes.ddp", *SHORT, f"start={start}", f"out={start}", cwd=crowded)

@@ -268,7 +268,7 @@ def test_a_rank_that_dies_is_started_again_from_the_last_checkpoint(whole: Path,
     assert_equal(tmp_path / "run", whole)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_torchrun_restarts_in_the_same_directory(whole: Path, tmp_path: Path) -> None:
     """Without out=, whose default name is the time: the restarted ranks must find the first ones' folder."""
     (tmp_path / "ddp.py").write_text(DYING)

@@ -28,6 +28,7 @@ def losses(out: Path) -> list[float]:
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("stream")
 @pytest.mark.parametrize("case", CASES)
 def test_published_streams_train_alike_on_any_ranks_and_resume(
     case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]

@@ -570,6 +570,7 @@ CONSTANT = (*SHORT, "checkpoint.every=null", "optim.schedule=constant")
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("fsdp", "lightning_trainer")
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "lightning_trainer"])
 def test_a_finished_run_of_two_epochs_becomes_one_of_four(name: str, tmp_path: Path) -> None:
     """At a constant rate, in its own folder and in another one: bits, curves and generators of the longer run."""

@@ -183,7 +183,7 @@ def test_an_own_task_is_the_same_run_by_every_start_from_any_folder(start: str, 
     assert sorted(path.name for path in here.iterdir()) == ["package", "run"]
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_an_own_task_that_starts_no_thread_is_forked(tmp_path: Path) -> None:
     """`examples/tabular.py` imports scikit-learn, whose threads no copy of the process would have."""
     (tmp_path / "plain.py").write_text(PLAIN)

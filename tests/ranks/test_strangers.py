@@ -88,6 +88,7 @@ def attack(ports: list[int], store_port: int, marker: Path, seconds: float, hear
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("spawn")
 @pytest.mark.parametrize("start", ["spawn", "fork"])
 def test_no_stranger_gets_anything_run(start: str, tmp_path: Path) -> None:
     """Nothing listens beyond this machine; what is written into ports and store makes nothing run, and at most ends the

@@ -335,7 +335,7 @@ def test_without_a_network_one_line_says_what_to_do(
 # What it is good for ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_documented_commands_beat_training_from_scratch(tmp_path: Path) -> None:
     """On five digits that the backbone has never seen, equal steps: over four seeds 0.66 to 0.75 against 0.20."""

@@ -21,8 +21,8 @@ WATCHED = ("logger=[csv,tensorboard]", "profile=1", "memory=report", "data.worke
 ENGINES = ("lightning_fabric", "lightning_trainer", "deepspeed_zero", "fsdp", "pipeline_parallel", "local_sgd", "zero1")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["ddp", *(pytest.param(name, marks=pytest.mark.soak) for name in ENGINES)])
+@pytest.mark.soak
+@pytest.mark.parametrize("recipe", ["ddp", *ENGINES])
 def test_pythons_and_numpys_generators_are_as_they_were_seeded(tmp_path: Path, recipe: str) -> None:
     """In every checkpoint of a run that is watched by all there is, and of its resumption, in fresh interpreters."""
     out = tmp_path / "out"

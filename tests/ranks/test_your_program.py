@@ -41,6 +41,7 @@ PYTHON = shlex.quote(sys.executable)
 
 
 @pytest.mark.slow_except("clip")
+@pytest.mark.soak_for("tokens", "rate", "epoch")
 @pytest.mark.parametrize(
     ("bug", "steps", "first"),
     [
