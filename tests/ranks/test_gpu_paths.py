@@ -21,6 +21,7 @@ PROVEN = set(
     "grad_accumulation lightning_fabric lightning_trainer local_sgd lora model_parallel parallel_mesh pipeline_parallel "
     "sync_batchnorm tensor_parallel transfer_learning zero1".split()
 )
+SOME = "ddp fsdp pipeline_parallel tensor_parallel".split()  # a kind of communication each
 SMALL = ["precision=fp64", "model.norm=group", "global_batch_size=8", "log_every=1", "eval_every=0", "threads=1"]
 
 
@@ -52,17 +53,23 @@ def test_ddp_over_nccl_trains_what_the_cpu_trains(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.soak_for("4-4")
+@pytest.mark.soak_for("2-2-all", "4-4-all")
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("count", "ranks", "names"), [(2, 2, []), (4, 4, []), (4, 2, ["model_parallel", "data_parallel"])]
+    ("count", "ranks", "names"),
+    [
+        pytest.param(2, 2, SOME, id="2-2-some"),
+        pytest.param(2, 2, [], id="2-2-all"),
+        pytest.param(4, 4, [], id="4-4-all"),
+        pytest.param(4, 2, ["model_parallel", "data_parallel"], id="4-2-in one process"),
+    ],
 )
 def test_every_recipe_is_proven_on_gpus(count: int, ranks: int, names: list[str], tmp_path: Path) -> None:
     words = [f"nproc={ranks}", "precision=fp64", *[f"recipes=[{','.join(names)}]"] * bool(names), "out=run"]
     done = run_recipe("verify", count, *words, cwd=tmp_path, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "run" / "verify.json").read_text())
-    assert {row["recipe"] for row in rows if row["verdict"] == "equal"} == ({*names} or PROVEN - {"deepspeed_zero"})
+    assert {row["recipe"] for row in rows if row["verdict"] == "equal"} == (set(names) or PROVEN - {"deepspeed_zero"})
     assert {row["recipe"] for row in rows if row["verdict"] != "equal"} <= {"deepspeed_zero"}, "which has no fp64"
 
 
