@@ -37,7 +37,7 @@ from lockstep.errors import CheckFailed
 from lockstep.launch.validate import check_batch, check_package
 from lockstep.registry import get_recipe, is_file, list_recipes
 from lockstep.utils.files import write_json
-from lockstep.utils.tables import TERMINAL_WIDTH
+from lockstep.utils.tables import terminal_width
 from lockstep.utils.text import count
 from lockstep.verify.config import DiffConfig
 from lockstep.verify.first_difference import Parting, find_parting, parting_of
@@ -82,7 +82,7 @@ def diff_folders(config: DiffConfig) -> int | None:
     for name, each in zip("AB", ((runs[0], mine), (runs[1], theirs)), strict=True):
         print(f"{name} = {described_run(*each)}")
     print(*parting_lines(parting, "A", "B"), sep="\n")
-    Console(width=TERMINAL_WIDTH).print(*parting_tables(parting), sep="\n", end="")
+    Console(width=terminal_width()).print(*parting_tables(parting), sep="\n", end="")
     return int(parting.first is not None)
 
 

@@ -17,7 +17,6 @@ Source: https://arxiv.org/abs/1502.03167 (BatchNorm), https://arxiv.org/abs/1803
 
 from dataclasses import dataclass
 
-from rich.table import Table
 from torch.nn.parallel import DistributedDataParallel
 
 from lockstep import Proof, Run, recipe
@@ -29,6 +28,7 @@ from lockstep.tasks.build import require_batchnorm
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
+from lockstep.utils.tables import terminal_tables
 from lockstep.verify.trace import difference, trace
 
 
@@ -92,18 +92,15 @@ def demonstrate(run: Run[SyncBatchNormConfig]) -> None:
     reference = traces["one process"]
     if reference is None:
         return  # not rank 0
-    table = Table(
-        title=f"{config.global_batch_size} images per step, 2 per rank, {config.max_steps} steps", title_justify="left"
-    )
-    for column in ("BatchNorm", "loss after 1, 20, 60 steps", "running statistics off by", "accuracy", "ms per step"):
-        table.add_column(column)
-    for name, found in traces.items():
-        assert found is not None
-        losses = ", ".join(f"{found.losses[step]:.3f}" for step in (0, 19, 59))
-        off = difference(found.buffers, reference.buffers)
-        milliseconds = 1000 * found.result["step_seconds_p50"]
-        table.add_row(name, losses, f"{off:.1e}", f"{found.result['eval_accuracy']:.1%}", f"{milliseconds:.0f}")
-    run.report.console.print(table)
+    rows = {name: found for name, found in traces.items() if found is not None}
+    columns = {"BatchNorm": list(rows)}
+    for step in (1, 20, 60):
+        columns[f"loss {step}"] = [f"{found.losses[step - 1]:.3f}" for found in rows.values()]
+    columns["buffers off by"] = [f"{difference(found.buffers, reference.buffers):.1e}" for found in rows.values()]
+    columns["accuracy"] = [f"{found.result['eval_accuracy']:.1%}" for found in rows.values()]
+    columns["ms per step"] = [f"{1000 * found.result['step_seconds_p50']:.0f}" for found in rows.values()]
+    title = f"{config.global_batch_size} images per step, 2 per rank; the loss after 1, 20 and {config.max_steps} steps"
+    run.report.console.print(*terminal_tables(title, columns, text=("BatchNorm",)), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.distributed.collectives import gather_objects
 from lockstep.memory.tracker import ENGINE, KINDS, LayerMemory, MemoryTracker, local_bytes, memory_by_layer
 from lockstep.utils.files import write_json
+from lockstep.utils.tables import terminal_tables
 from lockstep.utils.text import mebibytes
 
 
@@ -67,21 +68,18 @@ def bytes_by_kind(found: Iterable[LayerMemory]) -> dict[str, int]:
     return {kind: sum(getattr(layer, kind) for layer in found) for kind in KINDS}
 
 
-def memory_table(found: list[LayerMemory], title: str) -> Table:
+def memory_tables(found: list[LayerMemory], title: str) -> list[Table]:
     """Layers for people, in MiB."""
-    grid = Table(title=title, title_justify="left")
-    for column in ("layer", "kind", "output"):
-        grid.add_column(column)
-    for column in (*KINDS, "all"):
-        grid.add_column(column, justify="right")
-    for layer in found:
-        figures = [getattr(layer, kind) for kind in KINDS]
-        shape = " × ".join(map(str, layer.output))
-        grid.add_row(layer.name, layer.kind, shape, *(memory_cell(figure) for figure in [*figures, layer.total]))
     total = bytes_by_kind(found)
-    grid.add_section()
-    grid.add_row("all layers", "", "", *(memory_cell(figure) for figure in [*total.values(), sum(total.values())]))
-    return grid
+    columns = {
+        "layer": [*(layer.name for layer in found), "all layers"],
+        "kind": [*(layer.kind for layer in found), ""],
+        "output": [*(" × ".join(map(str, layer.output)) for layer in found), ""],
+    }
+    for kind in KINDS:
+        columns[kind] = [memory_cell(size) for size in (*(getattr(layer, kind) for layer in found), total[kind])]
+    columns["all"] = [memory_cell(size) for size in (*(layer.total for layer in found), sum(total.values()))]
+    return terminal_tables(title, columns, text=("layer", "kind", "output"))
 
 
 def memory_cell(figure: int) -> str:

@@ -14,8 +14,9 @@ from yaml import YAMLError
 from lockstep.compare.config import CompareConfig
 from lockstep.config.run_directory import frozen_recipe, read_result
 from lockstep.errors import UserError
-from lockstep.launch.run_records import apart, folded_table, print_table, score_columns
+from lockstep.launch.run_records import apart, print_tables, score_columns
 from lockstep.registry import list_recipes
+from lockstep.utils.tables import folded_table, terminal_tables
 from lockstep.utils.text import mebibytes, short
 
 # Where a run lies, how it was started and what it keeps. What a technique alone has is not compared either, unless all runs have it.
@@ -53,8 +54,8 @@ def compare_runs(config: CompareConfig) -> int | None:
     results = [run.result for run in found]
     scores = score_columns(results, metric or "eval_accuracy")
     told = {"settings": labels} if any(labels) else {}
-    print_table(folded_table("result", {**names, **told, **scores}, text=("run", "recipe", "settings")))
-    print_table(folded_table("cost", {"run": names["run"], **cost_columns(results)}, text=("run", "device")))
+    print_tables(folded_table("result", {**names, **told, **scores}, text=("run", "recipe", "settings")))
+    print_tables(*terminal_tables("cost", {"run": names["run"], **cost_columns(results)}, text=("run", "device")))
     if any(result.get("resumed_from") for result in results):
         print("+ it was resumed: the time of its last start alone")
     return 0

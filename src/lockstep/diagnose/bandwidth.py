@@ -23,6 +23,7 @@ from torch import Tensor
 from lockstep.diagnose.findings import Facts, Findings
 from lockstep.distributed.collectives import gather_objects
 from lockstep.distributed.process_group import World
+from lockstep.utils.tables import terminal_tables, terminal_width
 from lockstep.utils.text import mebibytes
 
 SIZES = tuple(2**10 * 4**power for power in range(8))  # 1 KiB … 16 MiB
@@ -229,17 +230,13 @@ def slowest_host(pairs: list[Facts]) -> str:
 # For people ---------------------------------------------------------------------------------------------------------
 
 
-def bandwidth_table(found: dict[str, list[BandwidthRow]], ranks: int) -> Table:
+def bandwidth_tables(found: dict[str, list[BandwidthRow]], ranks: int) -> list[Table]:
     """Time and bus bandwidth of each collective, and of a pair, by the message's size."""
-    made = Table(title=f"links of {ranks} ranks: milliseconds, and GB/s over a link", title_justify="left")
-    made.add_column("message", justify="right")
-    for name in found:
-        made.add_column(LABELS[name], justify="right")
-        made.add_column("", justify="right")
-    for rows in zip(*found.values(), strict=True):
-        cells = [cell for row in rows for cell in (f"{1e3 * row['seconds']:.3g}", f"{row['bandwidth'] / 1e9:.3g}")]
-        made.add_row(message_size(rows[-1]["bytes"]), *cells)
-    return made
+    columns = {"message": [message_size(row["bytes"]) for row in list(found.values())[-1]]}
+    for name, rows in found.items():
+        columns[f"{LABELS[name]} ms"] = [f"{1e3 * row['seconds']:.3g}" for row in rows]
+        columns[f"{LABELS[name]} GB/s"] = [f"{row['bandwidth'] / 1e9:.3g}" for row in rows]
+    return terminal_tables(f"links of {ranks} ranks: milliseconds, and GB/s over a link", columns, text=())
 
 
 def bandwidth_plot(found: dict[str, list[BandwidthRow]], height: int = 8) -> str:
@@ -248,6 +245,7 @@ def bandwidth_plot(found: dict[str, list[BandwidthRow]], height: int = 8) -> str
     values = [row["bandwidth"] for rows in found.values() for row in rows]
     low, high = math.log10(min(values)), math.log10(max(values))
     columns = len(next(iter(found.values())))
+    width = min(10, (terminal_width() - 16) // columns)
     field = [[" "] * columns for _ in range(height)]
     for name, rows in found.items():
         for column, row in enumerate(rows):
@@ -257,10 +255,13 @@ def bandwidth_plot(found: dict[str, list[BandwidthRow]], height: int = 8) -> str
     lines = []
     for number, cells in enumerate(field):
         value = 10 ** (high - (high - low) * number / max(1, height - 1)) / 1e9
-        lines.append(f"{value:9.3g} GB/s │" + "".join(f"{cell:^10}" for cell in cells))
-    sizes = "".join(f"{message_size(row['bytes']):^10}" for row in list(found.values())[-1])
+        lines.append(f"{value:9.3g} GB/s │" + "".join(f"{cell:^{width}}" for cell in cells))
+    each = 1 if width >= len("256 KiB ") else 2  # a size under every place, or under every second
+    sizes = [message_size(row["bytes"]) for row in list(found.values())[-1]]
+    under = "".join(f"{size:^{width}}" if each == 1 else f"{size:{2 * width}}" for size in sizes[::each])
     key = ", ".join(f"{letters[name]} {LABELS[name]}" for name in found)
-    return "\n".join([*lines, f"{'':15}└{'─' * 10 * columns}", f"{'':16}{sizes}", f"{'':16}{key}, * several"])
+    below = [f"{'':15}└{'─' * width * columns}", f"{'':16}{under.rstrip()}", f"{'':9}{key}, * several"]
+    return "\n".join([*lines, *below])
 
 
 def message_size(size: float) -> str:

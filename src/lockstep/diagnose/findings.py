@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lockstep.utils.places import as_installed
+from lockstep.utils.tables import empty_table
 
 Verdict = Literal["ok", "warning", "fails"]
 Facts = dict[str, Any]  # what a probe has found, or a run has left: plain values, as JSON has them
@@ -62,14 +63,17 @@ def failed_checks(found: Iterable[Finding]) -> list[str]:
 
 def findings_table(found: Iterable[Finding], title: str) -> Table:
     """Findings for people; of several findings of one check the first shows its name."""
-    table = Table(title=title, title_justify="left")
-    for column in ("check", "verdict", "figure", "what to do"):
-        table.add_column(column, overflow="fold")
+    table = empty_table(title)
+    table.add_column("check", no_wrap=True)
+    table.add_column("verdict", no_wrap=True)
+    table.add_column("what was found, and what to do", overflow="fold")
     before = ""
     for each in found:
         name = "" if each.check == before else each.check
         before = each.check
         # Text: a path or an error may hold what looks like markup.
-        remedy = as_installed(each.remedy)
-        table.add_row(name, Text(each.verdict, VERDICT_STYLES[each.verdict]), Text(each.figure), Text(remedy))
+        told = Text(each.figure)
+        if each.remedy:
+            told.append(f"\n→ {as_installed(each.remedy)}", "bold")
+        table.add_row(name, Text(each.verdict, VERDICT_STYLES[each.verdict]), told)
     return table

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from rich.table import Table
 
 from lockstep.callbacks.base import Callback, CallbackContext
-from lockstep.callbacks.memory_report import memory_cell, memory_table, summarize_memory
+from lockstep.callbacks.memory_report import memory_cell, memory_tables, summarize_memory
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.loggers.console import described
@@ -21,6 +21,7 @@ from lockstep.memory.usage import free_bytes, peak_from_now
 from lockstep.run import Run
 from lockstep.task import option
 from lockstep.utils.files import write_json
+from lockstep.utils.tables import terminal_tables
 from lockstep.utils.text import mebibytes
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     line(f"measured peak, MiB   {', '.join(map(mebibytes, peaks))} by rank: the rise of {PEAK_OF[run.device.type]}")
     free, who = free_bytes(run.device)
     line(f"free now, MiB        {mebibytes(free)}, says {who}")
-    run.report.console.print(sharding_table(shards, len(peaks)))
+    run.report.console.print(*sharding_tables(shards, len(peaks)), sep="\n")
 
 
 def samples_at_once(config: Config, shards: int) -> int:
@@ -99,17 +100,17 @@ def print_account(run: Run[Any], found: MemoryPrediction, samples: int) -> None:
     config = run.config
     at_once = f"{samples} {option(run.task, 'unit')} at a time"
     what = f"{described(run.task, config)[0]}, {at_once}, {config.precision}, {config.optim.name}"
-    run.report.console.print(memory_table(found.layers, f"{what}: MiB that one whole model holds during a step"))
+    title = f"{what}: MiB that one whole model holds during a step"
+    run.report.console.print(*memory_tables(found.layers, title), sep="\n")
     peak = "; ".join(f"{kind} {mebibytes(size)}" for kind, size in found.peak.items())
     run.report.line(f"expected peak, MiB   {mebibytes(sum(found.peak.values()))}: {peak}")
 
 
-def sharding_table(shards: dict[str, Any], ranks: int) -> Table:
+def sharding_tables(shards: dict[str, Any], ranks: int) -> list[Table]:
     """What DDP, ZeRO's stages and FSDP make of parameters, gradients and optimizer."""
-    found = Table(title=f"the same state on {ranks} ranks, by formula: MiB on the fullest", title_justify="left")
-    found.add_column("technique")
-    for column in (*KINDS[:3], "total"):
-        found.add_column(column, justify="right")
-    for technique, sizes in shards.items():
-        found.add_row(technique, *(memory_cell(size) for size in sizes.values()))
-    return found
+    columns = {"technique": list(shards)}
+    for number, name in enumerate((*KINDS[:3], "total")):
+        columns[name] = [memory_cell(list(sizes.values())[number]) for sizes in shards.values()]
+    return terminal_tables(
+        f"the same state on {ranks} ranks, by formula: MiB on the fullest", columns, text=("technique",)
+    )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lockstep.diagnose.bandwidth import bandwidth_plot, bandwidth_table, judge_links, measure_bandwidth
+from lockstep.diagnose.bandwidth import bandwidth_plot, bandwidth_tables, judge_links, measure_bandwidth
 from lockstep.diagnose.findings import Facts, Finding, failed_checks, findings_table
 from lockstep.diagnose.probes.determinism import judge_determinism, probe_determinism
 from lockstep.diagnose.probes.files import judge_files, probe_files
@@ -139,8 +139,8 @@ def run_preflight(run: Run[Any], prove: Callable[[], Finding]) -> None:
         write_json(run.out / "preflight.json", report)
         console = run.report.console
         if links:
-            console.print(bandwidth_table(links["collectives"], world.world_size))
-            console.print(bandwidth_plot(links["collectives"]), markup=False)
+            console.print(*bandwidth_tables(links["collectives"], world.world_size), sep="\n")
+            console.print("", bandwidth_plot(links["collectives"]), "", sep="\n", markup=False)
         where = f"{count(world.world_size, 'rank')} on {count(len(set(world.hosts)), 'host')}, {run.device.type}"
         console.print(findings_table(found, f"{where}: would a run work here?"))
     if broken:  # the ranks may be at different places, so nothing more can be agreed

@@ -8,9 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from lockstep.config.keys import typed, walk
@@ -19,7 +17,7 @@ from lockstep.config.schema import Config
 from lockstep.diagnose.evidence import collect_evidence
 from lockstep.diagnose.postmortem import judge_errors
 from lockstep.errors import UserError
-from lockstep.utils.tables import TERMINAL_WIDTH
+from lockstep.utils.tables import folded_table, terminal_width
 from lockstep.utils.text import short
 
 
@@ -99,25 +97,9 @@ def score_cell(name: str, value: float | None) -> str:
     return f"{value:.2%}" if "accuracy" in name else f"{value:.4g}"
 
 
-def folded_table(title: str, columns: Mapping[str, Sequence[str]], text: Sequence[str]) -> Table:
-    """A table in the width of a terminal: texts are folded, numbers are not.
-
-    Args:
-        text: headings of the columns that hold texts.
-    """
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.show_edge = False
-    for name in columns:
-        folds = name in text
-        table.add_column(name, justify="left" if folds else "right", no_wrap=not folds, overflow="fold")
-    for cells in zip(*columns.values(), strict=True):
-        table.add_row(*map(escape, cells))
-    return table
-
-
-def print_table(table: Table) -> None:
-    """On stdout, in 80 columns."""
-    Console(width=TERMINAL_WIDTH, highlight=False).print(table)
+def print_tables(*tables: Table) -> None:
+    """On stdout, in the width of the terminal."""
+    Console(width=terminal_width(), highlight=False).print(*tables, sep="\n")
 
 
 def show_sweep(labels: Sequence[str], records: Sequence[RunRecord], metric: str) -> None:
@@ -132,4 +114,4 @@ def show_sweep(labels: Sequence[str], records: Sequence[RunRecord], metric: str)
     if any(record.result.get("status") != "finished" for record in records):
         columns["end"] = [record.ended for record in records]
     title = f"{len(records)} runs in {short(records[0].out.parent)}"
-    print_table(folded_table(title, columns, text=("run", "settings", "end")))
+    print_tables(folded_table(title, columns, text=("run", "settings", "end")))

@@ -7,7 +7,7 @@ import textwrap
 from rich.markup import escape
 from rich.table import Table
 
-from lockstep.utils.tables import TERMINAL_WIDTH, terminal_tables
+from lockstep.utils.tables import terminal_tables, terminal_width
 from lockstep.utils.text import count
 from lockstep.verify.first_difference import Difference, Parting
 
@@ -67,7 +67,7 @@ def wrapped(text: str, label: str) -> list[str]:
     """A text in lines of a terminal, behind a label."""
     indent = " " * (LABEL + 2) if label else "  "
     start = f"{label:{LABEL + 2}}" if label else ""
-    return textwrap.wrap(text, TERMINAL_WIDTH, initial_indent=start, subsequent_indent=indent)
+    return textwrap.wrap(text, terminal_width(), initial_indent=start, subsequent_indent=indent)
 
 
 def parting_tables(parting: Parting) -> list[Table]:
