@@ -436,15 +436,17 @@ def test_the_page_opens_in_a_browser_without_a_network(report: Path, tmp_path: P
 
     shots = {}
     with Browser(tmp_path) as browser:
-        for width, dark in ((1280, False), (400, False), (1280, True)):
+        for width, dark in ((1280, False), (390, False), (1280, True)):
             browser.open(report, width, dark=dark)
             assert browser.evaluate("[...document.images].map(image => image.naturalWidth > 100)") == [True] * 3
             assert browser.evaluate("document.documentElement.scrollWidth") <= width, "only tables and plots scroll"
             shot = browser.screenshot(tmp_path / f"{width}-{dark}.png")
             shots[width, dark] = Image.open(BytesIO(shot)).convert("L")
         tables = "[...document.querySelectorAll('.scroll')]"
-        browser.open(report, 400)
-        assert browser.evaluate(f"{tables}.some(each => each.scrollWidth > each.clientWidth)"), "on a telephone they do"
+        browser.open(report, 390)
+        assert not browser.evaluate(f"{tables}.some(each => each.scrollWidth > each.clientWidth)"), "nor on a telephone"
+        named = "[...document.querySelectorAll('td')].every(each => each.dataset.name)"
+        assert browser.evaluate(named), "there a figure stands beside its column's name"
         assert browser.evaluate("document.title").startswith("resnet18 <script>alert(")
         assert (browser.requests, browser.complaints) == ([], [])
         assert browser.pdf().startswith(b"%PDF")

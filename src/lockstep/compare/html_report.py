@@ -1,8 +1,8 @@
 """A comparison as one HTML file that needs nothing else: pictures inside, no script, no font, no address of any host.
 
-It opens from a file or an e-mail, follows the reader's light or dark scheme, prints on white, and on a telephone its
-tables scroll. What it looks like is in report.html, a Jinja template; whatever comes from a config, a path or an error
-is escaped.
+It opens from a file or an e-mail, follows the reader's light or dark scheme, prints on white, and on a telephone shows each
+row of a table as a list. What it looks like is in report.html, a Jinja template; whatever comes from a config, a path
+or an error is escaped.
 """
 
 from __future__ import annotations
