@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import tomllib
 
 from tests.helpers.harness import ROOT
 
@@ -34,3 +35,10 @@ def test_the_files_of_tests_that_the_docs_name_are_there() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
         for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()):
             assert (ROOT / name).is_file(), f"{page.name}: there is no {name}"
+
+
+def test_the_changelog_s_newest_version_is_the_package_s() -> None:
+    versions = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    own = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert versions[0] == "Unreleased"
+    assert re.fullmatch(rf"{re.escape(own)} \(\d{{4}}-\d\d-\d\d\)", versions[1])
