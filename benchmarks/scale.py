@@ -125,7 +125,7 @@ class Figures:
 
 
 class Writes:
-    """Counts this process's writes below a folder: heartbeats' by pwrite, all others when a file is opened for it."""
+    """Counts this process's writes below a folder: by pwrite, or when a file is opened for it."""
 
     def __init__(self, folder: Path) -> None:
         self.count, prefix, write = 0, str(folder), os.pwrite
@@ -179,6 +179,7 @@ def be_rank(rank: int, size: int, port: int, folder: Path, seconds: float, all_h
     mine.verdict = str(verdicts[0]) if verdicts else ""
     watchdog.close()
     all_here.wait()  # rank 0 serves the store
+    heartbeat.close()
     return mine
 
 

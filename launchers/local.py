@@ -32,6 +32,7 @@ def attempts(run: Callable[[], int], max_restarts: int, ranks: Callable[[], list
         code = 1
         with signals, contextlib.suppress(Ended):
             code = run()
+        collect_heartbeats()
         if signals.first and code not in (0, ASK_AGAIN):
             print(f"stopped by {signal.Signals(signals.first).name}: all ranks have ended", file=sys.stderr)
             return 128 + signals.first
@@ -139,13 +140,22 @@ def show(error: Exception) -> int:
 
 
 def last_heard_of(rank: int, aborted: bool = False) -> tuple[str, list[str]]:
-    """What the heartbeat files say of a rank that broke; nothing where the run directory is not known here."""
+    """What the heartbeats say of a rank that broke; nothing where the run directory is not known here."""
     out = os.environ.get("LOCKSTEP_RUN_DIR")
     if out is None:
         return "", []
     from lockstep.diagnose.verdict import describe_failure
 
     return describe_failure(Path(out), rank, aborted)
+
+
+def collect_heartbeats() -> None:
+    """Bring what ended ranks have left in this host's memory into the run directory."""
+    out = os.environ.get("LOCKSTEP_RUN_DIR")
+    if out is not None:
+        from lockstep.distributed.host_memory import collect
+
+        collect(Path(out) / "ranks")
 
 
 def show_cursor() -> None:

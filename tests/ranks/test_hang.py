@@ -25,7 +25,8 @@ from lockstep.diagnose.stacks import LOCKSTEP, keep_stack, user_line
 from lockstep.diagnose.verdict import explain_wait
 from lockstep.diagnose.watchdog import Watchdog, WatchdogTimeout
 from lockstep.distributed import environment, interfaces
-from lockstep.distributed.heartbeat import FILE_BYTES, FINISHED, Beat, Heartbeat, read_heartbeat
+from lockstep.distributed.heartbeat import FINISHED, Beat, Heartbeat
+from lockstep.distributed.host_memory import LINE_BYTES, folders, read_heartbeat
 from lockstep.launch.validate import validate
 from tests.helpers import hanging
 from tests.helpers.harness import compose_config, renew_threads
@@ -362,5 +363,6 @@ def test_a_full_disk_costs_the_heartbeat_and_not_the_run(tmp_path: Path) -> None
 def test_a_heartbeat_never_outgrows_its_file(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, 0)
     heartbeat.update(collectives={str(group): [1, "all_reduce", "[1]"] for group in range(1000)}, last="7", call="here")
-    assert (tmp_path / "0.heartbeat").stat().st_size == FILE_BYTES
+    assert (folders(tmp_path)[0] / "0").stat().st_size == LINE_BYTES
     assert read_heartbeat(tmp_path, 0)["call"] == "here"
+    heartbeat.close()

@@ -1,4 +1,4 @@
-"""What a run that was killed leaves in TMPDIR, and who takes it away."""
+"""What a run that was killed leaves in TMPDIR and in shared memory, and who takes it away."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.distributed import host_memory
 from lockstep.utils.temporary import own_folder
 from tests.helpers.harness import command
 from tests.helpers.processes import as_a_shell, processes_in, read, wait_until
@@ -45,7 +46,13 @@ def test_the_next_start_removes_what_a_killed_one_has_left(
                     os.kill(pid, signal.SIGKILL)
             process.communicate()
         assert there() == left | {Path(living)}
+        ranks = work / "one" / "ranks"
+        memory = host_memory.folders(ranks)[0]
+        assert {path.name for path in memory.iterdir()} >= {"0", "1"}
+        step = host_memory.read_heartbeat(ranks, 1)["step"]
         done = command(*RUN, "max_steps=2", "out=two", cwd=work, TMPDIR=str(place))
         assert done.returncode == 0, done.stderr
         assert there() == {Path(living)}
+        assert not memory.exists()
+        assert host_memory.read_heartbeat(ranks, 1)["step"] == step, "what it held has gone to the run it was of"
         assert Path(living, ".held").exists()

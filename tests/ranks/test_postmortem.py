@@ -23,6 +23,7 @@ from lockstep.diagnose.findings import Finding
 from lockstep.diagnose.postmortem import judge_run
 from lockstep.diagnose.stacks import VERDICT_MARK
 from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, Heartbeat
+from lockstep.distributed.host_memory import read_heartbeat
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
@@ -220,7 +221,7 @@ def test_heartbeats_say_which_rank_is_behind(out: Path) -> None:
             "step": step,
             "phase": "training" if step > 40 else "saving",
         }
-        (out / "ranks" / f"{rank}.heartbeat").write_text(json.dumps(beat).ljust(200) + "\n")
+        (out / "ranks" / f"{rank}.heartbeats").write_text(json.dumps(beat).ljust(200) + "\n")
     found = read(out)["steps"]
     assert found.verdict == "warning"
     assert found.figure == (
@@ -233,13 +234,13 @@ def test_heartbeats_say_who_is_slow_and_who_waits_for_data(out: Path) -> None:
     for rank, (busy, waited) in enumerate([(10.0, 0.1), (10.2, 0.2), (16.0, 0.0), (9.9, 6.0)]):
         beat = {"rank": rank, "host": "h", "step": 40, "phase": "training", "busy": busy, "taken": 40}
         beat["spent"] = {"training": 20 - waited, "waiting for data": waited}
-        (out / "ranks" / f"{rank}.heartbeat").write_text(json.dumps(beat))
+        (out / "ranks" / f"{rank}.heartbeats").write_text(json.dumps(beat))
     found = read(out)
     assert found["slowest"].figure == "rank 2 (h) computed for 400 ms per step, 58% more than the ranks' median"
     assert found["data"].figure == "rank 3 (h) waited longest for data: 30% of its steps' time, the ranks' median 1%"
     assert found["slowest"].verdict == found["data"].verdict == "warning"
     assert "data.workers" in found["data"].remedy
-    (out / "ranks" / "2.heartbeat").write_text(json.dumps(beat | {"rank": 2, "busy": 10.4, "end": "ValueError: why"}))
+    (out / "ranks" / "2.heartbeats").write_text(json.dumps(beat | {"rank": 2, "busy": 10.4, "end": "ValueError: why"}))
     (out / "result.json").write_text('{"status": "failed"}')
     found = read(out)
     assert found["slowest"].verdict == "ok"
@@ -264,6 +265,7 @@ def trained(world: World, config: str, out: str, how: str) -> None:
         fetch = Samples.__getitem__
         Samples.__getitem__ = lambda *given: (time.sleep(0.02), fetch(*given))[1]  # type: ignore[method-assign]
     ddp.train(Run("ddp", read_config(ddp.train, config), world, Path(out)))
+    world.heartbeat.close()
 
 
 @pytest.mark.slow_except("slow")
@@ -277,7 +279,7 @@ def test_real_heartbeats_name_the_slow_rank(how: str, tmp_path: Path) -> None:
     check = {"slow": "slowest", "data": "data"}[how]
     assert found[check].verdict == "warning", found
     assert found[check].figure.startswith("rank 1 ("), found
-    beat = json.loads((tmp_path / "run" / "ranks" / "1.heartbeat").read_text())
+    beat = read_heartbeat(tmp_path / "run" / "ranks", 1)
     assert beat["spent"]["waiting for data" if how == "data" else "training"] > 20 * 0.02
     assert found["steps"].figure.count("step 20") == 1
     mine, theirs = result(tmp_path / "run")["data_wait_share_by_rank"]

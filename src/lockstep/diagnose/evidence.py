@@ -5,8 +5,8 @@
     result.json               how it ended, where a rank or the launcher could still say so
     metrics.jsonl             what rank 0 logged: losses, speed, memory
     ranks/<rank>.log          each rank's output, its traceback included; a rank that was killed leaves none
-    ranks/<rank>.heartbeat    where each rank was, how it ended, and what it spent its time on
-                              (lockstep.distributed.heartbeat)
+    ranks/<rank>.heartbeats   where each rank of a host was, how it ended, and what it spent its time on; newer ones may
+                              be in this host's memory (lockstep.distributed.host_memory)
     ranks/<rank>.stack        where it crashed, or was when another rank waited for it; .1, .2, … of earlier attempts
     checkpoints/              what a resume can start from
     slurm/<n>/*_log.out       the output of a job's first process
@@ -28,8 +28,9 @@ from lockstep.diagnose.findings import Facts
 from lockstep.diagnose.stacks import VERDICT_MARK, crash_place
 from lockstep.distributed.collective_errors import lost_a_peer
 from lockstep.distributed.heartbeat import FINISHED
+from lockstep.distributed.host_memory import read_heartbeats
 from lockstep.errors import UserError
-from lockstep.utils.files import is_locked, read_json
+from lockstep.utils.files import is_locked, modified_at, read_json
 from lockstep.utils.text import short
 
 REPORTS = {  # what a tool ends with, instead of a result.json
@@ -55,19 +56,21 @@ def collect_evidence(out: Path) -> Facts:
         raise UserError(f"run={out}: its config.yaml is not one that a run writes; name a run's folder")
     started = modified_at(out / "config.yaml")
     environment = read_json(out / "environment.json")
+    ranks = rank_records(out / "ranks", environment.get("hosts", []))
     signs = [*out.glob("metrics.jsonl"), *out.glob("ranks/*"), *out.glob(f"{CHECKPOINTS}/*"), *out.glob("result.json")]
+    signs_at = [*map(modified_at, signs), *(one["heartbeat"].get("at", 0.0) for one in ranks)]
     return {
         "recipe": recipe,
         "config": text,
         "started": started,
-        "last_sign": max(map(modified_at, signs), default=None),
+        "last_sign": max(signs_at, default=None),
         "running": is_locked(out / ".lock"),
         "result": read_result(out),
         "report": next((name for name in REPORTS.get(recipe, []) if modified_at(out / name) >= started), None),
         "environment": environment,
         "out_of_memory": read_json(out / "out_of_memory.json"),
         "metrics": list(json_lines(out / "metrics.jsonl")),
-        "ranks": rank_records(out / "ranks", environment.get("hosts", [])),
+        "ranks": ranks,
         "earlier": earlier_attempts(out / "ranks"),
         "checkpoints": checkpoint_record(out / CHECKPOINTS),
         "job": job_log(out / "slurm"),
@@ -83,12 +86,6 @@ def refuse_folder(out: Path) -> UserError:
     return UserError(f"run={out}: is not a run's folder; {hint}")
 
 
-def modified_at(path: Path) -> float:
-    with contextlib.suppress(OSError):
-        return path.stat().st_mtime
-    return 0.0
-
-
 def json_lines(path: Path) -> Iterator[Facts]:
     """The JSON objects of a file, a line each; a line that its writer died in is left out."""
     with contextlib.suppress(OSError):
@@ -101,16 +98,16 @@ def json_lines(path: Path) -> Iterator[Facts]:
 
 def rank_records(folder: Path, hosts: list[str]) -> list[Facts]:
     """Of each rank that left something: its host, its last step, its error, and its heartbeat."""
-    numbers = {int(path.stem) for path in folder.glob("*.*") if path.stem.isdecimal()}
+    beats = read_heartbeats(folder)
     found = []
-    for rank in sorted(numbers):
+    for rank in sorted(beats.keys() | {int(path.stem) for path in folder.glob("*.*") if path.stem.isdecimal()}):
         lines: list[str] = []
         with contextlib.suppress(OSError):
             lines = (folder / f"{rank}.log").read_text(errors="replace", encoding="utf-8").splitlines()
         starts = [number for number, line in enumerate(lines) if BEGUN.match(line)]
         lines = lines[starts[-1] :] if starts else lines  # of the last start
         steps = [int(step) for line in lines for step in re.findall(r"^\d\d:\d\d:\d\d .*?step ([\d]+)/\d", line)]
-        heartbeat = next(json_lines(folder / f"{rank}.heartbeat"), {})
+        heartbeat = beats.get(rank, {})
         error, place = error_in(lines)
         end = str(heartbeat.get("end", ""))
         error = error or (end if end != FINISHED else "")

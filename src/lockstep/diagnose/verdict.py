@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.diagnose.stacks import crash_place, has_content
-from lockstep.distributed.heartbeat import FAILED, FINISHED, Beat, process_state, read_heartbeat
+from lockstep.distributed.heartbeat import FAILED, FINISHED, Beat, process_state
+from lockstep.distributed.host_memory import read_heartbeat, read_heartbeats
 
 MAX_LISTED = 8  # ranks, or places, that a message lists
 
@@ -169,8 +170,7 @@ def describe_failure(out: Path, rank: int, aborted: bool = False) -> tuple[str, 
     if "step" not in facts:
         return "", []
     if aborted:
-        numbers = sorted(int(path.stem) for path in folder.glob("[0-9]*.heartbeat"))
-        everyone = [read_heartbeat(folder, number) for number in numbers]
+        everyone = list(read_heartbeats(folder).values())
         add_crash_places(everyone, folder)
         lines = rank_lines(everyone, ["answered"] * len(everyone))
     return f" on {facts['host']}{at_step(facts)}", lines

@@ -4,7 +4,7 @@ The collective itself notices: it gives up after timeout_seconds, or at once whe
 are all slow alike, in compiling, evaluating or saving, never end a run: none waits for another. The rank that has
 waited too long sets a key in the store where the ranks have met. On every other rank a thread looks for this key, even
 while the main thread hangs: it writes down all stacks, answers where the main thread is and which collective was its
-last, and ends the rank when the verdict is there. If a rank cannot answer, its heartbeat file says where it was.
+last, and ends the rank when the verdict is there. If a rank cannot answer, its heartbeat says where it was.
 
 NCCL does not raise in the main thread, but aborts the process from a thread of its own. With NCCL, therefore, the
 watchdog's thread also looks into torch's flight recorder for a collective that has been under way for timeout_seconds,
@@ -39,7 +39,8 @@ from lockstep.diagnose.flight_recorder import (
 from lockstep.diagnose.stacks import LOCKSTEP, VERDICT_MARK, Frame, has_content, keep_stack, source_line, user_line
 from lockstep.diagnose.unheeded import unheeded_signal
 from lockstep.diagnose.verdict import at_step, explain_wait, list_ranks, position, rank_state
-from lockstep.distributed.heartbeat import FAILED, Beat, Heartbeat, read_heartbeat
+from lockstep.distributed.heartbeat import FAILED, Beat, Heartbeat
+from lockstep.distributed.host_memory import read_heartbeat, read_heartbeats
 from lockstep.distributed.interfaces import lost_link
 from lockstep.distributed.signals import alone_under_srun
 from lockstep.distributed.store import run_within
@@ -177,7 +178,8 @@ class Watchdog:
             time.sleep(0.1)
         askers = [facts["rank"] for facts in everyone if facts.get("asked") and facts["rank"] != self._rank]
         # What the others have told the store may be older than their files, which are many to read.
-        if found := self._verdict_of_another([read_heartbeat(self._folder, rank) for rank in askers]):
+        there = read_heartbeats(self._folder)
+        if found := self._verdict_of_another([there[rank] for rank in askers if rank in there]):
             return found
         for facts in unheard:  # its file is here, and its answer is not in the store
             facts["cut"] = True
@@ -287,18 +289,23 @@ class Watchdog:
         """The verdict; where the asker has lost the store, its first line; nothing where none comes in time, or the asker
         has ended, as by a launcher's SIGTERM.
         """
-        deadline = time.monotonic() + seconds
-        while time.monotonic() < deadline:
-            # Looked at before its last word: what it has written by its end is read then.
-            gone = rank_state(read_heartbeat(self._folder, asker), answered=False) == "gone"
+        deadline, next_look = time.monotonic() + seconds, 0.0
+        asked: Beat = {}
+        while (now := time.monotonic()) < deadline:
+            if now >= next_look:
+                asked = read_heartbeat(self._folder, asker)
+                # On another host it is in a file that all ranks read: a thousand do so less often.
+                next_look = now if asked.get("host") == socket.gethostname() else now + self._world_size / 200
+            gone = rank_state(asked, answered=False) == "gone"
             if self._try_store(lambda: self._store.check([VERDICT_KEY])):
                 told = json.loads(self._store.get(VERDICT_KEY))
                 self._leave_last(told["readers"], waits=False)
                 return str(told["text"])
-            found = read_heartbeat(self._folder, asker)
-            if found.get("spoke"):
-                return str(found["end"])
-            if self._store_lost or gone:
+            if ending := self._store_lost or gone:
+                asked = read_heartbeat(self._folder, asker)  # what it has written by its end
+            if asked.get("spoke"):
+                return str(asked["end"])
+            if ending:
                 break
             time.sleep(0.1)
         return ""
@@ -321,9 +328,9 @@ class Watchdog:
 
     def _all_ranks(self, answers: dict[int, Beat]) -> tuple[list[Beat], list[str]]:
         """(what is known of each rank, its rank_state)."""
-        everyone, states = [], []
+        everyone, states, there = [], [], read_heartbeats(self._folder)
         for rank in range(self._world_size):
-            facts = answers.get(rank) or read_heartbeat(self._folder, rank)
+            facts = answers.get(rank) or there.get(rank, {"rank": rank})
             everyone.append(self.heartbeat.facts if rank == self._rank else facts)
             states.append(rank_state(everyone[-1], rank in answers or "call" in everyone[-1]))
         return everyone, states

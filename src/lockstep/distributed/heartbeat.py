@@ -1,4 +1,4 @@
-"""Where every rank is, readable from outside whatever becomes of it: ranks/<rank>.heartbeat, a line of JSON.
+"""Where every rank is, readable from outside whatever becomes of it: a line of JSON in the host's memory.
 
     {"step": 8, "phase": "training", "at": 1795285031.284, "spent": {"waiting for data": 0.031, "training": 1.204},
      "taken": 7, "busy": 0.967, "rank": 1, "host": "node1", "pid": 4711, "born": 81}
@@ -7,9 +7,9 @@
 the process computed, or waited for a core: a rank that waits for another rank does neither, so the slowest rank has the
 largest value. It is summed up once per step, because asking the kernel takes as long as all the rest.
 
-A rank rewrites its line at each change of phase, by one write without a flush: the kernel keeps it however the process
-ends. (A mapped file would kill the rank where the disk is full.) A rank that is asked where it is adds `call` and
-`collectives`, and one that ends, `end`. No torch in here: launchers read these files too.
+A rank rewrites its line at each change of phase, by one write: the kernel keeps it however the process ends. A rank that
+is asked where it is adds `call` and `collectives`, and one that ends, `end`. Where the lines are, and how other hosts
+see them: lockstep.distributed.host_memory. No torch in here.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lockstep.config.own_files import descriptor_of
+from lockstep.distributed.host_memory import LINE_BYTES, SUMMARY_SECONDS, Beat, Line, publish
+from lockstep.utils import temporary
 from lockstep.utils.system import stat_fields
 
 TRAINING, WAITING = STEP_PHASES = "training", "waiting for data"
 DATA_WAIT_SHARE = 0.05  # share of its steps from which a rank's wait for data is mentioned
-FILE_BYTES = 8192  # bytes of a heartbeat file, more than a line ever has
 FINISHED, FAILED = "finished", "failed"
-Beat = dict[str, Any]  # what a heartbeat file says
 Clocks = tuple[float, float, float]  # seconds: computed by this process, by its main thread, kept from a core
 NO_TIME: Clocks = (0.0, 0.0, 0.0)
 
@@ -55,14 +54,31 @@ class Heartbeat:
         self._seconds: dict[str, str] = {}  # the same, as it stands in the line
         self._taken, self._since, self.moves = 0, 0.0, 0
         self._used = self._used_before = NO_TIME  # in steps; by the last time that the clocks were read
-        self._file: int | None = None
+        self._line: Line | None = None
+        self._closed = threading.Event()
         self._schedule: int | None = None
         with contextlib.suppress(OSError):
             self._schedule = os.open("/proc/self/schedstat", os.O_RDONLY)  # the main thread's
         if folder is not None:
-            with contextlib.suppress(OSError):  # a full disk costs the heartbeat, not the run
-                self._file = descriptor_of(folder / f"{rank}.heartbeat", os.O_RDWR | os.O_CREAT)
+            with contextlib.suppress(OSError):  # no room costs the heartbeat, not the run
+                self._line = Line(folder, rank)
         self.enter("starting", 0)
+        if self._line is not None:
+            publish(self._line.folder, self._line.ranks)  # in place of what an earlier attempt has left there
+            threading.Thread(target=self._sum_up, args=(self._line,), daemon=True, name="heartbeats").start()
+            temporary.do_at_the_end(self.close)
+
+    def close(self) -> None:
+        """Leave: from here on nothing is written."""
+        line, self._line = self._line, None
+        self._closed.set()
+        if line is not None and os.getpid() == self.facts["pid"]:  # a copy of this process is no rank
+            line.leave()
+
+    def _sum_up(self, line: Line) -> None:
+        """In a thread: write the summary of this host when it is due, unless another rank has."""
+        while not self._closed.wait(SUMMARY_SECONDS):
+            publish(line.folder, line.ranks, unless_within=SUMMARY_SECONDS)
 
     def enter(self, phase: str, step: int | None = None) -> None:
         """Begin a phase; `step`: the one that is being taken, else as before."""
@@ -113,21 +129,23 @@ class Heartbeat:
         return 0.0
 
     def update(self, **facts: Any) -> None:
-        """Add to what is known of this rank; from any thread."""
+        """Add to what is known of this rank, and have all hosts see it; from any thread."""
         with self._telling:
             self.facts |= facts
             rest = {name: value for name, value in self.facts.items() if name not in ("step", "phase", "at")}
             text = json.dumps(rest)[1:]
             if (
-                len(text) > FILE_BYTES // 2
+                len(text) > LINE_BYTES // 2
             ):  # very many groups; in the store, where the others look first, there is room
                 text = json.dumps(rest | {"collectives": {}, "last": ""})[1:]
             self._rest = text
             self._write()
+            if (line := self._line) is not None:
+                publish(line.folder, line.ranks)
 
     def _write(self) -> None:
         """Put the line together by hand: json.dumps would take as long as all the rest of a change of phase."""
-        if self._file is None:
+        if (place := self._line) is None:
             return
         facts, spent = self.facts, ", ".join(self._seconds.values())
         line = (
@@ -135,21 +153,13 @@ class Heartbeat:
             f'"taken": {self._taken}, "busy": {self._used[0] + self._used[2]:.3f}, {self._rest}'
         )
         with contextlib.suppress(OSError):
-            os.pwrite(self._file, line.encode().ljust(FILE_BYTES - 1) + b"\n", 0)
+            place.write(line)
 
 
 def wait_share(spent: Mapping[str, float]) -> float:
     """Of the seconds that a rank has spent in steps, by phase, the share in which it waited for data."""
     whole = sum(spent.get(phase, 0.0) for phase in STEP_PHASES)
     return spent.get(WAITING, 0.0) / whole if whole else 0.0
-
-
-def read_heartbeat(folder: Path, rank: int) -> Beat:
-    """What a rank wrote last; only its number where it wrote nothing."""
-    for _ in range(3):  # it may be writing
-        with contextlib.suppress(OSError, ValueError):
-            return dict(json.loads((folder / f"{rank}.heartbeat").read_text(encoding="utf-8")))
-    return {"rank": rank}
 
 
 def process_state(pid: int) -> tuple[str, int | None]:

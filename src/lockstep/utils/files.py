@@ -11,15 +11,20 @@ from pathlib import Path
 from typing import Any
 
 
-def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
-    """Write beside `path`, flush to disk, then rename: after a crash there is the old file or the new, never a part."""
+def write_atomically(path: Path, content: str | bytes | memoryview, durable: bool = True) -> None:
+    """Write beside `path`, flush to disk, then rename: after a crash there is the old file or the new, never a part.
+
+    Args:
+        durable: whether to flush; without it this holds for a crash of the process, not of the host.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)  # of a killed process of this number; or somebody has guessed the name
         with temporary.open("xb") as stream:
             stream.write(content.encode() if isinstance(content, str) else content)
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         temporary.replace(path)
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -65,6 +70,13 @@ def read_json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
+
+
+def modified_at(path: Path) -> float:
+    """When a file was last written, in seconds since 1970; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def is_locked(path: Path) -> bool:

@@ -8,6 +8,7 @@ Source: https://man7.org/linux/man-pages/man2/flock.2.html
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import multiprocessing
@@ -16,7 +17,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing import util
 from pathlib import Path
 from typing import NoReturn
@@ -24,6 +25,7 @@ from typing import NoReturn
 PREFIX = "lockstep-"
 HELD = ".held"  # the file with the lock
 _of_sockets: dict[int, tuple[str, int]] = {}  # {process: its folder for sockets, the lock's descriptor}
+_last_works: list[Callable[[], None]] = []
 
 
 def own_compile_cache() -> None:
@@ -82,10 +84,18 @@ def remove_sockets() -> None:
         remove(_of_sockets.pop(os.getpid())[0])
 
 
+def do_at_the_end(work: Callable[[], None]) -> None:
+    """Have it done before this process ends, by `exit_at_once` or the interpreter's own way."""
+    _last_works.append(work)
+    atexit.register(work)
+
+
 def exit_at_once(code: int) -> NoReturn:
     """os._exit, with nothing left unsaid, and no folder left behind."""
     sys.stdout.flush()
     sys.stderr.flush()
+    for work in _last_works:
+        work()
     remove_sockets()
     os._exit(code)
 
