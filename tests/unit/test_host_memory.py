@@ -70,6 +70,14 @@ def test_a_change_of_phase_writes_to_memory_alone(ranks: Path) -> None:
     assert [json.loads(line)["step"] for line in (ranks / "0.heartbeats").read_text().splitlines()] == [3, 0]
 
 
+def test_a_host_has_one_summary_whichever_rank_comes_first(ranks: Path) -> None:
+    late, first = Heartbeat(ranks, 3), Heartbeat(ranks, 2)
+    assert [path.name for path in ranks.iterdir()] == ["2.heartbeats"]
+    late.close()
+    first.close()
+    assert [path.name for path in ranks.iterdir()] == ["2.heartbeats"]
+
+
 def test_another_host_sees_the_summary(ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(beats, "SUMMARY_SECONDS", 0.05)
     on("node1", monkeypatch)

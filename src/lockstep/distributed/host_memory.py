@@ -32,7 +32,7 @@ from lockstep.utils.files import modified_at, write_atomically
 SHARED_MEMORY = "/dev/shm"
 LINE_BYTES = 8192  # of a line in memory, more than it ever needs
 SUMMARY_SECONDS = 3.0  # between two summaries of a host
-PATIENCE_SECONDS = 1.0  # for a lock that a process may hold which is stopped
+LOCK_SECONDS = 1.0  # for a lock that a process may hold which is stopped
 PUBLISHED = ".published"  # a copy of the last summary
 Beat = dict[str, Any]  # what a line says
 
@@ -48,11 +48,12 @@ class Line:
     """
 
     def __init__(self, ranks: Path, rank: int) -> None:
-        sweep()
+        collect_ended()
         self.ranks, failed = ranks, OSError(f"{ranks} is not there")
         for self.folder in folders(ranks):
             try:
                 self._lock = enter(self.folder, ranks)
+                (self.folder / PUBLISHED).touch()  # here alone: nobody makes it again while the folder is removed
                 self._file = os.open(self.folder / str(rank), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 self.write("")  # from here on no write can fail for want of room
                 return
@@ -77,10 +78,10 @@ def folders(ranks: Path) -> list[Path]:
     except OSError:
         return []
     identity = hashlib.sha256(f"{socket.gethostname()} {facts.st_dev} {facts.st_ino}".encode()).hexdigest()[:16]
-    return [parent / f"{prefix()}{identity}" for parent in parents()]
+    return [parent / f"{prefix()}{identity}" for parent in places_for_lines()]
 
 
-def parents() -> list[Path]:
+def places_for_lines() -> list[Path]:
     return [Path(SHARED_MEMORY), Path(tempfile.gettempdir())]
 
 
@@ -139,17 +140,20 @@ def publish(folder: Path, ranks: Path, unless_within: float = 0.0) -> None:
     Args:
         unless_within: seconds; not where one has been written since then.
     """
-    with contextlib.suppress(OSError), open(folder / PUBLISHED, "a+", encoding="utf-8") as last:
+    with contextlib.suppress(OSError), open(folder / PUBLISHED, "r+", encoding="utf-8") as last:
         wait_for_lock(last.fileno())
         if unless_within and time.time() - os.fstat(last.fileno()).st_mtime < unless_within:
             return
         beats = dict(in_memory(folder))
         text = "".join(f"{json.dumps(beats[rank])}\n" for rank in sorted(beats))
-        last.seek(0)
-        if text and text != last.read():
+        before = last.read()
+        if text and text != before:
             # No flush to disk: should this host go down, what is lost is a few seconds.
             write_atomically(ranks / f"{min(beats)}.heartbeats", text, durable=False)
-            last.truncate(0)
+            if before and (first := json.loads(before.partition("\n")[0])["rank"]) != min(beats):
+                (ranks / f"{first}.heartbeats").unlink(missing_ok=True)  # the first rank came later
+            last.seek(0)
+            last.truncate()
             last.write(text)
         else:
             os.utime(last.fileno())
@@ -157,7 +161,7 @@ def publish(folder: Path, ranks: Path, unless_within: float = 0.0) -> None:
 
 def wait_for_lock(file: int) -> None:
     """Lock a file; go on without where another process keeps it: the worst is a summary older than the last."""
-    deadline = time.monotonic() + PATIENCE_SECONDS
+    deadline = time.monotonic() + LOCK_SECONDS
     while time.monotonic() < deadline:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,20 +174,20 @@ def collect(ranks: Path) -> None:
     """Sum up what this host's memory holds of a run whose ranks here have ended, and remove it."""
     for folder in filter(is_own, folders(ranks)):
         publish(folder, ranks)
-        deadline = time.monotonic() + PATIENCE_SECONDS  # a killed rank's helpers hold the lock a little longer
-        while remove_if_free(folder) and time.monotonic() < deadline:
+        deadline = time.monotonic() + LOCK_SECONDS  # a killed rank's helpers hold the lock a little longer
+        while collect_if_free(folder) and time.monotonic() < deadline:
             time.sleep(0.05)
 
 
-def sweep() -> None:
+def collect_ended() -> None:
     """Sum up and remove the folders of this user's whose processes are gone."""
-    for parent in parents():
+    for parent in places_for_lines():
         with contextlib.suppress(OSError):
             for folder in filter(is_own, parent.glob(f"{prefix()}*")):
-                remove_if_free(folder)
+                collect_if_free(folder)
 
 
-def remove_if_free(folder: Path) -> bool:
+def collect_if_free(folder: Path) -> bool:
     """Sum a folder up and remove it, unless somebody holds it; return whether that is so."""
     try:
         lock = os.open(folder / temporary.HELD, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
