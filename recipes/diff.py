@@ -90,7 +90,7 @@ def trained_config(run: Run[DiffConfig], each: Recipe) -> Config:
     """What a recipe is trained with: few steps, whose tensors are recorded."""
     config, steps = run.config, run.config.record_tensors
     return with_values(
-        proof_config(run, each.config, config.precision, {}), {"max_steps": steps, "record_tensors": steps}
+        proof_config(run.asked, each.config, config.precision, {}), {"max_steps": steps, "record_tensors": steps}
     )
 
 

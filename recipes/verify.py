@@ -17,6 +17,8 @@ compares two records, report.py prints them.
     python -m recipes.verify recipes=[my_recipe.py]                   your loop: against single, or itself on one rank
     python -m recipes.verify recipes=[fsdp] interrupt=2               cut off after 2 steps and resumed: still equal
     python -m recipes.verify recipes=[my_recipe.py] trace=true        of a row that is off: the first layer and operation
+    python -m recipes.verify recipes=[tensor_parallel] simulate=64    64 ranks as threads of one process; or context_parallel,
+                                                                      expert_parallel, parallel_mesh
     python -m recipes.verify museum=list                              bugs that really happened; museum=NAME shows one
     python -m recipes.verify program='torchrun --nproc-per-node=2 train.py' against='python train.py'
                                                                       a program of your own (docs/your_program.md)
@@ -115,12 +117,35 @@ def answer_alone(config: VerifyConfig) -> int | None:
 
         print(museum_list())
         return 0
+    if config.simulate is not None:
+        return verify_many(config)
     if config.program is None:
         for name, value in [(name, getattr(config, name)) for name in OF_PROGRAMS]:
             if value != getattr(VerifyConfig(), name):
                 raise UserError(f"{name}={value}: goes with program=…; leave it out, or set max_steps for recipes")
         return None
     return verify_programs(config)
+
+
+def verify_many(config: VerifyConfig) -> int:
+    """Verify recipes on ranks that are threads of this process.
+
+    Raises:
+        UserError: a key contradicts simulate=N, or a recipe or a size cannot be simulated.
+        CheckFailed: a row is off.
+    """
+    from lockstep.verify.simulated import OWN_KEYS, verify_simulated
+
+    check_values(config)
+    for name in ("program", "against", "interrupt", "museum", "trace", "nproc", "cluster"):
+        if (value := getattr(config, name)) not in (None, False):
+            raise UserError(f"{name}={value}: goes with real ranks; leave it out, or simulate={config.simulate}")
+    if config.precision not in (VerifyConfig().precision, "fp64"):
+        raise UserError(
+            f"precision={config.precision}: simulate={config.simulate} is held to fp64's bounds; leave it out"
+        )
+    recipes = recipes_with_proofs(config.recipes or list(OWN_KEYS))
+    return verify_simulated(config, recipes, get_recipe("single"), sys.argv[1:])
 
 
 def verify_programs(config: VerifyConfig) -> int:

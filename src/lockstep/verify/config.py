@@ -31,6 +31,12 @@ class VerifyConfig(ToolConfig):
         None, "break a recipe by a bug that really happened, and see it found; list: their names (docs/museum.md)"
     )
     trace: bool = key(False, "of a row that is off, also name the first layer and operation that differ")
+    simulate: int | None = key(
+        None,
+        "so many ranks in this one process, each a thread, in fp64; of recipes that cut what is trained (null: real ones)",
+        minimum=2,
+        maximum=256,
+    )
     program: str | None = key(
         None,
         "no recipe but a program of your own: a command such as 'torchrun --nproc-per-node=2 train.py', which is held to "

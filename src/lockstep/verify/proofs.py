@@ -122,18 +122,29 @@ def fewest_steps(config: Config) -> int:
     return config.max_steps or min(PROOF_STEPS.values())
 
 
-def proof_config(run: Run[Any], schema: type[Config], precision: str, values: dict[str, Any]) -> Config:
+def proof_config(asked: Config, schema: type[Config], precision: str, values: dict[str, Any]) -> Config:
     """What both sides train, each in its own config class: few steps, every one of them logged, one evaluation at the end."""
     common: dict[str, Any] = {
         "precision": precision,
-        "max_steps": run.config.max_steps or PROOF_STEPS[precision],
+        "max_steps": asked.max_steps or PROOF_STEPS[precision],
         "log_every": 1,
         "eval_every": 0,
         "optim.warmup_steps": 0,
     }
     if precision == "fp16":  # so small that no step is left out: which ones are depends on how images are dealt out
         common["loss_scale"] = 256.0
-    return with_values(convert(run.asked, schema), common | values)
+    return with_values(convert(asked, schema), common | values)
+
+
+def both_configs(case: ProofCase, single: Recipe, asked: Config) -> tuple[Config, Config]:
+    """(what the reference trains, what the recipe trains), from what the tool was asked for."""
+    trained = {name: value for name, value in case.settings.items() if name.startswith(TASK_KEYS)}
+    settings = {name: value for name, value in case.settings.items() if name not in trained}
+    base = proof_config(asked, single.config, case.precision, settings)
+    mine = with_values(proof_config(asked, case.recipe.config, case.precision, settings), case.proof.own)
+    if case.task:
+        base.task, mine.task = task_schema(case.task)(), task_schema(case.task)()
+    return with_values(base, trained), with_values(mine, trained)
 
 
 def proof_batch(samples: int, ranks: int) -> int:
@@ -155,13 +166,7 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
         CheckFailed: a training failed.
     """
     each, precision = case.recipe, case.precision
-    trained = {name: value for name, value in case.settings.items() if name.startswith(TASK_KEYS)}
-    settings = {name: value for name, value in case.settings.items() if name not in trained}
-    base = proof_config(run, single.config, precision, settings)
-    mine = with_values(proof_config(run, each.config, precision, settings), case.proof.own)
-    if case.task:
-        base.task, mine.task = task_schema(case.task)(), task_schema(case.task)()
-    base, mine = with_values(base, trained), with_values(mine, trained)
+    base, mine = both_configs(case, single, run.asked)
     row = VerifyRow(each.name, precision, run.world.world_size, mine.max_steps or 0, variant=case.variant)
     row.against = described_reference(case.against, each)
     ranks = each.ranks or run.world.world_size

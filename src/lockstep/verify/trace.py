@@ -18,6 +18,8 @@ from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.copies import with_values
 from lockstep.config.schema import Config
 from lockstep.distributed.collectives import gather_objects
+from lockstep.distributed.process_group import World
+from lockstep.distributed.signals import Listener
 from lockstep.run import Run
 from lockstep.training.local_gradients import LocalGradients
 
@@ -80,7 +82,24 @@ def trace(
         looks_on: further callbacks.
     """
     out = run.out / name
-    if run.world.rank == 0:
+    found = train_traced(run.world, out, recipe, config, prepare, interrupt, looks_on, run.listener)
+    parts = gather_objects({name: tensor.cpu() for name, tensor in found.items()}, None)
+    dist.barrier()
+    return None if run.world.rank else trace_of(out, recipe, parts)
+
+
+def train_traced(
+    world: World,
+    out: Path,
+    recipe: Recipe,
+    config: Config,
+    prepare: Callable[[Run, nn.Module], None] | None = None,
+    interrupt: int | None = None,
+    looks_on: Sequence[Callback] = (),
+    listener: Listener | None = None,
+) -> Tensors:
+    """Train a recipe among all ranks in the folder `out`: this rank's first gradients, whole. Else as `trace`."""
+    if world.rank == 0:
         (out / "ranks").mkdir(parents=True, exist_ok=True)  # left by a start that was preempted
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     dist.barrier()
@@ -89,21 +108,22 @@ def trace(
         inner = Run(
             recipe.name,
             with_values(config, values),
-            run.world,
+            world,
             out,
             shards=recipe.ranks,
             quiet=True,
-            listener=run.listener,
+            listener=listener,
             callbacks=[gradients, *looks_on],
         )
         inner.loop.context.saves = interrupt is not None
         if prepare:
             inner.prepare = partial(prepare, inner)
         recipe(inner)
-    parts = gather_objects({name: tensor.cpu() for name, tensor in gradients.found.items()}, None)
-    dist.barrier()
-    if run.world.rank:
-        return None
+    return gradients.found
+
+
+def trace_of(out: Path, recipe: Recipe, parts: list[Tensors]) -> Trace:
+    """What `train_traced` has left in its folder, and what it returned on each rank."""
     whole = {name: tensor for part in reversed(parts) for name, tensor in part.items()}
     if recipe.local_updates:
         whole = {name: torch.stack([part[name] for part in parts]).mean(0) for name in whole}
