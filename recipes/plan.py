@@ -19,6 +19,8 @@ How: lockstep/plan/dry_run.py takes the steps, watch.py counts, clock.py and lin
     python -m recipes.plan task=language task.size=tiny gpus=64 hardware=h100 precision=bf16 price=2.5
     python -m recipes.plan task=my_task.py:MyTask recipes=[ddp,my_recipe.py] gpus=16     your model, your loop
     python -m recipes.plan hardware=my_cluster.yaml json=true                            your devices; for programs
+    python -m recipes.plan curve=true gpus=16384 plot=curve.svg      from one node to 16,384 devices, and where each stops
+    python -m recipes.plan gpus=64 network=hdr interconnect=pcie4    other links than the profile's
     python -m recipes.plan check=true nproc=2        real steps on this machine, and by how much the plan is off
 
 Expect: a table within half a minute, a command to type, and nothing on the disk.
@@ -37,8 +39,10 @@ from lockstep.config.check import check_values
 from lockstep.config.tasks import unit_of
 from lockstep.plan.check import check_plan, check_table
 from lockstep.plan.config import PlanConfig
+from lockstep.plan.curve import TAKEN_NODES, ScalingCurve, curve_ranks, scaled, scaling_curve, strategies
+from lockstep.plan.curve_report import curve_table, draw_curves
 from lockstep.plan.estimate import Estimate, estimate, seconds_alone
-from lockstep.plan.hardware import MEASURED, Hardware, load_hardware
+from lockstep.plan.hardware import MEASURED, Hardware, load_hardware, with_links
 from lockstep.plan.here import measure_hardware
 from lockstep.plan.report import (
     advice,
@@ -53,6 +57,8 @@ from lockstep.plan.rows import PLANNED, USUAL, plan_rows
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, short
+
+MOST_TAKEN = 1024  # devices of a table, whose steps are all taken
 
 
 def planned_recipes(names: list[str] | None) -> list[Recipe]:
@@ -101,12 +107,55 @@ def plan_all(
     return made, left_out
 
 
+def print_curves(config: PlanConfig, hardware: Hardware) -> int:
+    """Plan each strategy on 8, 16, 32 … devices."""
+    ranks = curve_ranks(config.gpus, hardware.per_node)
+    taken = [each for each in ranks if each <= TAKEN_NODES * hardware.per_node]
+    tables, left_out = [], []
+    for number in taken:
+        rows, refused = plan_rows(
+            scaled(config, number, ranks[0]), train, planned_recipes(config.recipes), number, hardware
+        )
+        tables.append(rows)
+        left_out += [line for line in refused if line not in left_out]
+    chosen = list(strategies(tables))
+    say(f"plan: {count(len(chosen), 'curve')} to {ranks[-1]:,} devices, {hardware.name}")
+    made: list[ScalingCurve] = []
+    for number, rows in enumerate(chosen, start=1):
+        start = ranks.index(rows[0].ranks)
+        try:
+            made.append(scaling_curve(rows, ranks[start:], config.scaling == "weak", hardware))
+        except Exception as error:  # as in plan_all
+            left_out.append(f"{rows[0].label}: {type(error).__name__}: {str(error).splitlines()[0]}")
+        say(f"{number} of {len(chosen)}: {rows[0].label}")
+    if not made:
+        raise UserError("no curve could be planned: " + "; ".join(left_out or [f"gpus={config.gpus}: is one point"]))
+    if config.plot:
+        draw_curves(made, config.plot)
+    if config.json:
+        about = {"hardware": hardware.name, "scaling": config.scaling, "plot": config.plot}
+        print(json.dumps(about | {"curves": [each.facts() for each in made], "left_out": left_out}, indent=1))
+        return 0
+    Console(width=80).print(*curve_table(made, config.scaling), sep="\n")
+    for line in [*(each.verdict() for each in made), *(f"left out: {each}" for each in left_out)]:
+        print(line)
+    if config.plot:
+        print(f"drawn: {config.plot}")
+    return 0
+
+
 def make_plan(config: PlanConfig) -> int | None:
     """Plan all rows and print them; no rank is started, but to measure this machine."""
     check_values(config)
     if config.check or config.hardware == MEASURED:
         return None
-    hardware = load_hardware(config.hardware)
+    hardware = with_links(load_hardware(config.hardware), config.network, config.interconnect)
+    if config.curve:
+        return print_curves(config, hardware)
+    if config.gpus > MOST_TAKEN:
+        raise UserError(f"gpus={config.gpus}: a table is of at most {MOST_TAKEN:,} devices; add curve=true for more")
+    if config.plot:
+        raise UserError(f"plot={config.plot}: draws curves; add curve=true")
     alone = time_alone(config, hardware)
     made, left_out = plan_all(config, config.gpus, hardware, alone)
     if not made:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.config.compose import compose_another
+from lockstep.config.schema import Config
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from lockstep.plan.clock import DeviceClock
@@ -14,17 +15,24 @@ from lockstep.plan.dry_run import DryRun, dry_steps
 from lockstep.plan.formulas import expected_traffic
 from lockstep.plan.hardware import hardware_names, load_hardware
 from lockstep.plan.links import Collective, collective_kind
+from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe
 
 H100 = load_hardware("h100")
 WEIGHTS = 4 * (197_184 + 128 * 18)  # bytes of task=language's nano, with 17 grey values and a beginning
 
 
-def planned(name: str, ranks: int, *words: str) -> tuple[DryRun, dict[str, int] | None]:
-    """(a recipe's steps, the bytes that it must send by formula)."""
+def planned_config(name: str, ranks: int, *words: str) -> tuple[Recipe, Config]:
+    """A recipe, and its config for so many ranks."""
     recipe = get_recipe(name)
     config = compose_another(recipe, ["task.name=language", "optim=adamw", *words])
     validate(config, recipe, ranks)
+    return recipe, config
+
+
+def planned(name: str, ranks: int, *words: str) -> tuple[DryRun, dict[str, int] | None]:
+    """(a recipe's steps, the bytes that it must send by formula)."""
+    recipe, config = planned_config(name, ranks, *words)
     return dry_steps(recipe, config, ranks, H100), expected_traffic(name, config, ranks)
 
 
@@ -58,7 +66,7 @@ def test_what_is_wrong_with_a_profile_is_said(change: object, said: str, tmp_pat
 
 
 def test_unknown_hardware_is_listed() -> None:
-    with pytest.raises(UserError, match="hardware=h101: no such profile; allowed are a100, b200, h100"):
+    with pytest.raises(UserError, match="hardware=h101: no such profile; allowed are a100, b200, epyc9654, h100"):
         load_hardware("h101")
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import statistics
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.copies import with_values
 from lockstep.distributed.collectives import gather_numbers
+from lockstep.plan.clock import StepTimes
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.dry_run import STEPS, dry_steps
 from lockstep.plan.hardware import Hardware, load_hardware
@@ -30,7 +31,7 @@ from lockstep.registry import get_recipe
 from lockstep.run import Run
 from lockstep.utils.tables import terminal_tables
 
-TIMED = 9  # steps that are timed, after as many as a plan takes
+TIMED = 15  # steps that are timed, after as many as a plan takes
 MARK = "second step"
 QUIET: dict[str, Any] = {"eval_every": 0, "log_every": 1000, "epochs": 1000, "checkpoint.minutes": 0}
 
@@ -42,7 +43,9 @@ class CheckRow:
     Attributes:
         bytes_predicted, bytes_measured: {kind: bytes per step} on rank 0.
         peak_predicted, peak_measured: bytes of torch's tensors on rank 0 at the peak of the second and third step.
-        seconds_predicted, seconds_measured: of a step; the median of nine, on the slowest rank.
+        seconds_predicted, seconds_measured: of a step; the median, on the slowest rank.
+        work_predicted, work_measured: of them, seconds in which a rank's CPU is at work; what other programs keep it from
+            is not in it. 0: not known, as on a GPU.
     """
 
     label: str
@@ -53,6 +56,8 @@ class CheckRow:
     peak_measured: int
     seconds_predicted: float
     seconds_measured: float
+    work_predicted: float = 0.0
+    work_measured: float = 0.0
 
     @property
     def same_bytes(self) -> bool:
@@ -66,9 +71,14 @@ class CheckRow:
     def time_error(self) -> float:
         return self.seconds_predicted / self.seconds_measured - 1
 
+    @property
+    def work_error(self) -> float | None:
+        return self.work_predicted / self.work_measured - 1 if self.work_measured and self.work_predicted else None
+
     def facts(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"memory_error": self.memory_error, "time_error": self.time_error}
+        errors = {"memory_error": self.memory_error, "time_error": self.time_error, "work_error": self.work_error}
+        return asdict(self) | errors
 
 
 class RealWatch(StepWatch):
@@ -109,18 +119,20 @@ class StepProbe(Callback):
 
 
 class StepClock(Callback):
-    """Times each step."""
+    """Times each step, by the clock and by the processor."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
+        self.work: list[float] = []
 
     def on_step_begin(self, context: CallbackContext) -> None:
-        self._began = time.perf_counter()
+        self._began, self._worked = time.perf_counter(), time.process_time()
 
     def on_step_end(self, context: CallbackContext) -> None:
         if context.device.type == "cuda":
             torch.cuda.synchronize(context.device)
         self.seconds.append(time.perf_counter() - self._began)
+        self.work.append(time.process_time() - self._worked if context.device.type == "cpu" else 0.0)
 
 
 def by_kind(traffic: dict[tuple[str, str], int]) -> dict[str, int]:
@@ -131,8 +143,24 @@ def by_kind(traffic: dict[tuple[str, str], int]) -> dict[str, int]:
     return found
 
 
-def measure_row(run: Run[Any], row: PlanRow, hardware: Hardware) -> tuple[dict[str, int], int, float]:
-    """(bytes by kind, peak in bytes, seconds of a step) of real steps; all ranks call it together."""
+@dataclass(frozen=True)
+class RealSteps:
+    """What was measured.
+
+    Attributes:
+        traffic: bytes by kind of collective.
+        peak: bytes of torch's tensors.
+        seconds, work: of a step, by the clock and by the processor.
+    """
+
+    traffic: dict[str, int]
+    peak: int
+    seconds: float
+    work: float
+
+
+def measure_row(run: Run[Any], row: PlanRow, hardware: Hardware) -> RealSteps:
+    """Take real steps; all ranks call it together."""
     out = run.out / row.label.replace(" ", "-").replace("=", "-")
     config = with_values(row.config, QUIET | {"max_steps": STEPS})
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says when it begins, and that there is no GPU
@@ -141,9 +169,8 @@ def measure_row(run: Run[Any], row: PlanRow, hardware: Hardware) -> tuple[dict[s
     train_quietly(run, row.recipe, config, out / "memory", [probe], with_memory.start)
     clock = StepClock()
     train_quietly(run, row.recipe, with_values(config, {"max_steps": STEPS + TIMED}), out / "time", [clock])
-    median = statistics.median(clock.seconds[STEPS:])
-    slowest = max(gather_numbers(median, run.device))
-    return probe.traffic, peak_of(with_memory), slowest
+    seconds, work = (max(gather_numbers(median(each[STEPS:]), run.device)) for each in (clock.seconds, clock.work))
+    return RealSteps(probe.traffic, peak_of(with_memory), seconds, work)
 
 
 def train_quietly(
@@ -174,8 +201,8 @@ def peak_of(profiler: Any) -> int:
     return most
 
 
-def predict_rows(words: list[str], ranks: int, profile_text: Path) -> list[tuple[str, dict[str, int], int, float]]:
-    """(label, bytes by kind, peak, seconds) of each row; in a process that is no rank, for a rank has a process group."""
+def predict_rows(words: list[str], ranks: int, profile_text: Path) -> list[tuple[str, dict[str, int], int, StepTimes]]:
+    """(label, bytes by kind, peak, times) of each row; in a process that is no rank, for a rank has a process group."""
     from lockstep.config.compose import compose_another
 
     tool = get_recipe("plan")
@@ -185,7 +212,7 @@ def predict_rows(words: list[str], ranks: int, profile_text: Path) -> list[tuple
     found = []
     for row in checked_rows(config, ranks, hardware)[0]:
         made = dry_steps(row.recipe, row.config, row.ranks, hardware)
-        found.append((row.label, by_kind(made.step.traffic()), made.peak_bytes, made.step.times.step))
+        found.append((row.label, by_kind(made.step.traffic()), made.peak_bytes, made.step.times))
     return found
 
 
@@ -206,14 +233,15 @@ def check_plan(run: Run[PlanConfig], words: list[str], hardware: Hardware) -> li
     measured = []
     for number, row in enumerate(rows, start=1):
         measured.append(measure_row(run, row, hardware))
-        run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * measured[-1][2]:,.1f} ms per step")
+        run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * measured[-1].seconds:,.1f} ms per step")
     found: list[CheckRow] = []
     if run.world.rank == 0:
         file.write_text(hardware.as_yaml(), encoding="utf-8")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # no rank: that has a group already
             predicted = pool.submit(predict_rows, words, ranks, file).result()
-        for (label, sent, peak, seconds), real in zip(predicted, measured, strict=True):
-            found.append(CheckRow(label, ranks, sent, real[0], peak, real[1], seconds, real[2]))
+        for (label, sent, peak, times), real in zip(predicted, measured, strict=True):
+            held = (sent, real.traffic, peak, real.peak, times.step, real.seconds, times.work, real.work)
+            found.append(CheckRow(label, ranks, *held))
         for each in left_out:
             run.report.line(f"left out: {each}")
     dist.barrier(run.world.control)
@@ -228,7 +256,8 @@ def check_table(rows: list[CheckRow]) -> list[Table]:
         "peak": [gigabytes(row.peak_measured) for row in rows],
         "plan": [f"{row.memory_error:+.1%}" for row in rows],
         "step ms": [millisecond_cell(row.seconds_measured) for row in rows],
-        "plan ms": [millisecond_cell(row.seconds_predicted) for row in rows],
-        "off": [f"{row.time_error:+.0%}" for row in rows],
+        "plan ": [f"{row.time_error:+.0%}" for row in rows],
+        "CPU ms": [millisecond_cell(row.work_measured) if row.work_error is not None else "" for row in rows],
+        "plan  ": [f"{row.work_error:+.0%}" if row.work_error is not None else "" for row in rows],
     }
     return terminal_tables("measured here, and by how much the plan is off", columns, ("strategy",))

@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
+from lockstep.plan.curves import seconds_at
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.links import Collective
+
+ClockEvent = tuple[str, tuple[Any, ...]]  # a method of DeviceClock, and what it was given
 
 
 @dataclass
@@ -25,12 +29,14 @@ class StepTimes:
         communication: of all collectives, hidden or not.
         exposed: in which it waits for them.
         kinds: of `compute`, by class of operation.
+        work: of the processor, in computing and in collectives; of a measured CPU alone.
     """
 
     compute: float = 0.0
     communication: float = 0.0
     exposed: float = 0.0
     kinds: dict[str, float] = field(default_factory=dict)
+    work: float = 0.0
 
     @property
     def step(self) -> float:
@@ -49,15 +55,45 @@ class DeviceClock:
         self._now = self._link = 0.0
         self._written: dict[int, float] = {}  # when a storage is ready, by its key
         self.times = StepTimes()
+        self.events: list[ClockEvent] = []
 
     def operation(
-        self, kind: str, flops: float, dtype: str, size: float, reads: Iterable[int], writes: Iterable[int]
+        self,
+        kind: str,
+        flops: float,
+        dtype: str,
+        size: float,
+        reads: Iterable[int],
+        writes: Iterable[int],
+        operation: str = "",
     ) -> None:
-        """An operation of so many floating-point operations, which moves so many bytes."""
-        hardware = self.hardware
+        """An operation of so many floating-point operations, which moves so many bytes.
+
+        Args:
+            operation: its class in a measured profile; where that has a curve for it, the curve counts.
+        """
+        hardware, reads, writes = self.hardware, tuple(reads), tuple(writes)
+        self.events.append(("operation", (kind, flops, dtype, size, reads, writes, operation)))
         start = max([self._now, *(self._written.get(key, 0.0) for key in reads)])
+        if curve := hardware.measured.get(operation):
+            seconds = hardware.launch + seconds_at(curve, flops or size)
+            return self._work(kind, seconds, start, writes)
         moving = size / (hardware.memory_bandwidth * hardware.memory_achieved)
         seconds = max(flops / hardware.rate(dtype) if flops else 0.0, moving, hardware.launch)
+        return self._compute(kind, seconds, start, writes)
+
+    def host(self, way: str) -> None:
+        """What the host alone does: it counts where the host is the device."""
+        self.events.append(("host", (way,)))
+        if seconds := self.hardware.host.get(way):
+            self._work("host", seconds, self._now, ())
+
+    def _work(self, kind: str, seconds: float, start: float, writes: Iterable[int]) -> None:
+        """Compute on a processor that several ranks may share."""
+        self.times.work += seconds
+        self._compute(kind, seconds * self.hardware.ranks_per_core, start, writes)
+
+    def _compute(self, kind: str, seconds: float, start: float, writes: Iterable[int]) -> None:
         self._wait_until(start)
         self._now += seconds
         self.times.compute += seconds
@@ -67,8 +103,11 @@ class DeviceClock:
 
     def collective(self, each: Collective, reads: Iterable[int], writes: Iterable[int]) -> None:
         """A collective that sends what `reads` holds and fills `writes`."""
+        reads, writes = tuple(reads), tuple(writes)
+        self.events.append(("collective", (each, reads, writes)))
         seconds = each.seconds(self.hardware)
         self.times.communication += seconds
+        self.times.work += each.work(self.hardware)
         start = max([self._link, *(self._written.get(key, 0.0) for key in reads)])
         if not self.hardware.overlaps:
             start = max(start, self._now)
@@ -80,9 +119,18 @@ class DeviceClock:
 
     def passed_on(self, reads: Iterable[int], writes: Iterable[int]) -> None:
         """A copy on the collectives' own queue: its output is ready as soon as its input."""
+        reads, writes = tuple(reads), tuple(writes)
+        self.events.append(("passed_on", (reads, writes)))
         ready = max((self._written.get(key, 0.0) for key in reads), default=0.0)
         for key in writes:
             self._written[key] = ready
+
+    def replay(self, events: Iterable[ClockEvent]) -> StepTimes:
+        """The times of a step that was seen elsewhere, or of one that is made up."""
+        self.begin()
+        for name, given in events:
+            getattr(self, name)(*given)
+        return self.end()
 
     def end(self) -> StepTimes:
         """The step is over when both queues are."""

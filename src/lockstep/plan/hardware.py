@@ -6,13 +6,15 @@ file of your own with the same keys is a profile too: `hardware=my_cluster.yaml`
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass, fields
+import json
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lockstep.errors import UserError
+from lockstep.plan.curves import read_curves
 from lockstep.utils.places import folder
 
 MEASURED = "here"  # what is measured on this machine
@@ -56,6 +58,9 @@ class Hardware:
         inside, between: the link of two devices in one node, and of two in different nodes.
         overlaps: whether messages travel while the device computes.
         device: what torch calls it.
+        measured: {class of operation, or kind of collective: points of (work, seconds)}, in place of a rate for all sizes.
+        ranks_per_core: ranks that share a processor's core; more than 1 where there are fewer cores than threads.
+        host: {way in which an operation is issued: seconds of the host}; on a CPU they add to its work.
     """
 
     name: str
@@ -72,6 +77,9 @@ class Hardware:
     between: Link
     overlaps: bool = True
     device: str = "cuda"
+    measured: dict[str, Any] = field(default_factory=dict)
+    ranks_per_core: float = 1.0
+    host: dict[str, float] = field(default_factory=dict)
 
     def rate(self, dtype: str) -> float:
         """Operations per second that matrix products of this precision achieve."""
@@ -79,7 +87,7 @@ class Hardware:
 
     def as_yaml(self) -> str:
         """The text of a profile."""
-        return str(yaml.safe_dump(asdict(self), sort_keys=False))
+        return str(yaml.safe_dump(json.loads(json.dumps(asdict(self))), sort_keys=False))  # tuples as lists
 
 
 def hardware_names() -> list[str]:
@@ -109,10 +117,45 @@ def load_hardware(name: str) -> Hardware:
     if not isinstance(flops, dict) or missing_of(flops, ("fp32", "bf16", "fp16", "fp64")):
         raise UserError(f"hardware={name}: flops: must have fp32, bf16, fp16 and fp64, in operations per second")
     content["flops"] = numbers(flops, f"hardware={name}")
-    plain = {"name", "flops", "inside", "between", "overlaps", "device"}
+    if "measured" in content:
+        content["measured"] = read_curves(content["measured"], f"hardware={name}")
+    if "host" in content:
+        content["host"] = numbers(content["host"] or {}, f"hardware={name}: host")
+    plain = {"name", "flops", "inside", "between", "overlaps", "device", "measured", "host"}
     content |= numbers({key: value for key, value in content.items() if key not in plain}, f"hardware={name}")
     content["per_node"] = int(content["per_node"])
     return Hardware(**content)
+
+
+def link_names() -> list[str]:
+    """The links that can be chosen."""
+    return sorted(known_links())
+
+
+def known_links() -> dict[str, dict[str, Any]]:
+    """{name: keys of a link, and whether a node's devices share it}."""
+    found = yaml.safe_load((folder("conf") / "plan" / "links" / "links.yaml").read_text(encoding="utf-8"))
+    return dict(found)
+
+
+def with_links(hardware: Hardware, network: str | None, interconnect: str | None) -> Hardware:
+    """The same devices, linked otherwise.
+
+    Raises:
+        UserError: there is no such link.
+    """
+    for key, name, place in (("network", network, "between"), ("interconnect", interconnect, "inside")):
+        if name is None:
+            continue
+        known = known_links()
+        suited = [each for each, about in known.items() if about["where"] == place]
+        if name not in suited:
+            raise UserError(f"{key}={name}: no such link; allowed are {', '.join(sorted(suited))}")
+        about = numbers({each: value for each, value in known[name].items() if each not in ("where", "shared")}, name)
+        if known[name].get("shared"):  # one card per node
+            about["bandwidth"] /= hardware.per_node
+        hardware = replace(hardware, name=f"{hardware.name}, {name}", **{place: Link(**about)})  # type: ignore[arg-type]
+    return hardware
 
 
 def missing_of(content: dict[str, Any], names: tuple[str, ...]) -> list[str]:
@@ -145,7 +188,7 @@ def checked(content: Any, kind: type, where: str) -> dict[str, Any]:
     known = fields(kind)
     if not isinstance(content, dict):
         raise UserError(f"{where}: must be keys and values: {', '.join(each.name for each in known)}")
-    needed = tuple(each.name for each in known if each.default is MISSING)
+    needed = tuple(each.name for each in known if each.default is MISSING and each.default_factory is MISSING)
     if missing := missing_of(content, needed):
         raise UserError(f"{where}: lacks {', '.join(missing)}")
     if unknown := [key for key in content if key not in {each.name for each in known}]:

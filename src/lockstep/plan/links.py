@@ -14,6 +14,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lockstep.plan.curves import seconds_at
 from lockstep.plan.hardware import Hardware
 
 INSIDE, BETWEEN = "inside", "between"
@@ -85,6 +86,8 @@ class Collective:
         """How long it takes when all ranks have come."""
         if self.ranks == 1 or not self.size or self.kind == "receive":  # whose time is the send's
             return 0.0
+        if self.kind in hardware.measured:
+            return self._measured(hardware, self.kind)
         inside, between = hardware.inside, hardware.between
         n, m = self.ranks, self.nodes
         if self.kind == "send":
@@ -100,3 +103,14 @@ class Collective:
         leaves = self.size * (m - 1) / m if self.kind == "all-to-all" else self.sent / share
         across = leaves / between.rate
         return hardware.collective + hops + max(within, across if m > 1 else 0.0)
+
+    def work(self, hardware: Hardware) -> float:
+        """Seconds of a rank's processor, where that was measured."""
+        if self.ranks == 1 or not self.size or self.kind == "receive":
+            return 0.0
+        return self._measured(hardware, f"{self.kind}, work")
+
+    def _measured(self, hardware: Hardware, curve: str) -> float:
+        """On a curve that was measured among all ranks of a node; a ring of fewer ranks has so many fewer hops."""
+        share = 1.0 if self.kind == "send" else (self.ranks - 1) / max(1, hardware.per_node - 1)
+        return share * seconds_at(hardware.measured[curve], self.size) if curve in hardware.measured else 0.0

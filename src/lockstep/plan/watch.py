@@ -16,7 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from lockstep.plan.clock import DeviceClock, StepTimes
+from lockstep.plan.clock import ClockEvent, DeviceClock, StepTimes
+from lockstep.plan.curves import operation_class
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.links import Collective, collective_kind
 from lockstep.plan.memory import StorageLedger
@@ -36,11 +37,13 @@ class StepTrace:
         collectives: in the order in which they were issued.
         flops: floating-point operations.
         times: on the hardware that was asked for.
+        events: what the clock was told, to be told once more.
     """
 
     collectives: list[Collective] = field(default_factory=list)
     flops: int = 0
     times: StepTimes = field(default_factory=StepTimes)
+    events: list[ClockEvent] = field(default_factory=list)
 
     def traffic(self) -> dict[tuple[str, str], int]:
         """{(kind, link): bytes that are reduced, gathered, scattered or sent}."""
@@ -72,13 +75,15 @@ class StepWatch(TorchDispatchMode):
 
     def end(self) -> None:
         assert self._step
-        self._step.times = self.clock.end()
+        self._step.times, self._step.events = self.clock.end(), self.clock.events
         self.steps.append(self._step)
         self._step = None
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if any(issubclass(each, DTensor) for each in types):
+            if self._step:
+                self.clock.host("dtensor")
             return NotImplemented  # it makes operations on local tensors of it, which come by here once more
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(given[0], FakeTensor):
@@ -122,6 +127,7 @@ class StepWatch(TorchDispatchMode):
         reads, writes = set(keys_of(given)), set(keys_of(made))
         name = func._opname
         if func.namespace == "fsdp":
+            self.clock.host("fsdp")
             if name == "split_with_sizes_copy":  # weights that were gathered; FSDP frees and takes their memory itself
                 gathered = [each for each in tree_leaves(kwargs.get("out", ())) if isinstance(each, Tensor)]
                 self.ledger.watch(gathered)
@@ -130,6 +136,8 @@ class StepWatch(TorchDispatchMode):
                 self.ledger.call(made, "communication")
                 return self.clock.passed_on(reads, writes)
         if name in FREE or (writes <= reads and not func._schema.is_mutable):
+            if func.namespace == "aten":
+                self.clock.host("view")
             return None  # a view, or memory that nothing is written to
         assert self._step
         formula = flop_registry.get(func.overloadpacket)
@@ -138,7 +146,15 @@ class StepWatch(TorchDispatchMode):
         size = sum({id(each): each.nbytes for each in [*given, *made]}.values())
         dtype = PRECISIONS.get(next((each.dtype for each in given if each.is_floating_point()), torch.float32), "fp32")
         kind = "matmul" if flops else "memory"
-        self.clock.operation(kind, flops, dtype, size, reads, writes | reads if func._schema.is_mutable else writes)
+        self.clock.operation(
+            kind,
+            flops,
+            dtype,
+            size,
+            reads,
+            writes | reads if func._schema.is_mutable else writes,
+            operation_class(name, flops),
+        )
         return None
 
 

@@ -1,0 +1,226 @@
+"""What is timed to know a machine: classes of operations and kinds of collectives by size, and what the host takes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lockstep.distributed.process_group import World
+
+RESULT_NUMBERS = (16, 2**14, 2**17, 2**19, 2**21, 2**23)  # float32 numbers of an operation's result
+MATRIX_SIDES = (4, 64, 128, 256, 512, 1024)  # of square matrices
+IN_TURN, MOST_IN_TURN = 2**25, 63  # bytes of the tensors that an operation takes in turn, and at most so many more
+MESSAGES = (2**10, 2**14, 2**17, 2**20, 2**23)  # bytes of a collective
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Something that is timed.
+
+    Attributes:
+        name: a class of operations, or a kind of collectives.
+        work: floating-point operations or bytes.
+        operation: whether its smallest size is the host's time and no work.
+    """
+
+    name: str
+    work: float
+    run: Callable[[], Any]
+    operation: bool = False
+
+
+def in_turn(make: Callable[[], tuple[Any, ...]], run: Callable[..., Any]) -> Callable[[], Any]:
+    """A call on other tensors each time: in a step, what is read has been written some operations before."""
+    first = make()
+    size = sum(each.nbytes for each in first if isinstance(each, Tensor))
+    turns = cycle([first, *(make() for _ in range(min(MOST_IN_TURN, IN_TURN // max(1, size))))])
+    return lambda: run(*next(turns))
+
+
+def operation_probes() -> list[Probe]:
+    """One operation of each class at several sizes."""
+    made = []
+    for side in MATRIX_SIDES:
+        run = in_turn(lambda side=side: matrices(side, side), torch.mm)  # type: ignore[misc]
+        made.append(Probe("matmul", 2 * side**3, run, True))
+    for number in RESULT_NUMBERS:
+        size, wide = 4 * number, 4 if number < 2**14 else 64
+        index = torch.arange(number // 16).flip(0)
+        runs: dict[str, tuple[int, int, Callable[..., Any]]] = {
+            "elementwise": (3, 2, torch.add),
+            "update": (3, 2, lambda x, y: x.addcmul_(y, y, value=0.0)),
+            "function": (2, 1, F.silu),
+            "root": (2, 1, torch.sqrt),
+            "reduction": (1, 1, lambda x, wide=wide: x.view(-1, wide).sum(1)),
+            "copy": (2, 1, lambda x, wide=wide: x.view(-1, wide).t().contiguous()),
+            "lookup": (2, 1, lambda x, index=index: F.embedding(index, x.view(-1, 16))),
+        }
+        for name, (moved, given, call) in runs.items():
+            make = partial(vectors, number, given)
+            made.append(Probe(name, moved * size, in_turn(make, call), True))
+    for length in (4, 64, 256, 512):
+        made += attention_probes(length)
+    for side in (4, 16, 32):
+        made += convolution_probes(side)
+    return made
+
+
+def matrices(rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    return torch.full((rows, columns), 0.5), torch.full((columns, rows), 0.5)
+
+
+def vectors(number: int, count: int) -> tuple[Tensor, ...]:
+    return tuple(torch.linspace(0.1, 2.0, number) for _ in range(count))
+
+
+def attention_probes(length: int) -> list[Probe]:
+    """Forward and backward of four heads' attention among so many tokens."""
+    shape = (4, 4, length, 32 if length > 4 else 4)
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+    def make() -> tuple[Any, ...]:
+        q, k, v = (torch.full(shape, 0.1) for _ in range(3))
+        return (q, k, v, *forward(q, k, v, 0.0, True))
+
+    work = 4 * math.prod(shape) * length
+    return [
+        Probe("attention", work, in_turn(make, lambda q, k, v, *_: forward(q, k, v, 0.0, True)), True),
+        Probe(
+            "attention backward",
+            2.5 * work,
+            in_turn(make, lambda q, k, v, out, sums: backward(out, q, k, v, out, sums, 0.0, True)),
+            True,
+        ),
+    ]
+
+
+def convolution_probes(side: int) -> list[Probe]:
+    """Forward and backward of a 3 × 3 convolution between so many channels of images of so many pixels squared."""
+    shape = (None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, False])
+    backward = torch.ops.aten.convolution_backward.default
+
+    def make() -> tuple[Tensor, Tensor]:
+        return torch.full((4, side, side, side), 0.1), torch.full((side, side, 3, 3), 0.1)
+
+    work = 2 * 9 * 4 * side**4
+    return [
+        Probe("convolution", work, in_turn(make, lambda x, kernel: F.conv2d(x, kernel, padding=1)), True),
+        Probe("convolution backward", 2 * work, in_turn(make, lambda x, kernel: backward(x, x, kernel, *shape)), True),
+    ]
+
+
+def collective_probes(ranks: int, where: torch.device) -> list[Probe]:
+    """Every kind of collective among all ranks, at several sizes."""
+    made = []
+    for size in MESSAGES:
+        piece = max(1, size // 4 // ranks)
+        whole, other = (torch.zeros(ranks * piece, device=where) for _ in range(2))
+        mine = torch.zeros(piece, device=where)
+        runs: dict[str, Callable[[], Any]] = {
+            "all-reduce": lambda whole=whole: dist.all_reduce(whole),  # type: ignore[misc]
+            "all-gather": lambda whole=whole, mine=mine: dist.all_gather_into_tensor(whole, mine),  # type: ignore[misc]
+            "reduce-scatter": lambda whole=whole, mine=mine: dist.reduce_scatter_tensor(mine, whole),  # type: ignore[misc]
+            "all-to-all": lambda whole=whole, other=other: dist.all_to_all_single(other, whole),  # type: ignore[misc]
+            "broadcast": lambda whole=whole: dist.broadcast(whole, 0),  # type: ignore[misc]
+            "send": lambda whole=whole, other=other: pass_round(whole, other),  # type: ignore[misc]
+        }
+        made += [Probe(kind, whole.nbytes, run) for kind, run in runs.items()]
+    return made
+
+
+def pass_round(given: Tensor, taken: Tensor) -> None:
+    """Send to the next rank and receive from the one before."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    ways = [dist.P2POp(dist.isend, given, (rank + 1) % ranks), dist.P2POp(dist.irecv, taken, (rank - 1) % ranks)]
+    for work in dist.batch_isend_irecv(ways):
+        work.wait()
+
+
+class CountedOperations(TorchDispatchMode):
+    """How many operations are issued while it is entered, by how; views count, as they take the host as long."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ways = {"operation": 0, "dtensor": 0, "fsdp": 0, "collective": 0}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if any(issubclass(each, DTensor) for each in types):
+            self.ways["dtensor"] += 1
+            return NotImplemented
+        names = {"fsdp": "fsdp", "c10d": "collective", "_c10d_functional": "collective"}
+        self.ways[names.get(func.namespace, "operation")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def host_costs(world: World, timed: Callable[[Callable[[], object]], float], least: float) -> dict[str, float]:
+    """Seconds of the host, by how an operation is issued; each is what steps of tiny layers take, less what is known.
+
+    Args:
+        timed: seconds of a call, when all ranks make it.
+        least: seconds of the processor for a collective that sends nearly nothing.
+
+    Returns:
+        `operation`; `view`, the same; and besides them what `dtensor`, operations on DTensors, and `fsdp`, FSDP's own, take.
+    """
+    step, counted = tiny_step(world, "plain")
+    costs = {"operation": timed(step) / counted["operation"]}
+    costs["view"] = costs["operation"]
+    for way in ("dtensor", "fsdp") if world.world_size > 1 else ():
+        step, counted = tiny_step(world, way)
+        known = counted["operation"] * costs["operation"] + counted["collective"] * least
+        if way == "fsdp":
+            known += counted["dtensor"] * costs["dtensor"]
+        costs[way] = max(0.0, timed(step) - known) / max(1, counted[way])
+    return costs
+
+
+def tiny_step(world: World, way: str) -> tuple[Callable[[], None], dict[str, int]]:
+    """(a training step of layers that compute nearly nothing, how many operations it issues by way)."""
+    width = 8 * world.world_size
+    model = nn.Sequential(
+        *(layer for _ in range(8) for layer in (nn.Linear(width, width, bias=False), nn.SiLU(), nn.SiLU()))
+    )
+    model.to(world.device)
+    inputs: Tensor = torch.ones(8, width, device=world.device)
+    if way != "plain":
+        mesh = init_device_mesh(world.device.type, (world.world_size,))
+        if way == "dtensor":
+            plan = {
+                str(number): (ColwiseParallel if number % 6 == 0 else RowwiseParallel)() for number in range(0, 24, 3)
+            }
+            parallelize_module(model, mesh, plan)
+        else:
+            sharded(model, mesh)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+
+    def step() -> None:
+        model(inputs).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with CountedOperations() as counted:
+        step()
+    return step, counted.ways
+
+
+def sharded(model: nn.Sequential, mesh: DeviceMesh) -> None:
+    """Four layers a group."""
+    for layer in model[::3]:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)

@@ -1,0 +1,97 @@
+"""recipes.plan curve=true: steps that are not taken are those that would have been; measured curves, chosen links."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lockstep.errors import UserError
+from lockstep.plan.clock import DeviceClock
+from lockstep.plan.curve import CurvePoint, ScalingCurve, curve_ranks, formula_of, further
+from lockstep.plan.curves import operation_class, seconds_at
+from lockstep.plan.dry_run import dry_steps
+from lockstep.plan.hardware import load_hardware, with_links
+from lockstep.plan.links import Collective
+from lockstep.plan.rows import PlanRow
+from tests.unit.test_plan import H100, planned_config
+
+TWO_A_NODE = replace(H100, per_node=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_a_step_that_is_not_taken_is_the_one_that_would_be(name: str) -> None:
+    taken = {}
+    for ranks in (4, 8, 32):
+        recipe, config = planned_config(name, ranks, f"global_batch_size={2 * ranks}")
+        taken[ranks] = dry_steps(recipe, config, ranks, TWO_A_NODE)
+    recipe, config = planned_config(name, 8, "global_batch_size=16")
+    formula = formula_of(PlanRow(recipe, config, 8, ()), 32, 64)
+    made = further(taken[4], taken[8], 2, TWO_A_NODE, formula)
+    assert made is not None
+    sent = [given[0] for kind, given in made[0] if kind == "collective"]
+    for each, real in zip(sent, taken[32].step.collectives, strict=True):
+        assert (each.kind, each.ranks, each.nodes) == (real.kind, real.ranks, real.nodes)
+    for kind in {each.kind for each in sent}:  # FSDP fills up small tensors more than large ones: the sum is by formula
+        total = sum(each.size for each in taken[32].step.collectives if each.kind == kind)
+        assert sum(each.size for each in sent if each.kind == kind) == pytest.approx(total, rel=1e-3), kind
+    times = DeviceClock(TWO_A_NODE).replay(made[0])
+    assert times.step == pytest.approx(taken[32].step.times.step, rel=0.02)
+    assert made[1] == pytest.approx(taken[32].peak_bytes, rel=0.03)
+
+
+def test_a_curve_says_where_it_stops_and_why() -> None:
+    points = (
+        CurvePoint(8, 800.0, 1.0, 0.0, 90e9, "nothing"),
+        CurvePoint(16, 1500.0, 1.1, 0.1, 40e9, "all-gather's bytes between nodes"),
+        CurvePoint(32, 1800.0, 1.8, 0.8, 20e9, "all-gather's hops between nodes"),
+    )
+    curve = ScalingCurve("fsdp", points, 80e9)
+    assert curve.end == points[1]
+    assert curve.efficiency(points[1]) == pytest.approx(15 / 16)
+    said = curve.verdict()
+    assert "stops at 16: on 32 44% of a step waits for all-gather's hops between nodes; fits from 16" in said
+    assert ScalingCurve("ddp", points[:2], 80e9).end is None
+    assert curve_ranks(100, 8) == [8, 16, 32, 64]
+
+
+def test_seconds_lie_between_what_was_measured() -> None:
+    curve = [(0.0, 0.0), (100.0, 1.0), (300.0, 5.0)]
+    assert [seconds_at(curve, work) for work in (0, 50, 200, 400)] == [0.0, 0.5, 3.0, 7.0]
+    assert seconds_at([(100.0, 1.0)], 10) == 1.0
+
+
+def test_operations_have_the_class_that_they_cost() -> None:
+    names = ("mm", "silu_backward", "sqrt", "clone", "embedding_dense_backward", "addcmul_", "add", "sum", "copy_")
+    classes = [operation_class(name, float(name == "mm")) for name in names]
+    expected = ["matmul", "function", "root", "copy", "lookup", "update", "elementwise", "reduction", "copy"]
+    assert classes == expected
+    assert operation_class("_scaled_dot_product_flash_attention_for_cpu_backward", 1.0) == "attention backward"
+
+
+def test_a_measured_profile_is_read_back_and_counts(tmp_path: Path) -> None:
+    measured = {"all-reduce": [(1.0, 1e-3), (1e6, 2e-3)], "matmul": [(0.0, 0.0), (1e9, 0.5)]}
+    made = replace(H100, measured=measured, host={"view": 1e-6}, launch=1e-3, ranks_per_core=2.0, overlaps=False)
+    file = tmp_path / "here.yaml"
+    file.write_text(made.as_yaml(), encoding="utf-8")
+    read = load_hardware(str(file))
+    assert read == made
+    assert Collective.among("all-reduce", 10**6, range(8), 8).seconds(read) == pytest.approx(2e-3)
+    clock = DeviceClock(read)
+    clock.operation("matmul", 1e9, "fp32", 1e3, [], [1], "matmul")
+    assert clock.times.work == pytest.approx(0.501)
+    assert clock.times.step == pytest.approx(1.002), "two ranks share a core"
+    file.write_text(made.as_yaml().replace("- 1000000000.0", "- -1.0"), encoding="utf-8")
+    with pytest.raises(UserError, match="measured: matmul: must be pairs"):
+        load_hardware(str(file))
+
+
+def test_links_can_be_chosen() -> None:
+    found = with_links(H100, "100gbe", "pcie4")
+    assert found.between.bandwidth == pytest.approx(12.5e9 / 8), "a card per node"
+    assert found.inside.bandwidth == pytest.approx(31.5e9)
+    assert with_links(H100, "ndr", None).between == H100.between
+    with pytest.raises(UserError, match="network=nvlink4: no such link; allowed are 100gbe, 400gbe, hdr, ndr"):
+        with_links(H100, "nvlink4", None)
