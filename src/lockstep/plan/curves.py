@@ -17,7 +17,7 @@ from lockstep.errors import UserError
 
 Curve = Sequence[Sequence[float]]  # (work, seconds), by work
 
-DEAR = (
+TRANSCENDENTAL = (
     "silu", "gelu", "sigmoid", "tanh", "exp", "log", "erf", "softmax", "_softmax", "_log_softmax", "logsumexp", "softplus",
     "mish", "elu", "cos", "sin",
 )  # fmt: skip
@@ -40,7 +40,13 @@ REARRANGING = (
 )
 LOOKING_UP = ("embedding", "index", "gather", "scatter", "take")
 DIVIDING = ("sqrt", "rsqrt", "div", "reciprocal", "pow")
-CLASSES = {"function": DEAR, "reduction": REDUCING, "copy": REARRANGING, "lookup": LOOKING_UP, "root": DIVIDING}
+OPERATION_CLASSES = {
+    "function": TRANSCENDENTAL,
+    "reduction": REDUCING,
+    "copy": REARRANGING,
+    "lookup": LOOKING_UP,
+    "root": DIVIDING,
+}
 
 
 def operation_class(name: str, flops: float) -> str:
@@ -51,7 +57,7 @@ def operation_class(name: str, flops: float) -> str:
         return "convolution backward" if "backward" in name else "convolution"
     if flops:
         return "matmul"
-    for group, names in CLASSES.items():
+    for group, names in OPERATION_CLASSES.items():
         if name in names or any(name.startswith(f"{each}_") and name != f"{each}_" for each in names):
             return group
     if name.endswith("_") or name in ("zeros_like", "zeros", "full", "ones_like", "fill"):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -163,7 +163,7 @@ class CountedOperations(TorchDispatchMode):
             self.ways["dtensor"] += 1
             return NotImplemented
         names = {"fsdp": "fsdp", "c10d": "collective", "_c10d_functional": "collective"}
-        self.ways[names.get(func.namespace, "operation")] += 1
+        self.ways["operation" if func._opname == "wait_tensor" else names.get(func.namespace, "operation")] += 1
         return func(*args, **(kwargs or {}))
 
 
@@ -200,8 +200,8 @@ def tiny_step(world: World, way: str) -> tuple[Callable[[], None], dict[str, int
     if way != "plain":
         mesh = init_device_mesh(world.device.type, (world.world_size,))
         if way == "dtensor":
-            plan = {
-                str(number): (ColwiseParallel if number % 6 == 0 else RowwiseParallel)() for number in range(0, 24, 3)
+            plan: dict[str, ParallelStyle] = {
+                str(number): ColwiseParallel() if number % 6 == 0 else RowwiseParallel() for number in range(0, 24, 3)
             }
             parallelize_module(model, mesh, plan)
         else:
@@ -220,7 +220,7 @@ def tiny_step(world: World, way: str) -> tuple[Callable[[], None], dict[str, int
 
 
 def sharded(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    """Four layers a group."""
+    """Each layer with weights is a group."""
     for layer in model[::3]:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
