@@ -13,7 +13,19 @@ from pathlib import Path
 
 from benchmarks import common
 
-ALL = ("answers", "startup", "loop", "peers", "communication", "pipeline", "recompute", "checkpoint", "saves", "input")
+ALL = (
+    "answers",
+    "startup",
+    "loop",
+    "peers",
+    "communication",
+    "pipeline",
+    "recompute",
+    "checkpoint",
+    "saves",
+    "input",
+    "plan",
+)
 
 
 def main() -> None:

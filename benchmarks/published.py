@@ -2,16 +2,19 @@
 
     python -m benchmarks.published [--json FILE]
 
-The rows are all of two tables that plan can express, chosen by a rule and not by their outcome:
+The rows are all of three tables that plan can express, chosen by a rule and not by their outcome:
 - MosaicML's MPT models under FSDP on H100 in bf16, every row that takes one micro-batch per step (9 rows).
   https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md
+- NVIDIA's ResNet-50 v1.5 under DDP on a DGX A100, 256 images per GPU, TF32 and mixed precision, without and with seven more
+  GPUs (4 rows). Images lie in memory.
+  https://github.com/NVIDIA/DeepLearningExamples/tree/master/PyTorch/Classification/ConvNets/resnet50v1.5
 - torchtitan's Llama 3.1 8B under FSDP in bf16 without torch.compile (2 rows), with memory.
   https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md
 
 Nothing is tuned to a row. Differences that are known: MPT ties its first and last layer, which recipes.fsdp does not; torchtitan's
 H100s have 96 GB with 2.4 TB/s, which is taken into account, and a limit of 500 W, which is not.
 
-Expect: one line per row, in about three minutes on two cores; no GPU is needed.
+Expect: one line per row, in about four minutes on two cores; no GPU is needed.
 """
 
 import argparse
@@ -127,8 +130,9 @@ class PublishedRow:
     """A training that somebody measured.
 
     Attributes:
+        shape: keys of the task Published; none: ResNet-50.
         samples: of each GPU.
-        tokens: per second and GPU.
+        tokens: per second and GPU; of ResNet-50, images.
         memory: of a GPU at the peak, in bytes, where it was published.
     """
 
@@ -140,9 +144,41 @@ class PublishedRow:
     memory: float | None = None
     bandwidth: float | None = None
     words: tuple[str, ...] = ()
+    recipe: str = "fsdp"
+    hardware: str = "h100"
+
+    @property
+    def unit(self) -> str:
+        return "tokens" if self.shape else "images"
 
 
+IMAGES = (
+    "task.name=images",
+    "model=resnet50",
+    "data=synthetic",
+    "data.image_size=224",
+    "data.num_classes=1000",
+    "optim=sgd",
+)
 ROWS = [
+    *(
+        PublishedRow(
+            f"ResNet-50, {precision}",
+            {},
+            gpus,
+            256,
+            images / gpus,
+            words=(*IMAGES, f"precision={precision}", *layout),
+            recipe="ddp" if gpus > 1 else "single",
+            hardware="a100",
+        )
+        for precision, layout, gpus, images in (
+            ("fp32", (), 1, 938),
+            ("fp32", (), 8, 7248),
+            ("bf16", ("channels_last=true",), 1, 2470),
+            ("bf16", ("channels_last=true",), 8, 16621),
+        )
+    ),
     *(
         PublishedRow("MPT-1b", MPT["1b"], *row)
         for row in ((8, 14, 45455), (16, 20, 46037), (32, 20, 45130), (64, 20, 44402))
@@ -160,15 +196,17 @@ ROWS = [
 
 def predict(row: PublishedRow) -> dict[str, Any]:
     """A row's published and predicted figures."""
-    recipe, hardware = get_recipe("fsdp"), load_hardware("h100")
+    recipe, hardware = get_recipe(row.recipe), load_hardware(row.hardware)
     if row.bandwidth:
         hardware = replace(hardware, memory=96e9, memory_bandwidth=row.bandwidth)
     shape = [f"task.{key}={value}" for key, value in row.shape.items()]
     words = [f'task.name="{Path(__file__).resolve()}:Published"', *shape, "optim=adamw", "precision=bf16", *row.words]
+    if not row.shape:
+        words = list(row.words)
     config = compose_another(recipe, [*words, f"global_batch_size={row.samples * row.gpus}"])
-    validate(config, recipe, row.gpus)
+    validate(config, recipe, row.gpus, (1000, 10**12))  # ImageNet has a thousand classes
     found = dry_steps(recipe, config, row.gpus, hardware)
-    length = int(row.shape.get("length", 2048))
+    length = int(row.shape.get("length", 2048)) if row.shape else 1
     return {
         "model": row.name,
         "gpus": row.gpus,
@@ -188,7 +226,7 @@ def main() -> None:
         rows.append(predict(row))
         made = rows[-1]
         speed = made["predicted_tokens"] / row.tokens - 1
-        line = f"{row.name:13} {row.gpus:4} GPUs {row.tokens:8,.0f} tokens/s/GPU, predicted {made['predicted_tokens']:8,.0f}"
+        line = f"{row.name:15} {row.gpus:4} GPUs {row.tokens:8,.0f} {row.unit}/s/GPU, predicted {made['predicted_tokens']:8,.0f}"
         line += f" ({speed:+.0%})"
         if row.memory:
             line += f"; {row.memory / 1e9:.1f} GB, predicted {made['predicted_memory'] / 1e9:.1f}"

@@ -23,7 +23,7 @@ How: lockstep/plan/dry_run.py takes the steps, watch.py counts, clock.py and lin
     python -m recipes.plan gpus=64 network=hdr interconnect=pcie4    other links than the profile's
     python -m recipes.plan check=true nproc=2        real steps on this machine, and by how much the plan is off
 
-Expect: a table within half a minute, a command to type, and nothing on the disk.
+Expect: a table within half a minute, a command to type, and nothing on the disk but the `plot`.
 Source: https://arxiv.org/abs/2204.02311 (MFU), https://doi.org/10.1145/1498765.1498785 (roofline),
 https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc
 """
@@ -40,7 +40,7 @@ from lockstep.config.tasks import unit_of
 from lockstep.plan.check import check_plan, check_table
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.curve import TAKEN_NODES, ScalingCurve, curve_ranks, scaled, scaling_curve, strategies
-from lockstep.plan.curve_report import curve_table, draw_curves
+from lockstep.plan.curve_report import check_picture, curve_table, draw_curves
 from lockstep.plan.estimate import Estimate, estimate, seconds_alone
 from lockstep.plan.hardware import MEASURED, Hardware, load_hardware, with_links
 from lockstep.plan.here import measure_hardware
@@ -109,7 +109,12 @@ def plan_all(
 
 def print_curves(config: PlanConfig, hardware: Hardware) -> int:
     """Plan each strategy on 8, 16, 32 … devices."""
+    picture = check_picture(config.plot) if config.plot else None
     ranks = curve_ranks(config.gpus, hardware.per_node)
+    if len(ranks) < 2:
+        raise UserError(
+            f"gpus={config.gpus}: a curve needs two nodes at least; set gpus={2 * hardware.per_node} or more"
+        )
     taken = [each for each in ranks if each <= TAKEN_NODES * hardware.per_node]
     tables, left_out = [], []
     for number in taken:
@@ -129,9 +134,9 @@ def print_curves(config: PlanConfig, hardware: Hardware) -> int:
             left_out.append(f"{rows[0].label}: {type(error).__name__}: {str(error).splitlines()[0]}")
         say(f"{number} of {len(chosen)}: {rows[0].label}")
     if not made:
-        raise UserError("no curve could be planned: " + "; ".join(left_out or [f"gpus={config.gpus}: is one point"]))
-    if config.plot:
-        draw_curves(made, config.plot)
+        raise UserError("no curve could be planned: " + "; ".join(left_out))
+    if picture:
+        draw_curves(made, picture)
     if config.json:
         about = {"hardware": hardware.name, "scaling": config.scaling, "plot": config.plot}
         print(json.dumps(about | {"curves": [each.facts() for each in made], "left_out": left_out}, indent=1))

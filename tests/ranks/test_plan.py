@@ -72,6 +72,9 @@ def test_the_table_ends_with_a_command(tmp_path: Path) -> None:
     [
         (("hardware=h101",), "hardware=h101: no such profile; allowed are"),
         (("gpus=0",), "gpus=0"),
+        (("gpus=2048",), "gpus=2048: a table is of at most 1,024 devices; add curve=true"),
+        (("curve=true", "gpus=64", "plot=curve.txt"), "plot=curve.txt: the name must end with .png"),
+        (("network=nvlink4",), "network=nvlink4: no such link; allowed are 100gbe"),
         (("recipes=[pipeline_parallel]",), "pipeline_parallel]: is not planned yet; allowed are single, ddp"),
         (("recipes=[ddp]", "compile=true"), "compile=true: a plan reckons with operations as they are issued"),
         (("task=language", "recipes=[tensor_parallel]", "tensor=3"), "tensor=3: 3 ranks share"),

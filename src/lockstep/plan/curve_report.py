@@ -34,8 +34,8 @@ def curve_table(curves: Sequence[ScalingCurve], scaling: str) -> list[Table]:
     return terminal_tables(title, columns, ("strategy",))
 
 
-def draw_curves(curves: Sequence[ScalingCurve], file: str) -> None:
-    """Speed by devices beside the ideal, and a bar of memory per strategy on the fewest devices.
+def check_picture(file: str) -> Path:
+    """The path of a picture that can be written.
 
     Raises:
         UserError: the file's name does not say which kind of picture, or its folder is not there.
@@ -44,7 +44,12 @@ def draw_curves(curves: Sequence[ScalingCurve], file: str) -> None:
     if path.suffix not in PICTURES:
         raise UserError(f"plot={file}: the name must end with {', '.join(PICTURES)}")
     if not path.parent.is_dir():
-        raise UserError(f"plot={file}: there is no folder {path.parent}")
+        raise UserError(f"plot={file}: there is no folder {path.parent}; make it first")
+    return path
+
+
+def draw_curves(curves: Sequence[ScalingCurve], path: Path) -> None:
+    """Speed by devices beside the ideal, and a bar of memory per strategy on the fewest devices."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
