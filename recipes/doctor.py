@@ -54,7 +54,7 @@ from lockstep.launch.validate import validate
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, short
-from lockstep.verify.proofs import ProofCase, proof_batch, proofs_of, verify_case
+from lockstep.verify.proofs import ProofCase, References, proof_batch, proofs_of, verify_case
 from lockstep.verify.reference import SINGLE, reference_of
 
 MEASURED_STEPS = 3
@@ -96,7 +96,7 @@ def prove(run: Run[DoctorConfig]) -> Finding:
     precision = "fp64" if "fp64" in proof.precisions else proof.precisions[0]
     few = {"max_steps": PROVEN_STEPS, "global_batch_size": proof_batch(run.data.train_size, run.world.world_size)}
     case = ProofCase(each, proof, precision, proof.settings | few, differs)
-    row = verify_case(run, case, get_recipe("single"), {})
+    row = verify_case(run, case, get_recipe("single"), References())
     figure = f"{count(PROVEN_STEPS, 'step')} of {each.name} in {precision}: {row.verdict}"
     if row.weights is not None:  # rank 0 alone has the numbers
         figure += f", weights within {row.weights:.0e} of one process's"

@@ -123,7 +123,7 @@ def make_meshes(run: Run[ParallelMeshConfig]) -> tuple[DeviceMesh, DeviceMesh]:
 @recipe(
     config=ParallelMeshConfig,
     task="language",
-    proof=(Proof(), Proof(own={"tensor": 1, "context": 2}, precisions=("fp64",))),
+    proof=(Proof(rounding=4), Proof(own={"tensor": 1, "context": 2}, precisions=("fp64",), rounding=4)),
     check=check,
     next_command="python -m recipes.plan task=language     what each technique would hold and send",
 )

@@ -26,9 +26,8 @@ from lockstep.verify.compositions import (
     compositions_page,
     refuses,
 )
-from lockstep.verify.proofs import ProofCase, verify_case
+from lockstep.verify.proofs import ProofCase, References, verify_case
 from lockstep.verify.rows import VerifyRow
-from lockstep.verify.trace import Trace
 from recipes import verify
 from tests.helpers.harness import ROOT, compose_config, run_ranks
 
@@ -49,7 +48,7 @@ def known() -> dict[str, VerifyRow]:
 
 
 def rows_of(world: World, names: list[str], config: str, out: str) -> dict[str, VerifyRow]:
-    references: dict[str, Trace | None] = {}
+    references = References()
     run = Run("verify", read_config(verify.train, config), world, Path(out), quiet=True)
     found = {}
     for name in names:

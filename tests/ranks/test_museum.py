@@ -19,9 +19,8 @@ from lockstep.run import Run
 from lockstep.verify.museum.bug import REFUSED, Bug, broken, sound
 from lockstep.verify.museum.page import written
 from lockstep.verify.museum.table import BUGS, find_bug
-from lockstep.verify.proofs import proof_cases, verify_case
+from lockstep.verify.proofs import References, proof_cases, verify_case
 from lockstep.verify.rows import VerifyRow
-from lockstep.verify.trace import Trace
 from recipes import verify
 from tests.helpers.harness import ROOT, command, compose_config, execute, run_ranks
 
@@ -46,7 +45,7 @@ def known() -> dict[str, dict[str, VerifyRow]]:
 
 def rows_of(world: World, names: list[str], config: str, out: str) -> dict[str, VerifyRow]:
     """The row of the recipe as it is, and of each copy that has a bug; all against the same reference."""
-    references: dict[str, Trace | None] = {}
+    references = References()
     found = {}
     for name in ["", *names]:
         bug = find_bug(name or names[0])

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from torch.nn import functional
 
 from lockstep.data import sampler
 from lockstep.distributed.sync_batchnorm import SyncBatchNorm
 from lockstep.verify.report import verify_tables
 from lockstep.verify.rows import VerifyRow
-from lockstep.verify.trace import angle, difference
+from lockstep.verify.trace import angle, difference, smooth_relu
 from recipes import verify
 from tests.helpers.harness import ROOT, command, execute, preload
 
@@ -90,6 +91,9 @@ def check_rows(out: Path) -> None:
     assert [(row["recipe"], row["precision"]) for row in proofs] == expected
     assert all(row["verdict"] == "equal" for row in proofs)
     assert all(row["weights"] <= 1e-10 and row["loss"] <= 1e-10 for row in proofs if row["precision"] == "fp64")
+    rounded = [row for row in proofs if row["precision"] == "fp32"]
+    assert all(row["loss"] <= 2e-6 and row["weights"] <= row["allowed"]["weights"] <= 2e-3 for row in rounded)
+    assert [row["weights"] <= 1e-5 for row in rounded if row["recipe"] == "deepspeed_zero"] == [True]
     measured = [row for row in rows if row not in proofs]
     names = [
         "activation_checkpointing",
@@ -142,6 +146,11 @@ BROKEN = {
         "deepspeed_zero",
         '"gradient_clipping": (config.gradients.clip_norm or 0.0) if config.stage else 0.0,',
         "",
+    ),
+    "gradients that are a thousandth too small": (
+        "deepspeed_zero",
+        "engine.backward(loss * micro.weight,",
+        "engine.backward(loss * micro.weight * 0.999,",
     ),
     "accumulation that does not weight its pieces": (
         "grad_accumulation",
@@ -274,6 +283,36 @@ def test_padded_evaluation_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     monkeypatch.setattr(sampler.EvalSampler, "__iter__", padded)
     with pytest.raises(AssertionError, match="ddp in fp64: RuntimeError: evaluation counted 384 samples of 360"):
         execute(verify.train, tmp_path / "run", 2, "recipes=[ddp]", "max_steps=1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_16_bits_may_differ_by_what_rounding_explains(precision: str, replace: Any, tmp_path: Path) -> None:
+    words = ("recipes=[ddp]", "max_steps=2", f"precision={precision}")
+    execute(verify.train, tmp_path / "sound", 2, *words)
+    replace("ddp", "scaler.scale(loss * micro.weight)", "scaler.scale(loss * micro.weight * 0.7)")
+    with pytest.raises(AssertionError, match=f"ddp in {precision} .*the gradient of"):
+        execute(verify.train, tmp_path / "broken", 2, *words)
+    (sound,), (broken,) = (json.loads((tmp_path / name / "verify.json").read_text()) for name in ("sound", "broken"))
+    assert sound["verdict"] == "equal"
+    assert sound["weights"] <= sound["allowed"]["weights"] <= 0.4
+    assert broken["verdict"].startswith("OFF: gradients, weights")
+
+
+def test_a_model_that_cannot_compute_in_fp64_is_held_to_a_fixed_bound() -> None:
+    row = VerifyRow("ddp", "fp32", 2, 3)
+    row.allow_rounding({}, 1)
+    assert row.allows("weights") == 1e-2
+    row.allow_rounding({"loss": 0.0, "weights": 1e-5}, 2)
+    assert row.allows("loss") == pytest.approx(8 * 2**-23), "the last bit of a number"
+    assert row.allows("weights") == pytest.approx(8e-5)
+
+
+def test_relu_is_smooth_within_and_itself_after() -> None:
+    x = torch.linspace(-2, 2, 5)
+    with smooth_relu():
+        assert all(torch.equal(each, functional.silu(x)) for each in (torch.nn.ReLU()(x), functional.relu(x), x.relu()))
+    assert torch.equal(torch.nn.ReLU()(x), x.clamp(min=0))
 
 
 def test_differences_see_what_is_missing_or_not_a_number() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +13,7 @@ from lockstep.utils.tables import terminal_tables
 from lockstep.utils.text import count
 from lockstep.verify.programs import ProgramRecords
 from lockstep.verify.rows import relative, worst
-from lockstep.verify.trace import Tensors, angle, tensor_differences
+from lockstep.verify.trace import Tensors, angle, tensor_differences, vector_distance, way
 
 # What each column may be, by the lowest precision that the programs compute in (docs/your_program.md says why).
 PROGRAM_COLUMNS = ("loss", "ranks", "grads", "weights", "buffers")  # in the order in which they come about
@@ -202,23 +201,6 @@ def mean_loss(contents: list[dict[str, Any]]) -> float | None:
         return sum(loss * weight for loss, weight in pairs) / (sum(weight for _, weight in pairs) or float("nan"))
     sums = [sum(loss for loss, _ in content["losses"]) for content in contents if content["losses"]]
     return sum(sums) / len(sums) if sums else None
-
-
-def way(begin: Tensors, end: Tensors) -> Tensors:
-    """How far each weight has come: the weights themselves hide it, as a few steps hardly move them."""
-    return {name: end[name].double() - begin[name].double() for name in end}
-
-
-def vector_distance(mine: Tensors, theirs: Tensors) -> float:
-    """‖a − b‖ / ‖b‖ of all tensors as one vector; infinite where a name or a shape is another one."""
-    if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in theirs):
-        return float("inf")
-    apart = norm_of(mine[name].double() - theirs[name].double() for name in theirs)
-    return 0.0 if apart == 0 else apart / max(norm_of(tensor.double() for tensor in theirs.values()), 1e-30)
-
-
-def norm_of(tensors: Iterable[Any]) -> float:
-    return float(sum(float(tensor.norm()) ** 2 for tensor in tensors) ** 0.5)
 
 
 def shared_floats(mine: Tensors, theirs: Tensors) -> tuple[Tensors, Tensors]:

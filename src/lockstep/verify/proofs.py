@@ -26,7 +26,7 @@ from lockstep.training.precision import AUTOCAST
 from lockstep.verify.first_difference import parting_of
 from lockstep.verify.operations import with_operation
 from lockstep.verify.reference import SINGLE, described_reference, reference_of, run_alone
-from lockstep.verify.rows import VerifyRow
+from lockstep.verify.rows import VerifyRow, rounding_of
 from lockstep.verify.trace import Trace, trace
 
 PROOF_STEPS = {"fp64": 5, "fp32": 3, "bf16": 3, "fp16": 3}  # by precision
@@ -156,11 +156,36 @@ def proof_batch(samples: int, ranks: int) -> int:
     return (share if share < 2 else share - share % 2) * ranks
 
 
-def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict[str, Trace | None]) -> VerifyRow:
-    """Train both sides on the ranks of `run` and compare them; the numbers are on rank 0.
+class References(dict[str, Trace | None]):
+    """What `single` computed for earlier cases, which is not computed again, by settings.
 
-    Args:
-        references: what `single` computed for earlier cases, which is not computed again.
+    Attributes:
+        rounding: what rounding makes of it, likewise: see `rows.rounding_of`; empty where that is not known.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rounding: dict[str, dict[str, float]] = {}
+
+
+def find_rounding(run: Run[Any], single: Recipe, config: Config, name: str, rounded: Trace | None) -> dict[str, float]:
+    """What rounding makes of `single`'s training: how far `rounded` is from the same in fp64; on rank 0.
+
+    Empty where the model does not compute in fp64.
+    """
+    values = with_values(config, {"precision": "fp64"})
+    try:
+        exact = trace(run, single, values, f"{name}-exact", begins=True, smooth=True)
+    except Preempted:
+        raise
+    except Exception:  # on all ranks, each of which trains the same by itself
+        run.report.log.write(traceback.format_exc())
+        return {}
+    return rounding_of(rounded, exact) if rounded and exact else {}
+
+
+def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: References) -> VerifyRow:
+    """Train both sides on the ranks of `run` and compare them; the numbers are on rank 0.
 
     Raises:
         CheckFailed: a training failed.
@@ -187,17 +212,27 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: dict
     def train(steps: int = 0, looks_on: Sequence[Callback] = ()) -> Trace | None:
         """The recipe's training; the tensors of so many steps are recorded, in a folder of their own."""
         recorded, where = with_values(mine, {"record_tensors": steps}), name + RECORDED * bool(steps or looks_on)
-        return trace(run, each, recorded, where, case.proof.prepare, case.interrupt, looks_on)
+        begins = case.against != SINGLE
+        return trace(run, each, recorded, where, case.proof.prepare, case.interrupt, looks_on, begins, smooth)
 
     def refer(found: Trace | None, steps: int = 0, looks_on: Sequence[Callback] = ()) -> Trace | None:
         """The reference's, likewise."""
         recorded = with_values(base if case.against == SINGLE and not alike else mine, {"record_tensors": steps})
         if case.against == SINGLE:
             where = f"single-{key}" + RECORDED * bool(steps or looks_on)
-            return trace(run, single, recorded, where, case.proof.prepare, looks_on=looks_on)
+            return trace(run, single, recorded, where, case.proof.prepare, None, looks_on, True, smooth)
         return run_alone(run, case.against, recorded, f"{name}-on-one-rank" + RECORDED * bool(steps), found)
 
+    # In less than fp64 the same is allowed as rounding explains; a reference that is a command of its own keeps its kinks.
+    smooth = precision != "fp64" and case.against == SINGLE
     try:
+        if smooth:
+            plain = "-".join(said)
+            if plain not in references.rounding:
+                rounded = trace(run, single, base, f"single-{plain}", begins=True, smooth=True)
+                references[plain] = rounded
+                references.rounding[plain] = find_rounding(run, single, base, f"single-{plain}", rounded)
+            row.allow_rounding(references.rounding[plain], case.proof.rounding)
         if case.against == SINGLE and key not in references:
             references[key] = refer(None)
         found = train()

@@ -20,10 +20,9 @@ def progress_line(row: VerifyRow, number: int, total: int, seconds: float) -> st
 
 def verify_tables(rows: list[VerifyRow]) -> list[Table]:
     """A line per row; why one differs or was not run is in `verdict_notes`."""
-    allowed = {row.precision: (row.steps, row.tolerance) for row in rows}
-    limits = "; ".join(f"{limit:.0e} after {steps} steps in {name}" for name, (steps, limit) in allowed.items())
     against = " or ".join(dict.fromkeys(row.against for row in rows)) or "recipes.single"
-    title = f"each recipe against {against}, {count(rows[0].ranks if rows else 0, 'rank')}\nallowed: {limits}"
+    lines = [f"each recipe against {against}, {count(rows[0].ranks if rows else 0, 'rank')}", *allowed_lines(rows)]
+    title = "\n".join(lines)
     columns = {
         "recipe": [escape("\n  ".join([row.recipe, *row.variant.split()])) for row in rows],
         "in": [row.precision for row in rows],
@@ -33,6 +32,20 @@ def verify_tables(rows: list[VerifyRow]) -> list[Table]:
     words = [row.verdict.partition(":")[0] for row in rows]
     columns["verdict"] = [f"[{STYLES.get(word, 'yellow')}]{word}[/]" for word in words]
     return terminal_tables(title, columns, text=("recipe", "in", "verdict"))
+
+
+def allowed_lines(rows: list[VerifyRow]) -> list[str]:
+    """A line per precision: how large the numbers may be."""
+    lines = []
+    for precision in dict.fromkeys(row.precision for row in rows):
+        own = [row for row in rows if row.precision == precision]
+        limits = f"{own[0].tolerance:.0e}"
+        if any(row.allowed for row in own):
+            largest = {name: max(row.allows(name) for row in own if row.allowed) for name in HEADINGS}
+            limits = ", ".join(f"{HEADINGS[name]} {limit:.0e}" for name, limit in largest.items())
+            limits = f"at most {limits}" if len({str(row.allowed) for row in own}) > 1 else limits
+        lines.append(f"allowed after {own[0].steps} steps in {precision}: {limits}")
+    return lines
 
 
 def figure_cell(row: VerifyRow, name: str) -> str:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from lockstep.verify.first_difference import Parting
-from lockstep.verify.trace import Tensors, Trace, angle, difference, tensor_differences
+from lockstep.verify.trace import Tensors, Trace, angle, difference, tensor_differences, vector_distance, way
 
-TOLERANCES = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}  # by precision
+# By precision; below fp64 only where it is not known what rounding makes of the same training.
+TOLERANCES = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}
+EPSILON = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+ROUNDINGS = 4  # so many times what rounding makes of the reference may be between it and a recipe
 COMPARED = ("loss", "gradients", "weights", "buffers", "evaluation")
 
 
@@ -15,8 +19,9 @@ COMPARED = ("loss", "gradients", "weights", "buffers", "evaluation")
 class VerifyRow:
     """One comparison; the five numbers are relative differences from the reference, None where it has nothing of them.
 
-    `variant` says which of a recipe's proofs it is, where there are several; `first` where the two first differ,
-    `off_after` how many steps of training show it, and `parting` in which layer and operation, where that was asked for.
+    `allowed` says how large each may be, `tolerance` how large those may that are not in it. `variant` says which of a
+    recipe's proofs it is, where there are several; `first` where the two first differ, `off_after` how many steps of
+    training show it, and `parting` in which layer and operation, where that was asked for.
     """
 
     recipe: str
@@ -29,6 +34,7 @@ class VerifyRow:
     buffers: float | None = None
     evaluation: float | None = None
     tolerance: float = 0.0
+    allowed: dict[str, float] = field(default_factory=dict)
     verdict: str = "equal"
     variant: str = ""
     against: str = "recipes.single"
@@ -48,6 +54,20 @@ class VerifyRow:
     def fails(self) -> bool:
         return self.verdict.startswith("OFF")
 
+    def allows(self, name: str) -> float:
+        """How large a number may be, of COMPARED."""
+        return self.allowed.get(name, self.tolerance)
+
+    def allow_rounding(self, rounding: dict[str, float], times: float) -> None:
+        """Allow what rounding explains.
+
+        Args:
+            rounding: what it makes of the reference, by COMPARED: see `rounding_of`.
+            times: how many times as much the recipe's own arithmetic rounds (Proof.rounding).
+        """
+        least = EPSILON[self.precision]
+        self.allowed = {name: ROUNDINGS * times * max(figure, least) for name, figure in rounding.items()}
+
     def compare(self, mine: Trace, theirs: Trace, differs: str = "") -> None:
         """Fill in the numbers and the verdict.
 
@@ -55,24 +75,44 @@ class VerifyRow:
             differs: why these settings make another computation, where they do.
         """
         losses = [relative(a, b) for a, b in zip(mine.losses, theirs.losses, strict=True)]
-        self.loss = max(losses)
-        distance = difference if self.precision == "fp64" else angle
-        self.gradients = distance(mine.gradients, theirs.gradients) if theirs.gradients else None
-        self.weights = distance(mine.weights, theirs.weights)
-        self.buffers = distance(mine.buffers, theirs.buffers)
-        expected = theirs.result.get("eval_loss")
-        if expected is not None:  # else there is nothing to evaluate on
-            self.evaluation = relative(mine.result["eval_loss"], expected)
-        figures = {name: figure for name in COMPARED if (figure := getattr(self, name)) is not None}
+        distance = vector_distance if self.allowed else difference if self.precision == "fp64" else angle
+        figures = figures_between(mine, theirs, distance)
+        for name, figure in figures.items():
+            setattr(self, name, figure)
         # Written so that a number which is not one is off, too.
-        off = [name for name, figure in figures.items() if not figure <= self.tolerance]
-        late = next((step for step, value in enumerate(losses, start=1) if not value <= self.tolerance), None)
+        off = [name for name, figure in figures.items() if not figure <= self.allows(name)]
+        late = next((step for step, value in enumerate(losses, start=1) if not value <= self.allows("loss")), None)
         if set(off) - {"evaluation"}:
             self.off_after = 1 if "gradients" in off else late or self.steps
         if off:
             self.first = parting_point(mine, theirs, losses, off, self)
         if differs or off:
             self.verdict = f"differs: {differs}" if differs else f"OFF: {', '.join(off)}"
+
+
+def figures_between(mine: Trace, theirs: Trace, distance: Callable[[Tensors, Tensors], float]) -> dict[str, float]:
+    """How far one training is from another, by COMPARED, without what the other has nothing of.
+
+    Weights are compared by the way that they have come since the start, where that is known: a few steps hardly move
+    them, and after so few even twice the learning rate leaves them nearly equal.
+    """
+    start = theirs.start or mine.start
+    found = {
+        "loss": max(relative(a, b) for a, b in zip(mine.losses, theirs.losses, strict=True)),
+        "weights": distance(way(start, mine.weights), way(start, theirs.weights)),
+        "buffers": distance(mine.buffers, theirs.buffers),
+    }
+    if theirs.gradients:
+        found["gradients"] = distance(mine.gradients, theirs.gradients)
+    expected = theirs.result.get("eval_loss")
+    if expected is not None:  # else there is nothing to evaluate on
+        found["evaluation"] = relative(mine.result["eval_loss"], expected)
+    return {name: found[name] for name in COMPARED if name in found}
+
+
+def rounding_of(rounded: Trace, exact: Trace) -> dict[str, float]:
+    """What rounding makes of a training: how far it is in a lower precision from the same in fp64, by COMPARED."""
+    return figures_between(rounded, exact, vector_distance)
 
 
 def relative(mine: float, theirs: float) -> float:
@@ -87,7 +127,7 @@ def parting_point(mine: Trace, theirs: Trace, losses: list[float], off: list[str
         losses: relative differences by step.
         off: what is off at all, of COMPARED.
     """
-    late = [step for step, value in enumerate(losses, start=1) if not value <= row.tolerance]
+    late = [step for step, value in enumerate(losses, start=1) if not value <= row.allows("loss")]
     if late[:1] == [1]:
         return f"step 1: the loss, {mine.losses[0]:.10g} and not {theirs.losses[0]:.10g}"
     if "gradients" in off:
@@ -96,9 +136,12 @@ def parting_point(mine: Trace, theirs: Trace, losses: list[float], off: list[str
     if late:
         step = late[0]
         found = f"step {step}: the loss, {mine.losses[step - 1]:.10g} and not {theirs.losses[step - 1]:.10g}; then "
-    for name in ("weights", "buffers"):
-        if name in off:
-            return f"{found}after step {row.steps}: {worst('', getattr(mine, name), getattr(theirs, name))}"
+    start = theirs.start or mine.start
+    if "weights" in off:
+        ways = way(start, mine.weights), way(start, theirs.weights)
+        return f"{found}after step {row.steps}: {worst('', *ways)}"
+    if "buffers" in off:
+        return f"{found}after step {row.steps}: {worst('', mine.buffers, theirs.buffers)}"
     return found.removesuffix("; then ") or f"the evaluation after step {row.steps}"
 
 
