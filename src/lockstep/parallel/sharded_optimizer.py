@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim import Optimizer
 
-from lockstep.training.optim import MuonAndAdamW
+from lockstep.training.muon import MuonAndAdamW
 
 
 class ShardedOptimizer(ZeroRedundancyOptimizer):

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from lockstep.config.schema import OPTIMIZERS, OptimConfig
 from lockstep.distributed.dtensor import is_sharded
 from lockstep.errors import UserError
+from lockstep.training.muon import MuonAndAdamW
 
 OURS = ("params", "lr", "weight_decay", "momentum", "nesterov")  # arguments that have keys of their own, or none
 CLOSURE = ("LBFGS", "SparseAdam")  # need a closure, or sparse gradients, which no recipe has
@@ -132,50 +133,6 @@ def states_per_weight(config: OptimConfig) -> tuple[int, int]:
     optimizer.step()
     states = [value for value in optimizer.state[layer.weight].values() if isinstance(value, Tensor)]
     return sum(value.dim() > 0 for value in states), sum(value.dim() == 0 for value in states)
-
-
-class MuonAndAdamW(Optimizer):
-    """Muon for the parameters of two dims that are no embeddings, AdamW for all others, behind one optimizer's face.
-
-    Both get the same learning rate and weight decay: Muon's updates are scaled to the size that AdamW's have.
-    Source: https://kellerjordan.github.io/posts/muon/, https://arxiv.org/abs/2502.16982 (the scaling)
-
-    Args:
-        groups: of parameters, of any number of dims.
-        arguments: Muon's; AdamW gets the learning rate and the weight decay of them.
-        embeddings: parameters of two dims that are AdamW's.
-    """
-
-    def __init__(
-        self, groups: list[dict[str, Any]], arguments: dict[str, Any], embeddings: Sequence[Tensor] = ()
-    ) -> None:
-        tables = {id(each) for each in embeddings}
-        shared = {name: arguments[name] for name in ("lr", "weight_decay")}
-        split = []
-        for group in groups:
-            if "muon" in group:  # another one's, such as a rank's part of it, with places for what others have
-                split.append(group)
-                continue
-            matrices = [each for each in group["params"] if each.dim() == 2 and id(each) not in tables]
-            others = [each for each in group["params"] if each.dim() != 2 or id(each) in tables]
-            parts = [{**group, "params": matrices, "muon": True}, {**group, "params": others, "muon": False}]
-            split += [part for part in parts if part["params"]]
-        super().__init__(split, shared)
-        kinds: dict[bool, Any] = {
-            True: lambda own: torch.optim.Muon(own, **{"adjust_lr_fn": "match_rms_adamw"} | arguments),
-            False: lambda own: torch.optim.AdamW(own, **shared),
-        }
-        self._parts: dict[bool, Optimizer] = {}
-        for muon, build in kinds.items():
-            if own := [group for group in self.param_groups if group["muon"] == muon]:
-                self._parts[muon] = build(own)  # fills the rest of its arguments into the groups
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        for muon, part in self._parts.items():
-            part.param_groups = [group for group in self.param_groups if group["muon"] == muon]
-            part.state = self.state
-            part.step()
 
 
 class JointOptimizer(Optimizer):

@@ -10,7 +10,7 @@ from lockstep.verify.trace import Tensors, Trace, angle, difference, tensor_diff
 
 # By precision; below fp64 only where it is not known what rounding makes of the same training.
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}
-EPSILON = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+LAST_BIT = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
 ROUNDINGS = 4  # so many times what rounding makes of the reference may be between it and a recipe
 COMPARED = ("loss", "gradients", "weights", "buffers", "evaluation")
 
@@ -65,7 +65,7 @@ class VerifyRow:
             rounding: what it makes of the reference, by COMPARED: see `rounding_of`.
             times: how many times as much the recipe's own arithmetic rounds (Proof.rounding).
         """
-        least = EPSILON[self.precision]
+        least = LAST_BIT[self.precision]
         self.allowed = {name: ROUNDINGS * times * max(figure, least) for name, figure in rounding.items()}
 
     def compare(self, mine: Trace, theirs: Trace, differs: str = "") -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from lockstep.verify.museum import mutations
 from lockstep.verify.museum.bug import GROUP, Bug
 
+STEPS = "    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):\n"
 FEW = {"data.name": "synthetic", "data.size": 56}  # two steps per epoch
 
 OF_DATA_AND_STATE = (
@@ -115,6 +116,28 @@ OF_DATA_AND_STATE = (
         patch=mutations.batches_weigh_alike,
     ),
     Bug(
+        "one-ranks-loss-is-logged",
+        ("huggingface/transformers#13681", "KellerJordan/modded-nanogpt#2"),
+        "The loss that was logged was the first rank's own, not the mean over all ranks. The training was right, and its "
+        "curve was that of a part of the data.",
+        "ddp",
+        "loss",
+        GROUP,
+        edits=(("run.record(loss=loss,", "run.record(loss=of_first_rank(loss),"),),
+        names={"of_first_rank": mutations.of_first_rank},
+    ),
+    Bug(
+        "evaluated-in-training-mode",
+        ("wolny/pytorch-3dunet#53", "udacity/deep-learning-v2-pytorch#3"),
+        "Nobody called model.eval(): dropout dropped in the evaluation, too, and what was reported was noise.",
+        "single",
+        "evaluation",
+        {"task.dropout": 0.2},
+        {"checkpoint_activations": "full"},
+        patch=mutations.eval_does_nothing,
+        task="language",
+    ),
+    Bug(
         "weights-silently-not-loaded",
         ("pytorch/examples#1029",),
         "The file's names began with the wrapper's prefix, and load_state_dict(strict=False) passed over all of them. "
@@ -156,6 +179,17 @@ OF_DATA_AND_STATE = (
         "loss",
         GROUP,
         patch=mutations.starts_at(lambda step, per_epoch: step - step % per_epoch),
+        interrupt=3,
+    ),
+    Bug(
+        "moments-lost-on-resume",
+        ("KempnerInstitute/KempnerForge#115", "EvolvingLMMs-Lab/OneVision-Encoder#65"),
+        "The optimizer's moments were not restored, as a new optimizer has no tensors yet into which they could be read. "
+        "Weights, schedule and data were; each resume began with moments of zero, and the loss jumped.",
+        "ddp",
+        "weights",
+        GROUP,
+        edits=((STEPS, STEPS + "        run.step == 3 and optimizer.state.clear()\n"),),
         interrupt=3,
     ),
     Bug(

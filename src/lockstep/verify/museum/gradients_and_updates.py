@@ -7,6 +7,8 @@ from lockstep.verify.museum.bug import CLIPPED, GROUP, REFUSED, Bug
 
 WEIGHED_LOSS = "scaler.scale(loss * micro.weight).backward()"
 ACCUMULATED = "            with contextlib.nullcontext() if last else model.no_sync():\n"
+RECORDED = "            run.record(loss=loss, weight=micro.weight)\n"
+SLOWLY = GROUP | {"optim.name": "sgd", "optim.lr": 0.05}
 PLACED = "    model = run.place(run.task.build_model())\n"
 BUILT = "    optimizer = build_optimizer(run.config.optim, model)\n"
 SCHEDULED = "    scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)\n"
@@ -37,6 +39,28 @@ OF_GRADIENTS_AND_UPDATES = (
         GROUP,
         {"accumulate": 4},
         ((ACCUMULATED, "            optimizer.zero_grad()\n" + ACCUMULATED),),
+    ),
+    Bug(
+        "last-micro-batch-not-averaged",
+        ("modelscope/FunASR#3472", "karpathy/build-nanogpt#30"),
+        "no_sync, which keeps DDP from averaging before the last micro-batch, was off for the first one and on for the "
+        "last. What came after the first stayed on its rank, and the replicas drifted apart.",
+        "grad_accumulation",
+        "gradients",
+        GROUP,
+        {"accumulate": 4},
+        ((ACCUMULATED, ACCUMULATED.replace("if last", "if number == 0")),),
+    ),
+    Bug(
+        "clipped-at-every-micro-batch",
+        ("facebookresearch/lingua#59", "huggingface/transformers#986"),
+        "Gradients were clipped after each micro-batch's backward, and not once before the update. The first ones were "
+        "clipped again and again, and the last micro-batch counted most.",
+        "grad_accumulation",
+        "gradients",
+        GROUP | CLIPPED,
+        {"accumulate": 4},
+        ((RECORDED, RECORDED + "            clip_gradients(model, optimizer, scaler, run.config.gradients)\n"),),
     ),
     Bug(
         "divided-by-the-ranks-twice",
@@ -139,10 +163,40 @@ OF_GRADIENTS_AND_UPDATES = (
         "loss",
         edits=((PLACED, "    torch.manual_seed(run.config.seed + run.world.rank)\n" + PLACED),),
     ),
+    Bug(
+        "gradients-never-zeroed",
+        ("meta-pytorch/torchforge#71", "tenstorrent/tt-blacksmith#711"),
+        "zero_grad was never called: each step updated the weights by the sum of all gradients since the start.",
+        "ddp",
+        "loss",
+        GROUP,
+        edits=(("        optimizer.zero_grad()\n", ""),),
+    ),
+    Bug(
+        "routers-gradients-not-averaged",
+        ("pytorch/torchtitan#2416", "huggingface/transformers#48205"),
+        "Each rank has the gradient of the router by its own tokens, or its own experts, and a missing all-reduce left it "
+        "there. The copies of the router drifted apart; the loss of a step was right.",
+        "expert_parallel",
+        "gradients",
+        {"task.experts": 4, "task.balance": 0.1},
+        names={"average_over_ranks": mutations.leave_routers_apart},
+    ),
+    Bug(
+        "alpha-not-divided-by-the-rank",
+        ("rasbt/LLMs-from-scratch#821", "Blaizzy/mlx-vlm#841"),
+        "LoRA's product was scaled by alpha, not by alpha divided by the matrices' rank: with common settings 8 times too "
+        "much. Trainings with the settings of a paper collapsed.",
+        "lora",
+        "gradients",
+        SLOWLY,
+        {"weights": "random", "merge": False, "alpha": 2.0, "r": 2},
+        patch=mutations.alpha_not_divided,
+    ),
     # Clipping by a norm that is not the whole one
     Bug(
         "shards-clipped-by-their-own-norm",
-        ("pytorch/pytorch#72548", "PrimeIntellect-ai/OpenDiloco#6"),
+        ("pytorch/pytorch#72548", "PrimeIntellect-ai/OpenDiloco#6", "pytorch/pytorch#170862"),
         "Of a sharded model each rank clipped by the norm of its own shard: parts of one gradient were scaled by "
         "unequal factors.",
         "fsdp",
@@ -219,5 +273,24 @@ OF_GRADIENTS_AND_UPDATES = (
         "weights",
         GROUP | {"optim.name": "adamw", "optim.lr": 0.001},
         names={"build_optimizer": mutations.build_with_a_step_made},
+    ),
+    Bug(
+        "norms-decayed-too",
+        ("verl-project/verl#5070", "ServiceNow/Fast-LLM#542"),
+        "Weight decay was to leave out norms and biases, and took all parameters: a refactoring had lost the difference.",
+        "ddp",
+        "loss",
+        GROUP | {"optim.decay_norms_and_biases": False, "optim.weight_decay": 0.1},
+        names={"build_optimizer": mutations.build_with_all_decayed},
+    ),
+    Bug(
+        "outer-step-goes-backwards",
+        ("meta-pytorch/torchft#233",),
+        "DiLoCo's outer optimizer takes how far the replicas have come for a gradient, and its sign was the wrong one.",
+        "local_sgd",
+        "loss",
+        SLOWLY,
+        {"period": 1},
+        patch=mutations.outer_step_goes_backwards,
     ),
 )

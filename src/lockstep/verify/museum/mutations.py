@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
@@ -20,8 +21,11 @@ from lockstep.data.sampler import EvalSampler, StepSampler, rank_slice, sample_u
 from lockstep.distributed.dtensor import is_sharded, local_shard
 from lockstep.loop import training_loop
 from lockstep.models import experts, gpt
+from lockstep.models.lora import LoraConv2d, LoraLinear
+from lockstep.parallel import outer_optimizer
 from lockstep.parallel.context import ContextShare
 from lockstep.parallel.experts import average_over_ranks
+from lockstep.parallel.outer_optimizer import OuterOptimizer
 from lockstep.parallel.tensor import SlicedDropout, complete_gradients
 from lockstep.run import Run
 from lockstep.tasks.language import IGNORED
@@ -75,6 +79,16 @@ def padded_evaluation(run: Run[Any]) -> AbstractContextManager[None]:
 def batches_weigh_alike(run: Run[Any]) -> AbstractContextManager[None]:
     """What a batch counts in an evaluation: 1, whatever its size."""
     return swapped(run.data.task, "weigh", lambda targets: torch.ones((), dtype=torch.int64))
+
+
+def eval_does_nothing(run: Run[Any]) -> AbstractContextManager[None]:
+    return swapped(nn.Module, "eval", lambda self: self)
+
+
+def of_first_rank(loss: Tensor) -> Tensor:
+    found = loss.detach().clone()
+    dist.broadcast(found, src=0)
+    return found
 
 
 # Resuming -------------------------------------------------------------------------------------------------------------
@@ -137,6 +151,26 @@ def sum_experts_gradients(model: nn.Module, mesh: Any) -> None:
             local_shard(parameter.grad).mul_(mesh["expert"].size())
 
 
+def leave_routers_apart(model: nn.Module, mesh: Any) -> None:
+    """All gradients are averaged but the routers'."""
+    own = {p: p.grad.clone() for name, p in model.named_parameters() if "router" in name and p.grad is not None}
+    average_over_ranks(model, mesh)
+    for parameter, gradient in own.items():
+        parameter.grad = gradient
+
+
+def alpha_not_divided(run: Run[Any]) -> AbstractContextManager[None]:
+    prepare = cast(Any, run.prepare)
+
+    def scaled(model: nn.Module) -> None:
+        prepare(model)
+        for layer in model.modules():
+            if isinstance(layer, LoraLinear | LoraConv2d):
+                layer.lora_scale *= run.config.r
+
+    return swapped(run, "prepare", scaled)
+
+
 def balance_teaches_nothing(run: Run[Any]) -> AbstractContextManager[None]:
     sound = experts.unevenness
     return swapped(experts, "unevenness", lambda shares, chosen: sound(shares, chosen).detach())
@@ -197,6 +231,20 @@ def build_with_a_step_made(config: Any, model: nn.Module) -> Optimizer:
     for group, (rate, decay) in zip(optimizer.param_groups, rates, strict=True):
         group["lr"], group["weight_decay"] = rate, decay
     return optimizer
+
+
+def build_with_all_decayed(config: Any, model: nn.Module) -> Optimizer:
+    return build_optimizer(replace(config, decay_norms_and_biases=True), model)
+
+
+def outer_step_goes_backwards(run: Run[Any]) -> AbstractContextManager[None]:
+    synchronise, mean = OuterOptimizer._synchronise, outer_optimizer.all_reduce_mean
+
+    def backwards(self: OuterOptimizer, names: list[str]) -> None:
+        with swapped(outer_optimizer, "all_reduce_mean", lambda tensors: [-each for each in mean(tensors)]):
+            synchronise(self, names)
+
+    return swapped(OuterOptimizer, "_synchronise", backwards)
 
 
 # Weights --------------------------------------------------------------------------------------------------------------

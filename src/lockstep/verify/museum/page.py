@@ -5,8 +5,10 @@ python -m lockstep.verify.museum.page > docs/museum.md
 
 from __future__ import annotations
 
-from lockstep.verify.museum.bug import Bug
+from lockstep.verify.museum.bug import REFUSED, Bug
+from lockstep.verify.museum.of_tutorials import BROKEN
 from lockstep.verify.museum.table import BUGS
+from lockstep.verify.rows import COMPARED
 
 PAGE_HEAD = """# The museum of silent bugs
 
@@ -14,12 +16,30 @@ Each of these bugs really happened: a training ran to its end with them, and com
 mutant of one of our recipes. `python -m recipes.verify museum=NAME` breaks the recipe before your eyes, and shows by
 which number of its row the bug is seen first: the loss of a step, the gradients of the first one, the weights or the
 buffers at the end, or the evaluation. Without the mutant the same row is equal, which a test holds. The stories are
-told from the threads that the links lead to; the code is ours. {count} bugs; this page is written by
-`python -m lockstep.verify.museum.page`.
+told from the threads that the links lead to; the code is ours. {count} bugs, and [{others} mistakes more](#mistakes-of-tutorials);
+this page is written by `python -m lockstep.verify.museum.page`.
 
 | name | what happened | recipe | seen by |
 |---|---|---|---|
 """
+
+MATRIX = """
+## Which number names it
+
+| mutant | {columns} |
+|---|{rule}|
+{rows}
+"""
+OTHERS = """
+## Mistakes of tutorials
+
+Each is in a test, which holds that `verify` names the recipe.
+
+| mistake | recipe |
+|---|---|
+{rows}
+"""
+NUMBERS = (*COMPARED, REFUSED)
 
 
 def museum_list() -> str:
@@ -39,7 +59,11 @@ def written() -> str:
     for bug in BUGS:
         links = ", ".join(f"[{name}]({link})" for name, link in zip(bug.upstream, bug.links, strict=True))
         rows.append(f"| {bug.name} | {bug.story} {links} | {bug.recipe} | {seen_by(bug)} |\n")
-    return PAGE_HEAD.format(count=len(BUGS)) + "".join(rows)
+    marks = [f"| {bug.name} | {' | '.join('×' * (bug.row == name) for name in NUMBERS)} |" for bug in BUGS]
+    matrix = MATRIX.format(columns=" | ".join(NUMBERS), rule=":-:|" * (len(NUMBERS) - 1) + ":-:", rows="\n".join(marks))
+    others = [f"| {mistake} | {recipe} |" for mistake, (recipe, _, _) in BROKEN.items()]
+    head = PAGE_HEAD.format(count=len(BUGS), others=len(BROKEN))
+    return head + "".join(rows) + matrix + OTHERS.format(rows="\n".join(others))
 
 
 if __name__ == "__main__":
