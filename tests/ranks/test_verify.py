@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from lockstep.data import sampler
 from lockstep.distributed.sync_batchnorm import SyncBatchNorm
-from lockstep.verify.museum.of_tutorials import BROKEN
+from lockstep.verify.museum.of_tutorials import TUTORIALS
 from lockstep.verify.report import verify_tables
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import angle, difference, smooth_relu
@@ -163,9 +163,9 @@ def replace(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.slow_except(
     "one all-reduce left out", "a stage's gradient of the wrong size", "BatchNorm left unsynchronised"
 )
-@pytest.mark.parametrize("mistake", BROKEN)
+@pytest.mark.parametrize("mistake", TUTORIALS)
 def test_a_broken_recipe_is_named(mistake: str, replace: Any, tmp_path: Path) -> None:
-    name, old, new = BROKEN[mistake]
+    name, old, new = TUTORIALS[mistake]
     replace(name, old, new)
     precision = "fp32" if name == "deepspeed_zero" else "fp64"
     with pytest.raises(AssertionError, match=f"not the training that recipes.single computes: {name} in {precision}"):

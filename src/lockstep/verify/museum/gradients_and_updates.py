@@ -7,7 +7,7 @@ from lockstep.verify.museum.bug import CLIPPED, GROUP, REFUSED, Bug
 
 WEIGHED_LOSS = "scaler.scale(loss * micro.weight).backward()"
 ACCUMULATED = "            with contextlib.nullcontext() if last else model.no_sync():\n"
-RECORDED = "            run.record(loss=loss, weight=micro.weight)\n"
+LOGGED = "            run.record(loss=loss, weight=micro.weight)\n"
 SLOWLY = GROUP | {"optim.name": "sgd", "optim.lr": 0.05}
 PLACED = "    model = run.place(run.task.build_model())\n"
 BUILT = "    optimizer = build_optimizer(run.config.optim, model)\n"
@@ -60,7 +60,7 @@ OF_GRADIENTS_AND_UPDATES = (
         "gradients",
         GROUP | CLIPPED,
         {"accumulate": 4},
-        ((RECORDED, RECORDED + "            clip_gradients(model, optimizer, scaler, run.config.gradients)\n"),),
+        ((LOGGED, LOGGED + "            clip_gradients(model, optimizer, scaler, run.config.gradients)\n"),),
     ),
     Bug(
         "divided-by-the-ranks-twice",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-BROKEN: dict[str, tuple[str, str, str]] = {
+TUTORIALS: dict[str, tuple[str, str, str]] = {
     "gradients clipped to a length of 1, as DeepSpeed does by default": (
         "deepspeed_zero",
         '"gradient_clipping": (config.gradients.clip_norm or 0.0) if config.stage else 0.0,',

@@ -6,7 +6,7 @@ python -m lockstep.verify.museum.page > docs/museum.md
 from __future__ import annotations
 
 from lockstep.verify.museum.bug import REFUSED, Bug
-from lockstep.verify.museum.of_tutorials import BROKEN
+from lockstep.verify.museum.of_tutorials import TUTORIALS
 from lockstep.verify.museum.table import BUGS
 from lockstep.verify.rows import COMPARED
 
@@ -39,7 +39,7 @@ Each is in a test, which holds that `verify` names the recipe.
 |---|---|
 {rows}
 """
-NUMBERS = (*COMPARED, REFUSED)
+NAMED_BY = (*COMPARED, REFUSED)
 
 
 def museum_list() -> str:
@@ -59,10 +59,12 @@ def written() -> str:
     for bug in BUGS:
         links = ", ".join(f"[{name}]({link})" for name, link in zip(bug.upstream, bug.links, strict=True))
         rows.append(f"| {bug.name} | {bug.story} {links} | {bug.recipe} | {seen_by(bug)} |\n")
-    marks = [f"| {bug.name} | {' | '.join('×' * (bug.row == name) for name in NUMBERS)} |" for bug in BUGS]
-    matrix = MATRIX.format(columns=" | ".join(NUMBERS), rule=":-:|" * (len(NUMBERS) - 1) + ":-:", rows="\n".join(marks))
-    others = [f"| {mistake} | {recipe} |" for mistake, (recipe, _, _) in BROKEN.items()]
-    head = PAGE_HEAD.format(count=len(BUGS), others=len(BROKEN))
+    marks = [f"| {bug.name} | {' | '.join('×' * (bug.row == name) for name in NAMED_BY)} |" for bug in BUGS]
+    matrix = MATRIX.format(
+        columns=" | ".join(NAMED_BY), rule=":-:|" * (len(NAMED_BY) - 1) + ":-:", rows="\n".join(marks)
+    )
+    others = [f"| {mistake} | {recipe} |" for mistake, (recipe, _, _) in TUTORIALS.items()]
+    head = PAGE_HEAD.format(count=len(BUGS), others=len(TUTORIALS))
     return head + "".join(rows) + matrix + OTHERS.format(rows="\n".join(others))
 
 
