@@ -5,7 +5,7 @@ from __future__ import annotations
 from lockstep.verify.museum import mutations
 from lockstep.verify.museum.bug import GROUP, Bug
 
-STEPS = "    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):\n"
+LOOPS = "    for batch in run.steps(model=model, optimizer=optimizer, scheduler=scheduler):\n"
 FEW = {"data.name": "synthetic", "data.size": 56}  # two steps per epoch
 
 OF_DATA_AND_STATE = (
@@ -189,7 +189,7 @@ OF_DATA_AND_STATE = (
         "ddp",
         "weights",
         GROUP,
-        edits=((STEPS, STEPS + "        run.step == 3 and optimizer.state.clear()\n"),),
+        edits=((LOOPS, LOOPS + "        run.step == 3 and optimizer.state.clear()\n"),),
         interrupt=3,
     ),
     Bug(
