@@ -46,6 +46,7 @@ from lockstep.parallel.fully_sharded import precision_policies
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.clip import clip_gradients
+from lockstep.training.compiling import COMPILE_OPTIONS
 from lockstep.training.optim import build_optimizer, build_scheduler
 from lockstep.training.precision import AUTOCAST, DTYPES
 from lockstep.utils.text import divisors
@@ -97,7 +98,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run[FsdpConfig]) -> None:
         if not any(True for _ in block.parameters()):  # nothing to gather
             continue
         if run.config.compile:  # block by block, since what FSDP does in between is no graph
-            block.compile(dynamic=False)
+            block.compile(**COMPILE_OPTIONS)
         fully_shard(block, mp_policy=arithmetic, reshard_after_forward=config.reshard_after_forward, **options)
     fully_shard(model, mp_policy=rest, **options)
 

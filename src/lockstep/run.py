@@ -30,6 +30,7 @@ from lockstep.memory.usage import process_bytes
 from lockstep.tasks.build import blocks_of_task, build_task
 from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.auto import choose_for_hardware
+from lockstep.training.compiling import compile_model
 from lockstep.training.optim import Schedule, as_one_optimizer
 from lockstep.training.precision import DTYPES, Scaler, autocast
 
@@ -128,7 +129,7 @@ class Run(Generic[ConfigT]):
             model = model.to(memory_format=torch.channels_last)
         checkpoint_activations(model, self.blocks(model), self.config.checkpoint_activations)
         if self.config.compile:
-            model.compile()  # in place: the state_dict keeps its names
+            compile_model(model, self.blocks(model))
         if self.prepare:
             self.prepare(model)
         return model

@@ -226,7 +226,9 @@ class Config:
     )
     loss_scale: float = key(2.0**16, "precision=fp16: what the loss is multiplied by at first", minimum=1)
     tf32: bool = key(True, "cuda: allow TensorFloat-32 in fp32 matrix products and convolutions")
-    compile: bool = key(False, "torch.compile the model")
+    compile: bool = key(
+        False, "torch.compile the model; of equal blocks, such as a GPT's, each block, which share a compilation"
+    )
     channels_last: Any = key(
         AUTO, "NHWC memory format for images and weights (auto: in 16-bit precision)", (AUTO, True, False)
     )
