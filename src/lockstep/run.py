@@ -119,7 +119,6 @@ class Run(Generic[ConfigT]):
         return self._context.notes
 
     # What recipes call ------------------------------------------------------------------------------------------
-
     def place(self, model: nn.Module) -> nn.Module:
         """Move a model to this rank's device, or to the host where the rank then takes its own stages from there.
 

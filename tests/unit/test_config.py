@@ -308,3 +308,17 @@ def test_what_a_finished_run_is_told_to_do_trains_it_on() -> None:
     assert ended_by(config, {"epochs": 1, "steps": 50}) == "max_steps"
     assert ended_by(Config(epochs=9, patience=1), {"epochs": 1, "steps": 5}) == "patience"
     assert "raise max_steps" in already_finished(Config(out="nowhere"))
+
+
+def test_a_key_of_two_recipes_has_each_one_s_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`context` is 2 in one and 1 in the other: a tool that runs both gives each its own, unless it is told."""
+    from lockstep.config.copies import convert
+    from recipes import context_parallel, parallel_mesh
+
+    named = "recipes=[context_parallel,parallel_mesh]"
+    for words, expected in (([named], (2, 1)), ([named, "context=4"], (4, 4))):
+        monkeypatch.setattr("sys.argv", ["recipes.verify", *words])
+        configs: list[Config] = []
+        compose(verify.train, configs.append)
+        schemas = context_parallel.ContextParallelConfig, parallel_mesh.ParallelMeshConfig
+        assert tuple(convert(configs[0], schema).context for schema in schemas) == expected

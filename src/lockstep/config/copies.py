@@ -23,6 +23,11 @@ def with_values(config: ConfigT, values: dict[str, Any]) -> ConfigT:
 
 
 def convert(config: Config, schema: type[ConfigT]) -> ConfigT:
-    """A config as another recipe's: what both have is copied, the rest has its defaults."""
+    """A config as another recipe's: what both have is copied, the rest has its defaults, as has what a tool was told
+    nothing of."""
+    nullable = {entry.name for entry in fields(schema) if entry.metadata.get("nullable", True)}
     both = {entry.name for entry in fields(schema)} & {entry.name for entry in fields(config)}
-    return schema(**{name: copy.deepcopy(getattr(config, name)) for name in both})
+    given = {name: getattr(config, name) for name in both}
+    return schema(
+        **{name: copy.deepcopy(value) for name, value in given.items() if value is not None or name in nullable}
+    )

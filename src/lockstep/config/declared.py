@@ -12,10 +12,10 @@ import functools
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, get_type_hints
 
 from lockstep.config.schema import Config, from_yaml
 from lockstep.config.tasks import absolute, import_file, named_task, short_name, task_of_content, with_task
@@ -167,7 +167,19 @@ def _only_task(recipe: CommandLine, others: Iterable[CommandLine]) -> str | None
 
 @functools.cache
 def _combined(bases: tuple[type[Config], ...]) -> type[Config]:
-    return dataclass(type("".join(each.__name__ for each in bases), bases, {}))
+    """One class with the keys of all; a key that two of them have with other defaults is null: each recipe's own."""
+    shared, found = {entry.name for entry in fields(Config)}, dict[str, list[Field[Any]]]()
+    for entry in [entry for base in bases for entry in fields(base) if entry.name not in shared]:
+        found.setdefault(entry.name, []).append(entry)
+    space: dict[str, Any] = {"__annotations__": {}}
+    for name, entries in found.items():
+        if any(entry.default != entries[0].default for entry in entries):
+            first = dict(entries[0].metadata)
+            own = {"nullable": True, "help": f"{first.get('help', '')} (null: what each recipe has)"}
+            space[name] = field(default=None, metadata=first | own)
+            hints = [get_type_hints(base) for base in bases]
+            space["__annotations__"][name] = next(each[name] for each in hints if name in each) | None
+    return dataclass(type("".join(each.__name__ for each in bases), bases, space))
 
 
 def _find(tool: CommandLine, name: str) -> CommandLine | None:
