@@ -41,9 +41,9 @@ from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
 from lockstep.data.batch import pieces, tree_tensors, with_tensors
-from lockstep.distributed.collectives import gather_numbers
+from lockstep.distributed.collectives import broadcast_object, gather_numbers
 from lockstep.parallel.in_turn import PartsInTurn
-from lockstep.parallel.partition import Part, check_cut, choose_cuts, join, split
+from lockstep.parallel.partition import Part, check_cut, choose_cuts, crossings, join, split
 from lockstep.parallel.replicas import average_gradients
 from lockstep.tasks.build import blocks_of_task, known_task, sketch
 from lockstep.training.accumulate import MicroBatch, micro_batch
@@ -72,6 +72,11 @@ class PipelineConfig(Config):
     def pipeline_micro_batches(self) -> int:
         return self.micro_batches
 
+    @property
+    def parts(self) -> int:
+        """That the model is cut into."""
+        return self.stages * STAGES_A_RANK[self.schedule]
+
 
 STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
 
@@ -80,6 +85,7 @@ class TimedStage(PipelineStage):
     """A stage that times its own forwards and backwards; what is left of a step is waiting."""
 
     watch: Stopwatch
+    crossing: dict[str, Any]  # what it takes and gives, where that is known beforehand
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         return self._timed(super().forward_one_chunk, args, kwargs)
@@ -138,27 +144,30 @@ def build_stages(
 ) -> tuple[list[TimedStage], list[Part]]:
     """(this rank's stages, every stage's part of the model)."""
     config, rank, size = run.config, dist.get_rank(stage_group), dist.get_world_size(stage_group)
-    count = size * STAGES_A_RANK[config.schedule]
+    count = config.parts
     piece = config.global_batch_size // run.shards // config.micro_batches
     example, blocks = run.data.example(piece).inputs, run.blocks(model)
     cut = wanted_cut(config)
-    chosen: list[Any] = [
-        choose_cuts(model, cut, count, example, blocks) if run.world.rank == 0 or cut != "balanced" else None
-    ]
-    dist.broadcast_object_list(chosen, src=0)  # measured once: ranks that cut differently could not talk
-    parts = split(model, chosen[0], blocks)
+    chosen = choose_cuts(model, cut, count, example, blocks) if run.world.rank == 0 or cut != "balanced" else []
+    if cut == "balanced":  # measured once: ranks that cut differently could not talk
+        chosen = broadcast_object(chosen)
+    parts = split(model, chosen, blocks)
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    wrapped = [Contiguous(part, memory_format, example if number == 0 else None) for number, part in enumerate(parts)]
+    # A plan's other ranks are not there to be asked what they send.
+    crossing = crossings(wrapped, tree_tensors(example)) if run.world.backend == "fake" else [{}] * count
     stages = []
     for number in range(rank, count, size):  # rank r holds stages r, r + size, …
-        part = Contiguous(parts[number].to(run.device), memory_format, example if number == 0 else None)
-        stages.append(TimedStage(part, number, count, run.device, group=stage_group))
-        stages[-1].watch = Stopwatch(run.device)
+        part = wrapped[number].to(run.device)
+        stages.append(TimedStage(part, number, count, run.device, group=stage_group, **crossing[number]))
+        stages[-1].watch, stages[-1].crossing = Stopwatch(run.device), crossing[number]
     return stages, parts
 
 
 def another(stage: TimedStage) -> TimedStage:
     """The same stage for samples of another size: what it receives is as large as in its first step."""
-    found = TimedStage(stage.submod, stage.stage_index, stage.num_stages, stage.device, group=stage.group)
+    count, given = stage.num_stages, stage.crossing
+    found = TimedStage(stage.submod, stage.stage_index, count, stage.device, group=stage.group, **given)
     found.watch = stage.watch
     return found
 
@@ -221,7 +230,7 @@ def check(config: PipelineConfig, share: int) -> None:
         raise UserError(f"accumulate={config.accumulate}: a pipeline accumulates by itself; set micro_batches instead")
     model = sketch(config)
     blocks = blocks_of_task(known_task(config), model)
-    check_cut(lambda: model, wanted_cut(config), stages * STAGES_A_RANK[name], blocks)
+    check_cut(lambda: model, wanted_cut(config), config.parts, blocks)
 
 
 def refuse_gloo_between_gpus(device: str, backend: str) -> None:
@@ -235,8 +244,7 @@ def refuse_gloo_between_gpus(device: str, backend: str) -> None:
 
 def wanted_cut(config: PipelineConfig) -> Any:
     """The cut that is asked for; more than two parts are balanced by default."""
-    parts = config.stages * STAGES_A_RANK[config.schedule]
-    return "balanced" if config.cut == AUTO and parts > 2 else config.cut
+    return "balanced" if config.cut == AUTO and config.parts > 2 else config.cut
 
 
 @recipe(

@@ -9,21 +9,25 @@ Time follows from the hardware's profile (`conf/plan/*.yaml`: published peaks, a
 an operation takes as long as its arithmetic or its bytes, whichever is more; a collective a latency and a rate, by NCCL's own
 formula, inside a node or between nodes. It hides behind whatever does not need it.
 
-Efficiency is that of so many devices against one that has a rank's share alone. What is not planned: pipeline and expert
-parallelism, offloading, torch.compile, the wait for data, gaps in the allocator's memory. docs/plan.md says how far to
-trust it.
+Of a pipeline every rank is planned and their steps are played together: so it has the bubble of its schedule, and the memory
+of the stage that holds most. Experts get equally many tokens. DeepSpeed's own engine is run like any other recipe.
 
-How: lockstep/plan/dry_run.py takes the steps, watch.py counts, clock.py and links.py tell the time, rows.py lists strategies.
+Efficiency is that of so many devices against one that has a rank's share alone. What is not planned: offloading,
+torch.compile, the wait for data. docs/plan.md says how far to trust it.
+
+How: lockstep/plan/dry_run.py takes the steps, watch.py counts, clock.py and links.py tell the time, pipeline.py plays
+stages together, allocator.py says what a GPU's allocator takes, rows.py lists strategies.
 
     python -m recipes.plan gpus=8 hardware=a100 model=resnet50 data=synthetic data.image_size=224 global_batch_size=512
-    python -m recipes.plan task=language task.size=tiny gpus=64 hardware=h100 precision=bf16 price=2.5
+    python -m recipes.plan task=language model=1b gpus=64 hardware=h100 precision=bf16 price=2.5
     python -m recipes.plan task=my_task.py:MyTask recipes=[ddp,my_recipe.py] gpus=16     your model, your loop
     python -m recipes.plan hardware=my_cluster.yaml json=true                            your devices; for programs
     python -m recipes.plan curve=true gpus=16384 plot=curve.svg      from one node to 16,384 devices, and where each stops
     python -m recipes.plan gpus=64 network=hdr interconnect=pcie4    other links than the profile's
     python -m recipes.plan check=true nproc=2        real steps on this machine, and by how much the plan is off
 
-Expect: a table within half a minute, a command to type, and nothing on the disk but the `plot`.
+Expect: a row in a few seconds, one of a pipeline in some per stage; a table, a command to type, and nothing on the disk
+but the `plot`.
 Source: https://arxiv.org/abs/2204.02311 (MFU), https://doi.org/10.1145/1498765.1498785 (roofline),
 https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc
 """
@@ -53,7 +57,7 @@ from lockstep.plan.report import (
     speed_table,
     traffic_table,
 )
-from lockstep.plan.rows import PLANNED, USUAL, plan_rows
+from lockstep.plan.rows import INSTEAD, PLANNED, USUAL, plan_rows, why_not
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, short
@@ -70,9 +74,9 @@ def planned_recipes(names: list[str] | None) -> list[Recipe]:
     found = choose(names) if names else list(USUAL)
     for name in found:
         if name not in PLANNED and not is_file(name):
-            raise UserError(
-                f"recipes=[{name}]: is not planned yet; allowed are {', '.join(PLANNED)}, or a FILE.py of yours"
-            )
+            instead = f"; plan {INSTEAD[name]}" if name in INSTEAD else ""
+            allowed = f"allowed are {', '.join(PLANNED)}, or a FILE.py of yours"
+            raise UserError(f"recipes=[{name}]: is not planned yet{instead}; {allowed}")
     return [get_recipe(name) for name in found]
 
 
@@ -102,7 +106,7 @@ def plan_all(
         try:
             made.append(estimate(row, config, hardware, alone))
         except Exception as error:  # of a recipe of one's own, or a model that asks tensors for their numbers
-            left_out.append(f"{row.label}: {type(error).__name__}: {str(error).splitlines()[0]}")
+            left_out.append(f"{row.label}: {why_not(error)}")
         say(f"{number} of {len(rows)}: {row.label}, {time.perf_counter() - began:.1f} s")
     return made, left_out
 

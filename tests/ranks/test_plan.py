@@ -40,14 +40,14 @@ def test_real_ranks_send_and_hold_what_is_planned(tmp_path: Path) -> None:
         "check=true",
         "nproc=2",
         "task=language",
-        "recipes=[ddp,zero1,fsdp]",
+        "recipes=[ddp,fsdp,pipeline_parallel]",
         "threads=1",
         f"out={tmp_path / 'run'}",
     )
     done = command("-m", "recipes.plan", *words, cwd=tmp_path, timeout=280)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "run" / "check.json").read_text(encoding="utf-8"))
-    assert {row["label"] for row in rows} >= {"ddp", "zero1", "fsdp"}
+    assert {row["label"] for row in rows} >= {"ddp", "fsdp", "pipeline_parallel"}
     for row in rows:
         assert row["bytes_predicted"] == row["bytes_measured"], row["label"]
         assert abs(row["memory_error"]) < 0.1, row["label"]
@@ -75,7 +75,14 @@ def test_the_table_ends_with_a_command(tmp_path: Path) -> None:
         (("gpus=2048",), "gpus=2048: a table is of at most 1,024 devices; add curve=true"),
         (("curve=true", "gpus=64", "plot=curve.txt"), "plot=curve.txt: the name must end with .png"),
         (("network=nvlink4",), "network=nvlink4: no such link; allowed are 100gbe"),
-        (("recipes=[pipeline_parallel]",), "pipeline_parallel]: is not planned yet; allowed are single, ddp"),
+        (
+            ("recipes=[local_sgd]",),
+            "local_sgd]: is not planned yet; plan ddp, which communicates in every step; allowed",
+        ),
+        (
+            ("task=language", "recipes=[parallel_mesh]", "replicate=3"),
+            "replicate=3: context=1 × tensor=2 leave 4 groups",
+        ),
         (("recipes=[ddp]", "compile=true"), "compile=true: a plan reckons with operations as they are issued"),
         (("task=language", "recipes=[tensor_parallel]", "tensor=3"), "tensor=3: 3 ranks share"),
     ],

@@ -115,6 +115,7 @@ def test_a_block_is_what_its_formula_says() -> None:
 # Sizes and weights ----------------------------------------------------------------------------------------------------
 
 STATED = {"nano": 197_184, "tiny": 9_442_176, "124M": 124_668_672, "350M": 354_993_152, "1B": 1_100_048_384}
+STATED |= {"8B": 7_241_732_096, "70B": 68_976_648_192}  # Mistral 7B's and Llama 2 70B's own numbers
 
 
 @pytest.mark.parametrize("size", GPT_SIZES)

@@ -35,6 +35,7 @@ from lockstep.config.words import check_groups, check_options, in_plural, spelle
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
 
+MODEL_SIZE = ("model", "model.name", "task.size")  # that may say how large a model is
 QUOTES = "\"'"
 
 UNREADABLE = (HydraException, OmegaConfBaseException, ValueError, YAMLError, AssertionError)  # OmegaConf asserts, too
@@ -104,6 +105,7 @@ def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Conf
     if recipe.several:
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
+    words = [by_size(word, schema) for word in words]
     words = [added(quoted(word, open_keys(schema, texts=True)), schema) for word in words]
     texts, sweeps = text_keys(schema), sweep.is_sweep(words)
     words = [verbatim(word, texts, sweeps) for word in words]
@@ -235,6 +237,14 @@ def by_name(word: str, recipe: CommandLine) -> str:
         return word
     known = set(help.config_groups(config_folders(recipe))["model"])
     return word if known.issuperset(value.split(",")) else f"model.name={value}"
+
+
+def by_size(word: str, schema: type[Config]) -> str:
+    """`model=1b` of a task that has its models by size, such as task=language, as `task.size=1B`."""
+    name, _, value = word.partition("=")
+    sizes = next((entry.metadata.get("choices", ()) for entry in fields(schema().task) if entry.name == "size"), ())
+    known = {str(each).lower(): each for each in sizes}
+    return f"task.size={known[value.lower()]}" if name in MODEL_SIZE and value.lower() in known else word
 
 
 def quoted(word: str, texts: tuple[str, ...]) -> str:

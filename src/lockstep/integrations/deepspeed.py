@@ -17,7 +17,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime import compiler, torch_autocast
-from deepspeed.utils import logger, safe_get_full_grad, safe_set_full_grad
+from deepspeed.utils import groups, logger, safe_get_full_grad, safe_set_full_grad
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -49,6 +49,9 @@ def prepared(run: Run) -> Iterator[None]:
     # none can, it leaves the tensors to gloo and the update to torch's optimizer.
     vars(deepspeed.ops)["__compatible_ops__"] = {}
     vars(torch_autocast)["TORCH_AUTOCAST_INITIALIZED"] = False  # by an earlier run in this process
+    if groups._WORLD_GROUP is not None and not is_registered(groups._WORLD_GROUP):  # an earlier run's, which has ended
+        groups._release_process_group_references(group=None)
+        vars(deepspeed.comm.comm)["cdb"] = None
     with contextlib.redirect_stdout(run.report.log):
         # When it looks whether an optimizer is Muon, it has that one's functions compiled: 3 s in each rank.
         compiled, compiler.compile = compiler.compile, lambda: compiler.dummy_decorator
@@ -57,6 +60,14 @@ def prepared(run: Run) -> Iterator[None]:
         finally:
             compiler.compile = compiled
         yield
+
+
+def is_registered(group: dist.ProcessGroup) -> bool:
+    """Whether torch still knows a process group."""
+    try:
+        return dist.get_global_rank(group, 0) >= 0
+    except (ValueError, RuntimeError):
+        return False
 
 
 # The engine ---------------------------------------------------------------------------------------------------------
@@ -168,12 +179,9 @@ class ZeroEngine:
 
         Buffers in which gradients or weights travel are not counted.
         """
-        zero, parameters = self.engine.optimizer, list(self.module.parameters())
+        parameters = list(self.module.parameters())
         weights = storage_bytes([*(p.data for p in parameters), *(getattr(p, "ds_tensor", None) for p in parameters)])
-        if self.stage == 0:
-            masters = []
-        else:
-            masters = zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups
+        masters = self._masters()
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         others = {
             address: size for address, size in storage_bytes([*masters, *states]).items() if address not in weights
@@ -183,6 +191,26 @@ class ZeroEngine:
             "gradients": self.gradient_bytes,
             "optimizer": sum(others.values()),
         }
+
+    def held_tensors(self) -> dict[str, list[Tensor]]:
+        """The tensors that this rank has before an update, by what they are for."""
+        zero, parameters = self.engine.optimizer, list(self.module.parameters())
+        buckets = getattr(zero, "ipg_buckets", {}).values()
+        averaged = getattr(zero, "averaged_gradients", {}).values()
+        named: dict[str, list[Any]] = {
+            "parameters": [*(p.data for p in parameters), *(getattr(p, "ds_tensor", None) for p in parameters)],
+            "gradients": [*(p.grad for p in parameters), *(part for group in averaged for part in group or [])],
+            "optimizer": self._masters(),
+            "communication": [part for bucket in buckets for part in as_list(getattr(bucket, "buffer", None))],
+        }
+        return {part: [each for each in given if isinstance(each, Tensor)] for part, given in named.items()}
+
+    def _masters(self) -> list[Tensor]:
+        """The fp32 weights that the update is made in."""
+        zero = self.engine.optimizer
+        if self.stage == 0:
+            return []
+        return list(zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups)
 
     def unsharded_bytes(self) -> int:
         """What a rank of DDP's holds: weights, gradients, and as much again for each moment of the optimizer's."""
@@ -303,6 +331,10 @@ def gathered(tensor: Tensor, writes: bool = False) -> Any:
     if not hasattr(tensor, "ds_id"):
         return contextlib.nullcontext()
     return deepspeed.zero.GatheredParameters([tensor], modifier_rank=0 if writes else None)
+
+
+def as_list(given: Any) -> list[Any]:
+    return given if isinstance(given, list) else [given]
 
 
 def storage_bytes(tensors: list[Any]) -> dict[int, int]:

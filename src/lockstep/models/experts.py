@@ -29,6 +29,7 @@ https://arxiv.org/abs/2412.19437 (DeepSeek-V3, section 2.1.2), https://arxiv.org
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,10 +141,13 @@ def within_capacity(chosen: Tensor, experts: int, room: int) -> Tensor:
     return torch.where(place.unflatten(1, chosen.shape[1:]) <= room, chosen, experts)
 
 
-def on_host(counts: Tensor, rows: int) -> list[int]:
-    """Numbers that lie on a device, for which this process waits; what has none, on the meta device, is dealt out evenly."""
+def on_host(counts: Tensor, rows: int) -> Any:
+    """Numbers that lie on a device, for which this process waits, as lists; each line of them adds up to `rows`.
+
+    What has none, on the meta device, is dealt out evenly.
+    """
     if counts.is_meta or hasattr(counts, "fake_mode"):
-        share, more = divmod(rows, len(counts))
-        return [share + (place < more) for place in range(len(counts))]
-    found: list[int] = counts.tolist()
-    return found
+        share, more = divmod(rows, counts.shape[-1])
+        line = [share + (place < more) for place in range(counts.shape[-1])]
+        return line if counts.dim() == 1 else [list(line) for _ in range(len(counts))]
+    return counts.tolist()

@@ -64,13 +64,16 @@ class GPTConfig:
 
 # With Llama 2's vocabulary of 32,000 tokens, 124M, 350M and 1B have the parameters that they are called after.
 # Depth and width of 124M and 350M are GPT-2's (small, medium), tiny's are those of nanoGPT's smallest example;
-# 1B is TinyLlama (https://arxiv.org/abs/2401.02385), parameter for parameter.
+# 1B is TinyLlama (https://arxiv.org/abs/2401.02385), parameter for parameter. 8B and 70B have the blocks of Llama 3
+# (https://arxiv.org/abs/2407.21783), whose vocabulary of 128,256 tokens makes 8B 8.03e9 parameters.
 GPT_SIZES = {
     "nano": GPTConfig(layers=4, width=64, heads=4, kv_heads=2, hidden=192),  # 197,184 + 128 · vocabulary
     "tiny": GPTConfig(layers=6, width=384, heads=6, kv_heads=2, hidden=1024),  # 9,442,176 + 768 · vocabulary
     "124M": GPTConfig(layers=12, width=768, heads=12, kv_heads=4, hidden=2048),  # 124,668,672
     "350M": GPTConfig(layers=24, width=1024, heads=16, kv_heads=4, hidden=3072),  # 354,993,152
     "1B": GPTConfig(layers=22, width=2048, heads=32, kv_heads=4, hidden=5632),  # 1,100,048,384
+    "8B": GPTConfig(layers=32, width=4096, heads=32, kv_heads=8, hidden=14336),  # 7,241,732,096
+    "70B": GPTConfig(layers=80, width=8192, heads=64, kv_heads=8, hidden=28672),  # 68,976,648,192
 }
 
 

@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from lockstep.distributed.dtensor import is_sharded, local_shard
 from lockstep.errors import UserError
-from lockstep.models.experts import MixtureOfExperts
+from lockstep.models.experts import MixtureOfExperts, on_host
 from lockstep.parallel.context import subclass_of
 
 Compute = Callable[[Tensor, Tensor], Tensor]  # rows [n, width] sorted by expert, counts [experts] → [n, …]
@@ -35,7 +35,7 @@ def over_ranks(compute: Compute, rows: Tensor, counts: Tensor, group: dist.Proce
     leaving = counts.view(ranks, -1)  # by rank, then by its experts
     arriving = torch.empty_like(leaving)
     dist.all_to_all_single(arriving, leaving.contiguous(), group=group)
-    sent, got = torch.stack([leaving.sum(1), arriving.sum(1)]).tolist()  # waits for the device: sizes are the host's
+    sent, got = on_host(torch.stack([leaving.sum(1), arriving.sum(1)]), len(rows))  # waits: sizes are the host's
     taken: Tensor = _Travel.apply(rows, sent, got, group)
     # They lie by the rank that they come from, then by expert; the experts want them by expert alone.
     own = torch.arange(arriving.shape[1], device=rows.device).repeat(ranks)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -200,6 +200,19 @@ def _clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def crossings(parts: Sequence[nn.Module], inputs: Iterable[Any]) -> list[dict[str, Any]]:
+    """What a PipelineStage of each part is told where no other rank can be asked: input_args and output_args."""
+    found: list[dict[str, Any]] = []
+    values = tuple(inputs)
+    for part in parts:
+        outputs = part(*values)
+        gives = outputs if isinstance(outputs, tuple) else (outputs,)
+        gives = tuple(x.detach().requires_grad_(x.requires_grad) for x in gives)
+        found.append({"input_args": values, "output_args": gives})
+        values = gives
+    return found
 
 
 def balance(costs: list[float], parts: int) -> list[int]:

@@ -18,13 +18,14 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.copies import with_values
-from lockstep.distributed.collectives import gather_numbers
+from lockstep.distributed.collectives import gather_numbers, gather_objects
 from lockstep.plan.clock import StepTimes
 from lockstep.plan.config import PlanConfig
-from lockstep.plan.dry_run import STEPS, dry_steps
+from lockstep.plan.dry_run import STEPS
 from lockstep.plan.hardware import Hardware, load_hardware
+from lockstep.plan.pipeline import dry_training
 from lockstep.plan.report import gigabytes, millisecond_cell
-from lockstep.plan.rows import PlanRow, plan_rows
+from lockstep.plan.rows import PlanRow, plan_rows, why_not
 from lockstep.plan.watch import COLLECTIVES, SEND_NOTHING, StepWatch
 from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe
@@ -33,6 +34,7 @@ from lockstep.utils.tables import terminal_tables
 
 TIMED = 15  # steps that are timed, after as many as a plan takes
 MARK = "second step"
+ALL_TO_ALL = "all-to-all"
 QUIET: dict[str, Any] = {"eval_every": 0, "log_every": 1000, "epochs": 1000, "checkpoint.minutes": 0}
 
 
@@ -41,8 +43,10 @@ class CheckRow:
     """A strategy on the ranks that are there: what was predicted, and what was measured.
 
     Attributes:
-        bytes_predicted, bytes_measured: {kind: bytes per step} on rank 0.
-        peak_predicted, peak_measured: bytes of torch's tensors on rank 0 at the peak of the second and third step.
+        bytes_predicted, bytes_measured: {kind: bytes per step} on the rank that sends most.
+        peak_predicted, peak_measured: bytes of torch's tensors at the peak of the second and third step, on the rank
+            that holds most. Where tokens travel to experts, it is the mean over the ranks, and so are the bytes of the
+            all-to-all: how many tokens a rank's experts get is known on average alone.
         seconds_predicted, seconds_measured: of a step; the median, on the slowest rank.
         work_predicted, work_measured: of them, seconds in which a rank's CPU is at work; what other programs keep it from
             is not in it. 0: not known, as on a GPU.
@@ -170,7 +174,18 @@ def measure_row(run: Run[Any], row: PlanRow, hardware: Hardware) -> RealSteps:
     clock = StepClock()
     train_quietly(run, row.recipe, with_values(config, {"max_steps": STEPS + TIMED}), out / "time", [clock])
     seconds, work = (max(gather_numbers(median(each[STEPS:]), run.device)) for each in (clock.seconds, clock.work))
-    return RealSteps(probe.traffic, peak_of(with_memory), seconds, work)
+    everyone = gather_objects((probe.traffic, peak_of(with_memory)), run.world.control)
+    sent, peaks = most_sent([sent for sent, _ in everyone]), [peak for _, peak in everyone]
+    peak = sum(peaks) // len(peaks) if ALL_TO_ALL in sent else max(peaks)
+    return RealSteps(sent, peak, seconds, work)
+
+
+def most_sent(by_rank: list[dict[str, int]]) -> dict[str, int]:
+    """The bytes of the rank that sends most, but of an all-to-all the mean over the ranks."""
+    found = max(by_rank, key=lambda sent: sum(size for kind, size in sent.items() if kind != ALL_TO_ALL))
+    if ALL_TO_ALL in found:
+        found |= {ALL_TO_ALL: sum(each.get(ALL_TO_ALL, 0) for each in by_rank) // len(by_rank)}
+    return found
 
 
 def train_quietly(
@@ -201,18 +216,25 @@ def peak_of(profiler: Any) -> int:
     return most
 
 
-def predict_rows(words: list[str], ranks: int, profile_text: Path) -> list[tuple[str, dict[str, int], int, StepTimes]]:
-    """(label, bytes by kind, peak, times) of each row; in a process that is no rank, for a rank has a process group."""
+Prediction = tuple[dict[str, int], int, StepTimes]  # bytes by kind, peak, times
+
+
+def predict_rows(words: list[str], ranks: int, profile_text: Path) -> list[tuple[str, Prediction | str]]:
+    """(label, what is predicted, or why nothing is) of each row; in a process that is no rank, for a rank has a process group."""
     from lockstep.config.compose import compose_another
 
     tool = get_recipe("plan")
     config = compose_another(tool, words)
     assert isinstance(config, PlanConfig)
     hardware = load_hardware(str(profile_text))
-    found = []
+    found: list[tuple[str, Prediction | str]] = []
     for row in checked_rows(config, ranks, hardware)[0]:
-        made = dry_steps(row.recipe, row.config, row.ranks, hardware)
-        found.append((row.label, by_kind(made.step.traffic()), made.peak_bytes, made.step.times))
+        try:
+            made = dry_training(row.recipe, row.config, row.ranks, hardware)
+            prediction: Prediction | str = (by_kind(made.step.traffic()), made.peak_bytes, made.step.times)
+        except Exception as error:  # what others have been measured for is not lost
+            prediction = why_not(error)
+        found.append((row.label, prediction))
     return found
 
 
@@ -239,7 +261,11 @@ def check_plan(run: Run[PlanConfig], words: list[str], hardware: Hardware) -> li
         file.write_text(hardware.as_yaml(), encoding="utf-8")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # no rank: that has a group already
             predicted = pool.submit(predict_rows, words, ranks, file).result()
-        for (label, sent, peak, times), real in zip(predicted, measured, strict=True):
+        for (label, plan), real in zip(predicted, measured, strict=True):
+            if isinstance(plan, str):
+                left_out.append(f"{label}: {plan}")
+                continue
+            sent, peak, times = plan
             held = (sent, real.traffic, peak, real.peak, times.step, real.seconds, times.work, real.work)
             found.append(CheckRow(label, ranks, *held))
         for each in left_out:

@@ -28,6 +28,7 @@ class StepTimes:
         compute: in which it computes.
         communication: of all collectives, hidden or not.
         exposed: in which it waits for them.
+        bubble: in which it waits for the other ranks of its pipeline.
         kinds: of `compute`, by class of operation.
         work: of the processor, in computing and in collectives; of a measured CPU alone.
     """
@@ -35,12 +36,13 @@ class StepTimes:
     compute: float = 0.0
     communication: float = 0.0
     exposed: float = 0.0
+    bubble: float = 0.0
     kinds: dict[str, float] = field(default_factory=dict)
     work: float = 0.0
 
     @property
     def step(self) -> float:
-        return self.compute + self.exposed
+        return self.compute + self.exposed + self.bubble
 
 
 class DeviceClock:

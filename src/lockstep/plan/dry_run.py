@@ -8,6 +8,7 @@ one of your own too, is what is counted: which collectives, on which tensors, am
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -46,15 +48,25 @@ class DryRun:
         step: the last one.
         peak: bytes by part when most was there, over the last two.
         samples: of a rank's share of the global batch.
+        slack: bytes that a GPU's allocator takes beyond them.
+        config: with which the steps were taken.
+        where: the rank that this is, where ranks differ.
     """
 
     step: StepTrace
     peak: dict[str, int]
     samples: int
+    slack: int
+    config: Any
+    where: str = ""
 
     @property
     def peak_bytes(self) -> int:
         return sum(self.peak.values())
+
+
+class Enough(BaseException):
+    """The steps are taken: what a recipe does after them is not planned."""
 
 
 class Recent(dict[Any, Any]):
@@ -76,21 +88,30 @@ class DryTraining(Run[Any]):
         self.asked = self.config = config
         self.device, self.device_ids, self.listener = world.device, world.device_ids, None
         dims = ParallelDims.of(world.rank, world.world_size, config, recipe.ranks)
-        self.shards, self.shard, self._home = dims.shards, dims.shard, world.device
+        self.shards, self.shard, self._home = dims.shards, dims.shard, "cpu" if dims.in_stages else self.device
+        self._on_host: list[torch.Tensor] = []  # a whole model, of which a rank takes its stages
         self.task, self.prepare = known_task(config), None
         self.scheduled_steps = self.steps_per_epoch = 1_000_000
         self._watch, self._example = watch, example
         self._context = SimpleNamespace(  # type: ignore[assignment]
             notes={}, step=0, total_steps=STEPS, scaler=None, note=lambda *_, **__: None
         )
-        self.report = SimpleNamespace(line=lambda *_: None)  # type: ignore[assignment]
+        self.report = SimpleNamespace(line=lambda *_: None, log=io.StringIO())  # type: ignore[assignment]
         self.data = SimpleNamespace(train_size=10**9, example=self._batch)  # type: ignore[assignment]
         self.loop = SimpleNamespace(backbone_only=False)  # type: ignore[assignment]
         self.peak: dict[str, int] = {}
+        self.slack = 0
 
     @property
     def samples(self) -> int:
         return int(self.config.global_batch_size) // self.shards
+
+    def place(self, model: nn.Module) -> nn.Module:
+        """As in a real run; a pipeline's rank then takes its stages from the host."""
+        model = super().place(model)
+        if self._home == "cpu" and self._watch.clock.hardware.device != "cpu":
+            self._on_host = [*model.parameters(), *model.buffers()]
+        return model
 
     def record(self, **_: Any) -> None:
         """Nobody logs."""
@@ -104,8 +125,14 @@ class DryTraining(Run[Any]):
     def batches(self, start: int, stop: int) -> Iterator[Batch]:
         return (self._weighted(self._batch(self.samples)) for _ in range(start, stop))
 
-    def steps(self, *, model: nn.Module, optimizer: Any, keep: Any = None, **_: Any) -> Iterator[Batch]:
+    def steps(
+        self, *, model: nn.Module, optimizer: Any, keep: Any = None, engine: Any = None, **_: Any
+    ) -> Iterator[Batch]:
         ledger = self._watch.ledger
+        mine = {id(each) for each in [*model.parameters(), *model.buffers()]}
+        ledger.leave_out(each for each in self._on_host if id(each) not in mine)
+        if hasattr(engine, "held_tensors"):
+            engine.before_update(lambda: self._name_held(engine))
         optimizers: list[Optimizer] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         for each in optimizers:
             each.register_step_pre_hook(lambda *_: self._name_gradients(model))
@@ -128,6 +155,12 @@ class DryTraining(Run[Any]):
                 ledger.call((value for value in states if isinstance(value, torch.Tensor)), "optimizer")
             self._context.step += 1
         self.peak = ledger.peak()
+        self.slack = ledger.slack() if self._watch.clock.hardware.device != "cpu" else 0
+        raise Enough
+
+    def _name_held(self, engine: Any) -> None:
+        for part, tensors in engine.held_tensors().items():
+            self._watch.ledger.call(tensors, part)
 
     def _name_gradients(self, model: nn.Module) -> None:
         self._watch.ledger.call((each.grad for each in model.parameters()), "gradients")
@@ -166,6 +199,44 @@ def fake_ranks(rank: int, world_size: int) -> Iterator[World]:
         yield World(rank, world_size, 0, ["plan"] * world_size, torch.device("cpu"), "fake", 1)
     finally:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()  # it remembers meshes, whose groups have had their names
+
+
+@contextlib.contextmanager
+def moves_to_its_place() -> Iterator[None]:
+    """Within it a module stays where it is moved to, if it is there: of fake tensors torch refuses even that where
+    somebody refers to one weakly."""
+    move = nn.Module.to
+
+    def to(module: nn.Module, *to: Any, **how: Any) -> nn.Module:
+        stays = not how and len(to) == 1 and isinstance(to[0], torch.device | str) and torch.device(to[0]).type == "cpu"
+        return module if stays else move(module, *to, **how)
+
+    nn.Module.to = to  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def dry_world(
+    config: Config, world_size: int, hardware: Hardware, rank: int = 0
+) -> Iterator[tuple[World, StepWatch, Any]]:
+    """Within it tensors have no numbers, collectives send nothing, and the watch that is given counts both."""
+    example = sample_of(known_task(config), config.seed)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode.fake_tensor_converter.meta_converter.tensor_memo = Recent()  # type: ignore[assignment]
+    watch = StepWatch(hardware)
+    before = torch.get_num_threads()
+    with torch.random.fork_rng(devices=[]), fake_ranks(rank, world_size) as world, moves_to_its_place(), mode, watch:
+        yield world, watch, example
+    torch.set_num_threads(before)
+
+
+def as_planned(config: Any) -> Any:
+    """A config without what is decided only on the hardware."""
+    return replace(config, channels_last=config.channels_last is True)
 
 
 def dry_steps(recipe: Recipe, config: Config, world_size: int, hardware: Hardware, rank: int = 0) -> DryRun:
@@ -177,16 +248,11 @@ def dry_steps(recipe: Recipe, config: Config, world_size: int, hardware: Hardwar
     Raises:
         whatever the recipe raises on tensors without numbers.
     """
-    config = replace(config, channels_last=config.channels_last is True)
-    example = sample_of(known_task(config), config.seed)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    mode.fake_tensor_converter.meta_converter.tensor_memo = Recent()  # type: ignore[assignment]
-    watch = StepWatch(hardware)
-    before = torch.get_num_threads()
-    with torch.random.fork_rng(devices=[]), fake_ranks(rank, world_size) as world, mode, watch:
+    config = as_planned(config)
+    with dry_world(config, world_size, hardware, rank) as (world, watch, example):
         run = DryTraining(recipe, config, world, watch, example)
-        recipe.train(run)
-    torch.set_num_threads(before)
+        with contextlib.suppress(Enough):
+            recipe.train(run)
     if not watch.steps:
         raise NotImplementedError("it never asked run.steps for a batch")
-    return DryRun(watch.steps[-1], run.peak, run.samples)
+    return DryRun(watch.steps[-1], run.peak, run.samples, run.slack, config)

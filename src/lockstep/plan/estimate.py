@@ -10,14 +10,17 @@ from typing import Any
 
 from lockstep.callbacks.model_flops import flops_per_sample
 from lockstep.plan.config import PlanConfig
-from lockstep.plan.dry_run import DryRun, dry_steps
+from lockstep.plan.dry_run import DryRun
 from lockstep.plan.formulas import expected_traffic
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.links import BETWEEN
+from lockstep.plan.pipeline import dry_training
 from lockstep.plan.rows import PlanRow
 from lockstep.registry import is_file
 from lockstep.tasks.build import known_task
 from lockstep.utils.text import short
+
+SLACK = "allocator"  # the part of the memory that holds no tensor
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,14 @@ class Estimate:
     """A row of the table.
 
     Attributes:
-        memory: {part: bytes of the rank} at the peak of a step.
+        memory: {part: bytes of the rank} at the peak of a step; of the rank that holds most.
+        where: which rank that is, where they differ.
         room: bytes that torch can have on a device.
         traffic: bytes per step that are reduced, gathered, scattered or sent, as [kind, link, bytes].
         sent: bytes that a rank sends per step.
         as_formula: whether these are the bytes of lockstep.plan.formulas; None without a formula.
-        seconds: of a step; compute, communication and exposed are its parts.
+        seconds: of a step: compute, exposed communication, and the bubble of a pipeline.
+        communication: seconds of all collectives, hidden or not.
         samples_per_second, tokens_per_second: of all devices; None without tokens.
         mfu: model FLOPs utilization; None where the model's cannot be counted.
         efficiency: samples per second and device, over those of one device that has a rank's share alone.
@@ -43,6 +48,7 @@ class Estimate:
     ranks: int
     global_batch_size: int
     memory: dict[str, int]
+    where: str
     room: float
     traffic: list[tuple[str, str, int]]
     sent: float
@@ -51,6 +57,7 @@ class Estimate:
     compute: float
     communication: float
     exposed: float
+    bubble: float
     samples_per_second: float
     tokens_per_second: float | None
     mfu: float | None
@@ -78,7 +85,7 @@ def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware, alone: float 
     Args:
         alone: seconds per sample of one device that has the whole model; None: not known.
     """
-    found = dry_steps(row.recipe, row.config, row.ranks, hardware)
+    found = dry_training(row.recipe, row.config, row.ranks, hardware)
     batch, times = int(row.config.global_batch_size), found.step.times
     rate = batch / times.step
     task = known_task(row.config)
@@ -92,7 +99,8 @@ def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware, alone: float 
         command=command(row, hardware),
         ranks=row.ranks,
         global_batch_size=batch,
-        memory=found.peak,
+        memory=found.peak | {SLACK: found.slack},
+        where=found.where,
         room=hardware.memory - hardware.reserved,
         traffic=[(*which, size) for which, size in found.step.traffic().items()],
         sent=sum(each.sent for each in found.step.collectives),
@@ -101,6 +109,7 @@ def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware, alone: float 
         compute=times.compute,
         communication=times.communication,
         exposed=times.exposed,
+        bubble=times.bubble,
         samples_per_second=rate,
         tokens_per_second=tokens and rate * tokens,
         mfu=rate * flops / peak if flops else None,
@@ -113,7 +122,7 @@ def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware, alone: float 
 
 def agrees(row: PlanRow, found: DryRun) -> bool | None:
     """Whether the formula gives the bytes that were counted, to the byte."""
-    expected = None if is_file(row.recipe.target) else expected_traffic(row.recipe.name, row.config, row.ranks)
+    expected = None if is_file(row.recipe.target) else expected_traffic(row.recipe.name, found.config, row.ranks)
     if expected is None:
         return None
     counted: dict[str, int] = {}
@@ -126,7 +135,7 @@ def seconds_alone(row: PlanRow, ranks: int, hardware: Hardware) -> float:
     """Per sample, of one device with the whole model and with as many samples as each of `ranks` has."""
     share = max(1, int(row.config.global_batch_size) // ranks)
     config = replace(row.config, global_batch_size=share)
-    return dry_steps(row.recipe, config, 1, hardware).step.times.step / share
+    return dry_training(row.recipe, config, 1, hardware).step.times.step / share
 
 
 def training_samples(task: Any, batch: int) -> int:
@@ -142,6 +151,7 @@ def limit_of(found: DryRun) -> str:
     kinds = dict(found.step.times.kinds)
     across = any(each.link == BETWEEN for each in found.step.collectives)
     kinds["node links" if across else "inner links"] = found.step.times.exposed
+    kinds["bubble"] = found.step.times.bubble
     return max(kinds, key=lambda kind: kinds[kind])
 
 

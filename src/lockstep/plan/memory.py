@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lockstep.distributed.dtensor import local_shard
+from lockstep.plan.allocator import reserved_bytes
 
 PARTS = ("parameters", "gradients", "optimizer", "communication", "activations")
 
@@ -28,6 +29,7 @@ class StorageLedger:
         self._alive: dict[int, Any] = {}
         self._events: list[tuple[int, int]] = []  # (number, change of its bytes)
         self._parts: dict[int, str] = {}
+        self._left_out: set[int] = set()
         self._count = self._now = self._most = self._at = 0
 
     def see(self, tensors: Iterable[Tensor]) -> None:
@@ -56,6 +58,14 @@ class StorageLedger:
             else:
                 self._resize(number, storage.nbytes())
 
+    def leave_out(self, tensors: Iterable[Tensor]) -> None:
+        """Count these no longer: a device does not hold them."""
+        for tensor in tensors:
+            number = self._names.get(tensor.untyped_storage()._cdata)
+            if number is not None:
+                self._resize(number, 0)
+                self._left_out.add(number)
+
     def call(self, tensors: Iterable[Tensor | None], part: str) -> None:
         """Say what storages are for; of several parts the first in PARTS counts: a bucket of gradients is gradients."""
         for tensor in tensors:
@@ -79,7 +89,12 @@ class StorageLedger:
             found[self._parts.get(number, "activations")] += size
         return found
 
+    def slack(self) -> int:
+        """Bytes that torch's allocator would have taken by then beyond the peak, on a GPU."""
+        return max(0, reserved_bytes(self._events) - self._most)
+
     def _resize(self, number: int, size: int) -> None:
+        size = 0 if number in self._left_out else size
         change = size - self._sizes.get(number, 0)
         if change:
             self._sizes[number] = size

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lockstep.plan.estimate import Estimate
+from lockstep.plan.estimate import SLACK, Estimate
 from lockstep.plan.memory import PARTS
 from lockstep.utils.tables import terminal_tables
 
@@ -20,7 +20,8 @@ def ranked(rows: Sequence[Estimate]) -> list[Estimate]:
 
 def memory_cell_of(row: Estimate) -> str:
     """What a rank needs, and by how much that is too much."""
-    return gigabytes(row.needed) + ("" if row.fits else f"\n{gigabytes(row.needed - row.room)}\nover")
+    lines = gigabytes(row.needed) + (f"\n{row.where}" if row.where else "")
+    return lines + ("" if row.fits else f"\n{gigabytes(row.needed - row.room)}\nover")
 
 
 def gigabytes(size: float) -> str:
@@ -56,7 +57,7 @@ PART_HEADINGS = dict(
 def memory_parts_table(rows: Sequence[Estimate]) -> list[Table]:
     """Where the memory goes."""
     columns = {"strategy": [row.label.replace(" ", "\n  ") for row in rows]}
-    for part, heading in PART_HEADINGS.items():
+    for part, heading in (PART_HEADINGS | {SLACK: "slack"}).items():
         columns[heading] = [gigabytes(row.memory[part]) if row.memory[part] else "" for row in rows]
     return terminal_tables("memory of a rank at the peak of a step, by part", columns, ("strategy",))
 
@@ -70,6 +71,7 @@ def traffic_table(rows: Sequence[Estimate]) -> list[Table]:
         ],
         "a rank sends": [gigabytes(row.sent) if row.sent else "" for row in rows],
         "not hidden ms": [millisecond_cell(row.exposed) if row.exposed else "" for row in rows],
+        "bubble ms": [millisecond_cell(row.bubble) if row.bubble else "" for row in rows],
     }
     return terminal_tables(
         "bytes per step inside a node or between nodes; time that nothing hides",

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
 from lockstep.config.copies import with_values
 from lockstep.config.keys import AUTO, typed
 from lockstep.config.schema import Config
@@ -16,8 +18,28 @@ from lockstep.plan.hardware import Hardware
 from lockstep.recipe import Recipe
 from lockstep.registry import is_file
 
-USUAL = ("single", "ddp", "zero1", "fsdp", "tensor_parallel", "context_parallel")  # where none is named
-PLANNED = (*USUAL, "comm_hooks")
+USUAL = (  # where none is named
+    "single",
+    "ddp",
+    "zero1",
+    "fsdp",
+    "deepspeed_zero",
+    "tensor_parallel",
+    "context_parallel",
+    "parallel_mesh",
+    "pipeline_parallel",
+    "expert_parallel",
+)
+PLANNED = (*USUAL, "comm_hooks", "sync_batchnorm", "lightning_fabric")
+INSTEAD = {  # recipes that run several trainings, or a plain one by another name
+    "grad_accumulation": "ddp with accumulate=N",
+    "activation_checkpointing": "ddp with checkpoint_activations=full",
+    "checkpoint_resume": "ddp",
+    "data_parallel": "ddp",
+    "lightning_trainer": "ddp",
+    "model_parallel": "pipeline_parallel",
+    "local_sgd": "ddp, which communicates in every step",
+}
 PLAN_KEYS = {
     "recipes",
     "gpus",
@@ -70,11 +92,33 @@ def variants(recipe: Recipe, ranks: int, per_node: int) -> Iterator[dict[str, An
             yield {"replicate": ranks // per_node}
     if recipe.name in ("ddp", "fsdp"):
         yield {"checkpoint_activations": "full"}
+    if recipe.name == "deepspeed_zero":
+        yield {"stage": 1}
+        yield {"stage": 3}
+    if recipe.name == "pipeline_parallel":
+        for stages in (4, 8):
+            if stages <= ranks:
+                yield {"stages": stages, "micro_batches": 2 * stages}
+    if recipe.name == "expert_parallel" and per_node <= ranks:
+        yield {"expert": per_node}
+    if recipe.name == "parallel_mesh":
+        yield from meshes(ranks, per_node)
     if recipe.name == "tensor_parallel":
         for tensor in (4, 8):
             if tensor <= min(per_node, ranks):
                 yield {"tensor": tensor}
         yield {"sequence_parallel": True}
+
+
+def meshes(ranks: int, per_node: int) -> Iterator[dict[str, Any]]:
+    """Meshes of copies × shards × sequences × layers besides the recipe's own: what sends most stays in a node."""
+    if 2 < per_node <= ranks:
+        yield {"tensor": per_node}
+    if ranks > per_node and ranks % per_node == 0:
+        yield {"replicate": ranks // per_node}
+    if ranks >= 4:
+        yield {"context": 2}
+        yield {"tensor": 1, "context": 2}
 
 
 def plan_rows(
@@ -144,6 +188,14 @@ def whole_batch(config: Config, ranks: int) -> int:
         raise UserError("global_batch_size=auto: is found by trials, and a plan makes none; set a number")
     shards = max(1, ranks // config.model_parallel_size) * max(config.accumulate, config.pipeline_micro_batches)
     return -(-int(config.global_batch_size) // shards) * shards
+
+
+def why_not(error: Exception) -> str:
+    """Why a row cannot be planned, in a line."""
+    said = (str(error).splitlines() or [""])[0]
+    if isinstance(error, DynamicOutputShapeException | DataDependentOutputException):
+        return f"the model asks for numbers, and a plan has none: {said} makes shapes or values of them"
+    return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
 
 
 def refuse_unplanned(config: Config) -> None:

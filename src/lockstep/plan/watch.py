@@ -19,6 +19,7 @@ from torch.utils.flop_counter import flop_registry
 from lockstep.plan.clock import ClockEvent, DeviceClock, StepTimes
 from lockstep.plan.curves import operation_class
 from lockstep.plan.hardware import Hardware
+from lockstep.plan.known_numbers import KnownNumbers
 from lockstep.plan.links import Collective, collective_kind
 from lockstep.plan.memory import StorageLedger
 
@@ -27,6 +28,22 @@ SEND_NOTHING = ("wait_tensor", "wait_tensors", "barrier", "monitored_barrier_", 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FREE = ("empty", "new_empty", "empty_like", "new_empty_strided", "empty_strided", "lift_fresh", "detach")
+
+
+@dataclass(frozen=True)
+class Message:
+    """One that a rank of a pipeline sends or receives.
+
+    Attributes:
+        peer: the other rank.
+        seconds: that it travels; None: it is received.
+        began, ended: seconds of its own work that the rank had done before it, and when it had sent it.
+    """
+
+    peer: int
+    seconds: float | None
+    began: float
+    ended: float
 
 
 @dataclass
@@ -38,12 +55,14 @@ class StepTrace:
         flops: floating-point operations.
         times: on the hardware that was asked for.
         events: what the clock was told, to be told once more.
+        messages: from one rank to another, in order.
     """
 
     collectives: list[Collective] = field(default_factory=list)
     flops: int = 0
     times: StepTimes = field(default_factory=StepTimes)
     events: list[ClockEvent] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
 
     def traffic(self) -> dict[tuple[str, str], int]:
         """{(kind, link): bytes that are reduced, gathered, scattered or sent}."""
@@ -59,14 +78,15 @@ class StepWatch(TorchDispatchMode):
 
     It also makes such a training possible. Whole numbers that the host wants to know, such as the ranks of a device mesh,
     are real: what takes no fake tensor and makes whole numbers is computed. A number that the host reads from a fake
-    tensor is 1. An all-reduce's handle has a result, which DistributedDataParallel asks for and torch's fake process
-    group does not give.
+    tensor is what KnownNumbers says. An all-reduce's handle has a result, which DistributedDataParallel asks for and
+    torch's fake process group does not give.
     """
 
     def __init__(self, hardware: Hardware) -> None:
         super().__init__()
         self.ledger, self.clock, self._per_node = StorageLedger(), DeviceClock(hardware), hardware.per_node
         self.steps: list[StepTrace] = []
+        self.known = KnownNumbers()
         self._step: StepTrace | None = None
 
     def begin(self) -> None:
@@ -87,7 +107,7 @@ class StepWatch(TorchDispatchMode):
             return NotImplemented  # it makes operations on local tensors of it, which come by here once more
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(given[0], FakeTensor):
-            return one_of(given[0].dtype)
+            return self.known.of(given[0])
         if func is torch.ops.c10d.allreduce_.default:
             future: Any = torch.futures.Future()
             future.set_result(args[0])
@@ -100,6 +120,10 @@ class StepWatch(TorchDispatchMode):
         else:
             result = func(*args, **kwargs)
         made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        if func.namespace not in COLLECTIVES:
+            self.known.learn(func, args, kwargs, given, made)
+        elif collective_kind(func._opname) in ("all-gather", "all-to-all", "receive"):
+            self.known.forget([*given, *made])
         self.ledger.look_again()
         self.ledger.see(each for each in [*given, *made] if isinstance(each, FakeTensor))
         if func.namespace in COLLECTIVES:
@@ -121,7 +145,11 @@ class StepWatch(TorchDispatchMode):
         self.ledger.call([*given, *made], "communication")
         if self._step:
             self._step.collectives.append(each)
+            began = self.clock.times.step
             self.clock.collective(each, keys_of(given), keys_of([*given, *made]))
+            if kind in ("send", "receive"):
+                seconds = each.seconds(self.clock.hardware) if kind == "send" else None
+                self._step.messages.append(Message(ranks[1], seconds, began, self.clock.times.step))
 
     def _operation(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor], out: Any) -> None:
         reads, writes = set(keys_of(given)), set(keys_of(made))
@@ -156,11 +184,6 @@ class StepWatch(TorchDispatchMode):
             operation_class(name, flops),
         )
         return None
-
-
-def one_of(dtype: torch.dtype) -> bool | int | float:
-    """A number that a host might have read."""
-    return True if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
 
 
 def makes_whole_numbers(func: Any, kwargs: dict[str, Any]) -> bool:
