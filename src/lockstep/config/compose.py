@@ -105,7 +105,7 @@ def spelled(recipe: CommandLine, words: list[str]) -> tuple[list[str], type[Conf
     if recipe.several:
         words = [in_plural(word, recipe.several) for word in words]
     schema = schema_of(recipe, words)
-    words = [by_size(word, schema) for word in words]
+    words = [by_model_size(word, schema) for word in words]
     words = [added(quoted(word, open_keys(schema, texts=True)), schema) for word in words]
     texts, sweeps = text_keys(schema), sweep.is_sweep(words)
     words = [verbatim(word, texts, sweeps) for word in words]
@@ -239,7 +239,7 @@ def by_name(word: str, recipe: CommandLine) -> str:
     return word if known.issuperset(value.split(",")) else f"model.name={value}"
 
 
-def by_size(word: str, schema: type[Config]) -> str:
+def by_model_size(word: str, schema: type[Config]) -> str:
     """`model=1b` of a task that has its models by size, such as task=language, as `task.size=1B`."""
     name, _, value = word.partition("=")
     sizes = next((entry.metadata.get("choices", ()) for entry in fields(schema().task) if entry.name == "size"), ())

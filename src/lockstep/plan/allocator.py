@@ -14,8 +14,8 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 BLOCK, MIB = 512, 2**20
-SMALL, LARGE = MIB, 10 * MIB
-SMALL_SEGMENT, LARGE_SEGMENT, ROUND = 2 * MIB, 20 * MIB, 2 * MIB
+SMALL_REQUEST, LARGE_REQUEST = MIB, 10 * MIB
+SEGMENT_OF_SMALL, SEGMENT_OF_LARGE, ROUND = 2 * MIB, 20 * MIB, 2 * MIB
 
 
 class CachingAllocator:
@@ -31,7 +31,7 @@ class CachingAllocator:
     def take(self, number: int, size: int) -> None:
         """Give a tensor's storage its block."""
         size = max(BLOCK, -(-size // BLOCK) * BLOCK)
-        small = size <= SMALL
+        small = size <= SMALL_REQUEST
         pool = self._free[small]
         place = bisect_left(pool, (size, 0))
         if place == len(pool):
@@ -40,7 +40,7 @@ class CachingAllocator:
         found, address = pool[place]
         self._remove(found, address, small)
         rest = found - size
-        if rest >= BLOCK if small else rest > SMALL:
+        if rest >= BLOCK if small else rest > SMALL_REQUEST:
             self._insert(rest, address + size, small)
         else:
             size = found
@@ -58,7 +58,7 @@ class CachingAllocator:
         self._insert(size, address, small)
 
     def _add_segment(self, size: int, small: bool) -> None:
-        segment = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
+        segment = SEGMENT_OF_SMALL if small else SEGMENT_OF_LARGE if size < LARGE_REQUEST else -(-size // ROUND) * ROUND
         self._next += ROUND  # a gap: blocks of two segments are never one
         self._insert(segment, self._next, small)
         self._next += segment

@@ -20,7 +20,7 @@ from lockstep.registry import is_file
 from lockstep.tasks.build import known_task
 from lockstep.utils.text import short
 
-SLACK = "allocator"  # the part of the memory that holds no tensor
+ALLOCATOR = "allocator"  # the part of the memory that holds no tensor
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware, alone: float 
         command=command(row, hardware),
         ranks=row.ranks,
         global_batch_size=batch,
-        memory=found.peak | {SLACK: found.slack},
+        memory=found.peak | {ALLOCATOR: found.slack},
         where=found.where,
         room=hardware.memory - hardware.reserved,
         traffic=[(*which, size) for which, size in found.step.traffic().items()],

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_map_only
 
 CONSTANTS = ("full", "zeros", "ones", "zeros_like", "ones_like", "full_like", "zero_", "fill_", "scalar_tensor")
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "isnan", "isinf")
-KEPT = ("_amp_foreach_non_finite_check_and_unscale_", "_amp_update_scale_")  # numbers that are 1 do not overflow
-FEW = 16  # numbers of a tensor that are looked at when it is constant
+FINITE = ("_amp_foreach_non_finite_check_and_unscale_", "_amp_update_scale_")  # numbers that are 1 do not overflow
+SMALL_TENSOR = 16  # numbers of a tensor that are looked at when it is constant
 
 
 class KnownNumbers:
@@ -38,11 +38,11 @@ class KnownNumbers:
         """See an operation and what it made."""
         name = func._opname
         fresh = [each for each in made if isinstance(each, FakeTensor)]
-        if len(fresh) != 1 or name in KEPT:
+        if len(fresh) != 1 or name in FINITE:
             return
         compared = name in COMPARISONS and fresh[0].dtype is torch.bool
-        constant = name in CONSTANTS and fresh[0].numel() <= FEW
-        counted = name == "sum" and given[0].numel() <= FEW
+        constant = name in CONSTANTS and fresh[0].numel() <= SMALL_TENSOR
+        counted = name == "sum" and given[0].numel() <= SMALL_TENSOR
         if not (compared or constant or counted or any(self._get(each) is not None for each in given)):
             return
         value = self._computed(func, args, kwargs) if not self._is_view(func, given, fresh[0]) else self._get(fresh[0])
@@ -72,7 +72,7 @@ class KnownNumbers:
         """The operation on single numbers; None where it does not take them."""
 
         def alone(tensor: Tensor) -> Tensor:
-            shape = tensor.shape if tensor.numel() <= FEW else [1] * tensor.dim()
+            shape = tensor.shape if tensor.numel() <= SMALL_TENSOR else [1] * tensor.dim()
             return torch.full(shape, self.of(tensor), dtype=tensor.dtype)
 
         try:

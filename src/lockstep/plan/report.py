@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lockstep.plan.estimate import SLACK, Estimate
+from lockstep.plan.estimate import ALLOCATOR, Estimate
 from lockstep.plan.memory import PARTS
 from lockstep.utils.tables import terminal_tables
 
@@ -57,7 +57,7 @@ PART_HEADINGS = dict(
 def memory_parts_table(rows: Sequence[Estimate]) -> list[Table]:
     """Where the memory goes."""
     columns = {"strategy": [row.label.replace(" ", "\n  ") for row in rows]}
-    for part, heading in (PART_HEADINGS | {SLACK: "slack"}).items():
+    for part, heading in (PART_HEADINGS | {ALLOCATOR: "slack"}).items():
         columns[heading] = [gigabytes(row.memory[part]) if row.memory[part] else "" for row in rows]
     return terminal_tables("memory of a rank at the peak of a step, by part", columns, ("strategy",))
 
