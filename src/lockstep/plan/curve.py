@@ -14,10 +14,11 @@ from typing import Any
 
 from lockstep.plan.clock import ClockEvent, DeviceClock
 from lockstep.plan.config import PlanConfig
-from lockstep.plan.dry_run import DryRun, dry_steps
+from lockstep.plan.dry_run import DryRun
 from lockstep.plan.formulas import expected_traffic
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.links import BETWEEN, Collective
+from lockstep.plan.pipeline import dry_training
 from lockstep.plan.rows import PlanRow
 from lockstep.registry import is_file
 
@@ -116,14 +117,17 @@ def scaling_curve(rows: list[PlanRow], ranks: list[int], weak: bool, hardware: H
         rows: of the same strategy on ranks[0], ranks[1], … devices; there may be fewer rows than ranks.
         weak: whether a rank's share of the batch stays the same.
     """
-    taken = [dry_steps(row.recipe, row.config, row.ranks, hardware) for row in rows]
+    taken = [dry_training(row.recipe, row.config, row.ranks, hardware) for row in rows]
     points = [
         point_of(row, found, int(row.config.global_batch_size), hardware)
         for row, found in zip(rows, taken, strict=True)
     ]
     last = rows[-1]
     batch = int(last.config.global_batch_size)
-    for number, more in enumerate(ranks[len(rows) :] if len(rows) > 1 else [], start=1):
+    known = len(rows) > 1 and bool(
+        taken[-1].step.events
+    )  # a pipeline's stages have been played, and are not played again
+    for number, more in enumerate(ranks[len(rows) :] if known else [], start=1):
         samples = batch * 2**number if weak else batch
         if samples < more:
             break  # a rank would have less than one sample
