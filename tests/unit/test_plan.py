@@ -20,7 +20,7 @@ from lockstep.plan.hardware import hardware_names, load_hardware
 from lockstep.plan.links import Collective, collective_kind
 from lockstep.plan.pipeline import dry_training, played
 from lockstep.plan.rows import why_not
-from lockstep.plan.watch import Message, StepTrace
+from lockstep.plan.watch import StageMessage, StepTrace
 from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe
 
@@ -180,10 +180,12 @@ def test_deepspeed_is_planned_by_its_own_engine() -> None:
 def test_the_bubble_of_stages_that_cost_the_same_is_gpipes() -> None:
     """Two stages, m micro-batches, forward 1 s, backward 2 s: a share 1 / (m + 1) of the step is waiting."""
     m = 4
-    first = [Message(1, 0.0, n, n) for n in range(1, m + 1)] + [
-        Message(1, None, m + 2 * n, m + 2 * n) for n in range(m)
+    first = [StageMessage(1, 0.0, n, n) for n in range(1, m + 1)] + [
+        StageMessage(1, None, m + 2 * n, m + 2 * n) for n in range(m)
     ]
-    last = [Message(0, None, n, n) for n in range(m)] + [Message(0, 0.0, m + 2 * n, m + 2 * n) for n in range(1, m + 1)]
+    last = [StageMessage(0, None, n, n) for n in range(m)] + [
+        StageMessage(0, 0.0, m + 2 * n, m + 2 * n) for n in range(1, m + 1)
+    ]
     traces = [StepTrace(times=StepTimes(compute=3.0 * m), messages=each) for each in (first, last)]
     assert 1 - 3 * m / played(traces, overlaps=True) == pytest.approx(1 / (m + 1))
     with pytest.raises(UserError, match="wait for messages that none of them sends"):

@@ -22,7 +22,7 @@ from lockstep.errors import UserError
 from lockstep.parallel.partition import balance, split, units
 from lockstep.plan.dry_run import DryRun, DryTraining, as_planned, dry_steps, dry_world
 from lockstep.plan.hardware import Hardware
-from lockstep.plan.watch import Message, StepTrace
+from lockstep.plan.watch import StageMessage, StepTrace
 from lockstep.recipe import Recipe
 from lockstep.tasks.build import blocks_of_task
 
@@ -31,7 +31,7 @@ from lockstep.tasks.build import blocks_of_task
 class PlayedRank:
     """A rank while its step is played: when it is, when its link is free, and what it has still to do."""
 
-    rest: deque[Message]
+    rest: deque[StageMessage]
     now: float = 0.0
     link: float = 0.0
     done: float = 0.0  # of its own work

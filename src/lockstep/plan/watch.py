@@ -31,7 +31,7 @@ FREE = ("empty", "new_empty", "empty_like", "new_empty_strided", "empty_strided"
 
 
 @dataclass(frozen=True)
-class Message:
+class StageMessage:
     """One that a rank of a pipeline sends or receives.
 
     Attributes:
@@ -62,7 +62,7 @@ class StepTrace:
     flops: int = 0
     times: StepTimes = field(default_factory=StepTimes)
     events: list[ClockEvent] = field(default_factory=list)
-    messages: list[Message] = field(default_factory=list)
+    messages: list[StageMessage] = field(default_factory=list)
 
     def traffic(self) -> dict[tuple[str, str], int]:
         """{(kind, link): bytes that are reduced, gathered, scattered or sent}."""
@@ -149,7 +149,7 @@ class StepWatch(TorchDispatchMode):
             self.clock.collective(each, keys_of(given), keys_of([*given, *made]))
             if kind in ("send", "receive"):
                 seconds = each.seconds(self.clock.hardware) if kind == "send" else None
-                self._step.messages.append(Message(ranks[1], seconds, began, self.clock.times.step))
+                self._step.messages.append(StageMessage(ranks[1], seconds, began, self.clock.times.step))
 
     def _operation(self, func: Any, args: Any, kwargs: Any, given: list[Tensor], made: list[Tensor], out: Any) -> None:
         reads, writes = set(keys_of(given)), set(keys_of(made))
