@@ -23,7 +23,7 @@ from lockstep.utils.text import count, mebibytes
 
 def html_report(report: ComparisonReport, plots: list[Plot]) -> str:
     """The whole file."""
-    tables = {heading: text_columns(columns, report.rows) for heading, columns in COLUMN_GROUPS.items()}
+    tables = {group: text_columns(columns, report.rows) for group, columns in COLUMN_GROUPS.items()}
     shown = {name for columns in tables.values() for name in columns}
     off = sum(row["verdict"].startswith("OFF") for row in report.verified)
     jinja = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
@@ -38,7 +38,7 @@ def html_report(report: ComparisonReport, plots: list[Plot]) -> str:
         plots=plots,
         light=LIGHT,
         dark=DARK,
-        tables={heading: columns for heading, columns in tables.items() if columns},
+        tables={group: columns for group, columns in tables.items() if columns},
         meanings={known: said for name, said in MEANINGS.items() if (known := heading(name, report.rows)) in shown},
         verify_columns=verify_columns(report.verified),
         verify_caption=f"Relative differences from recipes.single: {count(off, 'row') if off else 'no row is'} off.",
