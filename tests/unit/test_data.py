@@ -30,7 +30,7 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.v2 import functional
 
 from lockstep.config.schema import DataConfig
-from lockstep.data import datasets, image_files, transforms
+from lockstep.data import datasets, image_files, image_folder, transforms
 from lockstep.data.batch import Batch
 from lockstep.data.datasets import DRAWS, ImageDataset, ImageFiles, InMemoryImages, load_data
 from lockstep.data.loader import Samples, build_loader
@@ -1165,6 +1165,34 @@ def test_an_image_folder_has_the_files_of_torchvision_s(folder: Path, capfd: pyt
 def format_of(path: str) -> str | None:
     with Image.open(path) as image:
         return image.format
+
+
+def test_many_images_are_listed_once_and_again_when_a_folder_has_changed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_folder, "KEPT_FROM", 3)
+    (folder / "train" / "cat" / "deep").mkdir()
+    (folder / "train" / "cat" / "deep" / os.fsdecode(b"caf\xe9.png")).write_bytes(b"")
+    scanned: list[str] = []
+    scan = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: (scanned.append(str(path)), scan(path))[1])
+
+    def listed() -> tuple[image_folder.Listing, int]:
+        scanned.clear()
+        return image_folder.list_image_folder(folder / "train"), len(scanned)
+
+    assert listed()[1] == listed()[1] == 4, "a folder that is still being filled is listed each time"
+    for place in (folder / "train", *(folder / "train").glob("**/")):
+        os.utime(place, (1e9, 1e9))
+    first, scans = listed()
+    assert scans == 4, "the process that checks the data"
+    assert [listed() for _ in range(3)] == [(first, 0)] * 3, "and its ranks"
+    assert len(first.paths) == 11
+    assert "2 files of other types than images (2 .txt)" in first.left_out
+    (folder / "train" / "cat" / "deep" / "new.png").write_bytes(b"")
+    assert len(listed()[0].paths) == 12
+    capfd.readouterr()
 
 
 def test_what_an_image_folder_leaves_out_is_counted_and_named(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -97,7 +97,7 @@ class ImageFiles:
 
     def __init__(self, root: Path, size: int) -> None:
         self.size, self.draws = size, 0
-        self.paths, labels, self.names = list_image_folder(root)
+        self.paths, labels, self.names, _ = list_image_folder(root)
         self.classes = len(self.names)
         self.labels = torch.tensor(labels)
 

@@ -9,6 +9,7 @@ CIFAR-10 is not read by torchvision.datasets: that runs whatever code a pickle h
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -57,19 +58,19 @@ def check_data(config: DataConfig) -> tuple[int, int]:
         labels = np.concatenate(read[: len(train_files)])
     else:
         root = data_root(config)
-        paths, listed, names = list_image_folder(root / "train")
-        val_paths, _, val_names = list_image_folder(root / "val")
-        if names != val_names:
-            odd = ", ".join(sorted(set(names) ^ set(val_names)))
+        train, val = (list_image_folder(root / part) for part in ("train", "val"))
+        names = train.names
+        if names != val.names:
+            odd = ", ".join(sorted(set(names) ^ set(val.names)))
             raise UserError(
-                f"{root}: train/ has {len(names)} classes, val/ {len(val_names)}, and they differ in {odd}; "
+                f"{root}: train/ has {len(names)} classes, val/ {len(val.names)}, and they differ in {odd}; "
                 "data.root needs the same in both"
             )
-        for path in (paths + val_paths)[: config.check_files]:
+        for path in itertools.islice(itertools.chain(train.paths, val.paths), config.check_files):
             check_image(path)
-        for part in ("train", "val"):
-            say_what_is_left_out(root / part)
-        labels = np.array(listed)
+        say_what_is_left_out(root / "train", train.left_out)
+        say_what_is_left_out(root / "val", val.left_out)
+        labels = np.array(train.labels)
     if config.classes is None:
         return len(names), len(labels)
     chosen = chosen_classes(config, names)

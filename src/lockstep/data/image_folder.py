@@ -5,46 +5,105 @@ What is left out is counted and named, with the reason: nothing is read less, or
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import hashlib
+import json
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from lockstep.errors import UserError
+from lockstep.utils.files import write_atomically
 from lockstep.utils.text import count
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, and GIF, which torchvision.io decodes.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+KEPT_FROM = 100_000  # images, from which on a listing is kept
+CHANGING_NS = 5_000_000_000  # for which a folder must have been left alone before: clocks and file systems are coarse
 
 
-def list_image_folder(root: Path) -> tuple[list[str], list[int], list[str]]:
-    """(image files, their labels, the classes' names) of `root/<class>/`, in torchvision's ImageFolder's order.
+class Listing(NamedTuple):
+    """What a folder holds: image files, their labels, the classes' names, and what is left out, in words."""
+
+    paths: list[str]
+    labels: list[int]
+    names: list[str]
+    left_out: str
+
+
+def list_image_folder(root: Path) -> Listing:
+    """The images of `root/<class>/`, in torchvision's ImageFolder's order.
+
+    A million files take minutes to list on a shared file system, and every rank needs them. So the listing of many is
+    kept in ~/.cache/lockstep, by the process that checks the data before the ranks start, and holds as long as no folder
+    below has another time of change; ranks look at the folders alone.
 
     Raises:
         UserError: there are no classes, or one without images.
     """
+    kept = kept_listing(root)
+    if kept is not None:
+        return kept
+    began = time.time_ns()
+    folders: list[str] = [str(root)]
+    found = scan_image_folder(root, folders)
+    if len(found.paths) >= KEPT_FROM:
+        with contextlib.suppress(OSError):
+            changed = {folder: os.stat(folder).st_mtime_ns for folder in folders}
+            if max(changed.values()) < began - CHANGING_NS:  # else a file that comes now may not change the time
+                file = listing_file(root)
+                file.parent.mkdir(0o700, parents=True, exist_ok=True)
+                write_atomically(file, json.dumps({"changed": changed} | found._asdict()), durable=False)
+    return found
+
+
+def listing_file(root: Path) -> Path:
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    return cache / "lockstep" / "listings" / f"{hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]}.json"
+
+
+def kept_listing(root: Path) -> Listing | None:
+    """The listing that was kept of a folder, if there is one and it still holds."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        kept = json.loads(listing_file(root).read_text(encoding="utf-8"))
+        if kept["changed"] and all(os.stat(path).st_mtime_ns == at for path, at in kept.pop("changed").items()):
+            return Listing(**kept)
+    return None
+
+
+def scan_image_folder(root: Path, seen: list[str]) -> Listing:
+    """As `list_image_folder`, from the folders themselves, which are added to `seen`."""
     try:
         # Links are followed. All have the same folder before their names, so this is the order of the names.
-        folders = sorted((entry.path, entry.name) for entry in os.scandir(root) if entry.is_dir())
+        entries = sorted(os.scandir(root), key=lambda entry: entry.path)
     except OSError:
-        folders = []
+        entries = []
+    folders = [entry for entry in entries if entry.is_dir()]
     if not folders:
         what = "holds no class folders" if root.is_dir() else "no such folder"
         raise UserError(f"{root}: {what}; data.root must hold train/<class>/ and val/<class>/ with images")
     paths: list[str] = []
     labels: list[int] = []
-    for label, (folder, _) in enumerate(folders):
-        found = [path for path in walk_files(folder, []) if is_image(path)]
-        if not found:
+    loops: list[str] = []
+    other: list[str] = []
+    for label, folder in enumerate(folders):
+        before = len(paths)
+        for path in walk_files(folder.path, loops, seen):
+            (paths if is_image(path) else other).append(path)
+        if len(paths) == before:
             raise UserError(
-                f"{printable(folder)}: class folder without images ({', '.join(IMAGE_SUFFIXES)}); "
+                f"{printable(folder.path)}: class folder without images ({', '.join(IMAGE_SUFFIXES)}); "
                 "fill it or take it out of data.root"
             )
-        paths += found
-        labels += [label] * len(found)
-    return paths, labels, [printable(name) for _, name in folders]
+        labels += [label] * (len(paths) - before)
+    outside = [entry.path for entry in entries if not entry.is_dir() and is_image(entry.name)]
+    names = [printable(folder.name) for folder in folders]
+    return Listing(paths, labels, names, what_is_left_out(other, outside, loops))
 
 
 def is_image(path: str) -> bool:
@@ -52,11 +111,12 @@ def is_image(path: str) -> bool:
     return path.lower().endswith(IMAGE_SUFFIXES)
 
 
-def walk_files(folder: str, loops: list[str]) -> Iterator[str]:
+def walk_files(folder: str, loops: list[str], seen: list[str]) -> Iterator[str]:
     """All files below a folder in torchvision's order, links followed, but not one back to a folder that it lies in.
 
     Args:
         loops: such links are added to it.
+        seen: the folders are added to it.
     """
     found = []
     above = {folder: {os.path.realpath(folder)}}  # of each folder, itself and those it lies in
@@ -69,21 +129,14 @@ def walk_files(folder: str, loops: list[str]) -> Iterator[str]:
                 folders.remove(name)
             else:
                 above[path] = above[place] | {real}
+        seen.append(place)
         found.append((place, sorted(names)))
     for place, names in sorted(found):
         yield from (os.path.join(place, name) for name in names)
 
 
-@functools.cache
-def say_what_is_left_out(root: Path) -> None:
-    """Count on stderr what a folder of images holds besides, once per process."""
-    loops: list[str] = []
-    outside, other = [], []
-    for entry in os.scandir(root):
-        if entry.is_dir():
-            other += [path for path in walk_files(entry.path, loops) if not is_image(path)]
-        elif is_image(entry.name):
-            outside.append(entry.path)
+def what_is_left_out(other: list[str], outside: list[str], loops: list[str]) -> str:
+    """Counted, in words: files that are no images, images in no class folder, links back; empty where there are none."""
     other = [path for path in other if not os.path.basename(path).startswith((".", "Thumbs.db"))]
     kinds = Counter(os.path.splitext(path)[1].lower() or "no ending" for path in other)
     parts = []
@@ -94,8 +147,14 @@ def say_what_is_left_out(root: Path) -> None:
         parts.append(f"{count(len(outside), 'image')} in no class folder, such as {printable(outside[0])}")
     if loops:
         parts.append(f"{count(len(loops), 'link')} to a folder above, such as {printable(loops[0])}")
-    if parts:
-        print(f"note: {root}: left out: {'; '.join(parts)}", file=sys.stderr)
+    return "; ".join(parts)
+
+
+@functools.cache
+def say_what_is_left_out(root: Path, left_out: str) -> None:
+    """Say it on stderr, once per process."""
+    if left_out:
+        print(f"note: {root}: left out: {left_out}", file=sys.stderr)
 
 
 def printable(path: str) -> str:

@@ -40,7 +40,7 @@ from lockstep.diagnose.stacks import LOCKSTEP, VERDICT_MARK, Frame, has_content,
 from lockstep.diagnose.unheeded import unheeded_signal
 from lockstep.diagnose.verdict import at_step, explain_wait, list_ranks, position, rank_state
 from lockstep.distributed.heartbeat import FAILED, Beat, Heartbeat
-from lockstep.distributed.host_memory import read_heartbeat, read_heartbeats
+from lockstep.distributed.host_memory import read_heartbeat, read_heartbeats, read_here
 from lockstep.distributed.interfaces import lost_link
 from lockstep.distributed.signals import alone_under_srun
 from lockstep.distributed.store import run_within
@@ -289,13 +289,13 @@ class Watchdog:
         """The verdict; where the asker has lost the store, its first line; nothing where none comes in time, or the asker
         has ended, as by a launcher's SIGTERM.
         """
-        deadline, next_look = time.monotonic() + seconds, 0.0
-        asked: Beat = {}
+        # What other hosts have written is many files, and all ranks read them: a thousand do so less often.
+        deadline, pause = time.monotonic() + seconds, self._world_size / 100
+        next_look = time.monotonic() + pause
         while (now := time.monotonic()) < deadline:
-            if now >= next_look:
-                asked = read_heartbeat(self._folder, asker)
-                # On another host it is in a file that all ranks read: a thousand do so less often.
-                next_look = now if asked.get("host") == socket.gethostname() else now + self._world_size / 200
+            asked = read_here(self._folder, asker)
+            if not asked and now >= next_look:
+                asked, next_look = read_heartbeat(self._folder, asker), now + pause
             gone = rank_state(asked, answered=False) == "gone"
             if self._try_store(lambda: self._store.check([VERDICT_KEY])):
                 told = json.loads(self._store.get(VERDICT_KEY))

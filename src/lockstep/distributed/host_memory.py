@@ -224,10 +224,13 @@ def read_line(path: Path) -> Beat:
 
 def read_heartbeat(ranks: Path, rank: int) -> Beat:
     """What a rank wrote last, as far as this host can see it; only its number where it wrote nothing."""
-    for folder in filter(is_own, folders(ranks)):
-        if beat := read_line(folder / str(rank)):
-            return beat
-    return read_heartbeats(ranks).get(rank, {"rank": rank})
+    return read_here(ranks, rank) or read_heartbeats(ranks).get(rank, {"rank": rank})
+
+
+def read_here(ranks: Path, rank: int) -> Beat:
+    """What this host's memory has of a rank; nothing where it has nothing."""
+    found = (read_line(folder / str(rank)) for folder in folders(ranks) if is_own(folder))
+    return next(filter(None, found), {})
 
 
 def read_heartbeats(ranks: Path) -> dict[int, Beat]:
