@@ -290,11 +290,11 @@ class Watchdog:
         has ended, as by a launcher's SIGTERM.
         """
         # What other hosts have written is many files, and all ranks read them: a thousand do so less often.
-        deadline, pause = time.monotonic() + seconds, self._world_size / 100
-        next_look = time.monotonic() + pause
+        pause = 0.0 if read_here(self._folder, asker) else self._world_size / 50
+        deadline, next_look = time.monotonic() + seconds, time.monotonic() + pause
+        asked: Beat = {}
         while (now := time.monotonic()) < deadline:
-            asked = read_here(self._folder, asker)
-            if not asked and now >= next_look:
+            if now >= next_look:
                 asked, next_look = read_heartbeat(self._folder, asker), now + pause
             gone = rank_state(asked, answered=False) == "gone"
             if self._try_store(lambda: self._store.check([VERDICT_KEY])):

@@ -224,7 +224,7 @@ def read_line(path: Path) -> Beat:
 
 def read_heartbeat(ranks: Path, rank: int) -> Beat:
     """What a rank wrote last, as far as this host can see it; only its number where it wrote nothing."""
-    return read_here(ranks, rank) or read_heartbeats(ranks).get(rank, {"rank": rank})
+    return read_here(ranks, rank) or read_heartbeats(ranks, f'"rank": {rank},').get(rank, {"rank": rank})
 
 
 def read_here(ranks: Path, rank: int) -> Beat:
@@ -233,14 +233,18 @@ def read_here(ranks: Path, rank: int) -> Beat:
     return next(filter(None, found), {})
 
 
-def read_heartbeats(ranks: Path) -> dict[int, Beat]:
-    """{rank: what it wrote last, as far as this host can see it}, in order; ranks that wrote nothing are left out."""
+def read_heartbeats(ranks: Path, words: str = "") -> dict[int, Beat]:
+    """{rank: what it wrote last, as far as this host can see it}, in order; ranks that wrote nothing are left out.
+
+    Args:
+        words: lines of other hosts without them are left out too.
+    """
     found: dict[int, Beat] = {}
     for path in sorted(ranks.glob("[0-9]*.heartbeats"), key=modified_at):
         lines: list[str] = []
         with contextlib.suppress(OSError):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-        for line in lines:
+        for line in (line for line in lines if words in line):
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 beat = json.loads(line)
                 if is_newer(beat, found.get(beat["rank"])):
