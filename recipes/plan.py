@@ -33,6 +33,7 @@ https://github.com/NVIDIA/nccl/blob/master/src/graph/tuning.cc
 """
 
 import json
+import os
 import sys
 import time
 
@@ -41,7 +42,7 @@ from rich.console import Console
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
 from lockstep.config.tasks import unit_of
-from lockstep.plan.check import check_plan, check_table
+from lockstep.plan.check import check_plan, check_table, unrest
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.curve import TAKEN_NODES, ScalingCurve, curve_ranks, scaled, scaling_curve, strategies
 from lockstep.plan.curve_report import check_picture, curve_table, draw_curves
@@ -191,6 +192,7 @@ def train(run: Run[PlanConfig]) -> None:
 
     if not run.config.check and run.config.hardware != MEASURED:
         raise UserError("recipes.plan: is one process; start it with python, or add check=true or hardware=here")
+    load = os.getloadavg()[0]
     run.report.line(f"measuring this machine: {count(run.world.world_size, 'rank')}")
     hardware = measure_hardware(run.world)
     if run.world.rank == 0:
@@ -202,6 +204,8 @@ def train(run: Run[PlanConfig]) -> None:
         if run.world.rank == 0:
             write_json(run.out / "check.json", [row.facts() for row in rows])
             run.report.console.print(*check_table(rows), sep="\n")
+            if warning := unrest(load):
+                run.report.line(warning)
 
 
 if __name__ == "__main__":

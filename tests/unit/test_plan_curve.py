@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lockstep.errors import UserError
+from lockstep.plan.check import unrest
 from lockstep.plan.clock import DeviceClock
 from lockstep.plan.curve import CurvePoint, ScalingCurve, curve_ranks, formula_of, further
 from lockstep.plan.curves import operation_class, seconds_at
@@ -86,6 +87,11 @@ def test_a_measured_profile_is_read_back_and_counts(tmp_path: Path) -> None:
     file.write_text(made.as_yaml().replace("- 1000000000.0", "- -1.0"), encoding="utf-8")
     with pytest.raises(UserError, match="measured: matmul: must be pairs"):
         load_hardware(str(file))
+
+
+def test_a_busy_machine_is_said() -> None:
+    assert "a load of 7.2 when this began" in unrest(7.2)
+    assert not unrest(0.1)
 
 
 def test_links_can_be_chosen() -> None:

@@ -35,6 +35,7 @@ from lockstep.utils.tables import terminal_tables
 TIMED = 15  # steps that are timed, after as many as a plan takes
 MARK = "second step"
 ALL_TO_ALL = "all-to-all"
+QUIET_LOAD = 0.5  # processes that run or wait, on average over the last minute
 QUIET: dict[str, Any] = {"eval_every": 0, "log_every": 1000, "epochs": 1000, "checkpoint.minutes": 0}
 
 
@@ -272,6 +273,13 @@ def check_plan(run: Run[PlanConfig], words: list[str], hardware: Hardware) -> li
             run.report.line(f"left out: {each}")
     dist.barrier(run.world.control)
     return found
+
+
+def unrest(load: float) -> str:
+    """A warning where the machine had other work when the check began, by its load average; else nothing."""
+    if load < QUIET_LOAD:
+        return ""
+    return f"not a quiet machine: a load of {load:.1f} when this began, so steps take longer than planned; CPU ms tell more"
 
 
 def check_table(rows: list[CheckRow]) -> list[Table]:
