@@ -127,6 +127,13 @@ class DeviceClock:
         for key in writes:
             self._written[key] = ready
 
+    def forget(self, storages: Iterable[int]) -> None:
+        """Memory that is new: an earlier storage may have had its address, and its key."""
+        storages = tuple(storages)
+        self.events.append(("forget", (storages,)))
+        for key in storages:
+            self._written.pop(key, None)
+
     def replay(self, events: Iterable[ClockEvent]) -> StepTimes:
         """The times of a step that was seen elsewhere, or of one that is made up."""
         self.begin()

@@ -166,6 +166,7 @@ class StepWatch(TorchDispatchMode):
         if name in FREE or (writes <= reads and not func._schema.is_mutable):
             if func.namespace == "aten":
                 self.clock.host("view")
+            self.clock.forget(writes - reads)
             return None  # a view, or memory that nothing is written to
         assert self._step
         formula = flop_registry.get(func.overloadpacket)
