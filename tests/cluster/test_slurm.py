@@ -143,8 +143,7 @@ def test_two_nodes_of_two_ranks_train_what_this_machine_trains(box: Box, tmp_pat
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 4, *DIGITS))
 
 
-@pytest.mark.slow
-@pytest.mark.soak_for("package.tabular:Diabetes")
+@pytest.mark.soak
 @pytest.mark.parametrize("named", ["../project/tabular.py:Diabetes", "package.tabular:Diabetes"])
 def test_an_own_task_is_found_from_another_folder(named: str, box: Box, tmp_path: Path) -> None:
     """A file by a relative path, and a module of a package in the current folder, on two nodes."""
@@ -241,7 +240,7 @@ def test_plain_srun_needs_no_launcher(box: Box, tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "run"), on_this_machine(tmp_path, 2, *SHORT))
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_lightning_takes_over_what_srun_has_started(box: Box, tmp_path: Path) -> None:
     """Two steps of one job at once, one off its first node; it is called bash, which Lightning mistrusts."""
     run = f"{sys.executable} -m recipes.ddp +cluster=lightning {' '.join(SHORT)}"
@@ -394,6 +393,7 @@ def test_a_lost_network_is_named_before_slurm_misses_the_node(folder: Path) -> N
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("0")
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_a_killed_rank_is_named_and_started_again_only_if_asked(box: Box, folder: Path, restarts: int) -> None:
     words = ["ddp.py", *LONG, "out=run", "cluster.nodes=2", f"max_restarts={restarts}"]
@@ -463,7 +463,7 @@ def test_requeues_are_bounded(box: Box, folder: Path) -> None:
     assert "saved at step" in said
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_batch_script_s_job_is_requeued_by_hand(
     box: Box, tmp_path: Path, uninterrupted: dict[str, torch.Tensor]
 ) -> None:
@@ -480,8 +480,7 @@ def test_a_batch_script_s_job_is_requeued_by_hand(
     assert "srun" not in said, said
 
 
-@pytest.mark.slow
-@pytest.mark.soak_for("node2")
+@pytest.mark.soak
 @pytest.mark.parametrize("node", ["node1", "node2"])  # rank 0's, and another one's
 def test_a_node_that_is_cut_off_is_left_behind(node: str, folder: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
     with Box(nodes=3, slurmd_timeout=5) as box:

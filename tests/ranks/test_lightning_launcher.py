@@ -72,7 +72,7 @@ def test_a_sweep_runs_once_a_point(tmp_path: Path) -> None:
         assert json.loads((tmp_path / "sweep" / point / "result.json").read_text())["world_size"] == 2
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_several_machines_by_hand(tmp_path: Path) -> None:
     words = [sys.executable, *FORK, "cluster.nodes=2", "cluster.tasks_per_node=2", *SMOKE, "out=run"]
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}

@@ -112,7 +112,7 @@ EXAMPLES = {
 
 
 @pytest.mark.slow
-@pytest.mark.soak_for("vit", "language")
+@pytest.mark.soak_for("gpt", "vit", "language")
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_recipe_is_proven_or_says_why_not(name: str, tmp_path: Path) -> None:
     """As typed, and nothing of the batch: the ViT's folder holds 12 pictures to train on."""
@@ -252,7 +252,7 @@ def test_a_comparison_of_own_recipes_tells_of_their_task(own: Path, tmp_path: Pa
     assert not re.search(r"\bimages?\b", done.stdout)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_search_over_an_own_recipe_and_the_keys_of_its_task(own: Path, tmp_path: Path) -> None:
     words = ("tune.recipe=line.py", "tune=asha", "tune.trials=2", "tune.nproc=1", "epochs=2", "out=run")
     space = ("tune.space.task.hidden=choice(4, 12)", "tune.space.global_batch_size=choice(30, 50)")

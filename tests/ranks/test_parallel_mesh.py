@@ -102,7 +102,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(words: tuple[str, ...], tmp_path: 
     assert_same_in_two_parts(parallel_mesh.train, tmp_path, 4, *words, "optim=adamw")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_any_mesh_shares_what_one_process_trains_and_ddp_ends_it(tmp_path: Path) -> None:
     """A checkpoint has whole tensors by their names; digits have 18 tokens, which divide by no mesh of these."""
     words = (

@@ -142,7 +142,14 @@ def assert_meshes_share(recipe: Recipe, folder: Path, starts: list[tuple[int, tu
 # make test takes one of them, make test-slow all others, and tests/helpers/fuzz.py draws from all.
 @pytest.mark.slow_except("single")
 @pytest.mark.soak_for(
-    "parallel_mesh", "fsdp in copies", "pipelines", "data_parallel", "lightning_fabric", "unfrozen while saved"
+    "parallel_mesh",
+    "fsdp in copies",
+    "pipelines",
+    "data_parallel",
+    "lightning_fabric",
+    "unfrozen while saved",
+    "grad_accumulation",
+    "comm_hooks",
 )
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_run_in_three_parts_is_the_run_in_one(name: str, tmp_path: Path) -> None:

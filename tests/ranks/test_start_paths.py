@@ -69,7 +69,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, tor
 
 
 @pytest.mark.slow_except("by_torchrun")  # `python -m` is how most other tests start theirs
-@pytest.mark.soak_for("by_the_old_launcher", "by_two_agents")
+@pytest.mark.soak_for("by_the_old_launcher", "by_two_agents", "by_interpreters")
 @pytest.mark.parametrize(
     ("start", "nproc"),
     [

@@ -337,7 +337,7 @@ def test_a_search_ends_with_a_table_and_the_best_settings_as_a_command(tmp_path:
     assert (tmp_path / "run" / "trials.csv").read_text().count("\n") == 3
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_search_that_is_killed_goes_on_and_its_best_command_trains_the_same_bits(tmp_path: Path) -> None:
     process = as_a_shell([sys.executable, *SINGLE], tmp_path)
     wait_until(lambda: "finished" in states(tmp_path), 240)
