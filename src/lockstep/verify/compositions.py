@@ -3,7 +3,7 @@
     python -m lockstep.verify.compositions > docs/compositions.md
 
 Each composition is a command of a recipe. `tests/ranks/test_compositions.py` holds each one that is here to 1e-10 of one
-process in fp64 (those in bf16 to bf16's tolerance), by the means of recipes.verify, and each refused one to its words.
+process in fp64 (those in bf16 to what rounding explains), by the means of recipes.verify, and each refused one to its words.
 """
 
 from __future__ import annotations
@@ -182,8 +182,8 @@ def compositions() -> list[Composition]:
 PAGE = """# Which techniques go together
 
 Each pair and triple of this page is proven in fp64: a few steps of the command, against the same steps of `recipes.single`,
-are equal to 1e-10 in losses, gradients, weights and evaluation (with bf16, which rounds, to bf16's 1e-1). What is not
-proven is refused: one line that says why and what works instead, exit code 2, before anything starts. The tests of
+are equal to 1e-10 in losses, gradients, weights and evaluation (with bf16, to 4 times what rounding makes of `single`). What
+is not proven is refused: one line that says why and what works instead, exit code 2, before anything starts. The tests of
 `tests/ranks/test_compositions.py` hold both. {count} compositions; this page is written by
 `python -m lockstep.verify.compositions`.
 
