@@ -50,7 +50,7 @@ def test_it_trains_what_one_process_trains_with_everything_on(words: tuple[str, 
         assert {name: own[name] for name in norms} == pytest.approx(norms, rel=1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_biases_balance_alike_on_any_ranks_and_are_resumed(words: tuple[str, ...], tmp_path: Path) -> None:
     """From the whole batch's choices, in micro-batches and recomputed blocks; a step on each mesh, one after the other."""
     words += ("balance=bias", "bias_rate=0.03", "task.balance=0", "checkpoint.every=1", "optim=adamw", "optim.lr=0.001")

@@ -345,7 +345,7 @@ def test_a_pipeline_s_rank_holds_its_own_stages_alone(tmp_path: Path) -> None:
     assert 3 < peak / 2**20 < 20
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_doctor_looks_at_the_gpus(tmp_path: Path) -> None:
     done = run_recipe("doctor", 2, "preflight", "nproc=2", "out=run", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -45,6 +45,7 @@ EVERY = [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for
 
 
 @pytest.mark.slow_except("ddp", "pipeline_parallel")
+@pytest.mark.soak_for("parallel_mesh", "tensor_parallel")
 @pytest.mark.parametrize("name", EVERY)
 def test_every_recipe_reports_what_its_ranks_hold_and_keeps_no_graph(name: str, tmp_path: Path) -> None:
     recipe = importlib.import_module(f"recipes.{name}").train

@@ -34,7 +34,7 @@ def test_a_task_and_a_recipe_of_ones_own_are_planned(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir()), "a plan writes nothing"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_real_ranks_send_and_hold_what_is_planned(tmp_path: Path) -> None:
     words = (
         "check=true",

@@ -70,7 +70,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(words: tuple[str, ...], tmp_path: 
     assert_same_in_two_parts(tensor_parallel.train, tmp_path, 2, *words, "sequence_parallel=true")
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_one_four_ranks_share_what_one_process_trains_and_ddp_ends_it(
     words: tuple[str, ...], tmp_path: Path
 ) -> None:

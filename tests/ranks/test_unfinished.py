@@ -64,7 +64,7 @@ def test_killed_by_default_it_is_continued_by_last_bit_by_bit(step: int, tmp_pat
     assert all(torch.equal(mine[name], whole[name]) for name in whole)
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_the_same_command_says_it_first_and_ranks_by_hand_do_alike(tmp_path: Path) -> None:
     """torchrun's ranks go where rank 0 finds the run, all of them."""
     out = run_killed_at(6, tmp_path)

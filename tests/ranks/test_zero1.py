@@ -53,7 +53,7 @@ def test_gradients_are_reduced_and_weights_broadcast(tmp_path: Path) -> None:
         assert last == {"allreduce_": size, "broadcast_": size}
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_three_two_one_four_ranks_train_as_one(tmp_path: Path) -> None:
     """Each finds the states of its parameters in what others kept of others; the checkpoint holds every one of them."""
     words = (*PROOF, "checkpoint.every=1")
