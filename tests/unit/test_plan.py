@@ -171,7 +171,6 @@ def test_a_mesh_sends_what_its_formula_says(name: str, ranks: int, words: tuple[
 
 @pytest.mark.slow
 def test_deepspeed_is_planned_by_its_own_engine() -> None:
-    pytest.importorskip("deepspeed")
     found, _ = planned("deepspeed_zero", 2, "stage=3")
     assert found.peak["optimizer"] == pytest.approx(3 * WEIGHTS / 2, rel=0.05)  # two moments, and fp32 weights
     assert bytes_by_kind(found)["reduce-scatter"] == pytest.approx(WEIGHTS, rel=0.01)
