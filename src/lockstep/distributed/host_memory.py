@@ -90,11 +90,8 @@ def prefix() -> str:
 
 
 def is_own(folder: Path) -> bool:
-    """Whether a folder is there that only this user can write to: anyone can make one of that name first."""
-    with contextlib.suppress(OSError):
-        facts = folder.lstat()
-        return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not stat.S_IMODE(facts.st_mode) & 0o077
-    return False
+    """Whether a folder is there into which only this user can look."""
+    return temporary.is_own_folder(folder, closed=stat.S_IRWXG | stat.S_IRWXO)
 
 
 def enter(folder: Path, ranks: Path) -> int:

@@ -41,12 +41,7 @@ def own_compile_cache() -> None:
     folder = default_cache_dir()
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)  # from here on it cannot be another's
-    facts = os.lstat(folder)
-    if (
-        stat.S_ISDIR(facts.st_mode)
-        and facts.st_uid == os.geteuid()
-        and not facts.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    ):
+    if is_own_folder(folder, closed=stat.S_IWGRP | stat.S_IWOTH):
         return
     own = Path("~/.cache/lockstep/torchinductor").expanduser()
     own.mkdir(0o700, parents=True, exist_ok=True)
@@ -118,9 +113,20 @@ def sweep() -> None:
     with contextlib.suppress(OSError):
         for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
             with contextlib.suppress(OSError):
-                facts = folder.lstat()
-                if stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid():
+                if is_own_folder(folder):
                     remove_if_free(folder)
+
+
+def is_own_folder(folder: str | Path, closed: int = 0) -> bool:
+    """Whether it is a folder, no link to one, of this user's: anyone can make one of a known name first.
+
+    Args:
+        closed: bits of the mode that nobody may have there.
+    """
+    with contextlib.suppress(OSError):
+        facts = os.lstat(folder)
+        return stat.S_ISDIR(facts.st_mode) and facts.st_uid == os.geteuid() and not facts.st_mode & closed
+    return False
 
 
 def remove_if_free(folder: Path) -> None:

@@ -158,7 +158,7 @@ def simulated_trace(out: Path, recipe: Recipe, config: Config, ranks: int, threa
     parts: list[Tensors] = [{} for _ in range(ranks)]
 
     def train(world: World) -> None:
-        parts[world.rank] = train_traced(world, out, recipe, config)
+        parts[world.rank] = train_traced(world, out, recipe, config).found
 
     simulate(ranks, train, threads)
     return trace_of(out, recipe, parts)

@@ -101,9 +101,9 @@ def trace(
         begins: whether the weights before the first step are kept.
         smooth: whether ReLUs are without a kink.
     """
-    out, first = run.out / name, FirstGradients(begins)
+    out = run.out / name
     with smooth_relu() if smooth else contextlib.nullcontext():
-        train_traced(run.world, out, recipe, config, prepare, interrupt, looks_on, run.listener, first)
+        first = train_traced(run.world, out, recipe, config, prepare, interrupt, looks_on, run.listener, begins)
     parts, starts = (
         gather_objects({name: tensor.cpu() for name, tensor in tensors.items()}, None)
         for tensors in (first.found, first.start)
@@ -121,15 +121,14 @@ def train_traced(
     interrupt: int | None = None,
     looks_on: Sequence[Callback] = (),
     listener: Listener | None = None,
-    first: FirstGradients | None = None,
-) -> Tensors:
-    """Train a recipe among all ranks in the folder `out`: this rank's first gradients, whole, which `first` keeps. Else as
-    `trace`."""
+    begins: bool = False,
+) -> FirstGradients:
+    """Train a recipe among all ranks in the folder `out`: what this rank holds of the first gradients. Else as `trace`."""
     if world.rank == 0:
         (out / "ranks").mkdir(parents=True, exist_ok=True)  # left by a start that was preempted
         shutil.rmtree(out / "checkpoints", ignore_errors=True)
     dist.barrier()
-    gradients = first or FirstGradients()
+    gradients = FirstGradients(begins)
     for values in parts_of(interrupt):
         inner = Run(
             recipe.name,
@@ -145,7 +144,7 @@ def train_traced(
         if prepare:
             inner.prepare = partial(prepare, inner)
         recipe(inner)
-    return gradients.found
+    return gradients
 
 
 def trace_of(out: Path, recipe: Recipe, parts: list[Tensors], starts: Sequence[Tensors] = ()) -> Trace:
