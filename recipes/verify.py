@@ -9,7 +9,8 @@ share is another computation. By how much it then differs is measured too, in ro
 that declaration.
 
 How: lockstep/verify/proofs.py lists the rows and trains both sides, trace.py records what a training computed, rows.py
-compares two records, report.py prints them.
+compares two records, report.py prints them. archive.py writes verify.json and verify.txt: what this machine is, and what
+trains correctly on it.
 
     python -m recipes.verify                             all recipes, two ranks on this machine
     python -m recipes.verify recipes=[ddp] nproc=4 precision=fp64     or fp32, bf16, fp16
@@ -19,6 +20,7 @@ compares two records, report.py prints them.
     python -m recipes.verify recipes=[my_recipe.py] trace=true        of a row that is off: the first layer and operation
     python -m recipes.verify recipes=[tensor_parallel] simulate=64    64 ranks as threads of one process; or context_parallel,
                                                                       expert_parallel, parallel_mesh
+    python -m recipes.verify against=old/verify.json                  what has changed since then: driver, versions, rows, times
     python -m recipes.verify museum=list                              bugs that really happened; museum=NAME shows one
     python -m recipes.verify program='torchrun --nproc-per-node=2 train.py' against='python train.py'
                                                                       a program of your own (docs/your_program.md)
@@ -38,6 +40,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from rich.console import Console
+from rich.table import Table
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
@@ -48,7 +51,17 @@ from lockstep.loggers.console import described
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.temporary import own_folder
-from lockstep.utils.text import count
+from lockstep.utils.text import count, short
+from lockstep.verify.archive import (
+    RECORD,
+    gather_hosts,
+    is_record,
+    read_archived,
+    statement_lines,
+    verify_record,
+    write_text_report,
+)
+from lockstep.verify.changes import change_parts, changes_between
 from lockstep.verify.config import OF_PROGRAMS, VerifyConfig
 from lockstep.verify.parting_report import parting_lines, parting_tables
 from lockstep.verify.proofs import ProofCase, References, fewest_steps, proof_batch, proof_cases, verify_case
@@ -204,7 +217,8 @@ def cases_of(run: Run[VerifyConfig], bug: Bug | None) -> list[ProofCase]:
 def train(run: Run[VerifyConfig]) -> None:
     if run.config.program is not None:
         raise UserError(f"program={run.config.program}: starts its ranks itself; start recipes.verify with python")
-    single, bug = get_recipe("single"), shown_bug(run.config)
+    single, bug, asked = get_recipe("single"), shown_bug(run.config), run.config.against
+    earlier = read_archived(str(asked)) if is_record(asked) else None
     cases = cases_of(run, bug)
     model, data = described(run.task, run.config)
     what = "" if run.config.task.name == IMAGES else f" of {model} on {data}"
@@ -219,13 +233,27 @@ def train(run: Run[VerifyConfig]) -> None:
             if bug is None:
                 raise
             raise CheckFailed(f"museum={bug.name}: is stopped by an error: {error}; {bug.told}") from None
+        rows[-1].seconds = round(time.perf_counter() - began, 3)
         if run.world.rank == 0:  # the other ranks have no numbers
-            run.report.line(progress_line(rows[-1], number, len(cases), time.perf_counter() - began))
+            run.report.line(progress_line(rows[-1], number, len(cases), rows[-1].seconds))
+    hosts = gather_hosts(run.world)
     if run.world.rank == 0:
-        write_json(run.out / "verify.json", [asdict(row) for row in rows])
-        run.report.console.print(*verify_tables(rows), sep="\n")
-        for note in verdict_notes(rows):
-            run.report.line(note)
+        record = verify_record(rows, hosts, run.world, run.config, (model, data))
+        parts: list[str | Table] = [*verify_tables(rows), *verdict_notes(rows)]
+        if earlier:
+            changes = changes_between(earlier, record)
+            record["against"] = {"file": asked, "date": earlier["date"], **asdict(changes)}
+            parts += change_parts(changes, str(asked), earlier["date"])
+        write_json(run.out / RECORD, record)
+        write_text_report((run.out / RECORD).with_suffix(".txt"), [*statement_lines(record), *parts])
+        for part in parts:
+            if isinstance(part, str):
+                run.report.line(part)
+            else:
+                run.report.console.print(part)
+        run.report.line(
+            f"to archive: {short(run.out / RECORD)}, and what it says of this machine in verify.txt beside it"
+        )
         for row in rows:
             if row.parting:
                 for line in parting_lines(row.parting, f"{row.label} in {row.precision}", row.against):
@@ -247,7 +275,7 @@ def train(run: Run[VerifyConfig]) -> None:
     if verdict[0]:
         against = " or ".join(dict.fromkeys(case.against for case in cases))
         what = "recipes.single" if against == SINGLE else "its reference"
-        raise CheckFailed(f"not the training that {what} computes: {verdict[0]}; see verify.json")
+        raise CheckFailed(f"not the training that {what} computes: {verdict[0]}; see {RECORD}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import torch
 from lockstep.recipe import Recipe
 from recipes import ddp
 from tests.helpers.gpus import emulated
-from tests.helpers.harness import ROOT, assert_equal, command, lines, train
+from tests.helpers.harness import ROOT, assert_equal, command, lines, train, verify_rows
 from tests.helpers.processes import wait_until
 from tests.helpers.slurm_box import Box, Command
 
@@ -534,7 +534,13 @@ def test_the_tools_run_there_too(box: Box, tmp_path: Path) -> None:
     verify = ["-m", "recipes.verify", "recipes=[ddp]", "precision=fp64", "max_steps=2", "cluster.nodes=2"]
     code, said = end(start(box, tmp_path, *verify, "out=verify"))
     assert code == 0, said
-    assert {row["verdict"] for row in json.loads((tmp_path / "verify" / "verify.json").read_text())} == {"equal"}
+    assert {row["verdict"] for row in verify_rows(tmp_path / "verify")} == {"equal"}
+    code, said = end(start(box, tmp_path, *verify, "out=later", "against=verify/verify.json"))
+    assert code == 0, said
+    record = json.loads((tmp_path / "later" / "verify.json").read_text())
+    assert sorted(record["hosts"]) == ["node1", "node2"]
+    assert (record["against"]["facts"], record["against"]["rows"]) == ([], [])
+    assert "the machine, its versions and what is trained are the same" in said
     code, said = end(
         start(box, tmp_path, "-m", "recipes.compare", "recipes=[single]", "rounds=1", *SHORT, "out=compare")
     )

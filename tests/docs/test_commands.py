@@ -42,6 +42,7 @@ QUICK = {"python -m recipes.ddp", "python -m recipes.ddp +cluster=lightning"}
 # What goes together, or is minutes of work: other tests in tests/ranks run the very same.
 ELSEWHERE = {
     "python -m recipes.verify",  # test_verify.py
+    "python -m recipes.verify against=archive/verify.json",  # test_verify.py
     "python -m recipes.verify task=examples/tabular.py:Diabetes",  # test_own_tasks_in_tools.py
     "python -m recipes.verify 'recipes=[my_recipe.py]'",  # test_own_tasks_in_tools.py
     "python examples/two_optimizers.py",  # test_examples.py

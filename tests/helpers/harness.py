@@ -144,6 +144,12 @@ def result(out: Path) -> dict[str, Any]:
     return dict(json.loads((out / "result.json").read_text()))
 
 
+def verify_rows(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run of recipes.verify."""
+    found: list[dict[str, Any]] = json.loads((out / "verify.json").read_text())["rows"]
+    return found
+
+
 def lines(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what another run need not have: its speed and memory."""
     found = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -220,7 +220,7 @@ class Stand:
         (out / "result.json").write_text(json.dumps(made_up(100.0 * number)))
         if target == "lockstep.recipes.verify":
             row = {"recipe": "ddp", "precision": "fp64", "ranks": 2, "steps": 5, "tolerance": 1e-10, "verdict": "equal"}
-            (out / "verify.json").write_text(json.dumps([row | dict.fromkeys(COMPARED, 1e-15)]))
+            (out / "verify.json").write_text(json.dumps({"rows": [row | dict.fromkeys(COMPARED, 1e-15)]}))
 
     def ended(self, seconds: float) -> bool:
         if self.fails:

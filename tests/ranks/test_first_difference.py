@@ -17,7 +17,7 @@ from lockstep.models.gpt import GPT_SIZES, GPTConfig
 from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe
 from recipes import ddp, diff, single, verify
-from tests.helpers.harness import assert_equal, compose_config, execute, train
+from tests.helpers.harness import assert_equal, compose_config, execute, train, verify_rows
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -209,7 +209,7 @@ INSIDE = {
 def test_verify_names_the_operation_of_a_museum_s_bug(name: str, tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=f"museum={name}: is found in"):
         execute(verify.train, tmp_path / "run", 2, f"museum={name}", "trace=true")
-    (row,) = json.loads((tmp_path / "run" / "verify.json").read_text())
+    (row,) = verify_rows(tmp_path / "run")
     phase, layer, operation = MUSEUM[name]
     first = row["parting"]["first"]
     assert (first["step"], first["phase"], first["layer"]) == (1, phase, layer)

@@ -13,7 +13,7 @@ import torch
 
 from tests.helpers import handed_metrics
 from tests.helpers.gpus import are_real, emulated, on_gpus, run_recipe
-from tests.helpers.harness import ROOT, assert_equal, clean_environment, result, tensors_of
+from tests.helpers.harness import ROOT, assert_equal, clean_environment, result, tensors_of, verify_rows
 from tests.helpers.processes import free_port
 
 PROVEN = set(
@@ -68,7 +68,7 @@ def test_every_recipe_is_proven_on_gpus(count: int, ranks: int, names: list[str]
     words = [f"nproc={ranks}", "precision=fp64", *[f"recipes=[{','.join(names)}]"] * bool(names), "out=run"]
     done = run_recipe("verify", count, *words, cwd=tmp_path, timeout=580)
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    rows = verify_rows(tmp_path / "run")
     assert {row["recipe"] for row in rows if row["verdict"] == "equal"} == (set(names) or PROVEN - {"deepspeed_zero"})
     assert {row["recipe"] for row in rows if row["verdict"] != "equal"} <= {"deepspeed_zero"}, "which has no fp64"
 

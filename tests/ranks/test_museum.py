@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +21,7 @@ from lockstep.verify.museum.table import BUGS, find_bug
 from lockstep.verify.proofs import References, proof_cases, verify_case
 from lockstep.verify.rows import VerifyRow
 from recipes import verify
-from tests.helpers.harness import ROOT, command, compose_config, execute, run_ranks
+from tests.helpers.harness import ROOT, command, compose_config, execute, run_ranks, verify_rows
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -81,7 +80,7 @@ def test_the_command_shows_a_bug_and_fails(tmp_path: Path) -> None:
     bug = find_bug("ranks-weigh-alike")
     with pytest.raises(AssertionError, match=f"museum={bug.name}: is found in ddp in fp64 .*the gradient of"):
         execute(verify.train, tmp_path / "run", 2, f"museum={bug.name}", "max_steps=2")
-    (row,) = json.loads((tmp_path / "run" / "verify.json").read_text())
+    (row,) = verify_rows(tmp_path / "run")
     assert row["verdict"] == "OFF: loss, gradients, weights, evaluation"
     said = (tmp_path / "run" / "ranks" / "0.log").read_text()
     assert bug.story in said
@@ -103,7 +102,7 @@ def test_an_optimizer_of_other_tensors_is_refused(tmp_path: Path) -> None:
 def test_a_recipe_that_is_cut_off_and_resumed_is_equal(tmp_path: Path) -> None:
     words = ("recipes=[fsdp,zero1,local_sgd]", "precision=fp64", "max_steps=3", "interrupt=2")
     execute(verify.train, tmp_path / "run", 2, *words)
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    rows = verify_rows(tmp_path / "run")
     assert {row["verdict"] for row in rows} == {"equal"}
     folders = [path for path in (tmp_path / "run").iterdir() if (path / "checkpoints").is_dir()]
     assert sorted({path.name.partition("-")[0] for path in folders}) == ["fsdp", "local_sgd", "zero1"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -20,7 +19,7 @@ from lockstep.run import Run
 from lockstep.verify.proofs import proof_batch
 from recipes import doctor, verify
 from tests.helpers.examples import example, write_pictures, write_text
-from tests.helpers.harness import command, compose_config, execute, run_ranks
+from tests.helpers.harness import command, compose_config, execute, run_ranks, verify_rows
 
 TASK = '''
 """A line to be fitted, and a recipe that trains it."""
@@ -87,16 +86,11 @@ def own(tmp_path: Path) -> Path:
     return file
 
 
-def rows_of(out: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads((out / "verify.json").read_text())
-    return found
-
-
 def test_every_strategy_trains_a_task_of_ones_own_as_one_process_does(tmp_path: Path) -> None:
     """The command of its docs, for a few recipes."""
     words = (f"task={example('tabular.py:Diabetes')}", "precision=fp64", "max_steps=3")
     execute(verify.train, tmp_path / "run", 2, "recipes=[data_parallel,ddp,fsdp,pipeline_parallel]", *words)
-    rows = rows_of(tmp_path / "run")
+    rows = verify_rows(tmp_path / "run")
     assert [(row["recipe"], row["verdict"]) for row in rows] == [
         (name, "equal") for name in ("data_parallel", "ddp", "fsdp", "pipeline_parallel")
     ]
@@ -126,7 +120,7 @@ def test_every_recipe_is_proven_or_says_why_not(name: str, tmp_path: Path) -> No
         "-m", "recipes.verify", asked, *words, *filter(None, [more]), "nproc=2", "out=run", cwd=tmp_path, timeout=400
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    rows = rows_of(tmp_path / "run")
+    rows = verify_rows(tmp_path / "run")
     named = {(row["recipe"], row["precision"]): row for row in rows if not row["variant"].startswith("sync_batchnorm")}
     equal = {recipe for (recipe, precision), row in named.items() if precision == "fp64" and row["verdict"] == "equal"}
     unable = {recipe: row for (recipe, precision), row in named.items() if precision == "fp64" and recipe not in equal}
@@ -156,7 +150,7 @@ def test_the_batch_is_what_was_asked_for_or_one_that_fits(own: Path, tmp_path: P
     for asked, size in (("global_batch_size=auto", 28), ("global_batch_size=50", 50)):
         out = tmp_path / str(size)
         execute(verify.train, out, 2, asked, *words)
-        assert rows_of(out)[0]["verdict"] == "equal"
+        assert verify_rows(out)[0]["verdict"] == "equal"
         assert f"global_batch_size: {size}\n" in (out / "config.yaml").read_text()
         assert json.loads((out / "single-fp64" / "result.json").read_text())["samples_seen"] == size
 
@@ -167,7 +161,7 @@ def test_a_task_with_batch_norm_is_equal_where_it_is_synchronised_and_measured_e
 ) -> None:
     words = (f"task={own}:Line", "task.norm=true", "precision=fp64", "max_steps=3")
     execute(verify.train, tmp_path / "run", 2, "recipes=[ddp,sync_batchnorm]", *words)
-    ddp, synchronised = rows_of(tmp_path / "run")
+    ddp, synchronised = verify_rows(tmp_path / "run")
     assert ddp["verdict"] == "differs: BatchNorm normalises by each rank's share"
     assert ddp["loss"] > 1e-5
     assert synchronised["verdict"] == "equal"
@@ -179,7 +173,7 @@ def test_a_recipe_of_ones_own_is_proven_and_a_broken_one_named(own: Path, tmp_pa
     words = (f"task={own}:Line", "precision=fp64", "max_steps=3")
     with pytest.raises(AssertionError, match=r"alone in fp64 \(step 1: the gradient of \S+, off by"):
         execute(verify.train, tmp_path / "run", 2, f"recipes=[{own},{tmp_path / 'alone.py'}]", *words)
-    rows = rows_of(tmp_path / "run")
+    rows = verify_rows(tmp_path / "run")
     assert [(row["recipe"], row["verdict"]) for row in rows] == [
         ("line", "equal"),
         ("alone", "OFF: loss, gradients, weights, evaluation"),
@@ -205,7 +199,7 @@ def test_held_to_itself_on_one_rank(source: str, code: int, tmp_path: Path) -> N
     [
         ("recipes=[none.py]", "none.py]: no such file"),
         ("recipes=[empty.py]", "the file holds 0 recipes; write @recipe above one function"),
-        ("against=all", "against=all: allowed are single, self, and the FILE.py of a recipe"),
+        ("against=all", "against=all: allowed are single, self, the FILE.py of a recipe"),
     ],
 )
 def test_what_is_no_recipe_is_said_in_a_line(word: str, said: str, tmp_path: Path) -> None:

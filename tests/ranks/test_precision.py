@@ -39,7 +39,7 @@ from recipes import (
     verify,
 )
 from tests.helpers import overflowing_scaler as overflow
-from tests.helpers.harness import assert_equal, execute, lines, preload, result, train
+from tests.helpers.harness import assert_equal, execute, lines, preload, result, train, verify_rows
 from tests.ranks.test_resume import SHORT, assert_same_run
 from tests.ranks.test_run import in_run
 
@@ -284,7 +284,7 @@ def test_it_computes_in_fp16_and_says_what_that_costs_on_a_cpu(tmp_path: Path) -
 def test_verify_compares_it(tmp_path: Path) -> None:
     names = "recipes=[ddp,pipeline_parallel,fsdp]"
     execute(verify.train, tmp_path / "run", 2, names, "precision=fp16", "max_steps=1")
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    rows = verify_rows(tmp_path / "run")
     assert {row["recipe"]: row["verdict"] for row in rows} == dict.fromkeys(
         ("ddp", "pipeline_parallel", "fsdp"), "equal"
     )
@@ -311,7 +311,7 @@ def test_verify_compares_it_in_every_recipe(tmp_path: Path) -> None:
     for recipe in (lightning_trainer.train, deepspeed_zero.train):
         preload(recipe)
     execute(verify.train, tmp_path / "run", 2, "precision=fp16", timeout=580)
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    rows = verify_rows(tmp_path / "run")
     assert {row["verdict"] for row in rows} == {"equal"}
     assert {"deepspeed_zero", "transfer_learning", "lightning_trainer"} <= {row["recipe"] for row in rows}
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import platform
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from lockstep.verify.report import verify_tables
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import angle, difference, smooth_relu
 from recipes import verify
-from tests.helpers.harness import ROOT, command, execute, preload
+from tests.helpers.harness import ROOT, command, execute, preload, verify_rows
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -75,7 +77,7 @@ def test_every_recipe_is_proven(tmp_path: Path) -> None:
 
 
 def check_rows(out: Path) -> None:
-    rows = json.loads((out / "verify.json").read_text())
+    rows = verify_rows(out)
     unable = [row for row in rows if row["verdict"].startswith("not run")]
     assert [(row["recipe"], row["precision"]) for row in unable] == [("deepspeed_zero", "fp64")]
     rows = [row for row in rows if row not in unable]
@@ -123,21 +125,39 @@ def check_rows(out: Path) -> None:
 )
 def test_on_other_numbers_of_ranks(world_size: int, names: str, words: tuple[str, ...], tmp_path: Path) -> None:
     execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=2", "precision=fp64", *words)
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    rows = verify_rows(tmp_path / "run")
     assert {row["recipe"] for row in rows} == set(names.split(","))
     assert all((row["verdict"], row["ranks"]) == ("equal", world_size) for row in rows)
 
 
 def test_a_recipe_that_these_ranks_cannot_run_is_named_and_not_called_equal(tmp_path: Path) -> None:
     execute(verify.train, tmp_path / "run", 1, "recipes=[pipeline_parallel]")
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    rows = verify_rows(tmp_path / "run")
     assert all(row["verdict"].startswith("not run: stages=2") for row in rows)
 
 
 def test_a_precision_that_a_recipe_lacks_is_not_called_equal(tmp_path: Path) -> None:
     execute(verify.train, tmp_path / "run", 2, "recipes=[deepspeed_zero]", "precision=fp64")
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    rows = verify_rows(tmp_path / "run")
     assert [row["verdict"][:24] for row in rows] == ["not run: precision=fp64:"]
+
+
+def test_the_next_run_says_what_has_changed_since(tmp_path: Path) -> None:
+    words = ("recipes=[ddp]", "max_steps=1", "precision=fp64")
+    execute(verify.train, tmp_path / "before", 2, *words)
+    record = json.loads((tmp_path / "before" / "verify.json").read_text())
+    (host,) = record["hosts"].values()
+    assert (host["packages"]["torch"], host["python"]) == (metadata.version("torch"), platform.python_version())
+    assert (record["training"]["ranks"], record["rows"][0]["seconds"] > 0) == (2, True)
+    host["packages"]["torch"], record["rows"][0]["verdict"] = "1.0", "OFF: loss"
+    (tmp_path / "old.json").write_text(json.dumps(record))
+    execute(verify.train, tmp_path / "run", 2, *words, f"against={tmp_path}/old.json")
+    found = json.loads((tmp_path / "run" / "verify.json").read_text())["against"]
+    assert found["facts"] == [["torch", "1.0", metadata.version("torch")]]
+    assert found["rows"] == ["was OFF, is equal: ddp in fp64 (model.norm=group)"]
+    said = (tmp_path / "run" / "verify.txt").read_text()
+    assert "in fp64, trains correctly here: ddp\n" in said
+    assert found["rows"][0] in said
 
 
 # Broken on purpose
@@ -170,7 +190,7 @@ def test_a_broken_recipe_is_named(mistake: str, replace: Any, tmp_path: Path) ->
     precision = "fp32" if name == "deepspeed_zero" else "fp64"
     with pytest.raises(AssertionError, match=f"not the training that recipes.single computes: {name} in {precision}"):
         execute(verify.train, tmp_path / "run", 2, f"recipes=[{name}]", "max_steps=2", f"precision={precision}")
-    rows = json.loads((tmp_path / "run" / "verify.json").read_text())
+    rows = verify_rows(tmp_path / "run")
     assert any(row["verdict"].startswith("OFF: ") for row in rows)
 
 
@@ -216,7 +236,7 @@ def test_16_bits_may_differ_by_what_rounding_explains(precision: str, replace: A
     replace("ddp", "scaler.scale(loss * micro.weight)", "scaler.scale(loss * micro.weight * 0.7)")
     with pytest.raises(AssertionError, match=f"ddp in {precision} .*the gradient of"):
         execute(verify.train, tmp_path / "broken", 2, *words)
-    (sound,), (broken,) = (json.loads((tmp_path / name / "verify.json").read_text()) for name in ("sound", "broken"))
+    (sound,), (broken,) = (verify_rows(tmp_path / name) for name in ("sound", "broken"))
     assert sound["verdict"] == "equal"
     assert sound["weights"] <= sound["allowed"]["weights"] <= 0.4
     assert broken["verdict"].startswith("OFF: gradients, weights")

@@ -20,7 +20,7 @@ from lockstep.launch import recipe_process
 from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe
 from lockstep.run import Run
-from lockstep.utils.files import write_json
+from lockstep.utils.files import read_json, write_json
 
 VERIFY_KEYS = {
     "task",
@@ -106,5 +106,4 @@ def run_verify(
         run_to_end(run, "lockstep.recipes.verify", words, out)
     except recipe_process.RecipeFailed as error:
         problem = f"recipes.verify: {error}"
-    file = out / "verify.json"
-    return (json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []), problem
+    return read_json(out / "verify.json").get("rows", []), problem

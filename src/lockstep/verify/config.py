@@ -22,7 +22,8 @@ class VerifyConfig(ToolConfig):
     against: str | None = key(
         None,
         "what a recipe of your own must equal: single; self, itself on one rank; FILE.py, that on one rank (null: "
-        "single if it declares a proof or trains run.task, else self); what program=… must: another command",
+        "single if it declares a proof or trains run.task, else self); what program=… must: another command; or the "
+        "verify.json of an earlier run, to see what has changed since (docs/proof.md)",
     )
     interrupt: int | None = key(
         None, "step after which each training is cut off, and resumed from its checkpoint (null: none is)", minimum=1

@@ -64,6 +64,11 @@ class ProofCase:
         return typed_words(self.proof.own)
 
     @property
+    def words(self) -> str:
+        """The settings of both sides, as typed."""
+        return " ".join([*typed_words(self.settings), *[f"task={self.task}"] * bool(self.task)])
+
+    @property
     def variant(self) -> str:
         """Those of `own_words` that not every proof of this recipe has."""
         others = [typed_words(proof.own) for proof in self.recipe.proofs]
@@ -194,6 +199,7 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: Refe
     base, mine = both_configs(case, single, run.asked)
     row = VerifyRow(each.name, precision, run.world.world_size, mine.max_steps or 0, variant=case.variant)
     row.against = described_reference(case.against, each)
+    row.settings = case.words
     ranks = each.ranks or run.world.world_size
     try:
         check_package(each)

@@ -23,6 +23,7 @@ from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe, is_file
 from lockstep.run import Run
 from lockstep.utils.text import short
+from lockstep.verify.archive import RECORD, is_record, read_archived
 from lockstep.verify.trace import Trace, trace_left_by
 
 SINGLE, SELF = "single", "self"
@@ -37,7 +38,7 @@ def reference_of(recipe: Recipe, asked: str | None) -> str:
     """
     if not is_file(recipe.target):
         return SINGLE
-    if asked is None:
+    if asked is None or is_record(asked):
         asked = SINGLE if recipe.proofs or trains_task(recipe.path) else SELF
     return recipe.target if asked == SELF else asked
 
@@ -46,8 +47,13 @@ def check_against(asked: str | None) -> None:
     """Hold the key `against` to what it can be; raises UserError."""
     if asked in (None, SINGLE, SELF):
         return
+    if is_record(asked):
+        read_archived(str(asked))
+        return
     if not is_file(str(asked)) or not Path(str(asked)).expanduser().is_file():
-        raise UserError(f"against={asked}: allowed are {SINGLE}, {SELF}, and the FILE.py of a recipe")
+        raise UserError(
+            f"against={asked}: allowed are {SINGLE}, {SELF}, the FILE.py of a recipe, and the {RECORD} of an earlier run"
+        )
     get_recipe(str(asked))
 
 

@@ -21,7 +21,8 @@ class VerifyRow:
 
     `allowed` says how large each may be, `tolerance` how large those may that are not in it. `variant` says which of a
     recipe's proofs it is, where there are several; `first` where the two first differ, `off_after` how many steps of
-    training show it, and `parting` in which layer and operation, where that was asked for.
+    training show it, and `parting` in which layer and operation, where that was asked for. `settings` are those of both
+    sides, as typed, and `seconds` what the row took.
     """
 
     recipe: str
@@ -41,6 +42,8 @@ class VerifyRow:
     first: str = ""
     off_after: int = 0
     parting: Parting | None = None
+    settings: str = ""
+    seconds: float = 0.0
 
     def __post_init__(self) -> None:
         self.tolerance = self.tolerance or TOLERANCES[self.precision]
@@ -51,12 +54,21 @@ class VerifyRow:
         return f"{self.recipe} {self.variant}".strip()
 
     @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What it is called by in another run of verify."""
+        return self.recipe, self.precision, self.variant, self.settings
+
+    @property
     def fails(self) -> bool:
         return self.verdict.startswith("OFF")
 
     def allows(self, name: str) -> float:
         """How large a number may be, of COMPARED."""
         return self.allowed.get(name, self.tolerance)
+
+    def rounding(self, name: str) -> float:
+        """What rounding makes of a number, of COMPARED: measured, or where it was not, a hundredth of what is allowed."""
+        return self.allowed[name] / ROUNDINGS if name in self.allowed else self.tolerance / 100
 
     def allow_rounding(self, rounding: dict[str, float], times: float) -> None:
         """Allow what rounding explains.
