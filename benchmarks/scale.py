@@ -167,7 +167,7 @@ def be_rank(rank: int, size: int, port: int, folder: Path, seconds: float, all_h
         time.sleep(STEP_SECONDS)
     mine.stayed = Cost(**vars(cost))
     if rank == size - 1:
-        watchdog.close()  # from here on nothing answers for it, as where a host is lost
+        watchdog.close("")  # from here on nothing answers for it, as where a host is lost
         told.set()
     all_here.wait()
     if rank == 1:

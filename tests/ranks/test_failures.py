@@ -78,8 +78,10 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.slow_except("fork")
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_an_exception_is_shown_once_from_the_rank_that_raised_it(start: str, folder: Path) -> None:
-    done = command("crash.py", *WORDS, f"start={start}", cwd=folder, HOW="raise")
+    # With `first` its log is on the host, and is brought.
+    done = command("crash.py", *WORDS, f"start={start}", "logs=first", cwd=folder, HOW="raise")
     assert done.returncode == 1
+    assert "logs   1 rank keeps its log on its host unless it fails (logs=all: in ranks/)" in done.stdout
     assert done.stderr.startswith("rank 1 failed on ")
     assert done.stderr.count("Traceback") == 1
     assert done.stderr.rstrip().endswith("KeyError: 'the cause'")

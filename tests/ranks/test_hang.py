@@ -25,8 +25,8 @@ from lockstep.diagnose.stacks import LOCKSTEP, keep_stack, user_line
 from lockstep.diagnose.verdict import explain_wait
 from lockstep.diagnose.watchdog import Watchdog, WatchdogTimeout
 from lockstep.distributed import environment, interfaces
-from lockstep.distributed.heartbeat import FINISHED, Beat, Heartbeat
-from lockstep.distributed.host_memory import LINE_BYTES, folders, read_heartbeat
+from lockstep.distributed.heartbeat import Beat, Heartbeat
+from lockstep.distributed.host_memory import FINISHED, LINE_BYTES, folders, read_heartbeat
 from lockstep.launch.validate import validate
 from tests.helpers import hanging
 from tests.helpers.harness import compose_config, renew_threads

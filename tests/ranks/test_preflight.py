@@ -21,7 +21,7 @@ import torch.distributed as dist
 from lockstep import Run
 from lockstep.diagnose import bandwidth
 from lockstep.diagnose.bandwidth import bandwidth_plot, measure_bandwidth, pair_rounds
-from lockstep.diagnose.findings import Facts, failed_checks
+from lockstep.diagnose.findings import Facts, failed_checks, summarized
 from lockstep.diagnose.preflight import Needs, judge_ranks
 from lockstep.diagnose.probes import determinism, machine, network, versions
 from lockstep.diagnose.probes import files as file_system
@@ -372,6 +372,39 @@ def test_trouble_is_named_with_a_remedy(name: str) -> None:
     said = " ".join(f"{each.figure} | {each.remedy}" for each in bad if each.check == check)
     assert all(word in said for word in words), said
     assert all(each.remedy for each in bad)
+
+
+def spoil_all(found: list[Facts]) -> None:
+    """On a thousand ranks everything that can differ does."""
+    for each in found:
+        rank, host = each["rank"], each["host"]
+        each["versions"]["packages"] |= {"torch": f"2.15.{rank}"}
+        each["versions"] |= {"python": f"3.12.{rank}", "unmet": [f"torchvision wants torch=={rank % 3}"]}
+        each["device"] |= {"name": f"GPU {rank}", "driver": host, "uuid": host, "used_bytes": 2**36}
+        each["cores"] |= {"threads": 64, "load": 99.0, "allowed": list(range(rank % 8 + 1))}
+        each["resources"] |= {"shared_bytes": 1, "temporary": "/tmp/" + 100 * "x"}
+        each["resources"] |= {"files": [10, 9], "processes": [1, "ulimit -u"]}
+        each["network"] |= {"mtu": 1000 + rank, "megabits": rank + 1}
+        each["clock"] = {name: look | {"ahead": 9.0} for name, look in each["clock"].items()}
+        each["reach"] = {name: {"error": "unknown"} for name in each["reach"]}
+        each["files"] |= {"seen": None if rank else 0.01}
+        each["slurm"] = {"JOB_ID": "7", "JOB_NUM_NODES": "256", "CPUS_ON_NODE": "8", "GPUS_ON_NODE": "8"}
+    found[0]["slurm"] |= {"job": None}
+
+
+def test_what_is_wrong_on_a_thousand_ranks_fits_a_few_screens() -> None:
+    found = machines(*(f"node{rank // 8:03}" for rank in range(1024)), gpu=True)
+    spoil_all(found)
+    judged = judge_ranks(found, {}, NEEDS)
+    assert len(judged) > 1024, "the file has a line for each rank"
+    assert max(len(each.figure) for each in judged) < 200
+    shown = summarized(judged, "preflight.json")
+    assert len(shown) < 80
+    assert list(dict.fromkeys(each.check for each in shown)) == list(dict.fromkeys(each.check for each in judged))
+    more = [
+        int(each.figure.split()[1]) for each in shown if each.figure.endswith("more like it; preflight.json has all")
+    ]
+    assert len(judged) == len(shown) - len(more) + sum(more), "none is left out"
 
 
 def test_a_job_that_fits_is_called_so() -> None:

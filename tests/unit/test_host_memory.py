@@ -14,10 +14,12 @@ from pathlib import Path
 
 import pytest
 
+from lockstep.diagnose.evidence import rank_records
 from lockstep.distributed import heartbeat as beats
-from lockstep.distributed import host_memory
+from lockstep.distributed import host_logs, host_memory
 from lockstep.distributed.heartbeat import Heartbeat
-from lockstep.distributed.host_memory import collect, folders, read_heartbeat, read_heartbeats
+from lockstep.distributed.host_memory import FINISHED, collect, folders, read_heartbeat, read_heartbeats
+from lockstep.utils import temporary
 from tests.helpers.processes import wait_until
 
 
@@ -180,3 +182,75 @@ def test_copies_of_a_rank_do_not_leave_in_its_place(ranks: Path) -> None:
     heartbeat.enter("training", 5)
     assert read_heartbeat(ranks, 0)["step"] == 5
     heartbeat.close()
+
+
+def logged(ranks: Path, rank: int, words: str, end: str | None, hosts: tuple[str, ...] = ("a", "a", "a")) -> None:
+    """Be a rank of logs=first in a process of its own; `end`: how it says that it ended, None: it is killed."""
+
+    def live() -> None:
+        log = host_logs.begin_log(ranks, rank, "first", list(hosts))
+        heartbeat = Heartbeat(ranks, rank)
+        with log.open("a") as stream:
+            stream.write(words)
+        if end is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        heartbeat.update(end=end)
+        temporary.exit_at_once(0)
+
+    process = multiprocessing.get_context("fork").Process(target=live)
+    process.start()
+    process.join()
+
+
+@pytest.mark.parametrize(
+    ("logs", "hosts", "kept"),
+    [
+        ("all", ["a"] * 2000, set()),
+        ("auto", ["a"] * 64, set()),
+        ("auto", ["a"] * 64 + ["b"] * 2, {*range(1, 64), 65}),
+        ("first", ["a", "b", "b", "a"], {2, 3}),
+    ],
+)
+def test_logs_stay_on_the_host_but_for_its_first_rank(logs: str, hosts: list[str], kept: set[int]) -> None:
+    assert host_logs.kept_on_hosts(logs, hosts) == kept
+
+
+def test_the_log_of_a_rank_that_finished_does_not_leave_its_host(ranks: Path) -> None:
+    logged(ranks, 0, "first\n", FINISHED)
+    logged(ranks, 1, "well\n", FINISHED)
+    assert sorted(path.name for path in ranks.iterdir()) == ["0.heartbeats", "0.log", "1.heartbeats"]
+
+
+def test_the_log_of_a_rank_that_failed_is_brought(ranks: Path) -> None:
+    logged(ranks, 1, "before\n", "KeyError: 'why'")
+    assert (ranks / "1.log").read_text() == "before\n"
+
+
+def test_the_log_of_a_killed_rank_is_found_and_brought(ranks: Path) -> None:
+    logged(ranks, 1, "before\n", None)
+    assert not (ranks / "1.log").exists()
+    assert host_logs.find_log(ranks, 1).read_text() == "before\n", "on its host"
+    assert rank_records(ranks, ["a", "a"])[0]["log_modified"]
+    temporary.sweep()
+    collect(ranks)
+    assert (ranks / "1.log").read_text() == "before\n"
+    assert host_logs.find_log(ranks, 1) == ranks / "1.log"
+
+
+def test_the_log_of_a_killed_attempt_is_brought_though_the_next_finishes(ranks: Path) -> None:
+    living = Heartbeat(ranks, 0)  # the folder is in use all the time
+    logged(ranks, 1, "killed\n", None)
+    logged(ranks, 1, "finished\n", FINISHED)
+    living.close()
+    assert (ranks / "1.log").read_text() == "killed\n"
+
+
+def test_last_words_bring_the_log_at_once(ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(temporary, "_last_works", [])
+    log = host_logs.begin_log(ranks, 1, "first", ["a", "a"])
+    log.write_text("step 3\n")
+    host_logs.end_log(ranks, 1, "KeyError: 'why'\n")
+    assert (ranks / "1.log").read_text() == "step 3\nKeyError: 'why'\n"
+    assert not log.exists()
+    for work in temporary._last_works:
+        work()

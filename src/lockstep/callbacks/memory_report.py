@@ -13,7 +13,7 @@ from lockstep.distributed.collectives import gather_objects
 from lockstep.memory.tracker import ENGINE, KINDS, LayerMemory, MemoryTracker, local_bytes, memory_by_layer
 from lockstep.utils.files import write_json
 from lockstep.utils.tables import terminal_tables
-from lockstep.utils.text import mebibytes
+from lockstep.utils.text import by_rank, mebibytes
 
 
 class MemoryReport(Callback):
@@ -89,4 +89,4 @@ def memory_cell(figure: int) -> str:
 
 def summarize_memory(ranks: list[dict[str, Any]]) -> str:
     """The ranks' sums in the run's summary: `parameters 42.6, 42.6; …`."""
-    return "; ".join(f"{kind} {', '.join(mebibytes(rank['total'][kind]) for rank in ranks)}" for kind in KINDS)
+    return "; ".join(f"{kind} {by_rank([rank['total'][kind] for rank in ranks])}" for kind in KINDS)

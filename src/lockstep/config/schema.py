@@ -286,6 +286,13 @@ class Config:
         "checkpoint, or a file of weights",
         free=True,
     )
+    logs: str = key(
+        AUTO,
+        "ranks whose logs are kept in ranks/: all, or first: each host's first and those that fail (auto: all of up to "
+        "64 ranks)",
+        (AUTO, "all", "first"),
+        free=True,
+    )
     resume_prefix: str | None = key(
         None, "what stands before the model's names in resume=FILE, such as model_ema. (null: found out)", free=True
     )

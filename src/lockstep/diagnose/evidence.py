@@ -4,7 +4,8 @@
     .lock                     held by rank 0 while it lives
     result.json               how it ended, where a rank or the launcher could still say so
     metrics.jsonl             what rank 0 logged: losses, speed, memory
-    ranks/<rank>.log          each rank's output, its traceback included; a rank that was killed leaves none
+    ranks/<rank>.log          each rank's output, its traceback included; a rank that was killed leaves none (with many
+                              ranks, those of healthy ones stay on their hosts)
     ranks/<rank>.heartbeats   where each rank of a host was, how it ended, and what it spent its time on; newer ones may
                               be in this host's memory (lockstep.distributed.host_memory)
     ranks/<rank>.stack        where it crashed, or was when another rank waited for it; .1, .2, … of earlier attempts
@@ -27,8 +28,8 @@ from lockstep.config.run_directory import CHECKPOINTS, frozen_recipe, read_resul
 from lockstep.diagnose.findings import Facts
 from lockstep.diagnose.stacks import VERDICT_MARK, crash_place
 from lockstep.distributed.collective_errors import lost_a_peer
-from lockstep.distributed.heartbeat import FINISHED
-from lockstep.distributed.host_memory import read_heartbeats
+from lockstep.distributed.host_logs import find_log
+from lockstep.distributed.host_memory import FINISHED, read_heartbeats
 from lockstep.errors import UserError
 from lockstep.utils.files import is_locked, modified_at, read_json
 from lockstep.utils.text import short
@@ -103,7 +104,7 @@ def rank_records(folder: Path, hosts: list[str]) -> list[Facts]:
     for rank in sorted(beats.keys() | {int(path.stem) for path in folder.glob("*.*") if path.stem.isdecimal()}):
         lines: list[str] = []
         with contextlib.suppress(OSError):
-            lines = (folder / f"{rank}.log").read_text(errors="replace", encoding="utf-8").splitlines()
+            lines = find_log(folder, rank).read_text(errors="replace", encoding="utf-8").splitlines()
         starts = [number for number, line in enumerate(lines) if BEGUN.match(line)]
         lines = lines[starts[-1] :] if starts else lines  # of the last start
         steps = [int(step) for line in lines for step in re.findall(r"^\d\d:\d\d:\d\d .*?step ([\d]+)/\d", line)]
@@ -121,7 +122,7 @@ def rank_records(folder: Path, hosts: list[str]) -> list[Facts]:
                 "error": error,
                 "place": place,
                 "secondary": bool(error) and lost_a_peer(RuntimeError(error)),
-                "log_modified": modified_at(folder / f"{rank}.log"),
+                "log_modified": modified_at(find_log(folder, rank)),
                 "heartbeat": heartbeat,
             }
         )

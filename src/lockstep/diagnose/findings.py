@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rich.table import Table
@@ -14,6 +14,7 @@ from lockstep.utils.tables import empty_table
 
 Verdict = Literal["ok", "warning", "fails"]
 Facts = dict[str, Any]  # what a probe has found, or a run has left: plain values, as JSON has them
+ALIKE_SHOWN = 4  # findings that differ in what they tell of alone
 VERDICT_STYLES = {"ok": "green", "warning": "yellow", "fails": "red"}
 
 
@@ -59,6 +60,26 @@ class Findings(list[Finding]):
 def failed_checks(found: Iterable[Finding]) -> list[str]:
     """Each once."""
     return list(dict.fromkeys(each.check for each in found if each.verdict == "fails"))
+
+
+def summarized(found: Iterable[Finding], file: str) -> list[Finding]:
+    """The first few of those that only tell of another rank or host: a thousand ranks do not get a line each.
+
+    Args:
+        file: what has them all.
+    """
+    alike: dict[tuple[str, str, str], list[Finding]] = {}
+    for each in found:
+        alike.setdefault((each.check, each.verdict, each.remedy), []).append(each)
+    few: list[Finding] = []
+    for some in alike.values():
+        few += some[:ALIKE_SHOWN]
+        if len(some) > ALIKE_SHOWN:
+            few.append(
+                replace(some[0], figure=f"and {len(some) - ALIKE_SHOWN} more like it; {file} has all", remedy="")
+            )
+    order = list(dict.fromkeys(each.check for each in few))
+    return sorted(few, key=lambda each: order.index(each.check))
 
 
 def findings_table(found: Iterable[Finding], title: str) -> Table:

@@ -19,7 +19,7 @@ from lockstep.diagnose.evidence import collect_evidence
 from lockstep.diagnose.findings import Facts, Finding, findings_table, warning_if
 from lockstep.distributed.heartbeat import DATA_WAIT_SHARE, wait_share
 from lockstep.utils.files import write_json
-from lockstep.utils.text import count, mebibytes, short, worded
+from lockstep.utils.text import count, mebibytes, short, some_of, worded
 
 POSTMORTEM_FILE = "postmortem.json"
 SLOWED_DOWN = 0.7  # of its earlier speed, below which a run is said to have slowed down
@@ -136,7 +136,7 @@ def judge_earlier_attempts(facts: Facts) -> Iterator[Finding]:
         words = one["verdict"] or f"{name_ranks([one | {'host': host}])}: {one['words']}"
         said.setdefault(words, []).append(one)
     for words, some in list(said.items())[-SHOWN_ATTEMPTS:]:
-        files = ", ".join(one["file"] for one in some)
+        files = some_of([one["file"] for one in some])
         have = "has" if len(some) == 1 else "have"
         figure = f"{format_time(some[0]['at'])}: {words}"
         yield Finding("earlier", "warning", figure, f"ranks/{files} {have} the stacks")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lockstep.diagnose.bandwidth import bandwidth_plot, bandwidth_tables, judge_links, measure_bandwidth
-from lockstep.diagnose.findings import Facts, Finding, failed_checks, findings_table
+from lockstep.diagnose.findings import Facts, Finding, failed_checks, findings_table, summarized
 from lockstep.diagnose.probes.determinism import judge_determinism, probe_determinism
 from lockstep.diagnose.probes.files import judge_files, probe_files
 from lockstep.diagnose.probes.machine import (
@@ -142,7 +142,7 @@ def run_preflight(run: Run[Any], prove: Callable[[], Finding]) -> None:
             console.print(*bandwidth_tables(links["collectives"], world.world_size), sep="\n")
             console.print("", bandwidth_plot(links["collectives"]), "", sep="\n", markup=False)
         where = f"{count(world.world_size, 'rank')} on {count(len(set(world.hosts)), 'host')}, {run.device.type}"
-        console.print(findings_table(found, f"{where}: would a run work here?"))
+        console.print(findings_table(summarized(found, "preflight.json"), f"{where}: would a run work here?"))
     if broken:  # the ranks may be at different places, so nothing more can be agreed
         raise CheckFailed(f"preflight: {broken}; see preflight.json")
     failed = broadcast_object(failed_checks(found), world.control)

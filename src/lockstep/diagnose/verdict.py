@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.diagnose.stacks import crash_place, has_content
-from lockstep.distributed.heartbeat import FAILED, FINISHED, Beat, process_state
-from lockstep.distributed.host_memory import read_heartbeat, read_heartbeats
+from lockstep.distributed.heartbeat import FAILED, Beat, process_state
+from lockstep.distributed.host_memory import FINISHED, read_heartbeat, read_heartbeats
 
 MAX_LISTED = 8  # ranks, or places, that a message lists
 

@@ -40,7 +40,7 @@ from lockstep.diagnose.stacks import LOCKSTEP, VERDICT_MARK, Frame, has_content,
 from lockstep.diagnose.unheeded import unheeded_signal
 from lockstep.diagnose.verdict import at_step, explain_wait, list_ranks, position, rank_state
 from lockstep.distributed.heartbeat import FAILED, Beat, Heartbeat
-from lockstep.distributed.host_memory import read_heartbeat, read_heartbeats, read_here
+from lockstep.distributed.host_memory import FINISHED, read_heartbeat, read_heartbeats, read_here
 from lockstep.distributed.interfaces import lost_link
 from lockstep.distributed.signals import alone_under_srun
 from lockstep.distributed.store import run_within
@@ -118,8 +118,8 @@ class Watchdog:
         self._pause = LISTEN_SECONDS * (1 + world_size / 256)
         threading.Thread(target=self._listen, daemon=True, name="watchdog").start()
 
-    def close(self, end: str = "") -> None:
-        """Stop listening; `end`: how this rank ends."""
+    def close(self, end: str = FINISHED) -> None:
+        """Stop listening; `end`: how this rank ends, as far as it says that."""
         self._over.set()
         if end:
             self.heartbeat.update(end=end.partition("\n")[0][:300])

@@ -30,7 +30,7 @@ from lockstep.utils.system import stat_fields
 
 TRAINING, WAITING = STEP_PHASES = "training", "waiting for data"
 DATA_WAIT_SHARE = 0.05  # share of its steps from which a rank's wait for data is mentioned
-FINISHED, FAILED = "finished", "failed"
+FAILED = "failed"
 Clocks = tuple[float, float, float]  # seconds: computed by this process, by its main thread, kept from a core
 NO_TIME: Clocks = (0.0, 0.0, 0.0)
 

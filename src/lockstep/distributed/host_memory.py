@@ -5,6 +5,7 @@
 
 A thousand ranks that write twice per step would be too many for a shared file system. What was written to memory stays
 there however a process ends, and is summed up by the ranks that are left, by the launcher, or by the next start here.
+So are the logs that are on the host (lockstep.distributed.host_logs): those of ranks that did not end well are brought.
 
 Each rank holds a lock (flock) on the folder in memory. The last one that leaves removes it; where none came to that,
 whoever finds the lock free does. A folder's name is made of the host's name and of the number that the file system
@@ -18,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 import stat
 import tempfile
@@ -27,12 +29,13 @@ from pathlib import Path
 from typing import Any
 
 from lockstep.utils import temporary
-from lockstep.utils.files import modified_at, write_atomically
+from lockstep.utils.files import modified_at, no_link, write_atomically
 
 SHARED_MEMORY = "/dev/shm"
 LINE_BYTES = 8192  # of a line in memory, more than it ever needs
 SUMMARY_SECONDS = 3.0  # between two summaries of a host
 LOCK_SECONDS = 1.0  # for a lock that a process may hold which is stopped
+FINISHED = "finished"  # how a rank that has nothing to tell says that it ended
 PUBLISHED = ".published"  # a copy of the last summary
 Beat = dict[str, Any]  # what a line says
 
@@ -68,7 +71,7 @@ class Line:
     def leave(self) -> None:
         """Sum up; as the last rank on this host, remove the folder."""
         publish(self.folder, self.ranks)  # after one that is under way in another thread
-        remove_if_left(self.folder, self._lock)  # the file stays open: another thread may be writing
+        remove_if_left(self.folder, self._lock, self.ranks)  # the file stays open: another thread may be writing
 
 
 def folders(ranks: Path) -> list[Path]:
@@ -121,10 +124,11 @@ def enter(folder: Path, ranks: Path) -> int:
         os.close(lock)
 
 
-def remove_if_left(folder: Path, lock: int) -> None:
+def remove_if_left(folder: Path, lock: int, ranks: Path) -> None:
     """Give a lock back, and remove the folder if nobody else holds it."""
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        bring_logs(folder, ranks)
         temporary.remove(str(folder))
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_UN)  # copies of this process have the descriptor too
@@ -198,9 +202,24 @@ def collect_if_free(folder: Path) -> bool:
     ranks = Path(os.fsdecode(os.pread(lock, 4096, 0)))
     if folder in folders(ranks):  # else it has been deleted since
         publish(folder, ranks)
+        bring_logs(folder, ranks)
     temporary.remove(str(folder))
     os.close(lock)
     return False
+
+
+def bring_logs(folder: Path, ranks: Path) -> None:
+    """Bring the logs on this host of the ranks that did not end well."""
+    for log in folder.glob("[0-9]*.log"):
+        if read_heartbeat(ranks, int(log.stem)).get("end") != FINISHED:
+            bring_log(log, ranks)
+
+
+def bring_log(log: Path, ranks: Path) -> None:
+    """Add a log on this host to the one in the run directory, and remove it here."""
+    with contextlib.suppress(OSError), open(log, "rb") as said, open(ranks / log.name, "ab", opener=no_link) as stream:
+        shutil.copyfileobj(said, stream)
+        log.unlink()
 
 
 def in_memory(folder: Path) -> Iterator[tuple[int, Beat]]:

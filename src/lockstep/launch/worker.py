@@ -30,7 +30,8 @@ from lockstep.distributed import process_group
 from lockstep.distributed.collective_errors import lost_a_peer, timed_out
 from lockstep.distributed.devices import agree_on_devices, resolve_device
 from lockstep.distributed.environment import LAUNCHER, RUN_DIRECTORY, TRIAL, Place
-from lockstep.distributed.heartbeat import FINISHED, Heartbeat
+from lockstep.distributed.heartbeat import Heartbeat
+from lockstep.distributed.host_logs import begin_log, end_log
 from lockstep.distributed.rendezvous import check_in, open_store
 from lockstep.distributed.signals import PREEMPTED, Listener, Preempted, alone_under_srun, end_with_parent, unsaved
 from lockstep.distributed.store import from_rank_0, leave_store, run_briefly
@@ -85,7 +86,7 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
             os._exit(asked.code if isinstance(asked.code, int) else 0)
         if place.rank:
             try:
-                redirect_output(out / "ranks" / f"{place.rank}.log")
+                redirect_output(begin_log(out / "ranks", place.rank, config.logs, hosts))
             except FileNotFoundError:
                 raise unseen(out) from None
         heartbeat = Heartbeat(out / "ranks", place.rank)
@@ -101,13 +102,13 @@ def work(recipe: Recipe, place: Place) -> NoReturn:
             signalled=lambda: listener.received,
         )
         join_and_train(recipe, config, out, store, place, hosts, listener, heartbeat)
-        watchdog.close(FINISHED)
+        watchdog.close()
         process_group.leave_in_time(config.timeout_seconds)
         dist.destroy_process_group()
     except Preempted:
         code = PREEMPTED
         if watchdog:
-            watchdog.close(FINISHED)
+            watchdog.close()
         stop_agent(place)
     except BaseException as error:
         if watchdog and asks(error):
@@ -244,8 +245,7 @@ def frozen_config(recipe: Recipe, place: Place) -> tuple[Config, Path, dist.Stor
     asked = [arg.partition("=")[2] for arg in sys.argv if arg.startswith("timeout_seconds=")]
     seconds = float(asked[-1] if asked and asked[-1].isdecimal() else Config().timeout_seconds)
     seconds = min(seconds, LONGEST_WAIT)  # what is longer is refused when it is composed
-    # First of all: where a rank is missing, nothing is created.
-    store, hosts, known = meet(place, seconds, recall())
+    store, hosts, known = meet(place, seconds, recall())  # first of all: where a rank is missing, nothing is created
     name = next(filter(None, known), "")
     told = from_rank_0(
         store, place.rank, "run", lambda: compose_by_hand(recipe, place.world_size, name), COMPOSE_SECONDS
@@ -379,7 +379,7 @@ def tell(error: BaseException, place: Place, out: Path | None, console: int, tol
     if full:
         text = f"error: out={out}: {os.strerror(error.errno)}; make room, then start the same command again\n"  # type: ignore[attr-defined]
     if out is not None:
-        run_briefly(lambda: files.append(out / "ranks" / f"{place.rank}.log", text))
+        run_briefly(lambda: end_log(out / "ranks", place.rank, text))
     if told_to_stop and lost_a_peer(error):
         return
     if "TORCHELASTIC_ERROR_FILE" in os.environ:

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and `ranks/<rank>.log`: rank 0 speaks on the console, every rank into its log."""
+"""What a person sees of a run, and of each rank's log: rank 0 speaks on the console, every rank into its log."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from lockstep.config.keys import walk
 from lockstep.config.own_files import open_own
 from lockstep.config.schema import Config
 from lockstep.config.tasks import short_name
+from lockstep.distributed.host_logs import kept_on_hosts, own_log
 from lockstep.distributed.process_group import World
 from lockstep.task import option
 from lockstep.training.evaluate import Evaluation
 from lockstep.utils.places import as_installed
-from lockstep.utils.text import count, interpreter, short, worded
+from lockstep.utils.text import by_rank, count, interpreter, short, worded
 
 FILES = ("model.pt", "best.pt", "result.json", "metrics.jsonl", "config.yaml", "shown.txt", "misclassified.png")
 PLAIN_LINE_SECONDS = 5.0  # where there is no terminal to draw on, a line of progress at most this often
@@ -35,9 +36,8 @@ class ConsoleReport:
         self.recipe, self.config, self.world, self.out = recipe, config, world, out
         self.next_command = next_command
         self.speaks = world.rank == 0 and not quiet
-        self.log = open_own(
-            out / "ranks" / f"{world.rank}.log", "a", buffering=1, encoding="utf-8", errors="backslashreplace"
-        )
+        log = own_log(out / "ranks", world.rank)
+        self.log = open_own(log, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
         # Written to a file or a pipe, a table is not squeezed into the 80 columns of a terminal that is not there.
         self.console = Console(quiet=not self.speaks, highlight=False, width=None if sys.stdout.isatty() else 140)
         self.last_line = time.monotonic()
@@ -86,6 +86,11 @@ class ConsoleReport:
         if config.precision == "fp16" and world.device.type == "cpu":
             self.line("  fp16   CPUs are slow at it, up to 80 × slower than at bf16: set precision=bf16, or use a GPU")
         self.line(f"  run    {short(self.out)}")
+        if on_hosts := len(kept_on_hosts(config.logs, world.hosts)):
+            keep = "rank keeps its log on its host unless it fails"
+            if on_hosts > 1:
+                keep = "ranks keep their logs on their hosts unless they fail"
+            self.line(f"  logs   {on_hosts} {keep} (logs=all: in ranks/)")
         self.total_steps, self.steps_per_epoch, self.eval_samples = steps[1], steps[0], samples[1]
         if self.speaks and self.console.is_terminal:
             self.progress = Progress(
@@ -176,8 +181,3 @@ def described(task: Any, config: Config) -> tuple[str, str]:
     own = {name: value for name, value, _ in walk(config.task) if name != "name"}
     keys = ", ".join(f"{name}={value}" for name, value in own.items())
     return short_name(config.task.name) + (f" ({keys})" if keys else ""), type(task.train_set).__name__
-
-
-def by_rank(sizes: list[int]) -> str:
-    """Bytes as MiB, one number per rank."""
-    return ", ".join(f"{size / 2**20:,.1f}" for size in sizes)

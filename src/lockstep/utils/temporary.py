@@ -112,6 +112,8 @@ def sweep() -> None:
     """Remove the folders of this user's whose processes are gone."""
     with contextlib.suppress(OSError):
         for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+            if "-" in folder.name.removeprefix(PREFIX):  # a run's: what is in it is brought there before it is removed
+                continue
             with contextlib.suppress(OSError):
                 if is_own_folder(folder):
                     remove_if_free(folder)

@@ -8,6 +8,8 @@ import shutil
 import sys
 from pathlib import Path
 
+RANKS_LISTED = 8  # up to which each rank's number is written
+
 
 def count(number: int, noun: str) -> str:
     """`1 rank`, `2 ranks`."""
@@ -30,15 +32,24 @@ def mebibytes(size: float, digits: int = 1) -> str:
     return f"{size / 2**20:,.{digits}f}"
 
 
+def by_rank(sizes: list[int]) -> str:
+    """Bytes as MiB, one number per rank; of many ranks the least and the most."""
+    if len(sizes) > RANKS_LISTED and min(sizes) < max(sizes):
+        return f"{mebibytes(min(sizes))} to {mebibytes(max(sizes))} on {len(sizes)} ranks"
+    if len(sizes) > RANKS_LISTED:
+        return f"{mebibytes(sizes[0])} on each of {len(sizes)} ranks"
+    return ", ".join(map(mebibytes, sizes))
+
+
 def divisors(number: int) -> str:
     """`1, 2, 3, 6`: what divides it, for a message that lists what is allowed."""
     return ", ".join(str(each) for each in range(1, number + 1) if number % each == 0)
 
 
-def some_of(names: list[str], shown: int = 5) -> str:
+def some_of(names: list[str], shown: int = 5, between: str = ", ") -> str:
     """`a, b`, or the first few and how many more."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    return between.join(names[:shown]) + more
 
 
 def worded(name: str, value: float) -> str:

@@ -20,7 +20,7 @@ from lockstep.diagnose.probes.ranks import first_rank_of_hosts, rank_and_host, v
 from lockstep.distributed.collectives import broadcast_object
 from lockstep.distributed.process_group import World
 from lockstep.utils import files
-from lockstep.utils.text import count, mebibytes
+from lockstep.utils.text import count, mebibytes, some_of
 
 FOLDER = ".preflight"  # in the run directory, removed at the end
 PATIENCE_SECONDS = 10.0  # in which a file of another rank must be seen
@@ -169,7 +169,7 @@ def judge_files(ranks: list[Facts], checkpoint_bytes: int, keep: int) -> Finding
     blind = [each for each in ranks if each["files"]["seen"] is None]
     unseen = {rank for each in ranks if each not in blind for rank in each["files"]["unseen"]}
     if blind or unseen:
-        who = ", ".join(rank_and_host(each) for each in ranks if each in blind or each["rank"] in unseen)
+        who = some_of([rank_and_host(each) for each in ranks if each in blind or each["rank"] in unseen])
         why = next((each["files"]["write_error"] for each in ranks if each["files"]["write_error"]), None)
         figure = f"not shared: {who} and rank 0 do not see each other's files" + (f" ({why})" if why else "")
         found.fails(figure, "set out to a folder on a file system that all hosts mount")

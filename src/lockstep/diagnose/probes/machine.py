@@ -16,7 +16,7 @@ from lockstep.diagnose.probes.ranks import differences, on_all, rank_and_host, r
 from lockstep.distributed.cores import core_quota
 from lockstep.distributed.process_group import World
 from lockstep.utils.system import cpu_name
-from lockstep.utils.text import count, mebibytes
+from lockstep.utils.text import count, mebibytes, some_of
 
 PRODUCTS = 20  # matrix products whose median time counts
 SLOW_RANK = 0.7  # of the median's speed, below which a rank is called slow
@@ -140,7 +140,7 @@ def judge_cores(ranks: list[Facts]) -> Findings:
             figure = f"{host}: {each[0]['load']:.0f} processes want its {there} cores"
             found.warning(figure, "wait for the other work there to end, or take another host")
     if len(set(usable.values())) > 1:
-        figure = ", ".join(f"{host} {cores:g}" for host, cores in usable.items())
+        figure = some_of([f"{host} {cores:g}" for host, cores in usable.items()])
         found.warning(f"cores: {figure}", "take hosts that are alike: the slowest decides")
     if not found:
         one = ranks[0]["cores"]

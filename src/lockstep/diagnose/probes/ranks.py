@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lockstep.diagnose.findings import Facts
-from lockstep.utils.text import count
+from lockstep.utils.text import count, some_of
 
 
 def value_or_error(probe: Callable[[], Any]) -> Any:
@@ -41,7 +41,7 @@ def differences(ranks: list[Facts], section: str, name: str, missing: str | None
         hosts.setdefault(str(each[section].get(name, missing)), {})[each["host"]] = None
     if len(hosts) < 2:
         return ""
-    return "; ".join(f"{value} on {', '.join(some)}" for value, some in hosts.items())
+    return some_of([f"{value} on {some_of(list(some))}" for value, some in hosts.items()], between="; ")
 
 
 def on_all(ranks: list[Facts]) -> str:
