@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
+import time
 from html.parser import HTMLParser
 from io import BytesIO
 from pathlib import Path
@@ -27,7 +29,7 @@ from lockstep.compare.verdicts import verdicts
 from lockstep.distributed.signals import Preempted
 from lockstep.launch import recipe_process
 from lockstep.launch.validate import validate
-from lockstep.utils.system import system_info
+from lockstep.utils.system import OtherWork, busy_seconds, own_seconds, system_info
 from lockstep.verify.rows import COMPARED
 from recipes import compare, ddp
 from tests.helpers.browser import Browser
@@ -149,6 +151,32 @@ def test_the_sentences_say_what_the_figures_mean() -> None:
     assert "pipeline_parallel on 2 ranks (1.33 × the mean)" in said[6]
     assert said[7].startswith("Accuracies go from 96.00 % (data_parallel with 2 replicas) to 97.00 % (")
     assert verdicts([]) == ["No run came to its end."]
+
+
+def test_a_busy_machine_is_named_first() -> None:
+    rows, cores = made(), len(os.sched_getaffinity(0))
+    rows[1].cores_of_others = 0.05 * cores
+    assert "busy" not in verdicts(rows)[0]
+    rows[1].cores_of_others = 0.3 * cores
+    assert verdicts(rows)[0].startswith(f"The machine was busy: other work had up to {0.3 * cores:.1f} of its ")
+
+
+def spin(seconds: float) -> None:
+    end = time.process_time() + seconds
+    while time.process_time() < end:
+        pass
+
+
+def test_the_work_of_others_is_what_is_neither_this_process_s_nor_its_children_s() -> None:
+    mine, stranger = OtherWork(), OtherWork()
+    process = multiprocessing.get_context("fork").Process(target=spin, args=(1.0,))
+    process.start()
+    spin(0.5)
+    process.join()
+    seconds = time.perf_counter() - mine.began
+    assert busy_seconds() - mine.all > 1.4
+    stranger.own = own_seconds()  # as one to whom these processes are not known
+    assert (stranger.cores() - mine.cores()) * seconds == pytest.approx(1.5, abs=0.2)
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:

@@ -1,14 +1,22 @@
-"""The benchmark of many ranks, in small: what a rank asks of the store does not grow with their number."""
+"""Many ranks: what one asks of the store does not grow with their number, and its connections hardly do."""
 
 from __future__ import annotations
 
 import json
+import os
+import statistics
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from tests.helpers.harness import ROOT
+from lockstep.distributed import process_group
+from lockstep.distributed.collectives import gather_objects
+from lockstep.distributed.process_group import World
+from tests.helpers.harness import ROOT, run_ranks
 
 PROGRAM = """
 import json
@@ -33,3 +41,20 @@ def test_four_times_the_ranks_ask_the_store_as_often() -> None:
         assert found["verdict"].startswith(f"rank {found['ranks'] - 1} (node"), "who hangs is named"
         assert "does not answer" in found["verdict"]
         assert len(found["verdict"].splitlines()) == 5
+
+
+def connections(world: World) -> int:
+    """Sockets that a rank has once all have agreed on something."""
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    assert total.item() == world.world_size
+    assert gather_objects(world.rank, world.control) == list(range(world.world_size))
+    return sum(os.readlink(each).startswith("socket:") for each in Path("/proc/self/fd").iterdir() if each.is_symlink())
+
+
+def test_many_ranks_connect_to_those_they_talk_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = run_ranks(connections, 12)
+    monkeypatch.setattr(process_group, "FULL_MESH_RANKS", 4)
+    many = run_ranks(connections, 12)
+    assert min(few) >= 11, "each is connected to all"
+    assert statistics.median(many) < 0.8 * statistics.median(few), (many, few)

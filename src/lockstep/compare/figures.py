@@ -63,6 +63,7 @@ class ComparisonRow:
     metric: str = "accuracy"  # what `reached` is
     reached: float | None = None  # on the evaluation set, at the end
     start_seconds: float | None = None
+    cores_of_others: float | None = None  # of this machine's, that other work had meanwhile
     folders: list[str] = field(default_factory=list)
 
 
@@ -123,6 +124,7 @@ def comparison_row(case: Case, found: dict[Case, list[Result]], metric: str, uni
         metric=metric.removeprefix("eval_"),
         reached=median([result.get(metric) for result in results]),
         start_seconds=median([result.get("start_seconds") for result in results]),
+        cores_of_others=median([result.get("cores_of_others") for result in results]),
         folders=[result["folder"] for result in results if "folder" in result],
     )
     base = baseline(case, found)

@@ -55,7 +55,13 @@ def key_figures(rows: list[ComparisonRow]) -> list[tuple[str, str, str]]:
     found = [("Fastest", f"{best.samples_per_second:,.0f} {best.unit}/s", best.label)]
     if against := [row for row in rows if row.speedup is not None]:
         top = max(against, key=lambda row: row.speedup or 0)
-        found.append(("Best speedup", f"{top.speedup:.2f} ×", f"{top.label}, against {top.against}"))
+        found.append(
+            (
+                "Best speedup" if (top.speedup or 0) > 1 else "Best ratio",
+                f"{top.speedup:.2f} ×",
+                f"{top.label}, against {top.against}",
+            )
+        )
     if exposed := [row for row in rows if row.exposed_share and not row.idle_shares]:
         least = min(exposed, key=lambda row: row.exposed_share or 0)
         found.append(("Least exposed communication", f"{percent(least.exposed_share)} of a step", least.label))

@@ -21,6 +21,7 @@ from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe
 from lockstep.run import Run
 from lockstep.utils.files import read_json, write_json
+from lockstep.utils.system import OtherWork
 
 VERIFY_KEYS = {
     "task",
@@ -34,8 +35,11 @@ VERIFY_KEYS = {
 }  # what recipes.verify is told, too
 
 
-def run_to_end(run: Run[CompareConfig], target: str, words: list[str], out: Path) -> float:
-    """Run a command in a session of its own, where this very one has not ended before; its seconds.
+def run_to_end(run: Run[CompareConfig], target: str, words: list[str], out: Path) -> tuple[float, float]:
+    """Run a command in a session of its own, where this very one has not ended before.
+
+    Returns:
+        its seconds, and how many cores other work of the machine had meanwhile.
 
     Raises:
         recipe_process.RecipeFailed: it has failed.
@@ -43,29 +47,30 @@ def run_to_end(run: Run[CompareConfig], target: str, words: list[str], out: Path
     """
     note, asked = out.with_name(f"{out.name}.json"), {"command": target, "words": words}
     if note.is_file() and (noted := json.loads(note.read_text(encoding="utf-8"))) == noted | asked:
-        return float(noted["seconds"])
+        return float(noted["seconds"]), float(noted.get("others", 0.0))
     if out.exists():  # of a start that was cut off, whose run may be saving still; half a run measures nothing
         run_directory.lock(out, recipe_process.SAVING_SECONDS).close()
         shutil.rmtree(out)
-    began = time.perf_counter()
+    began, other_work = time.perf_counter(), OtherWork()
     process = recipe_process.RecipeProcess(target, words, out, os.getcwd(), {})
     while not process.ended(0.5):
         if run.listener and run.listener.received:
             run.listener.announce(run.listener.received)
             process.stop()
             raise Preempted(signal.Signals(run.listener.received).name)
-    seconds = time.perf_counter() - began
-    write_json(note, asked | {"seconds": seconds})
-    return seconds
+    seconds, others = time.perf_counter() - began, other_work.cores()
+    write_json(note, asked | {"seconds": seconds, "others": others})
+    return seconds, others
 
 
 def measure_case(run: Run[CompareConfig], case: Case, number: int, out: Path) -> Result:
-    """The result.json of a case's run in round `number` and, as `start_seconds`, its way to step 1."""
+    """The result.json of a case's run in round `number`, and its way to step 1 and how busy others kept the machine."""
     profiled = case.profile and (number > 1 or run.config.rounds == 1)
     words = [*case.words, *([f"profile={case.profile}"] if profiled else [])]
-    seconds = run_to_end(run, case.target, words, out)
+    seconds, others = run_to_end(run, case.target, words, out)
     result = json.loads((out / "result.json").read_text(encoding="utf-8"))
-    return dict(result, start_seconds=seconds - result["wall_seconds"] + result["setup_seconds"])
+    start = seconds - result["wall_seconds"] + result["setup_seconds"]
+    return dict(result, start_seconds=start, cores_of_others=others)
 
 
 def measure_all(run: Run[CompareConfig], cases: list[Case]) -> tuple[dict[Case, list[Result]], dict[Case, str]]:

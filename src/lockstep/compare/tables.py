@@ -74,13 +74,13 @@ SPEED = {
         lambda row: f"{row.slowest:,.0f}, {row.fastest:,.0f}" if row.rounds > 1 else "",
         "the slowest and the fastest round",
     ),
-    "speedup": Column(
+    "ratio": Column(
         lambda row: figure(row.speedup, ".2f"),
         "samples/s over those of the row that is the baseline, round by round, the median",
     ),
     "efficiency": Column(
         lambda row: percent(row.efficiency),
-        "speedup over how many times the baseline's devices it has; the global batch is the same (strong scaling), so "
+        "the ratio over how many times the baseline's devices it has; the global batch is the same (strong scaling), so "
         "100 % is ideal",
     ),
     "step ms": Column(lambda row: milliseconds(row.step_seconds), "the median step"),

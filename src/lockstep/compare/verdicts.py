@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from lockstep.compare.figures import ComparisonRow
 from lockstep.compare.tables import percent, score, shares
 from lockstep.utils.text import count, mebibytes
 
 NOTABLE_SHARE = 0.05  # of a step
+BUSY_SHARE = 0.1  # of the machine's cores, from which other work spoils a comparison
 
 
 def verdicts(rows: list[ComparisonRow]) -> list[str]:
@@ -22,7 +25,19 @@ def verdicts(rows: list[ComparisonRow]) -> list[str]:
     largest = {row.recipe: max(other.ranks for other in rows if other.recipe == row.recipe) for row in rows}
     # One rank of what several can do is in the table.
     said += [sentence(row) for row in rows if row.ranks > 1 or largest[row.recipe] == 1]
-    return list(filter(None, [*said, data_sentence(rows), memory_sentence(rows), score_sentence(rows)]))
+    busy = busy_sentence(rows, len(os.sched_getaffinity(0)))
+    return list(filter(None, [busy, *said, data_sentence(rows), memory_sentence(rows), score_sentence(rows)]))
+
+
+def busy_sentence(rows: list[ComparisonRow], cores: int) -> str:
+    """Whether other work slowed them."""
+    others = [row.cores_of_others for row in rows if row.cores_of_others is not None]
+    if not others or max(others) < BUSY_SHARE * cores:
+        return ""
+    return (
+        f"The machine was busy: other work had up to {max(others):.1f} of its {count(cores, 'core')} meanwhile. Times and "
+        "ratios say little; start it again when the machine is quiet."
+    )
 
 
 def spread(row: ComparisonRow) -> str:

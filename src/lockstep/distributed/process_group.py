@@ -17,12 +17,24 @@ from lockstep.distributed.heartbeat import Heartbeat
 from lockstep.distributed.interfaces import interface_towards
 from lockstep.distributed.rendezvous import check_in
 
+FULL_MESH_RANKS = 64  # up to which gloo connects all ranks with all
 NCCL_SPARE_SECONDS = 60  # that NCCL waits longer: it ends the process without a message (lockstep.diagnose.watchdog)
 
 
 def collective_timeout(timeout_seconds: float, backend: str) -> timedelta:
     """The time after which a collective gives up."""
     return timedelta(seconds=timeout_seconds + (NCCL_SPARE_SECONDS if backend == "nccl" else 0))
+
+
+def connect_when_needed(world_size: int) -> None:
+    """Of many ranks have gloo connect two when they first talk to each other, not all with all at the start.
+
+    256 ranks then have 17 connections each, not 257. Of few, all are connected before anything is computed, so that a link
+    that is broken is named at the start.
+    Source: TORCH_GLOO_LAZY_INIT, torch/csrc/distributed/c10d/ProcessGroupGloo.cpp
+    """
+    if world_size > FULL_MESH_RANKS:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 def set_group_timeouts(timeout_seconds: float) -> None:
@@ -111,6 +123,7 @@ def join_process_group(
     torch.set_num_threads(threads)
     timeout = collective_timeout(timeout_seconds, backend)
     set_group_timeouts(timeout_seconds)
+    connect_when_needed(world_size)
     group_store = dist.PrefixStore("group", store)
     away = [host for host in hosts if host != hosts[rank]]
     # On one machine that is loopback, where no other one can connect.

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import subprocess
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,37 @@ def stat_fields(process: int | str | Path) -> list[str]:
     return (
         (Path("/proc") / str(process) / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
     )
+
+
+class OtherWork:
+    """How many of this process's cores others have used since it was made; this process and its ended children aside.
+
+    Source: /proc/stat, https://man7.org/linux/man-pages/man5/proc_stat.5.html
+    """
+
+    def __init__(self) -> None:
+        self.began, self.all, self.own = time.perf_counter(), busy_seconds(), own_seconds()
+
+    def cores(self) -> float:
+        """Cores, on average; time that a hypervisor gave to other machines counts too."""
+        others = busy_seconds() - self.all - (own_seconds() - self.own)
+        return max(0.0, others / (time.perf_counter() - self.began))
+
+
+def busy_seconds() -> float:
+    """Seconds since boot in which the cores that this process may use were not idle."""
+    ticks = 0
+    for line in Path("/proc/stat").read_text(encoding="ascii").splitlines():
+        name, *words = line.split()
+        if name.startswith("cpu") and name[3:].isdecimal() and int(name[3:]) in os.sched_getaffinity(0):
+            user, nice, system, _idle, _waiting, interrupts, soft, steal = map(int, words[:8])
+            ticks += user + nice + system + interrupts + soft + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def own_seconds() -> float:
+    """CPU seconds of this process and of its children that have ended."""
+    return sum(os.times()[:4])
 
 
 def cpu_name() -> str:

@@ -47,7 +47,9 @@ def changes_between(before: dict[str, Any], now: dict[str, Any]) -> Changes:
             found.rows += growth_lines(earlier, row)
         if row.seconds and earlier.seconds:
             found.seconds.append((row.label, row.precision, earlier.seconds, row.seconds))
-    found.rows += [f"missing: {spelled_row(row)}, which was {row.verdict}" for key, row in old.items() if key not in new]
+    found.rows += [
+        f"missing: {spelled_row(row)}, which was {row.verdict}" for key, row in old.items() if key not in new
+    ]
     return found
 
 
