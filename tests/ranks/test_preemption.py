@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def test_ctrl_c_saves_and_the_printed_command_goes_on(whole: Path, tmp_path: Pat
 def test_the_printed_command_resumes_a_sweep(tmp_path: Path) -> None:
     """What has finished is not trained again; and what a finished run is told to do trains on."""
     (tmp_path / "ddp.py").write_text(WAITING)
-    words = ["-m", "epochs=1,2", *RUN]  # the second waits in its step 9
+    words = ["-m", "epochs=1,2,1", *RUN]  # the second waits in its step 9
     process = as_a_shell([sys.executable, "ddp.py", *words], tmp_path)
     wait_until(lambda: any(reached(out, 7) for out in tmp_path.glob("outputs/*/*/1")), 90)
     os.killpg(process.pid, signal.SIGINT)
@@ -133,6 +134,11 @@ def test_the_printed_command_resumes_a_sweep(tmp_path: Path) -> None:
     assert process.returncode == 75, said
     (sweep,) = tmp_path.glob("outputs/*/*")
     assert sorted(path.name for path in sweep.iterdir()) == ["0", "1"]
+    rows = [line.split() for line in said[said.rindex("3 runs in ") :].splitlines()[3:]]
+    ends = {row[0]: " ".join(row[2:]) for row in rows if row and row[0] in "012"}
+    assert re.search("finished$", ends["0"])
+    assert re.search(r"stopped at step \d+$", ends["1"])
+    assert ends["2"] == "not started"
     first = (sweep / "0" / "result.json").read_bytes()
     again = said.partition("to resume: python ")[2].splitlines()[0].split()
     assert again[-1] == f"out={sweep.relative_to(tmp_path)}"
@@ -141,6 +147,7 @@ def test_the_printed_command_resumes_a_sweep(tmp_path: Path) -> None:
     assert f"{sweep.name}/0: this run has finished, by epochs=1; to train on, start another from it" in done.stdout
     assert (sweep / "0" / "result.json").read_bytes() == first
     assert [result(sweep / point)["status"] for point in "01"] == ["finished"] * 2
+    assert result(sweep / "2")["status"] == "finished"
     assert str(result(sweep / "1")["resumed_from"]).startswith("checkpoints/")
     source, told = f"outputs/{sweep.parent.name}/{sweep.name}/0", ("ddp.py", *RUN)
     done = command(*told, f"resume={source}", "out=NEW", "optim.schedule=constant", "epochs=2", cwd=tmp_path)

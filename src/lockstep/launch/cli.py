@@ -188,6 +188,8 @@ def launch_recipe(recipe: Recipe) -> int:
             whole = out.parent if len(configs) > 1 else out  # of a sweep: what has finished is not trained again
             print(f"to resume: {again(recipe, whole)}", file=sys.stderr)
         if cut_off:  # it ends a sweep, not just one point of it
+            ended.extend(RunRecord(out.parent / str(number), {}) for number in range(len(ended), len(configs)))
+            close_sweep()
             raise SystemExit(code)
 
     def launch_by_hand(
@@ -202,6 +204,10 @@ def launch_recipe(recipe: Recipe) -> int:
             )
         )
 
+    def close_sweep() -> None:
+        if len(configs) > 1 and len(ended) == len(configs) and recipe.single_training:
+            show_sweep(apart([settings_of(config) for config in configs]), ended, metric_of(configs[0]))
+
     compose(recipe, configs.append)
     if len(configs) > 1:
         for config in configs:
@@ -214,8 +220,7 @@ def launch_recipe(recipe: Recipe) -> int:
                 raise
             codes.append(complain(error))  # found only now; the other points are trained all the same
             ended.append(read_record(Path(str(config.out)), str(error)))
-    if len(configs) > 1 and len(ended) == len(configs) and recipe.single_training:
-        show_sweep(apart([settings_of(config) for config in configs]), ended, metric_of(configs[0]))
+    close_sweep()
     if points:
         codes.append(cluster.submit(recipe, points))
     return max(codes)
