@@ -34,8 +34,10 @@ test-all: $(VENV)/installed slurm chromium mpi cc  ## all three
 
 N ?= 100
 SEED ?= 0
-fuzz: $(VENV)/installed  ## N runs killed at random, each of which must end with the same bits (N=100 SEED=0)
-	$(BIN)/python -m tests.helpers.fuzz --runs $(N) --seed $(SEED)
+VARIANTS ?= 4
+JOBS ?= 3
+fuzz: $(VENV)/installed  ## N runs killed at random, each of which must end with the same bits (N=100 SEED=0 VARIANTS=4)
+	$(BIN)/python -m tests.helpers.fuzz --runs $(N) --seed $(SEED) --variants $(VARIANTS) --jobs $(JOBS) --record
 
 check: $(VENV)/installed  ## lint, format, types
 	$(BIN)/ruff check .

@@ -42,26 +42,12 @@ from lockstep.distributed.process_group import join_process_group
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from recipes import single
-from tests.helpers.fuzz import (
-    SIZE,
-    STEPS,
-    Ended,
-    Fault,
-    Result,
-    Setup,
-    compare,
-    first_difference,
-    flipped,
-    reference,
-    result_of,
-    start,
-    start_ranks,
-    state_of,
-    strike_at_call,
-    tensors_of,
-    warm,
-)
-from tests.helpers.harness import compose_config
+from tests.helpers.fuzz.damage import flipped, state_of
+from tests.helpers.fuzz.plans import SIZE, STEPS, Fault, Setup
+from tests.helpers.fuzz.results import Result, compare, first_difference, reference, result_of
+from tests.helpers.fuzz.starts import Ended, start, start_ranks, warm
+from tests.helpers.fuzz.strikes import strike_at_call
+from tests.helpers.harness import compose_config, tensors_of
 from tests.helpers.processes import wait_until
 
 NUMBERS = (*SIZE, "optim=adamw")

@@ -19,38 +19,27 @@ from lockstep.checkpoint.saver import CheckpointSaver
 from lockstep.checkpoint.state import TrainingState
 from lockstep.data import batches
 from lockstep.distributed.signals import SIGNALS, Agreement
-from tests.helpers import fuzz
-from tests.helpers.fuzz import (
-    DAMAGES,
-    OWN,
-    OWN_RECIPE,
-    RANKS,
-    SIZE,
-    TASKS,
-    Blow,
-    Damage,
-    Fault,
-    Plan,
-    Setup,
-    draw,
-    play,
-    play_launched,
-)
+from tests.helpers.fuzz import results, starts
+from tests.helpers.fuzz.judging import place_of, play
+from tests.helpers.fuzz.launched import Blow, play_launched
+from tests.helpers.fuzz.plans import DAMAGES, OWN, OWN_RECIPE, RANKS, SIZE, TASKS, Damage, Fault, Plan, Setup, draw
+from tests.helpers.fuzz.record import PAGE, fuzz_page, recorded_series, series_of
+from tests.helpers.fuzz.series import Tally, fuzz
 
 Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(autouse=True)
 def _warm() -> Iterator[None]:
-    with fuzz.warm():
+    with starts.warm():
         yield
 
 
-def assert_nothing_is_lost(runs: int, seed: int, launcher: bool = False) -> Counter[str]:
+def assert_nothing_is_lost(runs: int, seed: int, way: str = "forked", variants: int = 1) -> Counter[str]:
     said: list[str] = []
-    counts = fuzz.fuzz(runs, seed, launcher, said.append)
-    assert counts["runs"] == runs
-    assert not counts["lost"], "\n".join(said)
+    counts = fuzz(runs, seed, way, said.append, variants=variants).counts
+    assert counts["runs"] == runs * variants
+    assert not counts["lost"] + counts["differing bits"], "\n".join(said)
     return counts
 
 
@@ -86,6 +75,46 @@ def test_a_seed_decides_all_that_is_drawn() -> None:
     assert {damage.kind for plan in plans for damage in plan.damages if damage} == set(DAMAGES)
     in_saves = [fault for fault in faults if fault.share is None]
     assert 0.4 < len(in_saves) / len(faults) < 0.8, "deaths inside saving, committing and pruning must be common"
+
+
+def test_a_seed_s_variants_train_the_same_and_are_struck_otherwise() -> None:
+    for seed in range(300):
+        first, plans = draw(seed), [draw(seed, variant) for variant in (1, 2, 3)]
+        assert plans == [draw(seed, variant) for variant in (1, 2, 3)]
+        kept = {(plan.setup.recipe, plan.setup.ranks, plan.setup.words, bool(plan.sizes)) for plan in [first, *plans]}
+        assert len(kept) == 1
+        assert len({plan.faults for plan in [first, *plans]}) == 4
+        for plan in plans:
+            assert 3 <= len(plan.faults) == len(plan.damages) <= 6
+            assert not plan.sizes or len(plan.sizes) == len(plan.faults) + 1
+            ranks = plan.sizes or (plan.setup.ranks,) * len(plan.faults)
+            assert all(fault.rank < size for fault, size in zip(plan.faults, ranks, strict=False))
+
+
+def test_places_are_worded_without_steps_and_ranks() -> None:
+    assert place_of("a moment") == "a moment of training"
+    assert place_of("before rename .writing-step-00000012") == "before rename: a checkpoint's folder"
+    assert place_of("within .writing-step-00000012/__1_0.distcp") == "within: a shard"
+    assert place_of("after fsync .writing-step-00000012/.__1_hash.json.77") == "after fsync: a rank's hashes"
+    assert place_of("before open .LATEST.321") == "before open: LATEST"
+    assert place_of("before mkdir .") == "before mkdir: a checkpoint's folder"
+
+
+def test_the_record_s_page_is_what_its_series_say() -> None:
+    assert PAGE.read_text() == fuzz_page(recorded_series())
+
+
+def test_a_series_is_summed_with_the_others_and_its_failures_are_named() -> None:
+    tally = Tally(9)
+    tally.counts.update({"runs": 10, "kills": 1234, "lost": 1})
+    tally.places["within: a shard"], tally.trained["ddp"] = 1200, 1234
+    tally.failed.append("seed 7: ranks [0, 1] hung")
+    one = series_of(tally, "forked", 0, 4, 600)
+    page = fuzz_page([one, one])
+    assert "| forked | 0–9, 4 variants | 10 | 10 | 1,234 |" in page
+    assert "**In all: 20 runs, 2,468 kills, 2 lost, 0 with differing bits.**" in page
+    assert "\n- seed 7: ranks [0, 1] hung\n" in page
+    assert "| within: a shard | 2,400 |" in page
 
 
 @pytest.mark.slow
@@ -211,8 +240,8 @@ def test_a_signal_that_only_one_rank_obeys_is_reported(tmp_path: Path, monkeypat
         return self._listener.received, save
 
     plan = killed_in_the_third_save("ddp", 2)
-    fuzz.reference(Setup(plan.setup.recipe, plan.setup.ranks, plan.setup.words))  # while it does not hang
-    monkeypatch.setattr(fuzz, "START_SECONDS", 8)
+    results.reference(Setup(plan.setup.recipe, plan.setup.ranks, plan.setup.words))  # while it does not hang
+    monkeypatch.setattr(starts, "START_SECONDS", 8)
     monkeypatch.setattr(Agreement, "ask", alone)
     fault = Fault(signal.SIGUSR1, 1, call=1, at="fsync .writing-step-00000004/__1_0.distcp")
     outcome = play(Plan(plan.setup, (fault,), plan.damages), tmp_path)
@@ -222,8 +251,8 @@ def test_a_signal_that_only_one_rank_obeys_is_reported(tmp_path: Path, monkeypat
 @pytest.mark.slow
 def test_a_hang_is_reported_with_the_line_where_it_stands(tmp_path: Path, monkeypatch: Patch) -> None:
     plan = killed_in_the_third_save("ddp", 2)
-    fuzz.reference(Setup(plan.setup.recipe, plan.setup.ranks, plan.setup.words))  # while it does not hang
-    monkeypatch.setattr(fuzz, "START_SECONDS", 3)
+    results.reference(Setup(plan.setup.recipe, plan.setup.ranks, plan.setup.words))  # while it does not hang
+    monkeypatch.setattr(starts, "START_SECONDS", 3)
     monkeypatch.setattr(Agreement, "ask", lambda *_: time.sleep(1000))
     outcome = play(Plan(plan.setup, (Fault(),), (None,)), tmp_path)
     assert outcome.wrong.startswith("ranks [0, 1] hung")
@@ -245,4 +274,4 @@ def test_the_command_a_user_types_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.soak
 @pytest.mark.timeout(900)
 def test_the_launcher_loses_nothing_whoever_is_killed(tmp_path: Path) -> None:
-    assert_nothing_is_lost(3, seed=1, launcher=True)
+    assert_nothing_is_lost(3, seed=1, way="launched")

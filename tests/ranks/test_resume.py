@@ -139,7 +139,7 @@ def assert_meshes_share(recipe: Recipe, folder: Path, starts: list[tuple[int, tu
     assert difference(mine, whole) <= 1e-10
 
 
-# make test takes one of them, make test-slow all others, and tests/helpers/fuzz.py draws from all.
+# make test takes one of them, make test-slow all others, and tests/helpers/fuzz draws from all.
 @pytest.mark.slow_except("single")
 @pytest.mark.soak_for(
     "parallel_mesh",
