@@ -48,6 +48,10 @@ class LocalSgdConfig(Config):
     outer_momentum: float | None = key(None, "outer=nesterov: its momentum; null: 0.9", minimum=0)
     fragments: int = key(1, "parts of the weights that are brought together in different steps", minimum=1)
 
+    @property
+    def steps_between_exchanges(self) -> int:
+        return self.period
+
 
 def check(config: LocalSgdConfig, share: int) -> None:
     """Refuse what would be ignored, and parts that would have to share a step."""

@@ -20,6 +20,7 @@ from lockstep.distributed.process_group import World
 from lockstep.run import Run
 from lockstep.training import timing
 from tests.helpers.harness import execute, result, run_ranks
+from tests.helpers.narrow_resnet import narrow_resnet18
 from tests.helpers.processes import wait_until
 from tests.ranks.test_run import in_run
 
@@ -291,8 +292,10 @@ SENT = {
     "deepspeed_zero": {"gloo:all_reduce"},
     "lightning_trainer": {"gloo:all_reduce"},
     "pipeline_parallel": {"gloo:send", "gloo:recv"},
+    "local_sgd": {"gloo:all_reduce"},
 }
-OWN = {"pipeline_parallel": ("stages=2", "micro_batches=2", "model.norm=group")}
+OWN = {"pipeline_parallel": ("stages=2", "micro_batches=2", "model.norm=group"), "local_sgd": ("period=2",)}
+STEPS = {"local_sgd": 6}  # the first, two that are recorded, two whose bytes are counted, and one that is timed
 
 
 @pytest.mark.slow_except("ddp", "deepspeed_zero")
@@ -300,11 +303,18 @@ OWN = {"pipeline_parallel": ("stages=2", "micro_batches=2", "model.norm=group")}
 @pytest.mark.parametrize("name", SENT)
 def test_every_engine_s_messages_are_seen(name: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    execute(import_module(f"recipes.{name}").train, out, 2, *TINY, *OWN.get(name, ()), "max_steps=5", "profile=2")
+    words = (*TINY, *OWN.get(name, ()), f"max_steps={STEPS.get(name, 5)}", "profile=2")
+    execute(import_module(f"recipes.{name}").train, out, 2, *words)
     found, told = result(out), json.loads((out / "profile.json").read_text())
     names = {row["name"] for row in told["operations"]}
     assert all(any(each.startswith(sent) for each in names) for sent in SENT[name]), names
     assert found["profiled_steps"] == told["steps"] == 2
+    assert min(found["sent_bytes_by_rank"]) > 0
+    if name == "ddp":  # gradients, and rank 0's buffers: mean and variance of each BatchNorm in fp32, a count in int64
+        buffers = sum(each.nbytes for each in narrow_resnet18(10, torch.nn.BatchNorm2d).buffers())
+        assert found["sent_bytes_by_rank"] == [4 * found["parameters"] + buffers] * 2
+    if name == "local_sgd":
+        assert found["sent_bytes_by_rank"] == [4 * found["parameters"] / 2] * 2, "the weights in one step of two"
     talk = found["communication_seconds_by_rank"], found["exposed_communication_seconds_by_rank"]
     assert all(0 <= alone <= whole > 0 for whole, alone in zip(*talk, strict=True))
     assert all(sum(each["shares"].values()) == pytest.approx(1) for each in told["ranks"])

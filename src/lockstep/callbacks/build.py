@@ -42,8 +42,9 @@ def build_callbacks(
     found: list[Callback] = [*first, step_time]
     if config.profile:
         from lockstep.callbacks.profiler import ProfileSteps  # torch.profiler: only who asks for it imports it
+        from lockstep.callbacks.traffic_count import TrafficCount
 
-        found.append(ProfileSteps(config.profile, step_time))
+        found += [ProfileSteps(config.profile, step_time), TrafficCount(config.profile, step_time)]
     if config.record_tensors:
         from lockstep.callbacks.tensor_recorder import TensorRecorder
 

@@ -50,6 +50,7 @@ class ComparisonRow:
     communication_seconds: float | None = None  # a step, mean over ranks
     exposed_seconds: float | None = None
     exposed_share: float | None = None
+    sent_bytes: float | None = None  # per step, by the rank that sends most
     data_wait_share: float | None = None
     idle_shares: list[float] = field(default_factory=list)
     parts: dict[str, float] = field(default_factory=dict)  # seconds of a step, by what they went to
@@ -110,6 +111,7 @@ def comparison_row(case: Case, found: dict[Case, list[Result]], metric: str, uni
         mfu=median([result.get("mfu") for result in results]),
         communication_seconds=mean(across(results, "communication_seconds_by_rank")),
         exposed_seconds=exposed,
+        sent_bytes=max(across(results, "sent_bytes_by_rank"), default=None),
         exposed_share=None if exposed is None else exposed / step,
         data_wait_share=waits,
         idle_shares=idle,

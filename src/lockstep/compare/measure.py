@@ -81,6 +81,7 @@ def measure_all(run: Run[CompareConfig], cases: list[Case]) -> tuple[dict[Case, 
         for case in cases:
             if case in failed:
                 continue
+            run.world.heartbeat.move()
             run.report.line(f"round {number} of {run.config.rounds}: {case.label}")
             out = run.out / "runs" / f"{case.name}-{number}"
             try:

@@ -93,6 +93,10 @@ STEP_TIME = {
         lambda row: milliseconds(row.parts.get("compute")),
         "what is left of a step without waiting for data, idle parts and exposed communication",
     ),
+    "sent MB": Column(
+        lambda row: figure(row.sent_bytes and row.sent_bytes / 1e6, ",.3g"),
+        "what the rank that sends most hands to its collectives per step, each message once, in millions of bytes",
+    ),
     "comm. ms": Column(
         lambda row: milliseconds(row.communication_seconds),
         "a step's communication, hidden or not, from a profile of a few steps; the mean over ranks",

@@ -182,6 +182,11 @@ class Config:
         """Micro-batches that a rank's share of the global batch is piped through a cut model in."""
         return 1
 
+    @property
+    def steps_between_exchanges(self) -> int:
+        """Steps of which one has the ranks talk to each other."""
+        return 1
+
     task: TaskConfig = field(default_factory=TaskConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
