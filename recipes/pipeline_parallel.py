@@ -26,7 +26,6 @@ Source: https://arxiv.org/abs/1811.06965 (GPipe), https://arxiv.org/abs/2104.044
 https://arxiv.org/abs/2401.10241 (zero bubble), https://docs.pytorch.org/docs/stable/distributed.pipelining.html
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -34,18 +33,26 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
+from torch.distributed.pipelining import PipelineStage
 
-from lockstep import Proof, Run, UserError, recipe
+from lockstep import Proof, Run, recipe
 from lockstep.config.keys import AUTO, CUT_HELP, key
 from lockstep.config.schema import Config
 from lockstep.data.batch import pieces, tree_tensors, with_tensors
-from lockstep.distributed.collectives import broadcast_object, gather_numbers
+from lockstep.distributed.collectives import gather_numbers
 from lockstep.parallel.in_turn import PartsInTurn
-from lockstep.parallel.partition import Part, check_cut, choose_cuts, crossings, join, split
+from lockstep.parallel.partition import Part, crossings, join
 from lockstep.parallel.replicas import average_gradients
-from lockstep.tasks.build import blocks_of_task, known_task, sketch
+from lockstep.parallel.stages import (
+    STAGES_A_RANK,
+    Contiguous,
+    agreed_parts,
+    build_schedule,
+    check_stages,
+    gather_model,
+    refuse_gloo_between_gpus,
+    wanted_cut,
+)
 from lockstep.training.accumulate import MicroBatch, micro_batch
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -73,12 +80,13 @@ class PipelineConfig(Config):
         return self.micro_batches
 
     @property
+    def pipeline_stages(self) -> int:
+        return self.stages
+
+    @property
     def parts(self) -> int:
         """That the model is cut into."""
         return self.stages * STAGES_A_RANK[self.schedule]
-
-
-STAGES_A_RANK = {"gpipe": 1, "1f1b": 1, "interleaved": 2, "zero_bubble": 2}
 
 
 class TimedStage(PipelineStage):
@@ -103,42 +111,6 @@ class TimedStage(PipelineStage):
         return result
 
 
-class Received(torch.autograd.Function):
-    """Activations as they came, in the memory format the part wants; their gradient, contiguous as a send wants it."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, memory_format: torch.memory_format) -> Tensor:
-        return x.contiguous(memory_format=memory_format).view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return gradients[0].contiguous(), None
-
-
-class Contiguous(nn.Module):
-    """A part whose outputs, and whose inputs' gradients, lie in memory as sends want them.
-
-    With channels_last they would not, and gloo refuses: "input tensor has to be contiguous". A schedule takes tensors
-    alone: the model's inputs and outputs, which may be any tree of them, go in and come out as their tensors in order.
-    """
-
-    def __init__(self, part: Part, memory_format: torch.memory_format, takes: Any) -> None:
-        super().__init__()
-        self.part, self.memory_format = part, memory_format
-        self.takes, self.gives = takes, None  # what the model's inputs look like, and its outputs
-
-    def forward(self, *inputs: Any) -> Any:
-        taken = [Received.apply(x, self.memory_format) if isinstance(x, Tensor) and x.dim() == 4 else x for x in inputs]
-        if self.takes is not None:
-            taken = [with_tensors(self.takes, taken)]
-        outputs = self.part(*taken)
-        if not isinstance(outputs, Tensor | tuple):
-            self.gives, outputs = outputs, tuple(tree_tensors(outputs))
-        if isinstance(outputs, tuple):  # several tensors cross the cut; what only passes through is sent as a copy
-            return tuple(x.clone() if any(x is y for y in taken) else x.contiguous() for x in outputs)
-        return outputs.contiguous()
-
-
 def build_stages(
     run: Run[PipelineConfig], model: nn.Module, stage_group: dist.ProcessGroup
 ) -> tuple[list[TimedStage], list[Part]]:
@@ -146,12 +118,8 @@ def build_stages(
     config, rank, size = run.config, dist.get_rank(stage_group), dist.get_world_size(stage_group)
     count = config.parts
     piece = config.global_batch_size // run.shards // config.micro_batches
-    example, blocks = run.data.example(piece).inputs, run.blocks(model)
-    cut = wanted_cut(config)
-    chosen = choose_cuts(model, cut, count, example, blocks) if run.world.rank == 0 or cut != "balanced" else []
-    if cut == "balanced":  # measured once: ranks that cut differently could not talk
-        chosen = broadcast_object(chosen)
-    parts = split(model, chosen, blocks)
+    example = run.data.example(piece).inputs
+    parts = agreed_parts(model, wanted_cut(config.cut, count), count, example, run.blocks(model))
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     wrapped = [Contiguous(part, memory_format, example if number == 0 else None) for number, part in enumerate(parts)]
     # A plan's other ranks are not there to be asked what they send.
@@ -178,73 +146,9 @@ def bubble_share(schedule: str, ranks: int, micro_batches: int) -> float:
     return (ranks - 1) / (waits_for * micro_batches + ranks - 1)
 
 
-def build_schedule(
-    run: Run[PipelineConfig], stages: list[TimedStage], loss_fn: Callable[[Tensor, Tensor], Tensor]
-) -> Any:
-    """The object whose step() runs a batch through the pipeline, each micro-batch's mean loss counting 1 / m."""
-    name, pieces = run.config.schedule, run.config.micro_batches
-    if name == "gpipe":
-        return ScheduleGPipe(stages[0], pieces, loss_fn=loss_fn)
-    if name == "1f1b":
-        return Schedule1F1B(stages[0], pieces, loss_fn=loss_fn)
-    kind = ScheduleInterleaved1F1B if name == "interleaved" else ScheduleInterleavedZeroBubble
-    return kind(list(stages), pieces, loss_fn=loss_fn)
-
-
-def gather_model(model: nn.Module, parts: list[Part], size: int, device: torch.device) -> nn.Module:
-    """The complete model: each stage's tensors from the rank of the first pipeline that trains it.
-
-    Other ranks' tensors arrive one by one on `device`, and stay in the host's memory, where the model was built.
-    """
-    every = model.state_dict()
-    for number, part in enumerate(parts):
-        for name in part.state_dict():
-            arrived = every[name].to(device)
-            dist.broadcast(arrived, src=number % size)
-            every[name].copy_(arrived)
-    return model
-
-
 def check(config: PipelineConfig, share: int) -> None:
     """What the schedules and the cut ask for, before anything starts."""
-    stages, pieces, name = config.stages, config.micro_batches, config.schedule
-    if name != "gpipe" and pieces < stages:
-        raise UserError(
-            f"micro_batches={pieces}: schedule={name} needs one for each of the {stages} stages; "
-            f"allowed are numbers from {stages} up, or schedule=gpipe"
-        )
-    if STAGES_A_RANK[name] > 1 and pieces % max(1, pieces // stages):
-        raise UserError(
-            f"micro_batches={pieces}: schedule={name} takes them in rounds of about {stages}, which must be equal; "
-            f"allowed are multiples of {stages}"
-        )
-    if name == "zero_bubble" and config.checkpoint_activations == "selective":
-        raise UserError(
-            "checkpoint_activations=selective: schedule=zero_bubble runs backward in two halves, and torch gives away "
-            "what selective keeps in the first; allowed are none, full, K, or another schedule"
-        )
-    here = "cuda" if torch.cuda.is_available() else "cpu"
-    if config.cluster is None:  # else it is for the ranks to say what they have
-        refuse_gloo_between_gpus(here if config.device == "auto" else config.device, config.backend)
-    if config.accumulate > 1:
-        raise UserError(f"accumulate={config.accumulate}: a pipeline accumulates by itself; set micro_batches instead")
-    model = sketch(config)
-    blocks = blocks_of_task(known_task(config), model)
-    check_cut(lambda: model, wanted_cut(config), config.parts, blocks)
-
-
-def refuse_gloo_between_gpus(device: str, backend: str) -> None:
-    """gloo would hand the address of a GPU's memory to a socket."""
-    if device == "cuda" and backend == "gloo":
-        raise UserError(
-            "backend=gloo: cannot send activations from one GPU to another; set backend=nccl, with a GPU for each rank, "
-            "or device=cpu"
-        )
-
-
-def wanted_cut(config: PipelineConfig) -> Any:
-    """The cut that is asked for; more than two parts are balanced by default."""
-    return "balanced" if config.cut == AUTO and config.parts > 2 else config.cut
+    check_stages(config, config.stages, config.parts)
 
 
 @recipe(
@@ -265,13 +169,13 @@ def train(run: Run[PipelineConfig]) -> None:
     model = run.place(run.task.build_model())
     stages, parts = build_stages(run, model, stage_group)
     first, last = stages[0].is_first, stages[-1].is_last
-    mine = join([parts[stage.stage_index] for stage in stages], model)
+    mine = join([parts[stage.stage_index] for stage in stages])
     optimizer = build_optimizer(run.config.optim, mine)
     scheduler = build_scheduler(run.config.optim, optimizer, run.scheduled_steps)
     scaler = run.scaler()  # precision=fp16 needs it; else it passes everything on
 
     def whole() -> nn.Module:
-        return gather_model(model, parts, run.config.stages, run.device)
+        return gather_model(model, mine, parts, run.config.stages, run.device)
 
     in_turn = PartsInTurn(
         {stage.stage_index: stage.submod for stage in stages},
@@ -298,7 +202,8 @@ def train(run: Run[PipelineConfig]) -> None:
         inputs = tuple(tree_tensors(batch.inputs))
         shapes = tuple((x.shape, x.dtype) for x in inputs)  # the same on all ranks of a pipeline, as its batch is
         if shapes not in schedules:
-            schedules[shapes] = build_schedule(run, [another(stage) for stage in stages], scaled_loss)
+            again = [another(stage) for stage in stages]
+            schedules[shapes] = build_schedule(run.config.schedule, again, run.config.micro_batches, scaled_loss)
         micros[:] = [micro_batch(batch, *bounds) for bounds in pieces(batch.count, run.config.micro_batches)]
         numbers = torch.arange(len(micros))  # the schedule cuts tensors alone, and targets may be anything
         losses: list[Tensor] = []

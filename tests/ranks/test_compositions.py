@@ -33,6 +33,7 @@ from tests.helpers.harness import ROOT, compose_config, run_ranks
 
 ALL = {each.name: each for each in compositions()}
 QUICK = ("fsdp + tensor", "tensor + context + clipping", "ddp + pipeline + clipping", "fsdp + context + accumulation")
+QUICK += ("tensor + pipeline + clipping",)
 COMPARED = ("loss", "gradients", "weights", "buffers", "evaluation")
 
 

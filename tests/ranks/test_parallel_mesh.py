@@ -21,6 +21,12 @@ MESHES = {  # (ranks, words, dropout that all ranks draw alike: of those that se
     "replicate": (4, ("replicate=2",), 0.0),
     "context": (4, ("context=2",), 0.2),
     "ulysses": (4, ("context=2", "by=ulysses"), 0.2),
+    "slices": (4, ("context=2", "sequence_parallel=true"), 0.2),
+    "stages": (4, ("pipeline=2",), 0.0),
+    "stages and shards": (4, ("pipeline=2", "tensor=1", "schedule=interleaved"), 0.0),
+    "stages and context": (4, ("pipeline=2", "tensor=1", "context=2", "schedule=gpipe"), 0.0),
+    "stages, context and slices": (8, ("pipeline=2", "context=2", "by=ulysses", "sequence_parallel=true"), 0.0),
+    "copies of stages": (8, ("replicate=2", "pipeline=2"), 0.0),
     "all four": (8, ("replicate=2", "context=2"), 0.0),
     "all without layers": (8, ("replicate=2", "shard=2", "context=2", "tensor=1"), 0.0),
 }
@@ -33,7 +39,7 @@ def words(tmp_path: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.slow_except("layers")
-@pytest.mark.soak_for("all without layers", "ulysses", "replicate", "shard", "context")
+@pytest.mark.soak_for(*(name for name in MESHES if name not in ("layers", "stages", "all four")))
 @pytest.mark.parametrize("name", MESHES)
 def test_it_trains_what_one_process_trains_with_everything_on(
     name: str, words: tuple[str, ...], tmp_path: Path
@@ -41,10 +47,15 @@ def test_it_trains_what_one_process_trains_with_everything_on(
     """Clipped by the norm over two kinds of shards; the ranks have unequally many evaluation batches, and gather alike."""
     ranks, mesh, dropout = MESHES[name]
     words += (f"task.dropout={dropout}", "task.samples=1", "task.sample_tokens=5", "max_steps=3", "eval_batch_size=3")
-    words += ("accumulate=2", "checkpoint_activations=full", "gradients.clip_norm=0.3", "checkpoint.best=true")
+    words += (
+        "checkpoint_activations=full",
+        "gradients.clip_norm=0.3",
+        "checkpoint.best=true",
+    )
     words += ("gradients.log=true", "gradients.stop_on_nan=true", "logger.histograms=1", "memory=report")
     whole = train(single.train, tmp_path / "whole", 1, *words)
-    mine = train(parallel_mesh.train, tmp_path / "mine", ranks, *words, *mesh, timeout=240)
+    pieces = "micro_batches=2" if "pipeline=2" in mesh else "accumulate=2"
+    mine = train(parallel_mesh.train, tmp_path / "mine", ranks, *words, *mesh, pieces, timeout=240)
     assert difference(mine, whole) <= 1e-10
     best = [torch.load(tmp_path / run / "best.pt", weights_only=True) for run in ("mine", "whole")]
     assert difference(*best) <= 1e-10
@@ -98,8 +109,43 @@ def test_each_rank_sends_what_the_recipe_says(
 
 
 @pytest.mark.slow
-def test_a_run_in_two_parts_is_the_run_in_one(words: tuple[str, ...], tmp_path: Path) -> None:
-    assert_same_in_two_parts(parallel_mesh.train, tmp_path, 4, *words, "optim=adamw")
+@pytest.mark.parametrize(
+    ("mesh", "schedule"), [(("shard=2", "tensor=1"), "1f1b"), (("tensor=2", "sequence_parallel=true"), "gpipe")]
+)
+def test_each_rank_of_a_pipeline_sends_what_the_recipe_says(
+    mesh: tuple[str, ...], schedule: str, words: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Two stages of two blocks; the first has the embedding too, the second the last norm, the output and the loss."""
+    asked = ("pipeline=2", f"schedule={schedule}", "micro_batches=3", "max_steps=2", *mesh)
+    count = count_traffic(parallel_mesh.train, tmp_path / "run", 4, *words, *asked)
+    tensor, shard = (2, 1) if "tensor=2" in mesh else (1, 2)
+    activation, tokens = 8 * BATCH // shard * LENGTH * WIDTH, BATCH // shard * LENGTH
+    embedding = 8 * VOCABULARY * WIDTH
+    blocks = (8 * int(result(tmp_path / "run")["parameters"]) - 2 * embedding - 8 * WIDTH) // 2
+    for rank, (*_, last) in enumerate(count):
+        stage = rank // tensor % 2
+        outside = embedding + stage * 8 * WIDTH
+        crossed = activation // tensor
+        expected: Traffic = {"send": crossed, "recv_": crossed}
+        if shard > 1:
+            weights = blocks + outside
+            expected |= {
+                "allreduce_": 8,
+                "_allgather_base_": 4 * weights - 3 * outside,
+                "_reduce_scatter_base_": weights,
+            }
+        else:
+            shared = (4 * LAYERS // 2 + 1) * activation
+            expected |= {"all_gather_into_tensor": shared, "reduce_scatter_tensor": shared}
+            expected["all_reduce"] = 8 * WIDTH * (LAYERS + stage) + stage * 3 * 8 * tokens
+        assert last == expected
+
+
+@pytest.mark.slow
+@pytest.mark.soak_for("layers")
+@pytest.mark.parametrize("mesh", [(), ("pipeline=2", "micro_batches=2")], ids=["layers", "stages"])
+def test_a_run_in_two_parts_is_the_run_in_one(mesh: tuple[str, ...], words: tuple[str, ...], tmp_path: Path) -> None:
+    assert_same_in_two_parts(parallel_mesh.train, tmp_path, 4, *words, *mesh, "optim=adamw")
 
 
 @pytest.mark.soak
@@ -115,4 +161,5 @@ def test_any_mesh_shares_what_one_process_trains_and_ddp_ends_it(tmp_path: Path)
     )
     words += ("log_every=1", "optim.warmup_steps=2", "eval_every=0", "optim=adamw", "optim.lr=0.001")
     starts = [(4, ("shard=2",)), (4, ("tensor=1",)), (4, ("tensor=4",)), (1, ("tensor=1",)), (4, ("context=2",))]
+    starts += [(4, ("pipeline=2", "micro_batches=2")), (2, ("pipeline=2", "tensor=1", "schedule=gpipe"))]
     assert_meshes_share(parallel_mesh.train, tmp_path, [*starts, (2, ())], *words)

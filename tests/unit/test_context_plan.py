@@ -181,7 +181,7 @@ class Share(ContextShare):
     """Of ranks that are not there."""
 
     def __init__(self, place: int, size: int, by: str, weigh: Any = None) -> None:
-        self.by, self._weigh, self.place, self.size = by, weigh, place, size
+        self.by, self._weigh, self.place, self.size, self.slices = by, weigh, place, size, 1
 
 
 @pytest.mark.parametrize("by", ["ring", "ulysses"])

@@ -58,7 +58,7 @@ REPLACES: dict[str, list[str]] = {
     "local_sgd": [STEPS],
     "lora": [OPTIMIZER, STEPS],
     "model_parallel": [LOSS],
-    "parallel_mesh": [PLACE, "with run.autocast():"],
+    "parallel_mesh": [PLACE, STEPS, LOOP[0], "with run.autocast():", CLIP],
     "pipeline_parallel": [
         OPTIMIZER,
         STEPS,

@@ -28,7 +28,7 @@ class NanGuard(Callback):
             context.module,
             outputs=not self._config.compile,
             gradients=not self._may_overflow,
-            blind=self._config.model_parallel_size > 1 and not self._config.shares_activations,
+            blind=self._config.pipeline_stages > 1,
         )
         self._gradients = context.gradients
         if not self._may_overflow:

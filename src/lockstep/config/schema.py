@@ -178,6 +178,11 @@ class Config:
         return math.prod(getattr(self, key) for key in self.model_parallel_key.split(" × ") if key)
 
     @property
+    def pipeline_stages(self) -> int:
+        """Of these ranks, those that have layers of their own, one after the other."""
+        return 1
+
+    @property
     def pipeline_micro_batches(self) -> int:
         """Micro-batches that a rank's share of the global batch is piped through a cut model in."""
         return 1
@@ -317,6 +322,10 @@ class ToolConfig(Config):
 
     model_parallel_key: ClassVar[str] = ""
     shares_activations: ClassVar[bool] = False
+
+    @property
+    def pipeline_stages(self) -> int:
+        return 1
 
     @property
     def pipeline_micro_batches(self) -> int:

@@ -16,9 +16,9 @@ class ParallelDims:
         shard: which of them is this rank's.
         model_parallel_size: ranks that hold one model together. They are neighbours and work on the same images.
         rank, world_size: this rank's number, and how many there are.
-        together: whether those who hold one model work on each layer together (tensor parallelism), and not one after
-            the other (a pipeline).
+        together: whether those who hold one model, or a stage of it, work on each layer together (tensor parallelism).
         whole: whether each of them has all weights (they share sequences).
+        stages: in how many stages those who hold one model have it, one after the other (a pipeline).
     """
 
     shards: int
@@ -28,6 +28,7 @@ class ParallelDims:
     world_size: int
     together: bool = False
     whole: bool = False
+    stages: int = 1
 
     @classmethod
     def of(cls, rank: int, world_size: int, config: Config, shards: int | None = None) -> ParallelDims:
@@ -35,7 +36,7 @@ class ParallelDims:
         size = config.model_parallel_size
         shards = shards or world_size // size
         together, whole = config.shares_activations, config.shares_sequences
-        return cls(shards, rank // size % shards, size, rank, world_size, together, whole)
+        return cls(shards, rank // size % shards, size, rank, world_size, together, whole, config.pipeline_stages)
 
     @property
     def cuts_the_model(self) -> bool:
@@ -44,8 +45,13 @@ class ParallelDims:
 
     @property
     def in_stages(self) -> bool:
-        """Whether those who hold one model have whole layers of it, one after the other."""
-        return self.cuts_the_model and not self.together
+        """Whether those who hold one model have layers of it, one after the other."""
+        return self.stages > 1
+
+    @property
+    def stage(self) -> int:
+        """Which of the stages is this rank's first one."""
+        return self.rank % self.model_parallel_size // (self.model_parallel_size // self.stages)
 
     @property
     def owns_buffers(self) -> bool:
@@ -60,7 +66,7 @@ class ParallelDims:
         rank trains the whole batch.
         """
         repeated = self.shards * self.model_parallel_size < self.world_size
-        return self.shard if self.together or repeated else self.rank
+        return self.shard + self.shards * self.stage if self.together or repeated else self.rank
 
     @property
     def evaluates_together(self) -> bool:

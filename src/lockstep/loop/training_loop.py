@@ -40,7 +40,7 @@ from lockstep.errors import CheckFailed, UserError
 from lockstep.loop.finite import FiniteCheck
 from lockstep.loop.result import result_fields
 from lockstep.loop.show import show
-from lockstep.memory.tracker import state_bytes
+from lockstep.memory.tracker import gathered_state_bytes
 from lockstep.memory.usage import peak_memory_bytes
 from lockstep.models.parameters import count_parameters, unwrap
 from lockstep.task import option
@@ -207,8 +207,8 @@ class TrainingLoop:
         assert self.module is not None
         if self._engine:
             return self._engine.parts(self.module, optimizer)
-        cut = self._dims.cuts_the_model
-        return LocalGradients(self.module, optimizer, owns=not cut or self._dims.shard == 0, differ=cut)
+        cut, among = self._dims.cuts_the_model, self.context.world.world_size // self._dims.stages
+        return LocalGradients(self.module, optimizer, owns=not cut or self._dims.shard == 0, differ=cut, among=among)
 
     # Between two steps ------------------------------------------------------------------------------------------
 
@@ -372,8 +372,7 @@ class TrainingLoop:
         show(self._source.task, whole, context)
         weights = full_state_dict(whole, device, keep=context.rank == 0)
         memory = gather_numbers(peak_memory_bytes(device), device)
-        mine, total = state_bytes(self._optimizer)
-        state = [int(size) for size in gather_numbers(mine, device)]
+        state, total = gathered_state_bytes(self._optimizer, self._dims, device)
         context.notes = {"state_bytes_by_rank": state, "state_bytes_unsharded": total} | context.notes
         self.callbacks.on_train_end(context, self.evaluation)
         self.callbacks.on_exit(context)

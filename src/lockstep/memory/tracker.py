@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lockstep.distributed.collectives import gather_numbers
 from lockstep.distributed.dtensor import local_shard
+from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.memory.usage import process_bytes
 
 KINDS = ("parameters", "gradients", "optimizer", "activations")
@@ -172,6 +174,13 @@ def state_bytes(optimizer: Optimizer) -> tuple[int, int]:
                 mine += local_bytes(tensor)
                 total += tensor.numel() * tensor.element_size()
     return mine, total
+
+
+def gathered_state_bytes(optimizer: Optimizer, dims: ParallelDims, device: torch.device) -> tuple[list[int], int]:
+    """`state_bytes` of all ranks, which call it together: (what each holds, what all stages of one model are)."""
+    mine, total = (gather_numbers(size, device) for size in state_bytes(optimizer))
+    each = dims.model_parallel_size // dims.stages
+    return [int(size) for size in mine], int(sum(total[stage * each] for stage in range(dims.stages)))
 
 
 def memory_by_layer(

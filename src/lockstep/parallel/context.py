@@ -7,6 +7,7 @@ drops what one process would drop, and a rank's loss has the weight of its token
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from lockstep.data.batches import items_of
 from lockstep.errors import UserError
 from lockstep.parallel.context_plan import chunks_of, require_length, require_plain_attention, sequence_length
 from lockstep.parallel.ring_attention import ring_attention, zigzag_positions
+from lockstep.parallel.tensor import SlicedDropout
 from lockstep.parallel.ulysses import ulysses_attention
 from lockstep.training.accumulate import MicroBatch
 
@@ -32,16 +34,19 @@ class ContextShare:
         group: the ranks that share a sequence.
         by: ring (two chunks for each rank, an early and a late one) or ulysses (neighbouring positions).
         weigh: the task's: targets → what its loss is a mean over; None: all positions count alike.
+        slices: into which each rank's positions are cut once more.
 
     Attributes:
         chunks: of which the length of a sequence must be a multiple.
         filled: whether the present sequences are, behind their end.
     """
 
-    def __init__(self, group: dist.ProcessGroup, by: str, weigh: Callable[[Any], Tensor] | None = None) -> None:
-        self.group, self.by, self._weigh = group, by, weigh
+    def __init__(
+        self, group: dist.ProcessGroup, by: str, weigh: Callable[[Any], Tensor] | None = None, slices: int = 1
+    ) -> None:
+        self.group, self.by, self._weigh, self.slices = group, by, weigh, slices
         self.place, self.size = dist.get_rank(group), dist.get_world_size(group)
-        self.chunks, self.filled = chunks_of(self.size, by), False
+        self.chunks, self.filled = math.lcm(chunks_of(self.size, by), self.size * slices), False
 
     def positions(self, length: int, device: torch.device | None = None, place: int | None = None) -> Tensor:
         """Those of this rank, or of the rank at `place`: [length / size], int64, ascending."""
@@ -69,7 +74,7 @@ class ContextShare:
         if self.size == 1:
             return micro._replace(weight=torch.as_tensor(micro.weight, dtype=torch.float64))
         length = sequence_length(micro.inputs)
-        require_length(length, self.size, self.by)
+        require_length(length, self.size, self.by, self.slices)
         if not any(is_sequence(tensor, length) for tensor in tree_tensors(micro.targets)):
             raise UserError(
                 f"context={self.size}: of sequences of {length} each rank has some positions, and the targets "
@@ -82,6 +87,10 @@ class ContextShare:
             weight = weight * items_of(self._weigh, targets) * self.size
             weight = weight / items_of(self._weigh, micro.targets).clamp(min=1)
         return micro._replace(targets=targets, weight=weight)
+
+    def counted(self, loss: Tensor, micro: MicroBatch) -> Tensor:
+        """The mean loss of a part; of one that is all padding it is nan, and counts for nothing."""
+        return torch.where(torch.as_tensor(micro.weight) > 0, loss, 0.0)
 
     def gather(self, tree: Any, length: int) -> Any:
         """Outputs of all positions from those of each rank, [samples, length / size, …]; the ranks call it together."""
@@ -180,25 +189,46 @@ class CutModel(nn.Module):
 
     share: ContextShare
     placed: Sequence[nn.Module]
+    _tokens = 0
 
-    def forward(self, inputs: Any) -> Any:
-        share, forward = self.share, super().forward
-        length = sequence_length(inputs)
+    def enter(self, inputs: Any) -> Any:
+        """This rank's positions of whole sequences; in evaluation these are filled up first."""
+        share, self._tokens = self.share, sequence_length(inputs)
         if self.training:
-            require_length(length, share.size, share.by)
-        whole = length + -length % share.chunks
-        share.filled = whole > length  # behind the end: what is causal does not see it
-        filled = map_tensors(lambda tensor: fill(tensor, length, whole), inputs) if share.filled else inputs
+            require_length(self._tokens, share.size, share.by, share.slices)
+        whole = self._tokens + -self._tokens % share.chunks
+        share.filled = whole > self._tokens  # behind the end: what is causal does not see it
+        filled = map_tensors(lambda tensor: fill(tensor, self._tokens, whole), inputs) if share.filled else inputs
         positions = share.positions(whole, next(tree_tensors(inputs)).device)
         for module in self.placed:
             cast(Any, module).positions = positions
-            if isinstance(module, PlacedDropout):
+            if isinstance(module, PlacedDropout | SlicedDropout):
                 module.length = whole
-        outputs = forward(share.cut(filled, whole))
+        return share.cut(filled, whole)
+
+    def forward(self, inputs: Any) -> Any:
+        outputs = super().forward(CutModel.enter(self, inputs))
         if self.training:
             return outputs
-        found = share.gather(outputs, whole)
+        length, whole = self._tokens, self._tokens + -self._tokens % self.share.chunks
+        found = self.share.gather(outputs, whole)
         return map_tensors(lambda tensor: tensor[:, :length] if is_sequence(tensor, whole) else tensor, found)
+
+
+def entered(model: nn.Module, inputs: Any) -> Any:
+    """What the layers of a model that is shared, cut or neither are given of its inputs."""
+    for kind in type(model).__mro__:
+        if "enter" in vars(kind):
+            inputs = cast(Any, kind).enter(model, inputs)
+    return inputs
+
+
+def left(model: nn.Module, outputs: Any) -> Any:
+    """What its layers gave, as its outputs in training."""
+    for kind in reversed(type(model).__mro__):
+        if "leave" in vars(kind):
+            outputs = cast(Any, kind).leave(model, outputs)
+    return outputs
 
 
 def is_sequence(tensor: Tensor, length: int) -> bool:
@@ -212,28 +242,34 @@ def fill(tensor: Tensor, length: int, whole: int) -> Tensor:
     return torch.cat([tensor, tensor.new_zeros(tensor.shape[0], whole - length, *tensor.shape[2:])], 1)
 
 
-def share_sequence(model: nn.Module, names: Sequence[str], share: ContextShare) -> nn.Module:
+def share_sequence(
+    model: nn.Module, names: Sequence[str], share: ContextShare, around: nn.Module | None = None
+) -> nn.Module:
     """Have a model compute this rank's positions of each sequence, in place.
 
     Args:
+        model: a whole one, or a part of it.
         names: `context_modules`'.
+        around: what takes the inputs and gives the outputs, where that is not `model` itself.
     """
     if share.size == 1:
         return model
     placed = []
+    modules: dict[str, Any] = dict(model.named_modules())
     for name in names:
-        module: Any = model.get_submodule(name)
-        module.__class__ = subclass_of(AttendsOverRanks, type(module))
-        module.share = share
-        placed.append(module)
-    for module in model.modules():
+        if name in modules:
+            modules[name].__class__ = subclass_of(AttendsOverRanks, type(modules[name]))
+            modules[name].share = share
+            placed.append(modules[name])
+    for module in modules.values():
         if type(module) is nn.Dropout:
             module.__class__ = PlacedDropout
+        if isinstance(module, PlacedDropout | SlicedDropout):
             placed.append(module)
-    whole = cast(Any, model)
-    whole.__class__ = subclass_of(CutModel, type(model))
-    object.__setattr__(model, "placed", placed)  # a list of modules, which are the model's already
-    whole.share = share
+    outer = cast(Any, model if around is None else around)
+    outer.__class__ = subclass_of(CutModel, type(outer))
+    object.__setattr__(outer, "placed", placed)  # a list of modules, which are the model's already
+    outer.share = share
     return model
 
 

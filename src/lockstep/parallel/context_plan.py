@@ -70,7 +70,14 @@ def context_modules(task: Any, name: str, model: nn.Module, context: int) -> lis
 
 
 def check_attention(
-    name: str, model: nn.Module, names: Sequence[str], inputs: Any, context: int, by: str, tensor: int = 1
+    name: str,
+    model: nn.Module,
+    names: Sequence[str],
+    inputs: Any,
+    context: int,
+    by: str,
+    tensor: int = 1,
+    slices: int = 1,
 ) -> None:
     """Hold one forward to what ranks can share: the sequence's length, and each call of attention.
 
@@ -80,11 +87,12 @@ def check_attention(
         names: `context_modules`'.
         inputs: of one sample.
         tensor: ranks among which heads are cut already.
+        slices: into which each rank's positions are cut once more.
 
     Raises:
         UserError: it calls attention elsewhere, or nowhere, or with what cannot be cut; or the sizes do not divide.
     """
-    require_length(sequence_length(inputs), context, by)
+    require_length(sequence_length(inputs), context, by, slices)
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     watch = _Watch(model, names)
     # What fails without memory or on one sample may well be able to train: its first step will say.
@@ -170,16 +178,23 @@ def sequence_length(inputs: Any) -> int:
     raise UserError(f"the inputs {describe(inputs)} are no sequences: allowed are tensors [samples, tokens, …]")
 
 
-def require_length(length: int, context: int, by: str) -> None:
-    """Hold the length of sequences to the chunks they are cut into; raises UserError."""
-    chunks = chunks_of(context, by)
-    if length % chunks == 0:
+def require_length(length: int, context: int, by: str, slices: int = 1) -> None:
+    """Hold the length of sequences to the chunks they are cut into, and a rank's positions to `slices`; raises UserError."""
+
+    def works(ranks: int) -> bool:
+        return length % chunks_of(ranks, by) == 0 and length // ranks % slices == 0
+
+    if works(context):
         return
-    allowed = [str(ranks) for ranks in range(1, length + 1) if length % chunks_of(ranks, by) == 0]
+    allowed = [str(ranks) for ranks in range(1, length + 1) if works(ranks)]
     some = ", ".join(allowed[:8]) + (", …" if len(allowed) > 8 else "")
+    chunks, more = chunks_of(context, by), ""
+    if length % chunks == 0:
+        more = f", and a rank's by tensor={slices} slices of sequence_parallel=true"
     raise UserError(
-        f"context={context}: {length} tokens do not divide by the {chunks} equal chunks that by={by} cuts a sequence into; "
-        f"allowed for this length are {some}, or for this context sequences of a multiple of {chunks}"
+        f"context={context}: {length} tokens do not divide by the {chunks} equal chunks that by={by} cuts a sequence into"
+        f"{more}; allowed for this length are {some or 'none'}, or for this context sequences of a multiple of "
+        f"{math.lcm(chunks, context * slices)}"
     )
 
 

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lockstep.data.batch import map_tensors, tree_tensors, with_tensors
+from lockstep.distributed.dtensor import full_tensor
 
 Spec = tuple[tuple[int, ...], torch.dtype]
 
@@ -28,6 +29,9 @@ class PartsInTurn(nn.Module):
         gives: what the model's outputs look like where they are no single tensor, after a forward; asked on the rank of
             the last part.
         device: where the parts are.
+
+    Attributes:
+        gathers: whether fully_shard has made the parts so that their forwards communicate.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class PartsInTurn(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
+        self.gathers = any(hasattr(part, "set_requires_gradient_sync") for part in parts.values())
         self._parts, self._count, self._gives, self._device = dict(parts), count, gives, device
         self._ranks, self._pipeline, self._copies = dist.get_process_group_ranks(pipeline), pipeline, copies
         self._known: dict[Any, Any] = {}  # what crosses each cut, by the inputs' shapes: told once
@@ -61,7 +66,7 @@ class PartsInTurn(nn.Module):
             outputs: tuple[Tensor, ...] = ()
             if rank == owner:
                 given = self._parts[number](*values)
-                outputs = given if isinstance(given, tuple) else (given,)
+                outputs = tuple(full_tensor(x, x.device) for x in (given if isinstance(given, tuple) else (given,)))
             specs, form = self._told((shapes, number), outputs, owner)
             values = self._sent(outputs, specs, owner, takers)
         return values[0] if form is None else with_tensors(form, values)

@@ -79,11 +79,12 @@ def hold(holder: nn.Module, model: nn.Module, name: str) -> None:
         holder.register_buffer(last, value, persistent=kept)
 
 
-def join(parts: Sequence[Part], model: nn.Module) -> nn.Module:
+def join(parts: Sequence[Part]) -> nn.Module:
     """A module that holds what some parts of a model hold, under the model's names; it cannot be called."""
     joined = nn.Module()
-    for name in (name for part in parts for name in part.held):
-        hold(joined, model, name)
+    for part in parts:
+        for name in part.held:
+            hold(joined, part, name)
     return joined
 
 

@@ -6,6 +6,7 @@ sequence, sequences that do not divide, and gradients that are complete before a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -55,14 +56,17 @@ class SlicedDropout(nn.Dropout):
     Attributes:
         place: which slice this rank has.
         length: of the whole sequence, without what it was filled up with.
+        positions: of the whole sequence, those that are sliced; None: all.
     """
 
     place, length = 0, 0
+    positions: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
         mask = F.dropout(x.new_ones(x.shape[0], self.length, *x.shape[2:]), self.p)
+        mask = mask if self.positions is None else mask[:, self.positions]
         mine = mask[:, self.place * x.shape[1] :][:, : x.shape[1]]
         filled = torch.zeros_like(x)  # where there is no position, there is nothing to keep
         filled[:, : mine.shape[1]] = mine
@@ -77,24 +81,37 @@ class SharedModel(nn.Module):
     Attributes:
         multiple: of which the length of a sequence must be, dim 1 of the inputs.
         causal: whether sequences may be filled up to it.
+        sliced: dropouts on a slice of it.
     """
 
     multiple, causal = 1, False
+    sliced: Sequence[SlicedDropout] = ()
+    _length = 0
 
-    def forward(self, inputs: Any) -> Any:
-        forward = super().forward
-        length = inputs.shape[1] if self.multiple > 1 else 0
-        missing = -length % self.multiple
+    def enter(self, inputs: Any) -> Any:
+        """What the layers are given: sequences filled up to a multiple.
+
+        Raises:
+            UserError: they do not divide, and what is behind their end would count.
+        """
+        self._length = inputs.shape[1] if self.multiple > 1 else 0
+        missing = -self._length % self.multiple
         if missing and not self.causal:
             raise UserError(
-                f"sequence_parallel=true: sequences of {length} do not divide by tensor={self.multiple}; allowed are "
+                f"sequence_parallel=true: sequences of {self._length} do not divide by tensor={self.multiple}; allowed are "
                 'multiples of it, or a model whose plan says {"": "causal"}'
             )
-        for module in self.modules() if self.multiple > 1 else ():
-            if isinstance(module, SlicedDropout):
-                module.length = length
-        outputs = forward(F.pad(inputs, (0, missing)) if missing else inputs)
-        outputs = outputs[:, :length] if missing else outputs
+        for module in self.sliced:
+            if module.positions is None:
+                module.length = self._length
+        return F.pad(inputs, (0, missing)) if missing else inputs
+
+    def leave(self, outputs: Any) -> Any:
+        """Outputs without those behind the end."""
+        return outputs[:, : self._length] if -self._length % self.multiple else outputs
+
+    def forward(self, inputs: Any) -> Any:
+        outputs = SharedModel.leave(self, super().forward(SharedModel.enter(self, inputs)))
         return outputs if self.training or not is_sharded(outputs) else outputs.full_tensor()
 
 
@@ -112,28 +129,39 @@ def layer_styles(sequence: bool) -> dict[str, ParallelStyle]:
 
 
 def share_layers(
-    model: nn.Module, plan: dict[str, str], styles: dict[str, ParallelStyle], mesh: DeviceMesh, sequence: bool
+    model: nn.Module,
+    plan: dict[str, str],
+    styles: dict[str, ParallelStyle],
+    mesh: DeviceMesh,
+    sequence: bool,
+    around: nn.Module | None = None,
+    causal: bool = True,
 ) -> nn.Module:
     """Cut a model's layers between the ranks of a mesh, in place; one parameter at a time comes to their devices.
 
     Args:
-        model: the same on all ranks, on the CPU.
+        model: the same on all ranks, on the CPU; or a part of it.
         plan: `tensor_parallel_plan`'s.
         styles: what torch does to a layer, by the plan's words.
         sequence: whether ranks have slices of the sequence between layers.
+        around: what takes the inputs and gives the outputs, where that is not `model` itself.
+        causal: whether sequences may be filled up where the plan says that the model is.
     """
+    modules, outer = dict(model.named_modules()), model if around is None else around
     for name, word in plan.items():
-        if word in styles:
-            parallelize_module(model.get_submodule(name), mesh, styles[word])
-    if sequence:
-        for module in model.modules():
-            if type(module) is nn.Dropout:
-                module.__class__ = SlicedDropout
-                cast(SlicedDropout, module).place = mesh.get_local_rank()
-    kind: Any = type(model)
-    model.__class__ = type(kind.__name__, (SharedModel, kind), {"__module__": kind.__module__})
-    shared = cast(SharedModel, model)
-    shared.multiple, shared.causal = mesh.size() if sequence else 1, plan.get("") == "causal"
+        if word in styles and name in modules:
+            parallelize_module(modules[name], mesh, styles[word])
+    sliced = []
+    for module in modules.values() if sequence else ():
+        if type(module) is nn.Dropout:
+            module.__class__ = SlicedDropout
+            sliced.append(cast(SlicedDropout, module))
+            sliced[-1].place = mesh.get_local_rank()
+    kind: Any = type(outer)
+    outer.__class__ = type(kind.__name__, (SharedModel, kind), {"__module__": kind.__module__})
+    shared = cast(SharedModel, outer)
+    object.__setattr__(shared, "sliced", sliced)  # a list of modules, which are the model's already
+    shared.multiple, shared.causal = mesh.size() if sequence else 1, causal and plan.get("") == "causal"
     return model
 
 

@@ -149,6 +149,8 @@ def mesh_traffic(model: nn.Module, config: Any, ranks: int, item: int) -> dict[s
     context = config.context if sharded else 1
     plain = config.precision not in AUTOCAST and config.checkpoint_activations == "none"
     task = known_task(config)
+    if config.pipeline_stages > 1:
+        return None
     if not plain or getattr(config, "sequence_parallel", False) or (context > 1 and config.by != "ring"):
         return None
     plan = (

@@ -202,6 +202,11 @@ def refuse_unplanned(config: Config) -> None:
     """What a plan does not reckon with."""
     if config.compile:
         raise UserError("compile=true: a plan reckons with operations as they are issued, and compiling melts them")
+    if config.shares_activations and config.pipeline_stages > 1:
+        raise UserError(
+            f"pipeline={config.pipeline_stages}: a plan has stages of one rank each; plan recipes.pipeline_parallel, or a "
+            "mesh with pipeline=1"
+        )
     if getattr(config, "offload", False):
         raise UserError("offload=true: a plan does not reckon with the link between host and device")
     if config.memory:

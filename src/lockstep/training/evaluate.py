@@ -301,7 +301,9 @@ class Evaluator:
         sampler = self._source.eval_sampler()
         batches = self._source.eval_batches(sampler)
         blank, counts = None, self._dims.counts_evaluation
-        policy = any(hasattr(each, "set_requires_gradient_sync") for each in module.modules())  # fully_shard's
+        policy = getattr(module, "gathers", False) or any(  # fully_shard's
+            hasattr(each, "set_requires_gradient_sync") for each in module.modules()
+        )
         if sharded and (policy or not self._dims.evaluates_together):  # ranks with other shares gather with it, too
             blank = self._source.example(1).inputs
         with contextlib.nullcontext() if policy else autocast(self._precision, self._device):

@@ -20,11 +20,14 @@ class LocalGradients:
     Args:
         owns: whether what this rank holds counts, where others may hold the same.
         differ: whether ranks hold different parts, so that their sums add up to the whole.
+        among: ranks that hold this stage of the model, or its copies; 0: all.
     """
 
-    def __init__(self, module: nn.Module, optimizer: Optimizer, *, owns: bool = True, differ: bool = False) -> None:
+    def __init__(
+        self, module: nn.Module, optimizer: Optimizer, *, owns: bool = True, differ: bool = False, among: int = 0
+    ) -> None:
         self._module, self.parameters = module, dict(module.named_parameters())
-        self._optimizer, self._owns = optimizer, owns
+        self._optimizer, self._owns, self._among = optimizer, owns, among
         self._shards = any(is_sharded(parameter) for parameter in self.parameters.values())
         self.differ = differ or self._shards
 
@@ -70,7 +73,9 @@ class LocalGradients:
         if not is_sharded(parameter):  # beside others that are, such as experts, it is the same on all ranks
             return self._owns and (not self._shards or dist.get_rank() == 0)
         sharded = cast(Any, parameter)  # in several copies: those in the first row of the mesh
-        if not self._owns and sharded.device_mesh.size() < dist.get_world_size():  # it knows nothing of the others
+        if not self._owns and sharded.device_mesh.size() < (
+            self._among or dist.get_world_size()
+        ):  # it knows nothing of the others
             return False
         places = zip(sharded.placements, sharded.device_mesh.get_coordinate(), strict=True)
         return all(place == 0 for placement, place in places if placement.is_replicate())

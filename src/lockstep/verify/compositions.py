@@ -66,6 +66,7 @@ class Refusal:
     ranks: int = 4
 
 
+STAGES = {"pipeline": 2, "micro_batches": 2}
 SINGLES = (
     Composition(("ddp",), "ddp", 2),
     Composition(("fsdp",), "fsdp", 2),
@@ -83,12 +84,17 @@ PAIRS = (
     Composition(("fsdp", "tensor"), "parallel_mesh", 4),
     Composition(("fsdp", "context"), "parallel_mesh", 4, {"context": 2, "tensor": 1}),
     Composition(("tensor", "context"), "parallel_mesh", 4, {"context": 2}),
+    Composition(("fsdp", "pipeline"), "parallel_mesh", 4, {"tensor": 1} | STAGES),
+    Composition(("tensor", "pipeline"), "parallel_mesh", 4, STAGES),
+    Composition(("context", "pipeline"), "parallel_mesh", 4, {"context": 2, "tensor": 1} | STAGES),
 )
 TRIPLES = (
     Composition(("ddp", "fsdp", "tensor"), "parallel_mesh", 8, {"replicate": 2}),
     Composition(("ddp", "fsdp", "context"), "parallel_mesh", 8, {"replicate": 2, "context": 2, "tensor": 1}),
     Composition(("ddp", "tensor", "context"), "parallel_mesh", 8, {"replicate": 2, "context": 2}),
     Composition(("fsdp", "tensor", "context"), "parallel_mesh", 8, {"context": 2}),
+    Composition(("fsdp", "tensor", "pipeline"), "parallel_mesh", 8, STAGES),
+    Composition(("tensor", "context", "pipeline"), "parallel_mesh", 8, {"context": 2} | STAGES),
 )
 ADDED: dict[str, dict[str, Any]] = {  # what every recipe has, as changes of a Composition
     "accumulation": {"own": {"accumulate": 2}},
@@ -96,34 +102,12 @@ ADDED: dict[str, dict[str, Any]] = {  # what every recipe has, as changes of a C
     "clipping": {"settings": {"gradients.clip_norm": 0.1}},
     "bf16": {"precision": "bf16"},
 }
-NO_STAGES = (
-    "stages=2: each stage would need a mesh of its own, which is not made here; use recipes.pipeline_parallel, which has "
-    "copies of pipelines"
-)
 REFUSALS = (
     Refusal(
         ("pipeline", "accumulation"),
         "pipeline_parallel",
         "accumulate=2",
         "accumulate=2: a pipeline accumulates by itself; set micro_batches instead",
-    ),
-    Refusal(
-        ("fsdp", "pipeline"),
-        "parallel_mesh",
-        "tensor=1 stages=2",
-        NO_STAGES,
-    ),
-    Refusal(
-        ("tensor", "pipeline"),
-        "parallel_mesh",
-        "tensor=2 stages=2",
-        NO_STAGES,
-    ),
-    Refusal(
-        ("context", "pipeline"),
-        "parallel_mesh",
-        "tensor=1 context=2 stages=2",
-        NO_STAGES,
     ),
     Refusal(
         ("fsdp", "expert"),

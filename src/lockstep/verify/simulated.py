@@ -116,6 +116,11 @@ def simulated_configs(case: ProofCase, single: Recipe, asked: VerifyConfig) -> t
     if ranks % size:
         names = " × ".join(f"{name}={getattr(mine, name)}" for name in mine.model_parallel_key.split(" × "))
         raise UserError(f"{names}: simulate={ranks} does not divide by it; allowed are {divisors(ranks)}")
+    if mine.pipeline_stages > 1:
+        raise UserError(
+            f"pipeline={mine.pipeline_stages}: a pipeline's ranks do different things, and simulate={ranks} has all do the "
+            "same at once; leave pipeline out, or leave simulate out"
+        )
     if asked.global_batch_size == AUTO:
         base.global_batch_size = mine.global_batch_size = max(2, ranks // size)
     check_batch(mine, ranks)

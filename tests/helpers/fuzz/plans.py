@@ -20,9 +20,12 @@ RANKS |= {"pipeline_parallel": (2,), "deepspeed_zero": (2, 3), "fsdp": (2, 3, 4)
 RANKS |= dict.fromkeys(("lightning_fabric", "lightning_trainer"), (1, 2, 3))
 KEEP_ALL = ("data_parallel",)  # what cannot compute activations again in backward
 MESHES = {  # by ranks
-    2: (("tensor=2",), ("tensor=1", "context=2")),
+    2: (("tensor=2",), ("tensor=1", "context=2"), ("tensor=1", "pipeline=2", "micro_batches=3")),
     3: (("tensor=1",),),
-    4: (("tensor=2",), ("replicate=2",), ("context=2",), ("tensor=1", "context=2")),
+    4: (
+        *(("tensor=2",), ("replicate=2",), ("context=2",), ("tensor=1", "context=2")),
+        *(("pipeline=2", "micro_batches=3"), ("tensor=2", "sequence_parallel=true")),
+    ),
 }
 RESIZED = ("fsdp",)  # started on another number of ranks each time: compared in fp64, and no longer bit by bit
 COPIES = {("fsdp", 4): ("replicate=2",)}
