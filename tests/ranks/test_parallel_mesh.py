@@ -39,7 +39,7 @@ def words(tmp_path: Path) -> tuple[str, ...]:
 
 
 @pytest.mark.slow_except("layers")
-@pytest.mark.soak_for(*(name for name in MESHES if name not in ("layers", "stages", "all four")))
+@pytest.mark.soak_for(*(name for name in MESHES if name not in ("layers", "stages")))
 @pytest.mark.parametrize("name", MESHES)
 def test_it_trains_what_one_process_trains_with_everything_on(
     name: str, words: tuple[str, ...], tmp_path: Path
@@ -72,6 +72,7 @@ def test_it_trains_what_one_process_trains_with_everything_on(
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("1-1-2-2-ulysses")
 @pytest.mark.parametrize(
     ("replicate", "shard", "context", "tensor", "by"),
     [
