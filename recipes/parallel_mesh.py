@@ -113,9 +113,11 @@ class ParallelMeshConfig(Config):
     sequence_parallel: bool = key(
         False, "between layers each rank of `tensor` has a slice of the sequence, not all of it", free=True
     )
-    cut: Any = key(AUTO, CUT_HELP)
-    micro_batches: int = key(4, "with a pipeline: micro-batches that a batch is piped through in", minimum=1)
-    schedule: str = key("1f1b", "order of the micro-batches' forwards and backwards", ("gpipe", "1f1b", "interleaved"))
+    cut: Any = key(AUTO, CUT_HELP, free=True)
+    micro_batches: int = key(4, "with a pipeline: micro-batches that a batch is piped through in", minimum=1, free=True)
+    schedule: str = key(
+        "1f1b", "order of the micro-batches' forwards and backwards", ("gpipe", "1f1b", "interleaved"), free=True
+    )
 
     @property
     def pipeline_stages(self) -> int:
