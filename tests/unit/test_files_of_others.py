@@ -126,6 +126,7 @@ def test_another_s_compile_cache_is_not_used(
     monkeypatch.setenv("USER", "me")
     monkeypatch.setenv("LOGNAME", "me")
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     usual, own = everyones / "torchinductor_me", tmp_path / ".cache/lockstep/torchinductor"
     temporary.own_compile_cache()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lockstep.errors import UserError
-from lockstep.utils.files import write_atomically
+from lockstep.utils.files import cache_folder, write_atomically
 from lockstep.utils.text import count
 
 # torchvision.datasets.folder.IMG_EXTENSIONS, and GIF, which torchvision.io decodes.
@@ -63,8 +63,7 @@ def list_image_folder(root: Path) -> Listing:
 
 
 def listing_file(root: Path) -> Path:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    return cache / "lockstep" / "listings" / f"{hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]}.json"
+    return cache_folder("listings") / f"{hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]}.json"
 
 
 def kept_listing(root: Path) -> Listing | None:

@@ -1,4 +1,4 @@
-"""Files of a run directory, written so that a reader never sees half of one."""
+"""Files of a run directory, written so that a reader never sees half of one; and where other files are."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+
+
+def cache_folder(name: str) -> Path:
+    """Where this user keeps what can be made again: $XDG_CACHE_HOME/lockstep/name, as a rule below ~/.cache.
+
+    Source: https://specifications.freedesktop.org/basedir/latest/
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lockstep" / name
 
 
 def write_atomically(path: Path, content: str | bytes | memoryview, durable: bool = True) -> None:

@@ -22,6 +22,8 @@ from multiprocessing import util
 from pathlib import Path
 from typing import NoReturn
 
+from lockstep.utils.files import cache_folder
+
 PREFIX = "lockstep-"
 HELD = ".held"  # the file with the lock
 _of_sockets: dict[int, tuple[str, int]] = {}  # {process: its folder for sockets, the lock's descriptor}
@@ -43,7 +45,7 @@ def own_compile_cache() -> None:
         os.mkdir(folder, 0o700)  # from here on it cannot be another's
     if is_own_folder(folder, closed=stat.S_IWGRP | stat.S_IWOTH):
         return
-    own = Path("~/.cache/lockstep/torchinductor").expanduser()
+    own = cache_folder("torchinductor")
     own.mkdir(0o700, parents=True, exist_ok=True)
     print(f"{folder} is writable by others: torch.compile keeps its code in {own}", file=sys.stderr, flush=True)
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(own)
