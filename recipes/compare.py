@@ -89,6 +89,7 @@ def check(config: CompareConfig, share: int) -> None:
 def train(run: Run[CompareConfig]) -> None:
     config = run.asked
     recipes = chosen_recipes(config.recipes)
+    run.report.line(f"compare: {count(len(recipes), 'recipe')} in {count(config.rounds, 'round')}")
     cases, left_out = plan_cases(config, train, recipes)
     for line in left_out:
         run.report.line(f"left out: {line}")

@@ -22,7 +22,7 @@ from lockstep.run import Run
 from lockstep.task import option
 from lockstep.utils.files import write_json
 from lockstep.utils.tables import terminal_tables
-from lockstep.utils.text import mebibytes
+from lockstep.utils.text import by_rank, count, mebibytes
 
 if TYPE_CHECKING:
     from lockstep.recipe import Recipe
@@ -37,6 +37,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
         recipe: takes the steps that are measured.
         config: of these steps.
     """
+    run.report.line(f"doctor: {count(config.max_steps or 0, 'step')} of recipes.{recipe.name} are taken and counted …")
     ranks, peaks = measure_steps(run, recipe, config)
     if run.world.rank:
         return
@@ -57,7 +58,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     print_account(run, found, samples)
     line = run.report.line
     line(f"held, MiB by rank    {summarize_memory(ranks)} (recipes.{recipe.name}, {config.max_steps} steps)")
-    line(f"measured peak, MiB   {', '.join(map(mebibytes, peaks))} by rank: the rise of {PEAK_OF[run.device.type]}")
+    line(f"measured peak, MiB   {by_rank(peaks)} by rank: the rise of {PEAK_OF[run.device.type]}")
     free, who = free_bytes(run.device)
     line(f"free now, MiB        {mebibytes(free)}, says {who}")
     run.report.console.print(*sharding_tables(shards, len(peaks)), sep="\n")

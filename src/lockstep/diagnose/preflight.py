@@ -122,8 +122,14 @@ def run_preflight(run: Run[Any], prove: Callable[[], Finding]) -> None:
         CheckFailed: a run would fail here; on every rank.
     """
     world = run.world
+    where = f"{count(world.world_size, 'rank')} on {count(len(set(world.hosts)), 'host')}, {run.device.type}"
+    run.report.line(f"doctor: {where}: versions, devices, cores, names, files …")
     ranks = probe_ranks(run)
-    links = measure_bandwidth(world) if world.world_size > 1 else {}
+    links: Facts = {}
+    if world.world_size > 1:
+        run.report.line("doctor: the links between the ranks …")
+        links = measure_bandwidth(world)
+    run.report.line("doctor: a few steps against one process …")
     whole = sharded_state_bytes(run.config, 1)["ddp"]
     needs = Needs(whole["parameters"] + whole["optimizer"], run.config.checkpoint.keep, whole["gradients"])
     broken = ""
@@ -141,7 +147,6 @@ def run_preflight(run: Run[Any], prove: Callable[[], Finding]) -> None:
         if links:
             console.print(*bandwidth_tables(links["collectives"], world.world_size), sep="\n")
             console.print("", bandwidth_plot(links["collectives"]), "", sep="\n", markup=False)
-        where = f"{count(world.world_size, 'rank')} on {count(len(set(world.hosts)), 'host')}, {run.device.type}"
         console.print(findings_table(summarized(found, "preflight.json"), f"{where}: would a run work here?"))
     if broken:  # the ranks may be at different places, so nothing more can be agreed
         raise CheckFailed(f"preflight: {broken}; see preflight.json")
