@@ -42,7 +42,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
-from lockstep.parallel.fully_sharded import precision_policies
+from lockstep.parallel.fully_sharded import precision_policies, sum_embeddings_in_fp32
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.clip import clip_gradients
@@ -86,6 +86,7 @@ def shard(model: nn.Module, mesh: DeviceMesh, run: Run[FsdpConfig]) -> None:
         "offload_policy": CPUOffloadPolicy(pin_memory=pinned) if config.offload else OffloadPolicy(),
     }
     arithmetic, rest = precision_policies(config.precision, config.reduce)
+    sum_embeddings_in_fp32(model, config.precision, run.device)
     if config.precision in AUTOCAST:
         norms: list[nn.Module] = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
         own = MixedPrecisionPolicy(cast_forward_inputs=False)  # 16-bit images with fp32 weights, as under autocast

@@ -72,7 +72,7 @@ from lockstep.config.tasks import short_name
 from lockstep.distributed.dtensor import full_tensor
 from lockstep.parallel.context import ContextShare, share_sequence
 from lockstep.parallel.context_plan import check_attention, context_modules
-from lockstep.parallel.fully_sharded import expect_two_gathers, precision_policies
+from lockstep.parallel.fully_sharded import expect_two_gathers, precision_policies, sum_embeddings_in_fp32
 from lockstep.parallel.stages import (
     STAGES_A_RANK,
     Pipeline,
@@ -187,7 +187,7 @@ def cut_into_stages(run: Run[ParallelMeshConfig], model: Any, mesh: DeviceMesh) 
 @recipe(
     config=ParallelMeshConfig,
     task="language",
-    proof=(Proof(rounding=4), Proof(own={"tensor": 1, "context": 2}, precisions=("fp64",), rounding=4)),
+    proof=(Proof(), Proof(own={"tensor": 1, "context": 2}, precisions=("fp64",))),
     check=check,
     next_command="python -m recipes.plan task=language     what each technique would hold and send",
 )
@@ -211,6 +211,7 @@ def train(run: Run[ParallelMeshConfig]) -> None:
     model = model.to(run.device) if stages else run.place(model)
     mesh = weights["replicate", "shard"] if config.replicate > 1 else weights["shard"]
     of_block, of_rest = precision_policies(config.precision)
+    sum_embeddings_in_fp32(model, config.precision, run.device)
     held = dict(model.named_modules())
     for block in blocks:
         if block in held:  # else it is another stage's

@@ -29,7 +29,6 @@ class Proof:
         differs: settings under which it is another computation; by how much is measured.
         because: why, for the reader of the table.
         precisions: those that it computes in. Without fp64 among them, all that is compared is fp32.
-        rounding: how many times as much as recipes.single's its own 16-bit arithmetic rounds.
         images: whether it is of task=images alone, whose layers it names.
         prepare: what the recipe does to the model before it wraps it, where that changes the training itself: called
             with (run, model), it does the same to `single`'s.
@@ -40,7 +39,6 @@ class Proof:
     differs: dict[str, Any] = field(default_factory=dict)
     because: str = ""
     precisions: tuple[str, ...] = ("fp64", "fp32", "bf16", "fp16")
-    rounding: float = 1.0
     images: bool = False
     prepare: Callable[[Run, nn.Module], None] | None = None
 

@@ -6,7 +6,9 @@ import logging
 from dataclasses import replace
 
 import torch
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn import functional as F
 
 from lockstep.training.precision import AUTOCAST
 
@@ -25,6 +27,25 @@ def precision_policies(precision: str, reduce: str = "fp32") -> tuple[MixedPreci
     mean = torch.float32 if reduce == "fp32" else torch.bfloat16
     block = MixedPrecisionPolicy(param_dtype=AUTOCAST[precision], reduce_dtype=mean)
     return block, replace(block, output_dtype=torch.float32)
+
+
+class EmbeddingSummedInFp32(nn.Embedding):
+    """What the class of an embedding becomes a subclass of on CPUs in 16 bits; its outputs keep their bits.
+
+    A token's gradient is the sum over all places where it is. torch's kernel for CPUs adds up in the weight's type, and
+    16 bits of it lose what is added late: of digits, where half of the tokens are one, 8 % (CUDA's adds up in fp32).
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        given = self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
+        return F.embedding(tokens, self.weight.float(), *given).to(self.weight.dtype)
+
+
+def sum_embeddings_in_fp32(model: nn.Module, precision: str, device: torch.device) -> None:
+    """Have embeddings on CPUs lose nothing of their gradients in bf16 and fp16, in place; before they are sharded."""
+    for module in model.modules() if precision in AUTOCAST and device.type == "cpu" else ():
+        if type(module) is nn.Embedding:
+            module.__class__ = EmbeddingSummedInFp32
 
 
 def expect_two_gathers() -> None:

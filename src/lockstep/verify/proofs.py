@@ -238,7 +238,7 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: Refe
                 rounded = trace(run, single, base, f"single-{plain}", begins=True, smooth=True)
                 references[plain] = rounded
                 references.rounding[plain] = find_rounding(run, single, base, f"single-{plain}", rounded)
-            row.allow_rounding(references.rounding[plain], case.proof.rounding)
+            row.allow_rounding(references.rounding[plain])
         if case.against == SINGLE and key not in references:
             references[key] = refer(None)
         found = train()

@@ -70,15 +70,14 @@ class VerifyRow:
         """What rounding makes of a number, of COMPARED: measured, or where it was not, a hundredth of what is allowed."""
         return self.allowed[name] / ROUNDINGS if name in self.allowed else self.tolerance / 100
 
-    def allow_rounding(self, rounding: dict[str, float], times: float) -> None:
+    def allow_rounding(self, rounding: dict[str, float]) -> None:
         """Allow what rounding explains.
 
         Args:
             rounding: what it makes of the reference, by COMPARED: see `rounding_of`.
-            times: how many times as much the recipe's own arithmetic rounds (Proof.rounding).
         """
         least = LAST_BIT[self.precision]
-        self.allowed = {name: ROUNDINGS * times * max(figure, least) for name, figure in rounding.items()}
+        self.allowed = {name: ROUNDINGS * max(figure, least) for name, figure in rounding.items()}
 
     def compare(self, mine: Trace, theirs: Trace, differs: str = "") -> None:
         """Fill in the numbers and the verdict.
