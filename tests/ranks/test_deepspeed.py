@@ -108,6 +108,7 @@ BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 @pytest.mark.slow
+@pytest.mark.soak_for("0", "1")
 @pytest.mark.parametrize("stage", STAGES)
 def test_other_ranks_go_on(stage: int, fit: Fit, tmp_path: Path) -> None:
     """2 → 3 → 1 → 2 ranks: what DeepSpeed saved is cut anew, with either optimizer."""
