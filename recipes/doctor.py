@@ -15,7 +15,8 @@ and no bytes, for one whole model. Then the recipe really takes three steps on t
 held, and its measured peak, stand beside the sum. The peak is less than the sum where gradients come while activations
 go, and more by what lies outside of the layers: temporary results, DDP's buckets, scratch space of cuDNN or oneDNN, and
 on a CPU the code that is loaded on the way. A last table says what DDP, ZeRO's stages and FSDP make of parameters,
-gradients and optimizer on these ranks. (Any recipe counts its own first step with `memory=report`, and trains on.)
+gradients and optimizer on these ranks, and, predicted and measured, this recipe. (Any recipe
+counts its own first step with `memory=report`, and trains on.)
 
 `recipes=[fsdp]` asks either about another recipe than ddp; with `global_batch_size=auto` the largest batch is found
 first. `run=FOLDER` starts nothing: it reads what a run has left, however it ended.

@@ -171,6 +171,32 @@ def test_the_formulas_are_what_the_recipes_measure(name: str, words: list[str], 
         assert max(found["state_bytes_by_rank"]) == pytest.approx(formula["total"], rel=0.001)
 
 
+LANGUAGE = ["task=language", "optim=adamw"]
+TECHNIQUES = {
+    "tensor_parallel": (2, [*LANGUAGE, "sequence_parallel=true"]),
+    "context_parallel": (2, LANGUAGE),
+    "expert_parallel": (2, [*LANGUAGE, "task.experts=4"]),
+    "zero1": (2, ["optim=adamw"]),
+    "parallel_mesh": (4, [*LANGUAGE, "pipeline=2", "micro_batches=2"]),
+    "fsdp": (2, ["task=language", "optim=muon"]),
+    "local_sgd": (2, ["optim=sgd"]),
+    "lora": (2, ["weights=random", "r=2"]),
+    "comm_hooks": (2, LANGUAGE),
+    "ddp": (2, ["task=language", "optim=muon"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.soak_for(*(name for name in TECHNIQUES if name != "tensor_parallel"))
+@pytest.mark.parametrize("name", TECHNIQUES)
+def test_the_doctor_predicts_what_each_technique_leaves_a_rank(name: str, tmp_path: Path) -> None:
+    ranks, words = TECHNIQUES[name]
+    execute(doctor.train, tmp_path / "run", ranks, "check=memory", f"recipes=[{name}]", "global_batch_size=16", *words)
+    found = json.loads((tmp_path / "run" / "memory.json").read_text())["technique"]
+    for kind in (*KINDS[:3], "total"):
+        assert found["measured"][kind] == pytest.approx(found["predicted"][kind], rel=0.01), (kind, found)
+
+
 @pytest.mark.soak
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_the_doctor_sets_the_measured_beside_the_sum(name: str, tmp_path: Path) -> None:

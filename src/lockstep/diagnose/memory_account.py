@@ -13,6 +13,7 @@ from rich.table import Table
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.callbacks.memory_report import memory_cell, memory_tables, summarize_memory
 from lockstep.config.schema import Config
+from lockstep.diagnose.technique_memory import technique_state_bytes
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.loggers.console import described
 from lockstep.memory.predict import MemoryPrediction, predict_memory, sharded_state_bytes
@@ -44,6 +45,11 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     samples = samples_at_once(run.config, run.shards)
     found = predict_memory(run.config, samples, run.device.type)
     shards = sharded_state_bytes(run.config, run.world.world_size)
+    predicted = technique_state_bytes(recipe.name, config, run.world.world_size)
+    held = max((rank["total"] for rank in ranks), key=lambda total: sum(total[kind] for kind in KINDS[:3]))
+    measured = {kind: held[kind] for kind in KINDS[:3]} | {"total": sum(held[kind] for kind in KINDS[:3])}
+    mine = {f"{recipe.name}, predicted": predicted} if predicted else {}
+    mine |= {f"{recipe.name}, measured": measured}
     report = {
         "samples": samples,
         "unit": option(run.task, "unit"),
@@ -53,6 +59,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
         "measured_peak_bytes_by_rank": peaks,
         "ranks": ranks,
         "sharded": shards,
+        "technique": {"predicted": predicted, "measured": measured},
     }
     write_json(run.out / "memory.json", report)
     print_account(run, found, samples)
@@ -61,7 +68,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     line(f"measured peak, MiB   {by_rank(peaks)} by rank: the rise of {PEAK_OF[run.device.type]}")
     free, who = free_bytes(run.device)
     line(f"free now, MiB        {mebibytes(free)}, says {who}")
-    run.report.console.print(*sharding_tables(shards, len(peaks)), sep="\n")
+    run.report.console.print(*sharding_tables(shards | mine, len(peaks)), sep="\n")
 
 
 def samples_at_once(config: Config, shards: int) -> int:

@@ -96,6 +96,16 @@ def tensor_parallel_plan(task: Any, name: str, model: nn.Module, tensor: int, se
     return plan
 
 
+def local_shape(name: str, shape: tuple[int, ...], plan: Mapping[str, str], ranks: int) -> tuple[int, ...]:
+    """What the first rank has of a parameter whose layer ranks share."""
+    word, mine = plan.get(name.rpartition(".")[0]), list(shape)
+    if word in ("embedding", "columns", "output"):
+        mine[0] = -(-mine[0] // ranks)
+    if word == "rows" and len(mine) > 1:
+        mine[1] = -(-mine[1] // ranks)
+    return tuple(mine)
+
+
 def _check_parameters(name: str, model: nn.Module, plan: Mapping[str, str]) -> None:
     """Each parameter belongs to one layer of the plan, and to one only."""
     owners: dict[int, str] = {}

@@ -37,7 +37,7 @@ from lockstep.models.experts import MixtureOfExperts
 from lockstep.parallel.compressed_gradients import sent_numbers
 from lockstep.parallel.expert_plan import expert_modules
 from lockstep.parallel.partition import choose_cuts, crossings, split
-from lockstep.parallel.tensor_plan import tensor_parallel_plan
+from lockstep.parallel.tensor_plan import local_shape, tensor_parallel_plan
 from lockstep.task import option
 from lockstep.tasks.build import blocks_of_task, known_task, sample_of, sketch
 from lockstep.training.precision import AUTOCAST, DTYPES, autocast
@@ -162,7 +162,7 @@ def mesh_traffic(model: nn.Module, config: Any, ranks: int, item: int) -> dict[s
     if length % context:
         return None
     tokens = int(config.global_batch_size) // copies * length // context
-    sizes = {id(p): local_shape(name, p, plan, config.tensor) for name, p in model.named_parameters()}
+    sizes = {id(p): local_shape(name, tuple(p.shape), plan, config.tensor) for name, p in model.named_parameters()}
     if config.tensor > 1:
         widths = [width_of(model.get_submodule(name), word) for name, word in plan.items()]
         found["all-reduce"] = tokens * (item * sum(widths) + 3 * max(4, item))
@@ -188,16 +188,6 @@ def width_of(module: nn.Module, word: str) -> int:
         return next(each.in_features for each in module.modules() if isinstance(each, nn.Linear))
     wanted = {"rows": "out_features", "output": "in_features"}.get(word)
     return int(getattr(module, wanted)) if wanted else 0
-
-
-def local_shape(name: str, parameter: nn.Parameter, plan: dict[str, str], ranks: int) -> tuple[int, ...]:
-    """What the first rank has of a parameter whose layer ranks share."""
-    word, shape = plan.get(name.rpartition(".")[0]), list(parameter.shape)
-    if word in ("embedding", "columns", "output"):
-        shape[0] = -(-shape[0] // ranks)
-    if word == "rows" and len(shape) > 1:
-        shape[1] = -(-shape[1] // ranks)
-    return tuple(shape)
 
 
 def compressed_traffic(model: nn.Module, config: Any, item: int) -> dict[str, int] | None:
