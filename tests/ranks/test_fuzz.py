@@ -275,3 +275,10 @@ def test_the_command_a_user_types_loses_nothing(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_the_launcher_loses_nothing_whoever_is_killed(tmp_path: Path) -> None:
     assert_nothing_is_lost(3, seed=1, way="launched")
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(900)
+def test_a_cluster_s_jobs_lose_nothing_whatever_goes_down_there() -> None:
+    counts = assert_nothing_is_lost(1, seed=1, way="slurm")
+    assert counts["kills"] == 2, counts

@@ -2,6 +2,7 @@
 
     python -m tests.helpers.fuzz --runs 100 --seed 1             forked ranks on a narrow model, some seconds a run
     python -m tests.helpers.fuzz --runs 4 --seed 1 --way launched    `python -m recipes.ddp` as a user starts it
+    python -m tests.helpers.fuzz --runs 4 --seed 1 --way slurm       two nodes of a Slurm box, and what goes down there
 
 A seed decides everything that is drawn: the recipe, what it saves and how often, who is killed, and when. What a moment
 of a clock then hits is up to the machine; a kill at the n-th file-system call of a save hits the same call each time.

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from tests.helpers.fuzz.judging import Outcome, play
 from tests.helpers.fuzz.launched import draw_blows, play_launched
+from tests.helpers.fuzz.on_slurm import draw_cluster_blows, play_on_slurm
 from tests.helpers.fuzz.plans import draw
 from tests.helpers.fuzz.starts import warm
 
-WAYS = ("forked", "launched")
+WAYS = ("forked", "launched", "slurm")
 
 
 @dataclass
@@ -73,7 +74,14 @@ def play_seed(way: str, variants: int, seed: int) -> Tally:
         folder = Path(tempfile.mkdtemp(prefix=f"lockstep-fuzz-{name}-"))
         began = time.monotonic()
         if way == "launched":
-            what, trained, outcome = "recipes.ddp, launched", ["ddp", "images"], play_launched(draw_blows(seed), folder)
+            what, trained, outcome = (
+                "recipes.ddp, launched",
+                ["ddp", "task=images"],
+                play_launched(draw_blows(seed), folder),
+            )
+        elif way == "slurm":
+            what, trained = "recipes.ddp +cluster=slurm", ["ddp", "task=images"]
+            outcome = play_on_slurm(draw_cluster_blows(seed, variant), folder)
         else:
             plan = draw(seed, variant)
             sizes = f" then × {', '.join(map(str, plan.sizes[1:]))}" if plan.sizes else ""
