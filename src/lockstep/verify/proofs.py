@@ -21,12 +21,13 @@ from lockstep.errors import CheckFailed, UserError
 from lockstep.launch.validate import check_batch, check_package
 from lockstep.recipe import Proof, Recipe
 from lockstep.run import Run
-from lockstep.tasks.build import has_batchnorm
+from lockstep.tasks.build import has_batchnorm, sketch
 from lockstep.training.precision import AUTOCAST
 from lockstep.verify.first_difference import parting_of
 from lockstep.verify.operations import with_operation
 from lockstep.verify.reference import SINGLE, described_reference, reference_of, run_alone
 from lockstep.verify.rows import VerifyRow, rounding_of
+from lockstep.verify.sample_masks import drops
 from lockstep.verify.trace import Trace, trace
 
 PROOF_STEPS = {"fp64": 5, "fp32": 3, "bf16": 3, "fp16": 3}  # by precision
@@ -152,6 +153,20 @@ def both_configs(case: ProofCase, single: Recipe, asked: Config) -> tuple[Config
     return with_values(base, trained), with_values(mine, trained)
 
 
+def refuse_dropout(case: ProofCase, config: Config, masked: bool) -> None:
+    """Raises UserError where the model drops numbers, and the two sides cannot be made to drop the same."""
+    if not masked:
+        return
+    if case.proof.dropout:
+        raise UserError(f"dropout: {case.proof.dropout}")
+    if config.compile:
+        raise UserError("dropout: masks are made by samples in hooks, which compile=true melts; leave one out")
+    if case.against != SINGLE:
+        raise UserError(
+            "dropout: a reference that is a command of its own draws its own masks; set its probability to 0"
+        )
+
+
 def proof_batch(samples: int, ranks: int) -> int:
     """Samples of a step, over all ranks: some for each rank, or of a small data set as many as there are.
 
@@ -173,14 +188,16 @@ class References(dict[str, Trace | None]):
         self.rounding: dict[str, dict[str, float]] = {}
 
 
-def find_rounding(run: Run[Any], single: Recipe, config: Config, name: str, rounded: Trace | None) -> dict[str, float]:
+def find_rounding(
+    run: Run[Any], single: Recipe, config: Config, name: str, rounded: Trace | None, masked: bool = False
+) -> dict[str, float]:
     """What rounding makes of `single`'s training: how far `rounded` is from the same in fp64; on rank 0.
 
     Empty where the model does not compute in fp64.
     """
     values = with_values(config, {"precision": "fp64"})
     try:
-        exact = trace(run, single, values, f"{name}-exact", begins=True, smooth=True)
+        exact = trace(run, single, values, f"{name}-exact", begins=True, smooth=True, masked=masked)
     except Preempted:
         raise
     except Exception:  # on all ranks, each of which trains the same by itself
@@ -206,6 +223,8 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: Refe
         check_batch(mine, ranks)
         if each.check:
             each.check(mine, mine.global_batch_size // (ranks // mine.model_parallel_size))
+        masked = drops(sketch(mine))
+        refuse_dropout(case, mine, masked)
     except UserError as error:
         row.verdict = f"not run: {error}"
         return row
@@ -219,14 +238,14 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: Refe
         """The recipe's training; the tensors of so many steps are recorded, in a folder of their own."""
         recorded, where = with_values(mine, {"record_tensors": steps}), name + RECORDED * bool(steps or looks_on)
         begins = case.against != SINGLE
-        return trace(run, each, recorded, where, case.proof.prepare, case.interrupt, looks_on, begins, smooth)
+        return trace(run, each, recorded, where, case.proof.prepare, case.interrupt, looks_on, begins, smooth, masked)
 
     def refer(found: Trace | None, steps: int = 0, looks_on: Sequence[Callback] = ()) -> Trace | None:
         """The reference's, likewise."""
         recorded = with_values(base if case.against == SINGLE and not alike else mine, {"record_tensors": steps})
         if case.against == SINGLE:
             where = f"single-{key}" + RECORDED * bool(steps or looks_on)
-            return trace(run, single, recorded, where, case.proof.prepare, None, looks_on, True, smooth)
+            return trace(run, single, recorded, where, case.proof.prepare, None, looks_on, True, smooth, masked)
         return run_alone(run, case.against, recorded, f"{name}-on-one-rank" + RECORDED * bool(steps), found)
 
     # In less than fp64 the same is allowed as rounding explains; a reference that is a command of its own keeps its kinks.
@@ -235,9 +254,9 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: Refe
         if smooth:
             plain = "-".join(said)
             if plain not in references.rounding:
-                rounded = trace(run, single, base, f"single-{plain}", begins=True, smooth=True)
+                rounded = trace(run, single, base, f"single-{plain}", begins=True, smooth=True, masked=masked)
                 references[plain] = rounded
-                references.rounding[plain] = find_rounding(run, single, base, f"single-{plain}", rounded)
+                references.rounding[plain] = find_rounding(run, single, base, f"single-{plain}", rounded, masked)
             row.allow_rounding(references.rounding[plain])
         if case.against == SINGLE and key not in references:
             references[key] = refer(None)

@@ -25,6 +25,7 @@ from lockstep.distributed.process_group import World
 from lockstep.distributed.signals import Listener
 from lockstep.run import Run
 from lockstep.training.local_gradients import LocalGradients
+from lockstep.verify.sample_masks import sample_masks
 
 if TYPE_CHECKING:
     from lockstep.recipe import Recipe
@@ -89,6 +90,7 @@ def trace(
     looks_on: Sequence[Callback] = (),
     begins: bool = False,
     smooth: bool = False,
+    masked: bool = False,
 ) -> Trace | None:
     """Train a recipe on the ranks of `run`, in a run directory `name` inside its own; the Trace on rank 0, else None.
 
@@ -100,9 +102,11 @@ def trace(
         looks_on: further callbacks.
         begins: whether the weights before the first step are kept.
         smooth: whether ReLUs are without a kink.
+        masked: whether dropout drops by sample: see sample_masks.py.
     """
     out = run.out / name
-    with smooth_relu() if smooth else contextlib.nullcontext():
+    nothing = contextlib.nullcontext()
+    with smooth_relu() if smooth else nothing, sample_masks() if masked else nothing:
         first = train_traced(run.world, out, recipe, config, prepare, interrupt, looks_on, run.listener, begins)
     parts, starts = (
         gather_objects({name: tensor.cpu() for name, tensor in tensors.items()}, None)
