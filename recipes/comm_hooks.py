@@ -107,7 +107,7 @@ def compress_alone(run: Run, model: nn.Module) -> None:
     """Have `single` compress its gradients, which are those of the whole batch, as ranks do with the mean of theirs."""
     if run.recipe == "single":
         alone = PowerSGD(model, 0, 1, r=run.config.matrix_rank)
-        for parameter in model.parameters():
+        for parameter in [each for each in model.parameters() if each.requires_grad]:
             parameter.register_post_accumulate_grad_hook(alone.compress_alone)
 
 

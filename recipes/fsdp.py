@@ -42,7 +42,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lockstep import Proof, Run, UserError, recipe
 from lockstep.config.keys import key
 from lockstep.config.schema import Config
-from lockstep.parallel.fully_sharded import precision_policies, sum_embeddings_in_fp32
+from lockstep.parallel.fully_sharded import precision_policies, refuse_tied, sum_embeddings_in_fp32
+from lockstep.tasks.build import sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.activation_checkpointing import checkpoint_activations
 from lockstep.training.clip import clip_gradients
@@ -125,15 +126,6 @@ def deal(model: nn.Module, whole: nn.Module | None, run: Run[FsdpConfig]) -> Non
             mine.copy_(tensor)
 
 
-def refuse_tied(model: nn.Module) -> None:
-    """One tensor under two names would become two when the meta model gets its memory."""
-    names: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in names:
-            raise UserError(f"recipes.fsdp: {names[id(parameter)]} and {name} are one tensor; untie them, or use ddp")
-        names[id(parameter)] = name
-
-
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers, those too that no state_dict has, such as tables of positions."""
     return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
@@ -141,6 +133,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 def check(config: FsdpConfig, share: int) -> None:
     """What sharding asks for, before anything starts."""
+    refuse_tied(sketch(config), "fsdp")
     ranks = config.global_batch_size // share
     if ranks % config.replicate:
         raise UserError(
@@ -166,7 +159,6 @@ def train(run: Run[FsdpConfig]) -> None:
     whole = run.task.build_model().to(dtype) if run.world.rank == 0 else None
     with torch.device("meta"):
         model: Any = run.task.build_model().to(dtype)
-    refuse_tied(model)
     # Before: a block's second forward then lies inside of its backward, when its weights are gathered anyway.
     checkpoint_activations(model, run.blocks(model), run.config.checkpoint_activations)
     shard(model, make_mesh(run), run)

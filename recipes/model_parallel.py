@@ -61,7 +61,8 @@ class ModelParallel(nn.Module):
         parts = split(module, firsts, blocks)  # the same parameters, so moving a part moves a part of `module`
         self._parts = [part.to(device) for part, device in zip(parts, devices, strict=True)]
         self._devices, self._pieces = devices, pieces
-        self.clock = StageClock(devices, next(parts[0].parameters()))
+        trained = (each for part in parts for each in part.parameters() if each.requires_grad)
+        self.clock = StageClock(devices, next(trained))
         # Whoever evaluates or exports `module` calls it directly, and its own forward knows nothing of devices.
         module.forward = self.forward
 

@@ -72,7 +72,12 @@ from lockstep.config.tasks import short_name
 from lockstep.distributed.dtensor import full_tensor
 from lockstep.parallel.context import ContextShare, share_sequence
 from lockstep.parallel.context_plan import check_attention, context_modules
-from lockstep.parallel.fully_sharded import expect_two_gathers, precision_policies, sum_embeddings_in_fp32
+from lockstep.parallel.fully_sharded import (
+    expect_two_gathers,
+    precision_policies,
+    refuse_tied,
+    sum_embeddings_in_fp32,
+)
 from lockstep.parallel.stages import (
     STAGES_A_RANK,
     Pipeline,
@@ -84,7 +89,7 @@ from lockstep.parallel.stages import (
 from lockstep.parallel.tensor import layer_styles, share_layers
 from lockstep.parallel.tensor_plan import tensor_parallel_plan
 from lockstep.task import option
-from lockstep.tasks.build import has_batchnorm, known_task, one_sample, sketch
+from lockstep.tasks.build import blocks_of_task, has_batchnorm, known_task, one_sample, sketch
 from lockstep.training.accumulate import micro_batches
 from lockstep.training.clip import clip_gradients
 from lockstep.training.optim import build_optimizer, build_scheduler
@@ -154,6 +159,7 @@ def check(config: ParallelMeshConfig, share: int) -> None:
         raise UserError("sequence_parallel=true: is for ranks that share layers; set tensor=2 or more, or leave it out")
     if config.tensor > 1:
         tensor_parallel_plan(task, name, model, config.tensor, config.sequence_parallel)
+    refuse_tied(model, "parallel_mesh", blocks_of_task(task, model))
     if config.context > 1:
         modules = context_modules(task, name, model, config.context)
         check_attention(name, model, modules, one_sample(config)[0], config.context, config.by, config.tensor, slices)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -10,7 +11,28 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
 
+from lockstep.errors import UserError
 from lockstep.training.precision import AUTOCAST
+
+
+def refuse_tied(model: nn.Module, recipe: str, blocks: Sequence[str] | None = None) -> None:
+    """Refuse a tensor under two names: each block is sharded by itself, and one on the meta device would become two.
+
+    Args:
+        blocks: those that are sharded by themselves: a tensor that lies in none of them may have several names; None: no
+            tensor may.
+
+    Raises:
+        UserError: names both.
+    """
+    names: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        before = names.setdefault(id(parameter), name)
+        within = blocks is None or any(
+            f"{each}.".startswith(f"{block}.") for block in blocks for each in (before, name)
+        )
+        if before != name and within:
+            raise UserError(f"recipes.{recipe}: {before} and {name} are one tensor; untie them, or use ddp")
 
 
 def precision_policies(precision: str, reduce: str = "fp32") -> tuple[MixedPrecisionPolicy, MixedPrecisionPolicy]:

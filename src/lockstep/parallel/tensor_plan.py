@@ -111,7 +111,7 @@ def _check_parameters(name: str, model: nn.Module, plan: Mapping[str, str]) -> N
     owners: dict[int, str] = {}
     for parameter_name, parameter in model.named_parameters(remove_duplicate=False):
         layer = parameter_name.rpartition(".")[0]
-        if plan.get(layer, "gather") in ("gather", "causal"):
+        if id(parameter) not in owners and plan.get(layer, "gather") in ("gather", "causal"):
             raise UserError(
                 f"task={name}: tensor_parallel_plan leaves out {layer or 'the model itself'}, which has "
                 f"{parameter_name}; say {', '.join(word for word in LAYERS if word not in ('gather', 'causal'))}"

@@ -14,8 +14,8 @@ class StageClock:
     """Times the parts of a model that one process runs one after the other, forward and backward.
 
     `enter` and `leave` are identities that stand before and behind each part; activations pass them on their way
-    forward, and gradients pass them again on their way back. The copy between two devices lies outside of both. Part
-    0's backward ends with its first parameter's gradient, which is the last one to be computed.
+    forward, and gradients pass them again on their way back. The copy between two devices lies outside of both. The
+    backward ends with the first trained parameter's gradient, which is the last one to be computed.
     """
 
     def __init__(self, devices: list[torch.device], first_parameter: nn.Parameter) -> None:
@@ -53,7 +53,8 @@ class StageClock:
             self.busy[part].stop()
 
     def _end(self, _: Any) -> None:
-        self.stop(0)
+        for part in list(self._running):
+            self.stop(part)
         self.whole.stop()
         self._step_begun = False
 

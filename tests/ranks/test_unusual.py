@@ -1,0 +1,124 @@
+"""Trainings that are no plain stack of trained layers on a power of two of ranks: `recipes.verify` holds each technique to
+one process there too, or the technique refuses; and a mistake in each of them is named."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lockstep.models.gpt import GPT_SIZES, GPTConfig
+from recipes import verify
+from tests.helpers import unusual_task
+from tests.helpers.harness import ROOT, execute, verify_rows
+
+TASK = f"task={unusual_task.__file__}:Unusual"
+SHARED = "are one tensor"
+WITHIN = "which are one parameter, would be in parts 0 and 1"
+COPIES = (
+    "ddp zero1 grad_accumulation activation_checkpointing comm_hooks local_sgd lora expert_parallel context_parallel"
+)
+CUT = "fsdp tensor_parallel parallel_mesh model_parallel pipeline_parallel"
+# By what is unusual: the words that ask for it, ranks, recipes that are equal, and {recipe: why it is not run}.
+CASES: dict[str, tuple[tuple[str, ...], int, str, dict[str, str]]] = {
+    "frozen, where models are cut": (("task.frozen=true",), 2, CUT, {}),
+    "frozen": (("task.frozen=true",), 2, COPIES, {}),
+    "tied": (
+        ("task.tied=true",),
+        2,
+        COPIES,
+        dict.fromkeys(("fsdp", "tensor_parallel"), SHARED)
+        | dict.fromkeys(("model_parallel", "pipeline_parallel"), WITHIN),
+    ),
+    "used twice": (
+        ("task.twice=true",),
+        2,
+        COPIES,
+        dict.fromkeys(("fsdp", "tensor_parallel", "parallel_mesh"), SHARED)
+        | dict.fromkeys(("model_parallel", "pipeline_parallel"), WITHIN),
+    ),
+    "dropout": (
+        ("task.dropout=0.2",),
+        2,
+        f"{COPIES} fsdp tensor_parallel parallel_mesh model_parallel lightning_fabric",
+        {"pipeline_parallel": "dropout: a stage after the first does not see the samples"},
+    ),
+    "two optimizers": (("optim=muon",), 2, "ddp zero1 fsdp parallel_mesh", {}),
+    "3 ranks": ((), 3, "ddp fsdp zero1 lightning_fabric", {"expert_parallel": "expert=2"}),
+    "3 ranks share": (("task.sequence_length=18",), 3, "context_parallel", {"tensor_parallel": "tensor=3"}),
+    "5 ranks": ((), 5, "ddp fsdp zero1 local_sgd", {}),
+}
+OWN = {"3 ranks share": ("context=3", "tensor=3")}
+QUICK = "frozen, where models are cut"
+
+
+@pytest.fixture(autouse=True)
+def _narrow_gpt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(GPT_SIZES, "nano", GPTConfig(layers=2, width=32, heads=4, kv_heads=2, hidden=30))
+
+
+def verified(folder: Path, case: str, recipes: list[str], *more: str) -> list[dict[str, Any]]:
+    words, ranks, _, _ = CASES[case]
+    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and over it again. " * 16)
+    common = (TASK, "task.data=text", f"task.text={folder}/text.txt", "task.samples=0", "task.kv_heads=2", "threads=1")
+    common += ("precision=fp64", "max_steps=2", f"global_batch_size={12 if ranks < 5 else 15}")
+    common += ("task.sequence_length=16",) if not any("length" in word for word in words) else ()
+    execute(
+        verify.train,
+        folder / "run",
+        ranks,
+        *common,
+        *words,
+        *OWN.get(case, ()),
+        f"recipes=[{','.join(recipes)}]",
+        *more,
+        timeout=300,
+    )
+    return verify_rows(folder / "run")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, marks=[pytest.mark.soak] * (case != QUICK)) for case in CASES])
+def test_they_are_equal_to_one_process_or_refused(case: str, tmp_path: Path) -> None:
+    _, _, equal, refused = CASES[case]
+    rows = verified(tmp_path, case, [*equal.split(), *refused])
+    found = {name: {row["verdict"] for row in rows if row["recipe"] == name} for name in [*equal.split(), *refused]}
+    for name in equal.split():
+        assert "equal" in found[name], (name, found[name])
+        assert not any(verdict.startswith("OFF") for verdict in found[name]), (name, found[name])
+    for name, why in refused.items():
+        assert all(verdict.startswith("not run") and why in verdict for verdict in found[name]), (name, found[name])
+
+
+WRAPS = "    model = DistributedDataParallel(model, device_ids"
+BREAKS = {  # by what is unusual: the recipe, a line of it, and what stands before it in a broken copy
+    "frozen": ("ddp", WRAPS, "    model.requires_grad_(True)\n"),
+    "tied": (
+        "ddp",
+        WRAPS,
+        "    model.output.weight = type(model.output.weight)(model.output.weight.detach().clone())\n",
+    ),
+    "used twice": ("ddp", WRAPS, "    model.blocks[1].mlp = __import__('copy').deepcopy(model.blocks[1].mlp)\n"),
+    "dropout": ("ddp", "        for micro in micro_batches", "        model.module.dropout.p = 0.1\n"),
+    "two optimizers": ("fsdp", "    scheduler = build", "    optimizer.param_groups[-1]['lr'] *= 1.001\n"),
+    "3 ranks": ("fsdp", "        scaler.step(optimizer)", "        model.blocks[0].mlp.gate.weight.grad.mul_(1.001)\n"),
+    "5 ranks": ("fsdp", "        scaler.step(optimizer)", "        model.blocks[0].mlp.gate.weight.grad.mul_(1.001)\n"),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("case", BREAKS)
+def test_a_mistake_in_one_is_named(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, line, mistake = BREAKS[case]
+    path = ROOT / "recipes" / f"{name}.py"
+    source = path.read_text()
+    assert line in source, f"recipes/{name}.py has changed: the mutation would change nothing"
+    spec = importlib.util.spec_from_file_location(f"lockstep.recipes.{name}", path)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, f"lockstep.recipes.{name}", module)
+    exec(compile(source.replace(line, mistake + line, 1), str(path), "exec"), module.__dict__)
+    with pytest.raises(AssertionError, match=f"not the training that recipes.single computes: {name} in fp64"):
+        verified(tmp_path, case, [name])
