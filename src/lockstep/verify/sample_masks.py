@@ -22,7 +22,7 @@ from torch.nn import functional
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_leaves
 
-WRAPPERS = ("module.", "_forward_module.", "_checkpoint_wrapped_module.", "_orig_mod.")  # what wrapping puts into names
+from lockstep.verify.watching import plain_name
 
 
 def drops(model: nn.Module) -> bool:
@@ -83,13 +83,6 @@ class SampleMasks:
         mixed = mix(self.keys.to(x.device)[:, None] + mix(places + (layer << 32)))
         kept = (mixed & (2**31 - 1)).view(x.shape) >= p * 2**31
         return x * kept / (1 - p)
-
-
-def plain_name(name: str) -> str:
-    """A module's name without what wrapping put into it."""
-    for wrapper in WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
 
 
 def sample_keys(inputs: Tensor) -> Tensor:
