@@ -158,7 +158,6 @@ def check(config: PipelineConfig, share: int) -> None:
         {"stages": 2, "micro_batches": 4},
         {"model.norm": "batch"},
         "BatchNorm sees micro-batches",
-        dropout="a stage after the first does not see the samples that masks are made by here; set its probability to 0",
     ),
     check=check,
     next_command="python -m recipes.model_parallel     the same cut without the pipeline: one part always waits",

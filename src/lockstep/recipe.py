@@ -32,7 +32,6 @@ class Proof:
         images: whether it is of task=images alone, whose layers it names.
         prepare: what the recipe does to the model before it wraps it, where that changes the training itself: called
             with (run, model), it does the same to `single`'s.
-        dropout: why it cannot be compared where the model drops numbers; empty: it can (lockstep/verify/sample_masks.py).
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
@@ -42,7 +41,6 @@ class Proof:
     precisions: tuple[str, ...] = ("fp64", "fp32", "bf16", "fp16")
     images: bool = False
     prepare: Callable[[Run, nn.Module], None] | None = None
-    dropout: str = ""
 
 
 @dataclass(frozen=True)
