@@ -44,8 +44,6 @@ from lockstep.config.check import check_values
 from lockstep.config.tasks import unit_of
 from lockstep.plan.check import check_plan, check_table, unrest
 from lockstep.plan.config import PlanConfig
-from lockstep.plan.curve import TAKEN_NODES, ScalingCurve, curve_ranks, scaled, scaling_curve, strategies
-from lockstep.plan.curve_report import check_picture, curve_table, draw_curves
 from lockstep.plan.estimate import Estimate, estimate, seconds_alone
 from lockstep.plan.hardware import MEASURED, Hardware, load_hardware, with_links
 from lockstep.plan.here import measure_hardware
@@ -59,6 +57,8 @@ from lockstep.plan.report import (
     traffic_table,
 )
 from lockstep.plan.rows import INSTEAD, PLANNED, USUAL, plan_rows, why_not
+from lockstep.plan.scaling import TAKEN_NODES, ScalingCurve, curve_ranks, scaled, scaling_curve, strategies
+from lockstep.plan.scaling_report import check_picture, curve_table, draw_curves
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, short
@@ -194,18 +194,19 @@ def train(run: Run[PlanConfig]) -> None:
         raise UserError("recipes.plan: is one process; start it with python, or add check=true or hardware=here")
     load = os.getloadavg()[0]
     run.report.line(f"measuring this machine: {count(run.world.world_size, 'rank')}")
-    hardware = measure_hardware(run.world)
-    if run.world.rank == 0:
-        (run.out / "hardware.yaml").write_text(hardware.as_yaml(), encoding="utf-8")
-    run.report.line(f"hardware={short(run.out / 'hardware.yaml')} is this machine's profile")
     if run.config.check:
         words = overrides(train, run.asked, train, {"out", "nproc", "check", "hardware"})
-        rows = check_plan(run, words, hardware)
+        rows = check_plan(run, words)
         if run.world.rank == 0:
             write_json(run.out / "check.json", [row.facts() for row in rows])
             run.report.console.print(*check_table(rows), sep="\n")
             if warning := unrest(load):
                 run.report.line(warning)
+    else:
+        hardware = measure_hardware(run.world)
+        if run.world.rank == 0:
+            (run.out / "hardware.yaml").write_text(hardware.as_yaml(), encoding="utf-8")
+    run.report.line(f"hardware={short(run.out / 'hardware.yaml')} is this machine's profile")
 
 
 if __name__ == "__main__":

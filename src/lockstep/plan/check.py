@@ -22,7 +22,8 @@ from lockstep.distributed.collectives import gather_numbers, gather_objects
 from lockstep.plan.clock import StepTimes
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.dry_run import STEPS
-from lockstep.plan.hardware import Hardware, load_hardware
+from lockstep.plan.hardware import Hardware
+from lockstep.plan.here import MachineProbes
 from lockstep.plan.pipeline import dry_training
 from lockstep.plan.report import gigabytes, millisecond_cell
 from lockstep.plan.rows import PlanRow, plan_rows, why_not
@@ -32,7 +33,8 @@ from lockstep.registry import get_recipe
 from lockstep.run import Run
 from lockstep.utils.tables import terminal_tables
 
-TIMED = 15  # steps that are timed, after as many as a plan takes
+TIMED = 30  # steps that are timed, after as many as a plan takes
+BETWEEN_ROWS = 2  # rounds in which the machine is measured, before and after each row
 MARK = "second step"
 ALL_TO_ALL = "all-to-all"
 QUIET_LOAD = 0.5  # processes that run or wait, on average over the last minute
@@ -220,16 +222,19 @@ def peak_of(profiler: Any) -> int:
 Prediction = tuple[dict[str, int], int, StepTimes]  # bytes by kind, peak, times
 
 
-def predict_rows(words: list[str], ranks: int, profile_text: Path) -> list[tuple[str, Prediction | str]]:
-    """(label, what is predicted, or why nothing is) of each row; in a process that is no rank, for a rank has a process group."""
+def predict_rows(words: list[str], ranks: int, machines: list[Hardware]) -> list[tuple[str, Prediction | str]]:
+    """(label, what is predicted, or why nothing is) of each row; in a process that is no rank, for a rank has a process group.
+
+    Args:
+        machines: this one as it was found at each row.
+    """
     from lockstep.config.compose import compose_another
 
     tool = get_recipe("plan")
     config = compose_another(tool, words)
     assert isinstance(config, PlanConfig)
-    hardware = load_hardware(str(profile_text))
     found: list[tuple[str, Prediction | str]] = []
-    for row in checked_rows(config, ranks, hardware)[0]:
+    for row, hardware in zip(checked_rows(config, ranks, machines[0])[0], machines, strict=True):
         try:
             made = dry_training(row.recipe, row.config, row.ranks, hardware)
             prediction: Prediction | str = (by_kind(made.step.traffic()), made.peak_bytes, made.step.times)
@@ -249,19 +254,27 @@ def checked_rows(config: PlanConfig, ranks: int, hardware: Hardware) -> tuple[li
     return [row for row in rows if row.ranks == ranks], left_out
 
 
-def check_plan(run: Run[PlanConfig], words: list[str], hardware: Hardware) -> list[CheckRow]:
-    """Measure and predict each strategy; all ranks call it together, rank 0 has the rows."""
-    ranks, file = run.world.world_size, run.out / "hardware.yaml"
-    rows, left_out = checked_rows(run.asked, ranks, hardware)
-    measured = []
+def check_plan(run: Run[PlanConfig], words: list[str]) -> list[CheckRow]:
+    """Measure and predict each strategy; all ranks call it together, rank 0 has the rows.
+
+    The machine is measured before and after each strategy, and its steps are planned for what it was then: a processor that
+    others use too is faster now and slower then.
+    """
+    ranks, file, probes = run.world.world_size, run.out / "hardware.yaml", MachineProbes(run.world)
+    probes.take_rounds(BETWEEN_ROWS)
+    rows, left_out = checked_rows(run.asked, ranks, probes.hardware())
+    measured, machines = [], []
     for number, row in enumerate(rows, start=1):
-        measured.append(measure_row(run, row, hardware))
+        measured.append(measure_row(run, row, probes.hardware()))
+        probes.take_rounds(BETWEEN_ROWS)
+        machines.append(probes.hardware(last=2 * BETWEEN_ROWS))
         run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * measured[-1].seconds:,.1f} ms per step")
     found: list[CheckRow] = []
+    hardware = probes.hardware()
     if run.world.rank == 0:
         file.write_text(hardware.as_yaml(), encoding="utf-8")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # no rank: that has a group already
-            predicted = pool.submit(predict_rows, words, ranks, file).result()
+            predicted = pool.submit(predict_rows, words, ranks, machines).result()
         for (label, plan), real in zip(predicted, measured, strict=True):
             if isinstance(plan, str):
                 left_out.append(f"{label}: {plan}")

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from lockstep.plan.curves import seconds_at
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.links import Collective
+from lockstep.plan.measured_seconds import seconds_at
 
 ClockEvent = tuple[str, tuple[Any, ...]]  # a method of DeviceClock, and what it was given
 

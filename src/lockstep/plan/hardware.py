@@ -14,10 +14,11 @@ from typing import Any
 import yaml
 
 from lockstep.errors import UserError
-from lockstep.plan.curves import read_curves
+from lockstep.plan.measured_seconds import read_curves
 from lockstep.utils.places import folder
 
 MEASURED = "here"  # what is measured on this machine
+MAY_BE_NOTHING = ("reserved", "latency", "launch", "collective", "dtensor", "fsdp")
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def numbers(content: dict[str, Any], where: str) -> dict[str, float]:
             found[key] = float(value)
         except (TypeError, ValueError):
             found[key] = -1.0
-        if not found[key] >= (0 if key in ("reserved", "latency", "launch", "collective") else 1e-12):
+        if not found[key] >= (0 if key in MAY_BE_NOTHING else 1e-12):
             raise UserError(f"{where}: {key}={value}: allowed are numbers above 0")
     return found
 

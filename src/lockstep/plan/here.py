@@ -2,20 +2,18 @@
 
 Everything is measured while all ranks do the same, each with the threads that it has: so a rank's share of a core, of the
 memory's rate and of the caches is in each figure, and where there are more ranks than cores, the scheduler too. Machines are
-seldom quiet, so nothing is measured in one go: all probes take their turn in several rounds.
+seldom quiet, so nothing is measured in one go: all probes take their turn in several rounds, of which the medians count.
 On a CPU with a thread per rank it is the processor's time that counts, which other programs lengthen little: so a profile
 is that of the machine when nothing else is at work. What no processor works at, the wait for messages, is by the clock.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +24,7 @@ from lockstep.distributed.cores import usable_cores
 from lockstep.distributed.process_group import World
 from lockstep.memory.usage import free_bytes
 from lockstep.plan.hardware import Hardware, Link
-from lockstep.plan.probes import Probe, collective_probes, host_costs, operation_probes
+from lockstep.plan.probes import MOST_IN_TURN, Probe, collective_probes, host_costs, host_probes, operation_probes
 from lockstep.training.precision import DTYPES
 
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that are multiplied
@@ -47,47 +45,89 @@ class Taken:
         return max(1e-9, min(self.clock, self.work) if self.work else self.clock)
 
 
+class MachineProbes:
+    """All probes of this machine; each round all of them take their turn once. All ranks call each method together.
+
+    Rounds can be far apart: with one before each of several trainings, what is found is the machine as these trainings had
+    it, and not at its best.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world, kind = world, world.device.type
+        self._rates = [rate_probe(name, dtype, MATRIX_SIDE[kind], world) for name, dtype in rated(kind).items()]
+        source = torch.empty(COPIED[kind] // 4, device=world.device).zero_()
+        target = torch.empty_like(source)
+        self._copy = Probe("copied", 2 * source.nbytes, lambda: target.copy_(source))
+        self._operations = operation_probes() if kind == "cpu" else []
+        self._sent = collective_probes(world.world_size, message_device(world)) if world.world_size > 1 else []
+        self._host = host_probes(world)
+        self._probes = [*self._rates, self._copy, *self._operations, *self._sent, *self._host]
+        self._repeats: list[int] = []
+        self._rounds: list[list[Taken]] = []
+
+    def take_rounds(self, number: int) -> None:
+        """Time each probe so often."""
+        if not self._repeats:
+            for probe in self._probes:
+                probe.run()  # the first one also makes connections and buffers
+                once = slowest_time(self._world, window(self._world, probe, 1).clock)
+                self._repeats.append(min(1000, max(1, int(WINDOW / once))))
+        for _ in range(number):
+            pairs = zip(self._probes, self._repeats, strict=True)
+            self._rounds.append([window(self._world, *each) for each in pairs])
+
+    def _taken(self, last: int) -> dict[tuple[str, float], Taken]:
+        """What each probe's call takes on the slowest rank: the medians of the last rounds; 0: of all."""
+        ranks = gather_objects(self._rounds[-last:], self._world.control)
+        found = {}
+        for number, probe in enumerate(self._probes):
+            turns = list(zip(*([row[number] for row in rows] for rows in ranks), strict=True))
+            clock = statistics.median(max(each.clock for each in turn) for turn in turns)
+            work = statistics.median(max(each.work for each in turn) for turn in turns)
+            found[probe.name, probe.work] = Taken(clock, work)
+        return found
+
+    def hardware(self, last: int = 0) -> Hardware:
+        """The profile of what the last so many rounds have found; 0: all of them."""
+        world, kind, taken = self._world, self._world.device.type, self._taken(last)
+        flops = {probe.name: probe.work / taken[probe.name, probe.work].own for probe in self._rates}
+        if kind == "cpu":
+            flops |= dict.fromkeys(("bf16", "fp16"), flops["fp32"])
+        measured = operation_curves(self._operations, taken) | collective_curves(self._sent, taken)
+        least, link = 0.0, Link(1e12, 1.0, 0.0)
+        if self._sent:
+            (_, least), *_, (size, large) = measured["all-reduce"]
+            share = 2 * (world.world_size - 1) / world.world_size
+            link = Link(share * size / max(1e-9, large - least), 1.0, 0.0)
+        free, _ = free_bytes(world.device)
+        work = measured["all-reduce, work"][0][1] if self._sent else 0.0
+        costs = host_costs(self._host, lambda probe: taken[probe.name, probe.work].own, work)
+        return Hardware(
+            name=f"this machine, {kind}, {world.threads} threads per rank",
+            memory=free / (world.world_size if kind == "cpu" else 1),
+            reserved=0.0,
+            flops=flops,
+            achieved=1.0,
+            memory_bandwidth=self._copy.work / taken[self._copy.name, self._copy.work].own,
+            memory_achieved=1.0,
+            launch=costs["operation"],
+            collective=least,
+            per_node=world.world_size,
+            inside=link,
+            between=link,
+            overlaps=kind == "cuda",
+            device=kind,
+            measured=measured,
+            ranks_per_core=max(1.0, world.world_size * world.threads / usable_cores()) if kind == "cpu" else 1.0,
+            host=costs if kind == "cpu" else {},
+        )
+
+
 def measure_hardware(world: World) -> Hardware:
     """A profile of so many ranks of this machine, all at work at once."""
-    kind = world.device.type
-    rates = [rate_probe(name, dtype, MATRIX_SIDE[kind], world) for name, dtype in rated(kind).items()]
-    source = torch.empty(COPIED[kind] // 4, device=world.device).zero_()
-    target = torch.empty_like(source)
-    copy = Probe("copied", 2 * source.nbytes, lambda: target.copy_(source))
-    operations = operation_probes() if kind == "cpu" else []
-    sent = collective_probes(world.world_size, message_device(world)) if world.world_size > 1 else []
-    taken = in_rounds(world, [*rates, copy, *operations, *sent])
-    flops = {probe.name: probe.work / taken[probe.name, probe.work].own for probe in rates}
-    if kind == "cpu":
-        flops |= dict.fromkeys(("bf16", "fp16"), flops["fp32"])
-    measured = operation_curves(operations, taken) | collective_curves(sent, taken)
-    least, link = 0.0, Link(1e12, 1.0, 0.0)
-    if sent:
-        (_, least), *_, (size, large) = measured["all-reduce"]
-        share = 2 * (world.world_size - 1) / world.world_size
-        link = Link(share * size / max(1e-9, large - least), 1.0, 0.0)
-    free, _ = free_bytes(world.device)
-    work = measured["all-reduce, work"][0][1] if sent else 0.0
-    costs = host_costs(world, lambda run: least_seconds(world, run), work)
-    return Hardware(
-        name=f"this machine, {kind}, {world.threads} threads per rank",
-        memory=free / (world.world_size if kind == "cpu" else 1),
-        reserved=0.0,
-        flops=flops,
-        achieved=1.0,
-        memory_bandwidth=copy.work / taken[copy.name, copy.work].own,
-        memory_achieved=1.0,
-        launch=costs["operation"],
-        collective=least,
-        per_node=world.world_size,
-        inside=link,
-        between=link,
-        overlaps=kind == "cuda",
-        device=kind,
-        measured=measured,
-        ranks_per_core=max(1.0, world.world_size * world.threads / usable_cores()) if kind == "cpu" else 1.0,
-        host=costs if kind == "cpu" else {},
-    )
+    probes = MachineProbes(world)
+    probes.take_rounds(ROUNDS)
+    return probes.hardware()
 
 
 def rated(kind: str) -> dict[str, torch.dtype]:
@@ -101,35 +141,24 @@ def rate_probe(name: str, dtype: torch.dtype, side: int, world: World) -> Probe:
     return Probe(name, 2 * side**3, lambda: a @ b)
 
 
-def in_rounds(world: World, probes: list[Probe]) -> dict[tuple[str, float], Taken]:
-    """What each probe's call takes when all ranks make it, on the slowest rank: the quickest by the clock, since other
-    programs only ever lengthen it; the processor's time at the median."""
-    repeats = []
-    for probe in probes:
-        probe.run()  # the first one also makes connections and buffers
-        repeats.append(min(1000, max(1, int(WINDOW / slowest_time(world, window(world, probe.run, 1).clock)))))
-    rounds = [
-        [window(world, *each) for each in zip([p.run for p in probes], repeats, strict=True)] for _ in range(ROUNDS)
-    ]
-    ranks = gather_objects(rounds, world.control)
-    found = {}
-    for number, probe in enumerate(probes):
-        clocks = [max(rows[turn][number].clock for rows in ranks) for turn in range(ROUNDS)]
-        works = [max(rows[turn][number].work for rows in ranks) for turn in range(ROUNDS)]
-        found[probe.name, probe.work] = Taken(min(clocks), statistics.median(works))
-    return found
-
-
-def window(world: World, run: Callable[[], Any], times: int) -> Taken:
-    """What a call takes, of so many in a row, begun by all ranks together."""
+def window(world: World, probe: Probe, times: int) -> Taken:
+    """What a call takes, of so many in a row, begun by all ranks together; what comes before each is not timed."""
+    for _ in range(0 if probe.before else min(times, MOST_IN_TURN)):  # until what it keeps is its own
+        probe.run()
     dist.barrier(world.control)
     synchronize(world)
-    began, worked = time.perf_counter(), time.process_time()
-    for _ in range(times):
-        run()
-    synchronize(world)
-    work = (time.process_time() - worked) / times if world.device.type == "cpu" else 0.0
-    return Taken((time.perf_counter() - began) / times, work)
+    clock = work = 0.0
+    for _ in range(times if probe.before else 1):
+        if probe.before:
+            probe.before()
+            synchronize(world)
+        began, worked = time.perf_counter(), time.process_time()
+        for _ in range(1 if probe.before else times):
+            probe.run()
+        synchronize(world)
+        work += time.process_time() - worked if world.device.type == "cpu" else 0.0
+        clock += time.perf_counter() - began
+    return Taken(clock / times, work / times)
 
 
 def operation_curves(
@@ -163,10 +192,3 @@ def never_less(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     """By work; more work takes no less time, but for noise."""
     works, seconds = zip(*sorted(points), strict=True)
     return list(zip(works, accumulate((max(0.0, each) for each in seconds), max), strict=True))
-
-
-def least_seconds(world: World, run: Callable[[], object]) -> float:
-    """Of a call, on the slowest rank, when all of them make it: the median of the rounds."""
-    run()
-    times = max(1, math.ceil(WINDOW / slowest_time(world, window(world, run, 1).clock)))
-    return statistics.median(slowest_time(world, window(world, run, times).own) for _ in range(ROUNDS))

@@ -14,8 +14,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lockstep.plan.curves import seconds_at
 from lockstep.plan.hardware import Hardware
+from lockstep.plan.measured_seconds import seconds_at
 
 INSIDE, BETWEEN = "inside", "between"
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
 from typing import Any
@@ -18,12 +19,16 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lockstep.distributed.process_group import World
+from lockstep.plan.measured_seconds import HEAD_DIMS
 
 RESULT_NUMBERS = (16, 2**14, 2**17, 2**19, 2**21, 2**23)  # float32 numbers of an operation's result
-MATRIX_SIDES = (4, 64, 128, 256, 512, 1024)  # of square matrices
+MATRIX_SIDES = (4, 32, 64, 128, 256, 512)  # widths of linear layers
+TOKENS_PER_WIDTH = 8  # rows of what these layers are given, for each column
 IN_TURN, MOST_IN_TURN = 2**25, 63  # bytes of the tensors that an operation takes in turn, and at most so many more
+BETWEEN_MESSAGES = 256  # side of the matrices that are multiplied between two collectives: about a layer's work
 MESSAGES = (2**10, 2**14, 2**17, 2**20, 2**23)  # bytes of a collective
 
 
@@ -34,29 +39,49 @@ class Probe:
     Attributes:
         name: a class of operations, or a kind of collectives.
         work: floating-point operations or bytes.
-        operation: whether its smallest size is the host's time and no work.
+        before: what a rank does before each call, and is not timed: collectives come between operations.
+        counted: operations that a call issues, by way.
     """
 
     name: str
     work: float
     run: Callable[[], Any]
-    operation: bool = False
+    before: Callable[[], Any] | None = None
+    counted: dict[str, int] = field(default_factory=dict)
+
+
+class Kept:
+    """Results that are kept for a while, all probes' together, so that what is written lies in no cache before."""
+
+    def __init__(self) -> None:
+        self._held: deque[tuple[int, Any]] = deque()
+        self._size = 0
+
+    def keep(self, result: Any) -> None:
+        size = sum(each.nbytes for each in tree_leaves(result) if isinstance(each, Tensor))
+        self._held.append((size, result))
+        self._size += size
+        while self._size > IN_TURN or len(self._held) > MOST_IN_TURN:
+            self._size -= self._held.popleft()[0]
+
+
+KEPT = Kept()
 
 
 def in_turn(make: Callable[[], tuple[Any, ...]], run: Callable[..., Any]) -> Callable[[], Any]:
-    """A call on other tensors each time: in a step, what is read has been written some operations before."""
+    """A call on other tensors each time, whose results are kept: in a step, what is read has been written some operations
+    before, and what is written is read some operations later."""
     first = make()
     size = sum(each.nbytes for each in first if isinstance(each, Tensor))
     turns = cycle([first, *(make() for _ in range(min(MOST_IN_TURN, IN_TURN // max(1, size))))])
-    return lambda: run(*next(turns))
+    return lambda: KEPT.keep(run(*next(turns)))
 
 
 def operation_probes() -> list[Probe]:
     """One operation of each class at several sizes."""
     made = []
     for side in MATRIX_SIDES:
-        run = in_turn(lambda side=side: matrices(side, side), torch.mm)  # type: ignore[misc]
-        made.append(Probe("matmul", 2 * side**3, run, True))
+        made.append(Probe("matmul", 2 * TOKENS_PER_WIDTH * side**3, linear_products(side)))
     for number in RESULT_NUMBERS:
         size, wide = 4 * number, 4 if number < 2**14 else 64
         index = torch.arange(number // 16).flip(0)
@@ -71,9 +96,10 @@ def operation_probes() -> list[Probe]:
         }
         for name, (moved, given, call) in runs.items():
             make = partial(vectors, number, given)
-            made.append(Probe(name, moved * size, in_turn(make, call), True))
-    for length in (4, 64, 256, 512):
-        made += attention_probes(length)
+            made.append(Probe(name, moved * size, in_turn(make, call)))
+    for dim in HEAD_DIMS:
+        for length in (4, 64, 256, 512):
+            made += attention_probes(dim, length)
     for side in (4, 16, 32):
         made += convolution_probes(side)
     return made
@@ -87,9 +113,23 @@ def vectors(number: int, count: int) -> tuple[Tensor, ...]:
     return tuple(torch.linspace(0.1, 2.0, number) for _ in range(count))
 
 
-def attention_probes(length: int) -> list[Probe]:
-    """Forward and backward of four heads' attention among so many tokens."""
-    shape = (4, 4, length, 32 if length > 4 else 4)
+def linear_products(side: int) -> Callable[[], Any]:
+    """The three products of a linear layer, of its forward and its backward, one after the other."""
+    rows = TOKENS_PER_WIDTH * side
+
+    def run(x: Tensor, gradient: Tensor, weight: Tensor, turn: Any) -> Tensor:
+        which = next(turn)
+        if which == 0:
+            return x @ weight.t()
+        return gradient @ weight if which == 1 else gradient.t() @ x
+
+    turn = cycle((0, 1, 2))
+    return in_turn(lambda: (*matrices(rows, side)[:1], *matrices(rows, side)[:1], *matrices(side, side)[:1], turn), run)
+
+
+def attention_probes(dim: int, length: int) -> list[Probe]:
+    """Forward and backward of four heads' attention of so many numbers among so many tokens."""
+    shape = (4, 4, length, dim if length > 4 else 4)
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
@@ -99,12 +139,11 @@ def attention_probes(length: int) -> list[Probe]:
 
     work = 4 * math.prod(shape) * length
     return [
-        Probe("attention", work, in_turn(make, lambda q, k, v, *_: forward(q, k, v, 0.0, True)), True),
+        Probe(f"attention, {dim}", work, in_turn(make, lambda q, k, v, *_: forward(q, k, v, 0.0, True))),
         Probe(
-            "attention backward",
+            f"attention backward, {dim}",
             2.5 * work,
             in_turn(make, lambda q, k, v, out, sums: backward(out, q, k, v, out, sums, 0.0, True)),
-            True,
         ),
     ]
 
@@ -119,14 +158,15 @@ def convolution_probes(side: int) -> list[Probe]:
 
     work = 2 * 9 * 4 * side**4
     return [
-        Probe("convolution", work, in_turn(make, lambda x, kernel: F.conv2d(x, kernel, padding=1)), True),
-        Probe("convolution backward", 2 * work, in_turn(make, lambda x, kernel: backward(x, x, kernel, *shape)), True),
+        Probe("convolution", work, in_turn(make, lambda x, kernel: F.conv2d(x, kernel, padding=1))),
+        Probe("convolution backward", 2 * work, in_turn(make, lambda x, kernel: backward(x, x, kernel, *shape))),
     ]
 
 
 def collective_probes(ranks: int, where: torch.device) -> list[Probe]:
     """Every kind of collective among all ranks, at several sizes."""
-    made = []
+    sides = (BETWEEN_MESSAGES, BETWEEN_MESSAGES)
+    made, between = [], in_turn(lambda: tuple(each.to(where) for each in matrices(*sides)), torch.mm)
     for size in MESSAGES:
         piece = max(1, size // 4 // ranks)
         whole, other = (torch.zeros(ranks * piece, device=where) for _ in range(2))
@@ -139,7 +179,7 @@ def collective_probes(ranks: int, where: torch.device) -> list[Probe]:
             "broadcast": lambda whole=whole: dist.broadcast(whole, 0),  # type: ignore[misc]
             "send": lambda whole=whole, other=other: pass_round(whole, other),  # type: ignore[misc]
         }
-        made += [Probe(kind, whole.nbytes, run) for kind, run in runs.items()]
+        made += [Probe(kind, whole.nbytes, run, between) for kind, run in runs.items()]
     return made
 
 
@@ -167,25 +207,33 @@ class CountedOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def host_costs(world: World, timed: Callable[[Callable[[], object]], float], least: float) -> dict[str, float]:
+def host_probes(world: World) -> list[Probe]:
+    """Steps of tiny layers: plain ones, and on several ranks layers cut by tensor parallel, and FSDP's."""
+    made = []
+    for way in ("operation", "dtensor", "fsdp")[: 3 if world.world_size > 1 else 1]:
+        step, counted = tiny_step(world, way)
+        made.append(Probe(f"host, {way}", 1.0, step, counted=counted))
+    return made
+
+
+def host_costs(probes: list[Probe], seconds: Callable[[Probe], float], least: float) -> dict[str, float]:
     """Seconds of the host, by how an operation is issued; each is what steps of tiny layers take, less what is known.
 
     Args:
-        timed: seconds of a call, when all ranks make it.
         least: seconds of the processor for a collective that sends nearly nothing.
 
     Returns:
         `operation`; `view`, the same; and besides them what `dtensor`, operations on DTensors, and `fsdp`, FSDP's own, take.
     """
-    step, counted = tiny_step(world, "plain")
-    costs = {"operation": timed(step) / counted["operation"]}
+    plain, *others = probes
+    costs = {"operation": seconds(plain) / plain.counted["operation"]}
     costs["view"] = costs["operation"]
-    for way in ("dtensor", "fsdp") if world.world_size > 1 else ():
-        step, counted = tiny_step(world, way)
+    for probe in others:
+        way, counted = probe.name.removeprefix("host, "), probe.counted
         known = counted["operation"] * costs["operation"] + counted["collective"] * least
         if way == "fsdp":
             known += counted["dtensor"] * costs["dtensor"]
-        costs[way] = max(0.0, timed(step) - known) / max(1, counted[way])
+        costs[way] = max(0.0, seconds(probe) - known) / max(1, counted[way])
     return costs
 
 
@@ -197,7 +245,7 @@ def tiny_step(world: World, way: str) -> tuple[Callable[[], None], dict[str, int
     )
     model.to(world.device)
     inputs: Tensor = torch.ones(8, width, device=world.device)
-    if way != "plain":
+    if way != "operation":
         mesh = init_device_mesh(world.device.type, (world.world_size,))
         if way == "dtensor":
             plan: dict[str, ParallelStyle] = {

@@ -17,10 +17,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lockstep.plan.clock import ClockEvent, DeviceClock, StepTimes
-from lockstep.plan.curves import operation_class
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.known_numbers import KnownNumbers
 from lockstep.plan.links import Collective, collective_kind
+from lockstep.plan.measured_seconds import operation_class
 from lockstep.plan.memory import StorageLedger
 
 COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
@@ -182,7 +182,7 @@ class StepWatch(TorchDispatchMode):
             size,
             reads,
             writes | reads if func._schema.is_mutable else writes,
-            operation_class(name, flops),
+            operation_class(name, flops, given[0].shape[-1] if given and given[0].dim() else 0),
         )
         return None
 

@@ -8,8 +8,8 @@ from pathlib import Path
 from rich.table import Table
 
 from lockstep.errors import UserError
-from lockstep.plan.curve import ScalingCurve
 from lockstep.plan.report import gigabytes
+from lockstep.plan.scaling import ScalingCurve
 from lockstep.utils.tables import terminal_tables
 
 SHOWN_COLUMNS = 7  # numbers of devices in the table, so that it fits

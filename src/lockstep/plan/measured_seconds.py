@@ -9,12 +9,14 @@ processor, as `all-reduce, work`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 from lockstep.errors import UserError
 
+HEAD_DIMS = (16, 64, 128)  # of attention whose seconds are measured
 Curve = Sequence[Sequence[float]]  # (work, seconds), by work
 
 TRANSCENDENTAL = (
@@ -49,10 +51,15 @@ OPERATION_CLASSES = {
 }
 
 
-def operation_class(name: str, flops: float) -> str:
-    """The class of an operation by torch's name for it: `silu_backward` is a function, `add_` an update in place."""
+def operation_class(name: str, flops: float, width: int = 0) -> str:
+    """The class of an operation by torch's name for it: `silu_backward` is a function, `add_` an update in place.
+
+    Args:
+        width: the last dim of its first tensor; of attention that of a head, on which its pace depends.
+    """
     if "attention" in name:
-        return "attention backward" if "backward" in name else "attention"
+        dim = min(HEAD_DIMS, key=lambda each: abs(math.log(each / max(1, width))))
+        return f"attention backward, {dim}" if "backward" in name else f"attention, {dim}"
     if "convolution" in name:
         return "convolution backward" if "backward" in name else "convolution"
     if flops:

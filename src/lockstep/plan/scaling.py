@@ -3,7 +3,7 @@
 The recipe takes its steps on up to four nodes. Beyond, its last two steps are held side by side, operation by operation and
 collective by collective: what doubled with the devices (the ranks of a group), halved (a rank's part) or stayed goes on doing
 so, and the clock is told the step that results. Where a formula says how many bytes a technique sends, it has the word: FSDP
-fills tensors up to a multiple of the ranks. tests/unit/test_plan_curve.py holds it to steps that were taken.
+fills tensors up to a multiple of the ranks. tests/unit/test_plan_scaling.py holds it to steps that were taken.
 """
 
 from __future__ import annotations

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from lockstep.errors import UserError
 from lockstep.plan.check import unrest
 from lockstep.plan.clock import DeviceClock
-from lockstep.plan.curve import CurvePoint, ScalingCurve, curve_ranks, formula_of, further
-from lockstep.plan.curves import operation_class, seconds_at
 from lockstep.plan.dry_run import dry_steps
 from lockstep.plan.hardware import load_hardware, with_links
 from lockstep.plan.links import Collective
+from lockstep.plan.measured_seconds import operation_class, seconds_at
+from lockstep.plan.probes import IN_TURN, Kept, operation_probes
 from lockstep.plan.rows import PlanRow
+from lockstep.plan.scaling import CurvePoint, ScalingCurve, curve_ranks, formula_of, further
 from tests.unit.test_plan import H100, planned_config
 
 TWO_A_NODE = replace(H100, per_node=2)
@@ -69,7 +72,38 @@ def test_operations_have_the_class_that_they_cost() -> None:
     classes = [operation_class(name, float(name == "mm")) for name in names]
     expected = ["matmul", "function", "root", "copy", "lookup", "update", "elementwise", "reduction", "copy"]
     assert classes == expected
-    assert operation_class("_scaled_dot_product_flash_attention_for_cpu_backward", 1.0) == "attention backward"
+    flash = "_scaled_dot_product_flash_attention_for_cpu"
+    assert operation_class(f"{flash}_backward", 1.0, 80) == "attention backward, 64"
+    assert operation_class(flash, 1.0, 8) == "attention, 16", "narrow heads have a pace of their own"
+
+
+def test_what_a_probe_makes_is_kept_for_a_while_and_no_longer() -> None:
+    kept = Kept()
+    made = [torch.zeros(IN_TURN // 16) for _ in range(9)]  # each a quarter of what is kept
+    alive = [weakref.ref(each) for each in made]
+    while made:
+        kept.keep(made.pop(0))
+    assert [each() is not None for each in alive] == [False] * 5 + [True] * 4
+
+
+def test_every_class_is_probed_from_the_host_alone_to_much_work() -> None:
+    names = {probe.name for probe in operation_probes()}
+    known = (
+        "mm",
+        "silu",
+        "sqrt",
+        "clone",
+        "embedding",
+        "addcmul_",
+        "add",
+        "sum",
+        "convolution",
+        "convolution_backward",
+    )
+    assert {operation_class(name, float(name == "mm")) for name in known} <= names
+    assert {operation_class(f"attention{way}", 1.0, dim) for way in ("", "_backward") for dim in (16, 64, 128)} <= names
+    points = {name: [probe.work for probe in operation_probes() if probe.name == name] for name in names}
+    assert all(works == sorted(works) and works[-1] > 1000 * works[0] for works in points.values())
 
 
 def test_a_measured_profile_is_read_back_and_counts(tmp_path: Path) -> None:
