@@ -36,6 +36,7 @@ import json
 import os
 import sys
 import time
+from typing import Any
 
 from rich.console import Console
 
@@ -44,7 +45,7 @@ from lockstep.config.check import check_values
 from lockstep.config.tasks import unit_of
 from lockstep.plan.check import check_plan, check_table, unrest
 from lockstep.plan.config import PlanConfig
-from lockstep.plan.estimate import Estimate, estimate, seconds_alone
+from lockstep.plan.estimate import Estimate, against_one, estimate, seconds_alone
 from lockstep.plan.hardware import MEASURED, Hardware, load_hardware, with_links
 from lockstep.plan.here import measure_hardware
 from lockstep.plan.report import (
@@ -56,9 +57,10 @@ from lockstep.plan.report import (
     speed_table,
     traffic_table,
 )
-from lockstep.plan.rows import INSTEAD, PLANNED, USUAL, plan_rows, why_not
+from lockstep.plan.rows import INSTEAD, NOT_PLANNED, PLANNED, USUAL, beyond_the_table, plan_rows, why_not
 from lockstep.plan.scaling import TAKEN_NODES, ScalingCurve, curve_ranks, scaled, scaling_curve, strategies
 from lockstep.plan.scaling_report import check_picture, curve_table, draw_curves
+from lockstep.plan.workers import planned_beside
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, short
@@ -75,7 +77,7 @@ def planned_recipes(names: list[str] | None) -> list[Recipe]:
     found = choose(names) if names else list(USUAL)
     for name in found:
         if name not in PLANNED and not is_file(name):
-            instead = f"; plan {INSTEAD[name]}" if name in INSTEAD else ""
+            instead = f"; plan {INSTEAD[name]}" if name in INSTEAD else f"; {NOT_PLANNED.get(name, '')}".rstrip("; ")
             allowed = f"allowed are {', '.join(PLANNED)}, or a FILE.py of yours"
             raise UserError(f"recipes=[{name}]: is not planned yet{instead}; {allowed}")
     return [get_recipe(name) for name in found]
@@ -86,30 +88,37 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def time_alone(config: PlanConfig, hardware: Hardware) -> float | None:
-    """Seconds per sample of recipes.single with a device's share; None where it cannot be planned."""
-    rows, _ = plan_rows(config, train, [get_recipe("single")], 1, hardware)
-    try:
-        return seconds_alone(rows[0], config.gpus, hardware) if rows else None
-    except Exception:  # the rows will say of what: a model may ask for anything
-        return None
-
-
-def plan_all(
-    config: PlanConfig, ranks: int, hardware: Hardware, alone: float | None
-) -> tuple[list[Estimate], list[str]]:
+def plan_all(config: PlanConfig, ranks: int, hardware: Hardware) -> tuple[list[Estimate], list[str]]:
     """(an estimate of each row, a line for each that cannot be)."""
     rows, left_out = plan_rows(config, train, planned_recipes(config.recipes), ranks, hardware)
+    alone, _ = plan_rows(config, train, [get_recipe("single")], 1, hardware)
     say(f"plan: {count(len(rows), 'row')} for {count(ranks, 'device')}, {hardware.name}")
-    made: list[Estimate] = []
-    for number, row in enumerate(rows, start=1):
-        began = time.perf_counter()
+    began = time.perf_counter()
+
+    def plan(number: int) -> Estimate | float | str:
         try:
-            made.append(estimate(row, config, hardware, alone))
+            if number < 0:
+                return seconds_alone(alone[0], ranks, hardware)
+            return estimate(rows[number], config, hardware)
         except Exception as error:  # of a recipe of one's own, or a model that asks tensors for their numbers
-            left_out.append(f"{row.label}: {why_not(error)}")
-        say(f"{number} of {len(rows)}: {row.label}, {time.perf_counter() - began:.1f} s")
-    return made, left_out
+            return why_not(error)
+
+    slowest_first = sorted(range(len(rows)), key=lambda number: -rows[number].config.model_parallel_size)
+    found: dict[int, Any] = {}
+    for number, made in planned_beside(plan, [*([-1] if alone else []), *slowest_first]):
+        found[number] = made
+        if number >= 0:
+            done = sum(each >= 0 for each in found)
+            say(f"{done} of {len(rows)}: {rows[number].label}, after {time.perf_counter() - began:.0f} s")
+    seconds = found.get(-1)
+    estimates = []
+    for number, row in enumerate(rows):
+        made = found[number]
+        if isinstance(made, Estimate):
+            estimates.append(against_one(made, seconds if isinstance(seconds, float) else None))
+        else:
+            left_out.append(f"{row.label}: {made or 'its process was ended; is there enough memory on this machine?'}")
+    return estimates, left_out
 
 
 def print_curves(config: PlanConfig, hardware: Hardware) -> int:
@@ -166,13 +175,13 @@ def make_plan(config: PlanConfig) -> int | None:
         raise UserError(f"gpus={config.gpus}: a table is of at most {MOST_TAKEN:,} devices; add curve=true for more")
     if config.plot:
         raise UserError(f"plot={config.plot}: draws curves; add curve=true")
-    alone = time_alone(config, hardware)
-    made, left_out = plan_all(config, config.gpus, hardware, alone)
+    made, left_out = plan_all(config, config.gpus, hardware)
     if not made:
         raise UserError("no row could be planned: " + "; ".join(left_out))
     found = ranked(made)
+    beyond = [] if config.recipes else beyond_the_table()
     if config.json:
-        about = {"hardware": hardware.name, "gpus": config.gpus, "precision": config.precision}
+        about = {"hardware": hardware.name, "gpus": config.gpus, "precision": config.precision, "not_planned": beyond}
         print(json.dumps(plan_facts(found, left_out, about), indent=1))
         return 0
     unit = unit_of(config)
@@ -180,7 +189,7 @@ def make_plan(config: PlanConfig) -> int | None:
     console = Console(width=80)
     for tables in (speed_table(found, title, unit), memory_parts_table(found), traffic_table(found)):
         console.print(*tables, sep="\n")
-    for line in [formula_line(found), *advice(found), *(f"left out: {each}" for each in left_out)]:
+    for line in [formula_line(found), *advice(found), *(f"left out: {each}" for each in left_out), *beyond]:
         if line:
             print(line)
     return 0

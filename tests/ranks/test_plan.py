@@ -77,7 +77,7 @@ def test_the_table_ends_with_a_command(tmp_path: Path) -> None:
         (("network=nvlink4",), "network=nvlink4: no such link; allowed are 100gbe"),
         (
             ("recipes=[local_sgd]",),
-            "local_sgd]: is not planned yet; plan ddp, which communicates in every step; allowed",
+            "local_sgd]: is not planned yet; plan ddp, which communicates in every step and not in one of `period`; allowed",
         ),
         (
             ("task=language", "recipes=[parallel_mesh]", "replicate=3"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from lockstep.config.compose import compose_another
 from lockstep.config.schema import Config
+from lockstep.distributed.cores import usable_cores
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from lockstep.plan.allocator import reserved_bytes
@@ -19,10 +21,11 @@ from lockstep.plan.formulas import expected_traffic
 from lockstep.plan.hardware import hardware_names, load_hardware
 from lockstep.plan.links import Collective, collective_kind
 from lockstep.plan.pipeline import dry_training, played
-from lockstep.plan.rows import why_not
+from lockstep.plan.rows import USUAL, beyond_the_table, why_not
 from lockstep.plan.watch import StageMessage, StepTrace
+from lockstep.plan.workers import planned_beside
 from lockstep.recipe import Recipe
-from lockstep.registry import get_recipe
+from lockstep.registry import get_recipe, list_recipes
 
 H100 = load_hardware("h100")
 WEIGHTS = 4 * (197_184 + 128 * 18)  # bytes of task=language's nano, with 17 grey values and a beginning
@@ -222,3 +225,32 @@ def test_numbers_that_follow_from_constants_are_known() -> None:
 def test_an_operation_that_needs_numbers_is_named() -> None:
     said = why_not(DynamicOutputShapeException(torch.ops.aten.nonzero.default))
     assert "aten.nonzero.default" in said
+
+
+def test_nothing_that_a_recipe_can_do_is_left_out_silently() -> None:
+    said = "\n".join(beyond_the_table())
+    for name in list_recipes():
+        assert name in USUAL or name in said, name
+    for word in ("offload=true", "compile=true", "local_sgd"):
+        assert word in said
+
+
+def test_a_storage_that_is_made_smaller_without_an_operation_is_seen() -> None:
+    config = compose_another(get_recipe("single"), ["task.name=language"])
+    with dry_world(config, 2, H100) as (_, watch, _):
+        tensor = torch.zeros(1000)
+        watch.ledger.begin()
+        assert sum(watch.ledger.peak().values()) == 4000
+        tensor.untyped_storage().resize_(0)
+        watch.ledger.begin()
+        assert sum(watch.ledger.peak().values()) == 0
+    assert torch.zeros(10).untyped_storage().resize_(0).nbytes() == 0, "torch's own is back"
+
+
+@pytest.mark.skipif(usable_cores() < 2, reason="with one core rows are planned in this process")
+def test_rows_are_planned_beside_each_other_and_one_that_is_killed_is_said() -> None:
+    mine = os.getpid()
+    found = dict(planned_beside(lambda number: (number, os.getpid() != mine), [2, 0, 1]))
+    assert found == {number: (number, True) for number in range(3)}
+    assert dict(planned_beside(lambda number: os._exit(1), [0, 1])) == {0: None, 1: None}
+    assert dict(planned_beside(lambda number: os.getpid(), [7])) == {7: mine}, "one row needs no other process"

@@ -31,6 +31,7 @@ from lockstep.data.batches import items_of
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
 from lockstep.plan.hardware import Hardware
+from lockstep.plan.memory import StorageLedger
 from lockstep.plan.watch import StepTrace, StepWatch
 from lockstep.recipe import Recipe
 from lockstep.run import Run
@@ -148,9 +149,12 @@ class DryTraining(Run[Any]):
         for number in range(STEPS):
             if number == 1:
                 ledger.begin()
-            self._watch.begin()
+            last = number == STEPS - 1  # the others are for what they leave behind
+            if last:
+                self._watch.begin()
             yield self._weighted(self._batch(self.samples))
-            self._watch.end()
+            if last:
+                self._watch.end()
             for each in optimizers:
                 states = (value for state in each.state.values() for value in state.values())
                 ledger.call((value for value in states if isinstance(value, torch.Tensor)), "optimizer")
@@ -221,6 +225,23 @@ def moves_to_its_place() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def resizes_are_seen(ledger: StorageLedger) -> Iterator[None]:
+    """Within it the ledger hears of each storage that is made smaller or larger: FSDP does so without an operation."""
+    resize = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> torch.UntypedStorage:
+        made = resize(storage, size)
+        ledger.resized(storage)
+        return made
+
+    torch.UntypedStorage.resize_ = resize_  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def dry_world(
     config: Config, world_size: int, hardware: Hardware, rank: int = 0
 ) -> Iterator[tuple[World, StepWatch, Any]]:
@@ -232,7 +253,7 @@ def dry_world(
     before = torch.get_num_threads()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), fake_ranks(rank, world_size) as world:
         warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # DeepSpeed looks at alignment
-        with moves_to_its_place(), mode, watch:
+        with moves_to_its_place(), resizes_are_seen(watch.ledger), mode, watch:
             yield world, watch, example
     torch.set_num_threads(before)
 

@@ -79,12 +79,8 @@ class Estimate:
         return asdict(self) | {"peak_bytes": self.needed, "fits": self.fits}
 
 
-def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware, alone: float | None) -> Estimate:
-    """Plan a row.
-
-    Args:
-        alone: seconds per sample of one device that has the whole model; None: not known.
-    """
+def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware) -> Estimate:
+    """Plan a row; its efficiency is left to `against_one`."""
     found = dry_training(row.recipe, row.config, row.ranks, hardware)
     batch, times = int(row.config.global_batch_size), found.step.times
     rate = batch / times.step
@@ -113,11 +109,22 @@ def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware, alone: float 
         samples_per_second=rate,
         tokens_per_second=tokens and rate * tokens,
         mfu=rate * flops / peak if flops else None,
-        efficiency=alone and rate * alone / row.ranks if row.ranks > 1 else None,
+        efficiency=None,
         limit=limit_of(found),
         hours=hours,
         cost=None if config.price is None else hours * config.price,
     )
+
+
+def against_one(made: Estimate, alone: float | None) -> Estimate:
+    """The same with its efficiency.
+
+    Args:
+        alone: seconds per sample of one device that has the whole model; None: not known.
+    """
+    if alone is None or made.ranks == 1:
+        return made
+    return replace(made, efficiency=made.samples_per_second * alone / made.ranks)
 
 
 def agrees(row: PlanRow, found: DryRun) -> bool | None:

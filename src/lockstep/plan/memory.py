@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 from lockstep.distributed.dtensor import local_shard
 from lockstep.plan.allocator import reserved_bytes
@@ -25,7 +25,6 @@ class StorageLedger:
     def __init__(self) -> None:
         self._sizes: dict[int, int] = {}
         self._names: dict[int, int] = {}  # a storage's address is used again: {address: its number}
-        self._watched: dict[int, Any] = {}  # what FSDP makes smaller and larger without an operation
         self._alive: dict[int, Any] = {}
         self._events: list[tuple[int, int]] = []  # (number, change of its bytes)
         self._parts: dict[int, str] = {}
@@ -43,20 +42,10 @@ class StorageLedger:
                 self._alive[key] = weakref.ref(storage, partial(self._gone, key, number))
             self._resize(self._names[key], storage.nbytes())
 
-    def watch(self, tensors: Iterable[Tensor]) -> None:
-        """Look at the sizes of these again and again."""
-        for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata in self._names:
-                self._watched[self._names[storage._cdata]] = weakref.ref(storage)
-
-    def look_again(self) -> None:
-        for number, reference in list(self._watched.items()):
-            storage = reference()
-            if storage is None:
-                del self._watched[number]
-            else:
-                self._resize(number, storage.nbytes())
+    def resized(self, storage: UntypedStorage) -> None:
+        """Take note that a storage has another size, as FSDP's have without an operation."""
+        if storage._cdata in self._names:
+            self._resize(self._names[storage._cdata], storage.nbytes())
 
     def leave_out(self, tensors: Iterable[Tensor]) -> None:
         """Count these no longer: a device does not hold them."""

@@ -29,8 +29,17 @@ USUAL = (  # where none is named
     "parallel_mesh",
     "pipeline_parallel",
     "expert_parallel",
+    "comm_hooks",
 )
-PLANNED = (*USUAL, "comm_hooks", "sync_batchnorm", "lightning_fabric")
+WHEN_NAMED = ("sync_batchnorm", "lightning_fabric")
+PLANNED = (*USUAL, *WHEN_NAMED)
+NOT_PLANNED = {
+    "lora": "it begins with a trained model, of which a plan has no weights",
+    "transfer_learning": "it begins with a trained model, of which a plan has no weights",
+    "fsdp, deepspeed_zero offload=true": "a plan does not reckon with the link between host and device",
+    "parallel_mesh pipeline=N": "a plan has stages of one rank each; plan recipes.pipeline_parallel",
+    "compile=true": "a plan reckons with operations as they are issued, and compiling melts them",
+}
 INSTEAD = {  # recipes that run several trainings, or a plain one by another name
     "grad_accumulation": "ddp with accumulate=N",
     "activation_checkpointing": "ddp with checkpoint_activations=full",
@@ -38,7 +47,7 @@ INSTEAD = {  # recipes that run several trainings, or a plain one by another nam
     "data_parallel": "ddp",
     "lightning_trainer": "ddp",
     "model_parallel": "pipeline_parallel",
-    "local_sgd": "ddp, which communicates in every step",
+    "local_sgd": "ddp, which communicates in every step and not in one of `period`",
 }
 PLAN_KEYS = {
     "recipes",
@@ -151,6 +160,15 @@ def plan_rows(
     return rows, left_out
 
 
+def beyond_the_table() -> list[str]:
+    """A line for each thing that recipes can do and the table of all strategies has no row for."""
+    return [
+        *(f"not planned: {what}: {why}" for what, why in NOT_PLANNED.items()),
+        *(f"not in the table: {name}; plan {instead}" for name, instead in INSTEAD.items()),
+        *(f"not in the table: {name}; it has a row with recipes=[{name}]" for name in WHEN_NAMED),
+    ]
+
+
 def own_value(config: Config, key: str) -> Any:
     return getattr(config, key, None)
 
@@ -201,13 +219,13 @@ def why_not(error: Exception) -> str:
 def refuse_unplanned(config: Config) -> None:
     """What a plan does not reckon with."""
     if config.compile:
-        raise UserError("compile=true: a plan reckons with operations as they are issued, and compiling melts them")
+        raise UserError(f"compile=true: {NOT_PLANNED['compile=true']}")
     if config.shares_activations and config.pipeline_stages > 1:
         raise UserError(
             f"pipeline={config.pipeline_stages}: a plan has stages of one rank each; plan recipes.pipeline_parallel, or a "
             "mesh with pipeline=1"
         )
     if getattr(config, "offload", False):
-        raise UserError("offload=true: a plan does not reckon with the link between host and device")
+        raise UserError(f"offload=true: {NOT_PLANNED['fsdp, deepspeed_zero offload=true']}")
     if config.memory:
         raise UserError("memory=report: is for real steps")

@@ -13,7 +13,6 @@ from torch._C._distributed_c10d import _create_work_from_future
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lockstep.plan.clock import ClockEvent, DeviceClock, StepTimes
@@ -105,7 +104,7 @@ class StepWatch(TorchDispatchMode):
             if self._step:
                 self.clock.host("dtensor")
             return NotImplemented  # it makes operations on local tensors of it, which come by here once more
-        given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
+        given = [*tensors_in(args), *tensors_in(kwargs)]
         if func is torch.ops.aten._local_scalar_dense.default and isinstance(given[0], FakeTensor):
             return self.known.of(given[0])
         if func is torch.ops.c10d.allreduce_.default:
@@ -119,12 +118,11 @@ class StepWatch(TorchDispatchMode):
                 return result
         else:
             result = func(*args, **kwargs)
-        made = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        made = list(tensors_in(result))
         if func.namespace not in COLLECTIVES:
             self.known.learn(func, args, kwargs, given, made)
         elif collective_kind(func._opname) in ("all-gather", "all-to-all", "receive"):
             self.known.forget([*given, *made])
-        self.ledger.look_again()
         self.ledger.see(each for each in [*given, *made] if isinstance(each, FakeTensor))
         if func.namespace in COLLECTIVES:
             if func._opname not in SEND_NOTHING:
@@ -134,7 +132,7 @@ class StepWatch(TorchDispatchMode):
         return result
 
     def _collective(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> None:
-        sizes = [sum(each.nbytes for each in tree_leaves(side) if isinstance(each, Tensor)) for side in args]
+        sizes = [sum(each.nbytes for each in tensors_in(side)) for side in args]
         size = max([*sizes, sum(each.nbytes for each in made) if func.namespace != "c10d" else 0])
         if func._opname == "alltoall_base_":  # (output, input, …): they may be unequal, and what is sent counts
             size = args[1].nbytes
@@ -157,8 +155,7 @@ class StepWatch(TorchDispatchMode):
         if func.namespace == "fsdp":
             self.clock.host("fsdp")
             if name == "split_with_sizes_copy":  # weights that were gathered; FSDP frees and takes their memory itself
-                gathered = [each for each in tree_leaves(kwargs.get("out", ())) if isinstance(each, Tensor)]
-                self.ledger.watch(gathered)
+                gathered = list(tensors_in(kwargs.get("out", ())))
                 self.ledger.call(gathered, "communication")
             if name == "all_gather_copy_in":
                 self.ledger.call(made, "communication")
@@ -191,6 +188,18 @@ def makes_whole_numbers(func: Any, kwargs: dict[str, Any]) -> bool:
     """Whether what takes no tensor makes numbers that are for the host."""
     dtype = kwargs.get("dtype")
     return dtype in WHOLE or (dtype is None and func.overloadpacket is torch.ops.aten.arange)
+
+
+def tensors_in(given: Any) -> Iterator[Tensor]:
+    """The tensors among an operation's arguments or results, which are lists and mappings at most."""
+    if isinstance(given, Tensor):
+        yield given
+    elif isinstance(given, list | tuple):
+        for each in given:
+            yield from tensors_in(each)
+    elif isinstance(given, dict):
+        for each in given.values():
+            yield from tensors_in(each)
 
 
 def keys_of(tensors: list[Tensor]) -> Iterator[int]:
