@@ -24,7 +24,15 @@ from lockstep.distributed.cores import usable_cores
 from lockstep.distributed.process_group import World
 from lockstep.memory.usage import free_bytes
 from lockstep.plan.hardware import Hardware, Link
-from lockstep.plan.probes import MOST_IN_TURN, Probe, collective_probes, host_costs, host_probes, operation_probes
+from lockstep.plan.probes import (
+    MOST_IN_TURN,
+    InTurn,
+    Probe,
+    collective_probes,
+    host_costs,
+    host_probes,
+    operation_probes,
+)
 from lockstep.training.precision import DTYPES
 
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that are multiplied
@@ -158,6 +166,9 @@ def window(world: World, probe: Probe, times: int) -> Taken:
         synchronize(world)
         work += time.process_time() - worked if world.device.type == "cpu" else 0.0
         clock += time.perf_counter() - began
+    for each in (probe.run, probe.before):
+        if isinstance(each, InTurn):
+            each.release()
     return Taken(clock / times, work / times)
 
 

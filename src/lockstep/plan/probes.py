@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import cycle
@@ -68,13 +68,27 @@ class Kept:
 KEPT = Kept()
 
 
-def in_turn(make: Callable[[], tuple[Any, ...]], run: Callable[..., Any]) -> Callable[[], Any]:
+class InTurn:
     """A call on other tensors each time, whose results are kept: in a step, what is read has been written some operations
-    before, and what is written is read some operations later."""
-    first = make()
-    size = sum(each.nbytes for each in first if isinstance(each, Tensor))
-    turns = cycle([first, *(make() for _ in range(min(MOST_IN_TURN, IN_TURN // max(1, size))))])
-    return lambda: KEPT.keep(run(*next(turns)))
+    before, and what is written is read some operations later.
+
+    Its tensors are made when it is first called, and once more after `release`: not all probes' are there at once.
+    """
+
+    def __init__(self, make: Callable[[], tuple[Any, ...]], run: Callable[..., Any]) -> None:
+        self._make, self._run = make, run
+        self._turns: Iterator[tuple[Any, ...]] | None = None
+
+    def __call__(self) -> None:
+        if self._turns is None:
+            first = self._make()
+            size = sum(each.nbytes for each in first if isinstance(each, Tensor))
+            others = (self._make() for _ in range(min(MOST_IN_TURN, IN_TURN // max(1, size))))
+            self._turns = cycle([first, *others])
+        KEPT.keep(self._run(*next(self._turns)))
+
+    def release(self) -> None:
+        self._turns = None
 
 
 def operation_probes() -> list[Probe]:
@@ -96,7 +110,7 @@ def operation_probes() -> list[Probe]:
         }
         for name, (moved, given, call) in runs.items():
             make = partial(vectors, number, given)
-            made.append(Probe(name, moved * size, in_turn(make, call)))
+            made.append(Probe(name, moved * size, InTurn(make, call)))
     for dim in HEAD_DIMS:
         for length in (4, 64, 256, 512):
             made += attention_probes(dim, length)
@@ -113,7 +127,7 @@ def vectors(number: int, count: int) -> tuple[Tensor, ...]:
     return tuple(torch.linspace(0.1, 2.0, number) for _ in range(count))
 
 
-def linear_products(side: int) -> Callable[[], Any]:
+def linear_products(side: int) -> InTurn:
     """The three products of a linear layer, of its forward and its backward, one after the other."""
     rows = TOKENS_PER_WIDTH * side
 
@@ -124,7 +138,7 @@ def linear_products(side: int) -> Callable[[], Any]:
         return gradient @ weight if which == 1 else gradient.t() @ x
 
     turn = cycle((0, 1, 2))
-    return in_turn(lambda: (*matrices(rows, side)[:1], *matrices(rows, side)[:1], *matrices(side, side)[:1], turn), run)
+    return InTurn(lambda: (*matrices(rows, side)[:1], *matrices(rows, side)[:1], *matrices(side, side)[:1], turn), run)
 
 
 def attention_probes(dim: int, length: int) -> list[Probe]:
@@ -139,11 +153,11 @@ def attention_probes(dim: int, length: int) -> list[Probe]:
 
     work = 4 * math.prod(shape) * length
     return [
-        Probe(f"attention, {dim}", work, in_turn(make, lambda q, k, v, *_: forward(q, k, v, 0.0, True))),
+        Probe(f"attention, {dim}", work, InTurn(make, lambda q, k, v, *_: forward(q, k, v, 0.0, True))),
         Probe(
             f"attention backward, {dim}",
             2.5 * work,
-            in_turn(make, lambda q, k, v, out, sums: backward(out, q, k, v, out, sums, 0.0, True)),
+            InTurn(make, lambda q, k, v, out, sums: backward(out, q, k, v, out, sums, 0.0, True)),
         ),
     ]
 
@@ -158,15 +172,15 @@ def convolution_probes(side: int) -> list[Probe]:
 
     work = 2 * 9 * 4 * side**4
     return [
-        Probe("convolution", work, in_turn(make, lambda x, kernel: F.conv2d(x, kernel, padding=1))),
-        Probe("convolution backward", 2 * work, in_turn(make, lambda x, kernel: backward(x, x, kernel, *shape))),
+        Probe("convolution", work, InTurn(make, lambda x, kernel: F.conv2d(x, kernel, padding=1))),
+        Probe("convolution backward", 2 * work, InTurn(make, lambda x, kernel: backward(x, x, kernel, *shape))),
     ]
 
 
 def collective_probes(ranks: int, where: torch.device) -> list[Probe]:
     """Every kind of collective among all ranks, at several sizes."""
     sides = (BETWEEN_MESSAGES, BETWEEN_MESSAGES)
-    made, between = [], in_turn(lambda: tuple(each.to(where) for each in matrices(*sides)), torch.mm)
+    made, between = [], InTurn(lambda: tuple(each.to(where) for each in matrices(*sides)), torch.mm)
     for size in MESSAGES:
         piece = max(1, size // 4 // ranks)
         whole, other = (torch.zeros(ranks * piece, device=where) for _ in range(2))
