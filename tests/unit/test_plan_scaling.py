@@ -16,7 +16,7 @@ from lockstep.plan.dry_run import dry_steps
 from lockstep.plan.hardware import load_hardware, with_links
 from lockstep.plan.links import Collective
 from lockstep.plan.measured_seconds import operation_class, seconds_at
-from lockstep.plan.probes import IN_TURN, Kept, operation_probes
+from lockstep.plan.probes import IN_TURN, ProbeResults, operation_probes
 from lockstep.plan.rows import PlanRow
 from lockstep.plan.scaling import CurvePoint, ScalingCurve, curve_ranks, formula_of, further
 from tests.unit.test_plan import H100, planned_config
@@ -78,7 +78,7 @@ def test_operations_have_the_class_that_they_cost() -> None:
 
 
 def test_what_a_probe_makes_is_kept_for_a_while_and_no_longer() -> None:
-    kept = Kept()
+    kept = ProbeResults()
     made = [torch.zeros(IN_TURN // 16) for _ in range(9)]  # each a quarter of what is kept
     alive = [weakref.ref(each) for each in made]
     while made:

@@ -50,7 +50,7 @@ class Probe:
     counted: dict[str, int] = field(default_factory=dict)
 
 
-class Kept:
+class ProbeResults:
     """Results that are kept for a while, all probes' together, so that what is written lies in no cache before."""
 
     def __init__(self) -> None:
@@ -65,7 +65,7 @@ class Kept:
             self._size -= self._held.popleft()[0]
 
 
-KEPT = Kept()
+PROBE_RESULTS = ProbeResults()
 
 
 class InTurn:
@@ -85,7 +85,7 @@ class InTurn:
             size = sum(each.nbytes for each in first if isinstance(each, Tensor))
             others = (self._make() for _ in range(min(MOST_IN_TURN, IN_TURN // max(1, size))))
             self._turns = cycle([first, *others])
-        KEPT.keep(self._run(*next(self._turns)))
+        PROBE_RESULTS.keep(self._run(*next(self._turns)))
 
     def release(self) -> None:
         self._turns = None
