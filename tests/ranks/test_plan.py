@@ -81,8 +81,9 @@ def test_the_table_ends_with_a_command(tmp_path: Path) -> None:
         ),
         (
             ("task=language", "recipes=[parallel_mesh]", "replicate=3"),
-            "replicate=3: context=1 × tensor=2 leave 4 groups",
+            "replicate=3: pipeline=1 × context=1 × tensor=2 leave 4 groups",
         ),
+        (("task=language", "recipes=[parallel_mesh]", "pipeline=2"), "pipeline=2: a plan has stages of one rank each"),
         (("recipes=[ddp]", "compile=true"), "compile=true: a plan reckons with operations as they are issued"),
         (("task=language", "recipes=[tensor_parallel]", "tensor=3"), "tensor=3: 3 ranks share"),
     ],

@@ -81,6 +81,7 @@ def test_ranks_have_generators_and_errors_of_their_own() -> None:
     ("words", "said"),
     [
         (["recipes=[zero1]"], r"recipes.zero1 is not simulated; allowed are tensor_parallel, context_parallel,"),
+        (["recipes=[parallel_mesh]", "pipeline=2", "context=1"], r"pipeline=2: a pipeline's ranks do different things"),
         (
             ["recipes=[tensor_parallel]", "tensor=3"],
             r"tensor=3: simulate=8 does not divide by it; allowed are 1, 2, 4, 8",
