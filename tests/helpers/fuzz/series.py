@@ -60,7 +60,7 @@ class Tally:
         self.said.append(f"seed {name}: {'; '.join(outcome.events)}: {end}, {seconds:.1f} s")
         if outcome.wrong:
             self.counts["differing bits" if outcome.differs else "lost"] += 1
-            self.failed.append(f"seed {name}: {outcome.wrong.splitlines()[0]}")
+            self.failed.append(f"seed {name}: {outcome.wrong.splitlines()[0][:60]}")
             self.said += [f"seed {name}: {outcome.wrong}", f"seed {name}: its files are in {folder}"]
         else:
             shutil.rmtree(folder)
