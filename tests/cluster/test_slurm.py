@@ -177,6 +177,29 @@ def test_engines_on_the_cluster(name: str, box: Box, tmp_path: Path) -> None:
     assert_equal(weights(tmp_path / "run"), train(reference, tmp_path / "reference", 2, *words))
 
 
+LANGUAGE = ["task=language", "global_batch_size=8", "max_steps=2", "eval_every=0", "log_every=1", "threads=1"]
+SHARED = {  # (tasks per node, further words): layers, sequences, experts and stages that two nodes share
+    "tensor_parallel": (1, []),
+    "context_parallel": (1, []),
+    "expert_parallel": (1, ["task.experts=4"]),
+    "parallel_mesh": (2, ["pipeline=2", "micro_batches=2"]),
+    "zero1": (1, []),
+    "comm_hooks": (1, []),
+    "local_sgd": (1, ["period=2"]),
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("name", SHARED)
+def test_nodes_share_a_model(name: str, box: Box, tmp_path: Path) -> None:
+    (per_node, own), words = SHARED[name], ["out=run", "cluster.nodes=2"]
+    words += [f"cluster.tasks_per_node={per_node}", *LANGUAGE, *own]
+    code, said = end(start(box, tmp_path, "-m", f"recipes.{name}", *words))
+    assert code == 0, said
+    reference: Recipe = importlib.import_module(f"recipes.{name}").train
+    assert_equal(weights(tmp_path / "run"), train(reference, tmp_path / "reference", 2 * per_node, *LANGUAGE, *own))
+
+
 @pytest.mark.slow
 def test_torchrun_in_a_batch_job_trains_the_same(box: Box, tmp_path: Path) -> None:
     """Its variables win over Slurm's, which count one task a node."""
