@@ -3,17 +3,40 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
+from lockstep.data.streams import Stream
 from lockstep.errors import UserError
-from recipes import ddp, single
+from recipes import ddp, fsdp, single
 from tests.helpers import streamed
 from tests.helpers.harness import assert_equal, command, execute, lines, result, train
 
 TASK = f"task={streamed.__file__}:Streamed"
 WORDS = (TASK, "precision=fp64", "epochs=4", "global_batch_size=12", "log_every=1", "optim.warmup_steps=2")
+
+
+def totals(samples: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    return torch.stack([total for _, total in samples]), torch.zeros(len(samples))
+
+
+@pytest.mark.parametrize("addressed", [True, False])
+def test_an_example_that_is_read_meanwhile_moves_nothing(addressed: bool) -> None:
+    """Not in this epoch, and not where the next one begins."""
+    kind = streamed.Addressed if addressed else streamed.Numbers
+    found = []
+    for looked_at in (False, True):
+        stream = Stream(kind(10), per_rank=False, group=None)
+        batches = stream.batches(totals, 4, 0, 1, 0, pin_memory=False)
+        found.append([])
+        for number, batch in zip(range(8), batches, strict=False):
+            found[-1].append(batch.inputs)
+            if looked_at and number in (1, 4):
+                stream.first(3)
+    assert all(torch.equal(plain, other) for plain, other in zip(*found, strict=True))
 
 
 @pytest.mark.slow_except("true")
@@ -31,15 +54,21 @@ def test_a_stream_trains_the_same_on_any_number_of_ranks(addressed: str, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("task", "ranks", "workers"),
-    [("task.addressed=true", 2, 0), ("task.addressed=false", 2, 1), ("task.per_rank=true", 2, 0)],
+    ("recipe", "task", "workers"),
+    [
+        (ddp, "task.addressed=true", 0),
+        (ddp, "task.addressed=false", 1),
+        (ddp, "task.per_rank=true", 0),
+        (fsdp, "task.addressed=true", 0),  # whose evaluation reads an example of the stream
+    ],
 )
-def test_a_stream_resumes_with_the_same_bits(task: str, ranks: int, workers: int, tmp_path: Path) -> None:
+def test_a_stream_resumes_with_the_same_bits(recipe: ModuleType, task: str, workers: int, tmp_path: Path) -> None:
     """At step 7, after the stream has begun anew, from a checkpoint of step 6."""
+    ranks = 2
     words = (*WORDS, task, "checkpoint.every=6", f"data.workers={workers}")
-    whole = train(ddp.train, tmp_path / "whole", ranks, *words)
-    execute(ddp.train, tmp_path / "parts", ranks, *words, "max_steps=6")
-    parts = train(ddp.train, tmp_path / "parts", ranks, *words)
+    whole = train(recipe.train, tmp_path / "whole", ranks, *words)
+    execute(recipe.train, tmp_path / "parts", ranks, *words, "max_steps=6")
+    parts = train(recipe.train, tmp_path / "parts", ranks, *words)
     assert result(tmp_path / "parts")["resumed_from"] == "checkpoints/step-00000006"
     assert_equal(parts, whole)
     assert [line for line in lines(tmp_path / "parts") if line["step"] > 6] == [

@@ -55,6 +55,7 @@ class StreamReader(IterableDataset[tuple[Batch, Position]]):
     Args:
         read: samples that are read for each batch: of the whole global batch, or of this rank's share.
         start, stop: which of them are this rank's.
+        fresh: the stream's own state where nothing has been read; None: it has none.
     """
 
     def __init__(
@@ -66,16 +67,17 @@ class StreamReader(IterableDataset[tuple[Batch, Position]]):
         start: int,
         stop: int,
         position: Position,
+        fresh: Any,
     ) -> None:
         self.dataset, self.collate, self.seed = dataset, collate or default_pair, seed
-        self.read, self.start, self.stop, self.position = read, start, stop, position
+        self.read, self.start, self.stop, self.position, self.fresh = read, start, stop, position, fresh
 
     def __iter__(self) -> Iterator[tuple[Batch, Position]]:
         position = self.position
         if "before" in position:
-            _, samples = last_batch_again(self.dataset, self.seed, position)
+            _, samples = last_batch_again(self.dataset, self.seed, position, self.fresh)
         else:
-            samples = samples_from(self.dataset, self.seed, position)
+            samples = samples_from(self.dataset, self.seed, position, self.fresh)
         while True:
             before = {name: position[name] for name in START}
             with generators_restored():
@@ -89,13 +91,13 @@ class StreamReader(IterableDataset[tuple[Batch, Position]]):
             yield Batch(inputs, targets, len(mine)), position
 
 
-def samples_from(dataset: Any, seed: int, position: Position) -> Iterator[tuple[Any, int, int]]:
+def samples_from(dataset: Any, seed: int, position: Position, fresh: Any) -> Iterator[tuple[Any, int, int]]:
     """A stream's samples from a position on, without end: (sample, epoch, samples read since it began).
 
     Each is drawn under generators that it leaves as they are then: use it under `generators_restored`.
     """
     epoch, done, state = position["epoch"], position["samples"], position["state"]
-    samples = _begin(dataset, epoch, state)
+    samples = _begin(dataset, epoch, fresh if state is None else state)
     for number in range(0 if state is not None else done):  # read again, under the same generators, and thrown away
         seed_all(sample_seeds(seed, epoch, torch.tensor([number]))[0])
         next(samples, None)
@@ -107,24 +109,28 @@ def samples_from(dataset: Any, seed: int, position: Position) -> Iterator[tuple[
             if not done:
                 raise UserError("the task's train_set is a stream that gives no sample") from None
             epoch, done = epoch + 1, 0
-            samples = _begin(dataset, epoch, None)
+            samples = _begin(dataset, epoch, fresh)
             continue
         done += 1
         yield sample, epoch, done
 
 
-def last_batch_again(dataset: Any, seed: int, position: Position) -> tuple[list[Any], Iterator[tuple[Any, int, int]]]:
+def last_batch_again(
+    dataset: Any, seed: int, position: Position, fresh: Any
+) -> tuple[list[Any], Iterator[tuple[Any, int, int]]]:
     """(the samples of the batch in front of a position, read again, and what `samples_from` gives behind them)."""
-    samples = samples_from(dataset, seed, position["before"])
+    samples = samples_from(dataset, seed, position["before"], fresh)
     with generators_restored():
         return [next(samples)[0] for _ in range(position["read"])], samples
 
 
 def _begin(dataset: Any, epoch: int, state: Any) -> Iterator[Any]:
+    """The stream from a state of its own on. That of its beginning is loaded too: what was loaded last, when an example
+    was read or a run resumed, may be where it begins otherwise."""
     if hasattr(dataset, "set_epoch"):
         dataset.set_epoch(epoch)
     if state is not None:
-        dataset.load_state_dict(state)
+        dataset.load_state_dict(copy.deepcopy(state))
     return iter(dataset)
 
 
@@ -174,7 +180,8 @@ class Stream:
         """This rank's batches of `share` samples, without end; `workers` processes, one at most, read ahead, and are
         waited for so long at most, where that is not 0."""
         read, start = (share, 0) if self.per_rank else (share * shards, share * shard)
-        reader = StreamReader(self.dataset, collate, self._seed, read, start, start + share, self.position)
+        stop = start + share
+        reader = StreamReader(self.dataset, collate, self._seed, read, start, stop, self.position, self._fresh)
         if workers or pin_memory:
             loader: Any = read_ahead(reader, min(workers, 1), pin_memory, timeout_seconds, _read_alone)
         else:
@@ -216,7 +223,7 @@ class Stream:
         """The same place, without the stream's own state where that does not lead to it."""
         if "before" not in position:
             return position
-        again, _ = last_batch_again(self.dataset, self._seed, position)
+        again, _ = last_batch_again(self.dataset, self._seed, position, self._fresh)
         if _digest(again) == position["seen"]:
             return position
         if dist.get_rank() == 0:
@@ -224,7 +231,6 @@ class Stream:
                 f"the stream's state_dict() is not all of its place: {position['samples']:,} samples of it are read again",
                 file=sys.stderr,
             )
-        self.dataset.load_state_dict(self._fresh)  # else it might begin its epoch at what was loaded last
         return {"epoch": position["epoch"], "samples": position["samples"], "state": None}
 
 
