@@ -46,6 +46,7 @@ Source: https://arxiv.org/abs/1905.13727 (PowerSGD), https://arxiv.org/abs/1901.
 https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html
 """
 
+from collections import Counter
 from dataclasses import dataclass
 
 from torch import nn
@@ -107,8 +108,15 @@ def compress_alone(run: Run, model: nn.Module) -> None:
     """Have `single` compress its gradients, which are those of the whole batch, as ranks do with the mean of theirs."""
     if run.recipe == "single":
         alone = PowerSGD(model, 0, 1, r=run.config.matrix_rank)
+        added: Counter[nn.Parameter] = Counter()  # micro-batches: a step's gradient is whole after the last one
+
+        def compress(parameter: nn.Parameter) -> None:
+            added[parameter] += 1
+            if added[parameter] % run.config.accumulate == 0:
+                alone.compress_alone(parameter)
+
         for parameter in [each for each in model.parameters() if each.requires_grad]:
-            parameter.register_post_accumulate_grad_hook(alone.compress_alone)
+            parameter.register_post_accumulate_grad_hook(compress)
 
 
 @recipe(

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[tuple[str, ...], int, str, dict[str, str]]] = {
         f"{COPIES} fsdp tensor_parallel parallel_mesh model_parallel lightning_fabric",
         {"pipeline_parallel": "dropout: a stage after the first does not see the samples"},
     ),
+    "accumulated": (("accumulate=2",), 2, f"{COPIES} fsdp tensor_parallel", {}),
     "two optimizers": (("optim=muon",), 2, "ddp zero1 fsdp parallel_mesh", {}),
     "3 ranks": ((), 3, "ddp fsdp zero1 lightning_fabric", {"expert_parallel": "expert=2"}),
     "3 ranks share": (("task.sequence_length=18",), 3, "context_parallel", {"tensor_parallel": "tensor=3"}),
