@@ -132,7 +132,11 @@ DDP = {
     "data.image_size=16": ["data.image_size=16", "8 × 8", "model.image_size"],
     "global_batch_size=2": ["global_batch_size=2", "BatchNorm", "model.norm=group"],
     "accumulate=49": ["accumulate=49", "48 images", "1…48"],
-    "cut=layer2": ["cut=layer2", "recipes.ddp does not use it", "recipes.model_parallel and recipes.pipeline_parallel"],
+    "cut=layer2": [
+        "cut=layer2",
+        "recipes.ddp does not use it",
+        "recipes.model_parallel, recipes.parallel_mesh and recipes.pipeline_parallel",
+    ],
     "stages=2": ["stages=2", "recipes.ddp does not use it", "pipeline_parallel"],
     "nproc=0": ["nproc=0: allowed are 1…4096"],
     "model=resnet19": ["model=resnet19", "allowed are resnet18, resnet34, resnet50, resnet101, resnet152"],

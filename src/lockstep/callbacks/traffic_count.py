@@ -23,10 +23,11 @@ class TrafficCount(Callback):
         self._profiled, self._step_time = profiled, step_time
         self._steps = range(0)  # that are counted, by the number of steps done before each
         self._counter: TrafficCounter | None = None
+        self._late = False  # counted are steps that would be timed
 
     @property
     def distorts_time(self) -> bool:  # type: ignore[override]
-        return self._counter is not None
+        return self._late and self._counter is not None
 
     def on_train_begin(self, context: CallbackContext) -> None:
         left, apart = context.total_steps - context.step, context.config.steps_between_exchanges

@@ -132,7 +132,8 @@ def owners_of(name: str, recipe: CommandLine) -> str:
     """The recipes beside this one that have a key of their own of this name, as words."""
     head = name.partition(".")[0]
     having = [each.name for each in neighbours(recipe.path).values() if head in own_keys(each.config)]
-    return " and ".join(f"recipes.{each}" for each in having if each != recipe.name)
+    *most, last = [f"recipes.{each}" for each in having if each != recipe.name] or [""]
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def unknown_key(name: str, recipe: CommandLine, schema: type[Config], where: str = "") -> UserError:
