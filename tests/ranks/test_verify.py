@@ -114,17 +114,23 @@ def check_rows(out: Path) -> None:
     assert all(row["loss"] > 1e-3 for row in measured), "a batch norm that does differ: the comparison can see it"
 
 
+FOUR = "ddp,zero1,comm_hooks,local_sgd,lora,tensor_parallel,grad_accumulation,activation_checkpointing"
+
+
 @pytest.mark.slow_except("3")
+@pytest.mark.soak_for(f"4-{FOUR}")
 @pytest.mark.parametrize(
     ("world_size", "names", "words"),
     [
         (3, "ddp,sync_batchnorm", ()),
         (4, "pipeline_parallel,fsdp,context_parallel,expert_parallel", ("replicate=2",)),
         (4, "parallel_mesh", ("replicate=2",)),
+        (4, FOUR, ("task=language", "threads=1")),
     ],
 )
 def test_on_other_numbers_of_ranks(world_size: int, names: str, words: tuple[str, ...], tmp_path: Path) -> None:
-    execute(verify.train, tmp_path / "run", world_size, f"recipes=[{names}]", "max_steps=2", "precision=fp64", *words)
+    all_words = (f"recipes=[{names}]", "max_steps=2", "precision=fp64", *words)
+    execute(verify.train, tmp_path / "run", world_size, *all_words, timeout=400)
     rows = verify_rows(tmp_path / "run")
     assert {row["recipe"] for row in rows} == set(names.split(","))
     assert all((row["verdict"], row["ranks"]) == ("equal", world_size) for row in rows)
