@@ -178,7 +178,7 @@ def be_rank(rank: int, size: int, port: int, folder: Path, seconds: float, all_h
         told.wait()
     mine.left, mine.ended = time.monotonic(), Cost(**vars(cost))
     mine.verdict = str(verdicts[0]) if verdicts else ""
-    watchdog.close()
+    watchdog.close("")
     all_here.wait()  # rank 0 serves the store
     heartbeat.close()
     return mine
