@@ -8,6 +8,7 @@ Source: https://www.mkdocs.org/user-guide/configuration/#hooks
 from __future__ import annotations
 
 import ast
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def technique(name: str, source: str) -> str:
     loop = next(each for each in tree.body if isinstance(each, ast.FunctionDef) and each.name == "train")
     body = source.splitlines()[loop.lineno - 1 : loop.end_lineno]
     parts += ["## The loop", "````python\n" + "\n".join(body) + "\n````"]
+    parts += costs(name)
     if name not in ("single", "checkpoint_resume"):  # what the others are compared with, and what proves itself
         parts += [f"## See it proven\n\n```console\n$ python -m recipes.verify recipes=[{name}]\n```"]
         parts += ["It trains the same steps beside one plain process: [how they are compared](../../proof.md)."]
@@ -68,6 +70,37 @@ def technique(name: str, source: str) -> str:
         parts += ["`python -m recipes.verify museum=NAME` breaks this recipe so, and shows by what it is seen."]
     parts += ["## The file", f"````python\n{source}````"]
     return "\n\n".join(parts) + "\n"
+
+
+def costs(name: str) -> list[str]:
+    """What a recipe was measured to cost beside one process and DDP; nothing where it does not do the same work."""
+    measured = json.loads((ROOT / "docs" / "measured.json").read_text(encoding="utf-8"))
+    tasks = [each for each in ("language", "experts", "images", "parts") if name in measured[each]["rows"]]
+    if not tasks:
+        return []
+    task = measured[tasks[0]]
+    against = "ddp's" if tasks[0] == "parts" else "one process's"
+    lines = [f"| | ranks | speed, × {against} | sent per step | exposed communication | peak, MiB | held, MiB |"]
+    lines += ["|---|---:|---:|---:|---:|---:|---:|"]
+    for each in dict.fromkeys(("single", "ddp", name)):
+        if (row := task["rows"].get(each)) is None:
+            continue
+        ratio = "1" if row["speedup"] is None else f"{row['speedup']:.2f}"
+        if row["speedup_from"]:
+            ratio += f" ({row['speedup_from']:.2f} to {row['speedup_to']:.2f})"
+        sent = "" if row["sent_bytes"] is None else f"{row['sent_bytes'] / 1e6:.3g} MB"
+        exposed = "" if row["exposed_share"] is None else f"{row['exposed_share']:.0%}"
+        peak, held = (max(row[what], default=0) / 2**20 for what in ("memory_bytes", "state_bytes"))
+        lines.append(f"| {each} | {row['ranks']} | {ratio} | {sent} | {exposed} | {peak:,.0f} | {held:,.1f} |")
+    about, others = task["about"], [row["cores_of_others"] or 0.0 for row in task["rows"].values()]
+    return [
+        "## What it costs, measured",
+        f"{about['']} on {about['on']}, {measured['cores']} cores of a virtual machine ({measured['cpu']}), "
+        f"{measured['date']}, of which other work had {max(others):.1f}: `{task['command']}`. A model this small shows what "
+        "a technique adds, not what it is for: measure yours with the same command. Of the fullest rank: *peak* is all "
+        "memory of its process, *held* is weights, gradients and the optimizer's state.",
+        "\n".join(lines),
+    ]
 
 
 def linked(docstring: str) -> str:

@@ -47,6 +47,9 @@ def test_every_page_and_every_file_that_a_page_names_is_in_the_site(tmp_path: Pa
         page = (site / "source" / "recipes" / f"{name}.py.html").read_text()
         assert '<svg class="technique"' in page, name
         assert "The loop" in page, name
+        assert ("What it costs, measured" in page) == (name != "checkpoint_resume"), (
+            "it measures itself: docs/benchmarks.md"
+        )
     for path in site.rglob("*.html"):
         fetched = re.findall(r'<(?:script|link|img)[^>]+(?:src|href)="(https?://[^"]+)"', path.read_text())
         assert not fetched, f"{path.name} needs a network"
