@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-NAMESPACES = ("c10d", "_c10d_functional", "_dtensor")
-WAITS = ("wait_tensor", "wait_tensors", "barrier", "monitored_barrier_", "_wrap_tensor_autograd")  # they send nothing
+COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
+SEND_NOTHING = ("wait_tensor", "wait_tensors", "barrier", "monitored_barrier_", "_wrap_tensor_autograd")
 
 
 class TrafficCounter(TorchDispatchMode):
@@ -29,7 +29,7 @@ class TrafficCounter(TorchDispatchMode):
         if any(issubclass(each, DTensor) for each in types):
             return NotImplemented  # it makes operations on local tensors of it, which come by here once more
         result = func(*args, **(kwargs or {}))
-        if func.namespace in NAMESPACES and func._opname not in WAITS:
+        if func.namespace in COLLECTIVES and func._opname not in SEND_NOTHING:
             # The last output is a handle; of what gathers, the larger side counts: what a rank ends up with.
             given, got = (sum(nbytes(each) for each in tree_leaves(side)) for side in (args[-1:] and args, result))
             handed = max(given, got) if func.namespace != "c10d" else nbytes_of_largest(args)

@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.copies import with_values
 from lockstep.distributed.collectives import gather_numbers, gather_objects
+from lockstep.distributed.traffic import COLLECTIVES, SEND_NOTHING
 from lockstep.plan.clock import StepTimes
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.dry_run import STEPS
@@ -27,7 +28,7 @@ from lockstep.plan.here import MachineProbes
 from lockstep.plan.pipeline import dry_training
 from lockstep.plan.report import gigabytes, millisecond_cell
 from lockstep.plan.rows import PlanRow, plan_rows, why_not
-from lockstep.plan.watch import COLLECTIVES, SEND_NOTHING, StepWatch
+from lockstep.plan.watch import StepWatch
 from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe
 from lockstep.run import Run

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lockstep.distributed.traffic import COLLECTIVES, SEND_NOTHING
 from lockstep.plan.clock import ClockEvent, DeviceClock, StepTimes
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.known_numbers import KnownNumbers
@@ -22,8 +23,6 @@ from lockstep.plan.links import Collective, collective_kind
 from lockstep.plan.measured_seconds import operation_class
 from lockstep.plan.memory import StorageLedger
 
-COLLECTIVES = ("c10d", "_c10d_functional", "_dtensor")
-SEND_NOTHING = ("wait_tensor", "wait_tensors", "barrier", "monitored_barrier_", "_wrap_tensor_autograd")
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 FREE = ("empty", "new_empty", "empty_like", "new_empty_strided", "empty_strided", "lift_fresh", "detach")

@@ -226,8 +226,9 @@ def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: Refe
         if each.check:
             each.check(mine, mine.global_batch_size // (ranks // mine.model_parallel_size))
         # `single` itself, with other settings or a bug, draws as the reference does: its generators are compared, too.
-        drawn = drops(sketch(mine)) and each.name == single.name
-        masked = drops(sketch(mine)) and not drawn
+        dropping = drops(sketch(mine))
+        drawn = dropping and each.name == single.name
+        masked = dropping and not drawn
         refuse_dropout(case, mine, masked)
     except UserError as error:
         row.verdict = f"not run: {error}"
