@@ -3,8 +3,6 @@ one process there too, or the technique refuses; and a mistake in each of them i
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,8 @@ import pytest
 from lockstep.models.gpt import GPT_SIZES, GPTConfig
 from recipes import verify
 from tests.helpers import unusual_task
-from tests.helpers.harness import ROOT, execute, verify_rows
+from tests.helpers.changed_recipe import put_changed_recipe
+from tests.helpers.harness import execute, verify_rows
 
 TASK = f"task={unusual_task.__file__}:Unusual"
 SHARED = "are one tensor"
@@ -113,13 +112,6 @@ BREAKS = {  # by what is unusual: the recipe, a line of it, and what stands befo
 @pytest.mark.parametrize("case", BREAKS)
 def test_a_mistake_in_one_is_named(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, line, mistake = BREAKS[case]
-    path = ROOT / "recipes" / f"{name}.py"
-    source = path.read_text()
-    assert line in source, f"recipes/{name}.py has changed: the mutation would change nothing"
-    spec = importlib.util.spec_from_file_location(f"lockstep.recipes.{name}", path)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, f"lockstep.recipes.{name}", module)
-    exec(compile(source.replace(line, mistake + line, 1), str(path), "exec"), module.__dict__)
+    put_changed_recipe(monkeypatch, name, line, mistake + line, count=1)
     with pytest.raises(AssertionError, match=f"not the training that recipes.single computes: {name} in fp64"):
         verified(tmp_path, case, [name])

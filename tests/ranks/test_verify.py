@@ -6,8 +6,8 @@ import importlib
 import importlib.util
 import json
 import platform
-import sys
 from collections.abc import Iterator
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,8 @@ from lockstep.verify.report import verify_tables
 from lockstep.verify.rows import VerifyRow
 from lockstep.verify.trace import angle, difference, smooth_relu
 from recipes import verify
-from tests.helpers.harness import ROOT, command, execute, preload, verify_rows
+from tests.helpers.changed_recipe import put_changed_recipe
+from tests.helpers.harness import command, execute, preload, verify_rows
 
 pytestmark = pytest.mark.usefixtures("narrow")
 
@@ -173,17 +174,7 @@ def test_the_next_run_says_what_has_changed_since(tmp_path: Path) -> None:
 def replace(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Put a changed copy of a recipe in its place, for this process and the ranks it forks."""
 
-    def put(name: str, old: str, new: str) -> None:
-        path = ROOT / "recipes" / f"{name}.py"
-        source = path.read_text()
-        assert old in source, f"recipes/{name}.py has changed: the mutation would change nothing"
-        spec = importlib.util.spec_from_file_location(f"lockstep.recipes.{name}", path)
-        assert spec is not None
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, f"lockstep.recipes.{name}", module)
-        exec(compile(source.replace(old, new), str(path), "exec"), module.__dict__)
-
-    return put
+    return partial(put_changed_recipe, monkeypatch)
 
 
 @pytest.mark.slow_except(
