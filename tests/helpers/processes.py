@@ -76,7 +76,7 @@ def wait_until(holds: Callable[[], object], seconds: float = 60) -> None:
 def free_port() -> int:
     """Where nobody listens, and below the ports that the kernel hands out to whoever connects meanwhile."""
     while True:
-        port = random.randrange(10000, 32000)
+        port = random.SystemRandom().randrange(10000, 32000)  # a test may have seeded the usual one, on each worker
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("127.0.0.1", port))
             return port

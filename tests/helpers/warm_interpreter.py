@@ -8,6 +8,7 @@ interpreter's start itself, its own command line and hash seed among it; `comman
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 import traceback
 from contextlib import suppress
 from functools import cache
@@ -41,6 +43,7 @@ EARLY = ("PYTHON", "OMP_", "MKL_", "KMP_", "LD_", "MALLOC_", "TORCH_", "CUDA_", 
 OF_LIBRARIES = ("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
 START = dict(os.environ)
 LARGEST = 2**17  # bytes of a request
+SHOW = signal.SIGRTMIN + 5  # a copy that hangs is asked where it is by this
 
 
 class Warm:
@@ -62,7 +65,7 @@ class Warm:
         """What subprocess.run would return for `python WORDS`; what that leaves behind is not waited for.
 
         Raises:
-            subprocess.TimeoutExpired: it took longer, and was killed.
+            subprocess.TimeoutExpired: it took longer, and was killed; a note has what it said, and where its threads were.
         """
         with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
             request = json.dumps([words, str(folder), environment]).encode()
@@ -77,7 +80,9 @@ class Warm:
                 stream.seek(0)
                 said.append(stream.read())
         if code is None:
-            raise subprocess.TimeoutExpired(words, timeout, *said)
+            hung = subprocess.TimeoutExpired(words, timeout, *said)
+            hung.add_note("".join(said))
+            raise hung
         return subprocess.CompletedProcess(words, code, *said)
 
     def _copy(self, request: bytes, files: list[int], timeout: float) -> int | None:
@@ -90,6 +95,8 @@ class Warm:
             return int(self._line.recv(LARGEST))
         except TimeoutError:
             with suppress(ProcessLookupError):  # it has just ended
+                os.kill(pid, SHOW)
+                time.sleep(0.5)
                 os.kill(pid, signal.SIGKILL)
         self._line.settimeout(None)
         self._line.recv(LARGEST)
@@ -147,6 +154,7 @@ def become(words: list[str], folder: str, environment: dict[str, str], files: li
     for number, file in enumerate([nothing, *files]):
         os.dup2(file, number)
         os.close(file)
+    faulthandler.register(SHOW, all_threads=True)
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)

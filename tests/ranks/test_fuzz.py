@@ -44,8 +44,8 @@ def assert_nothing_is_lost(runs: int, seed: int, way: str = "forked", variants: 
 
 
 def test_nothing_is_lost() -> None:
-    """Two seeds: how far a run has come when a fault is due depends on the machine, and one may be over before."""
-    counts = assert_nothing_is_lost(1, seed=11589) + assert_nothing_is_lost(1, seed=13516)
+    """Two seeds whose faults come at calls of the file system, early in the run: on any machine it is not over before."""
+    counts = assert_nothing_is_lost(1, seed=11180) + assert_nothing_is_lost(1, seed=12627)
     assert counts["kills in a save"] >= 2
     assert all(counts[what] for what in ("kills", "preemptions", "damages", "resumes")), counts
 

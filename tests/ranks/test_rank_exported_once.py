@@ -20,16 +20,18 @@ from tests.helpers.harness import ROOT, clean_environment
 from tests.helpers.processes import free_port
 
 SAYS = "RANK is exported once for all; let the launcher set it"
-# What a rank does before anything else, without the seconds that a recipe takes to load.
+# What a rank does before anything else, without the seconds that a recipe takes to load. It leaves as a recipe does: an
+# interpreter that ends while a thread of torch's waits for the store can be aborted.
 COMES = """
-import os
+import os, sys
 from lockstep.distributed.environment import discover
 from lockstep.distributed.rendezvous import check_in, open_store
 place = discover(os.environ)
 try:
     check_in(open_store(place, 120), place.rank, place.world_size, 120, served_by_rank_0=True)
 except Exception as error:
-    raise SystemExit(f"error: {error}")
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    os._exit(1)
 """
 
 
