@@ -43,11 +43,9 @@ from rich.console import Console
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
 from lockstep.config.tasks import unit_of
-from lockstep.plan.check import check_plan, check_table, unrest
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.estimate import Estimate, against_one, estimate, seconds_alone
 from lockstep.plan.hardware import MEASURED, Hardware, load_hardware, with_links
-from lockstep.plan.here import measure_hardware
 from lockstep.plan.report import (
     advice,
     formula_line,
@@ -90,9 +88,9 @@ def say(text: str) -> None:
 
 def plan_all(config: PlanConfig, ranks: int, hardware: Hardware) -> tuple[list[Estimate], list[str]]:
     """(an estimate of each row, a line for each that cannot be)."""
+    say(f"plan: {count(ranks, 'device')}, {hardware.name}")
     rows, left_out = plan_rows(config, train, planned_recipes(config.recipes), ranks, hardware)
     alone, _ = plan_rows(config, train, [get_recipe("single")], 1, hardware)
-    say(f"plan: {count(len(rows), 'row')} for {count(ranks, 'device')}, {hardware.name}")
     began = time.perf_counter()
 
     def plan(number: int) -> Estimate | float | str:
@@ -129,6 +127,7 @@ def print_curves(config: PlanConfig, hardware: Hardware) -> int:
         raise UserError(
             f"gpus={config.gpus}: a curve needs two nodes at least; set gpus={2 * hardware.per_node} or more"
         )
+    say(f"plan: curves to {ranks[-1]:,} devices, {hardware.name}")
     taken = [each for each in ranks if each <= TAKEN_NODES * hardware.per_node]
     tables, left_out = [], []
     for number in taken:
@@ -138,7 +137,6 @@ def print_curves(config: PlanConfig, hardware: Hardware) -> int:
         tables.append(rows)
         left_out += [line for line in refused if line not in left_out]
     chosen = list(strategies(tables))
-    say(f"plan: {count(len(chosen), 'curve')} to {ranks[-1]:,} devices, {hardware.name}")
     made: list[ScalingCurve] = []
     for number, rows in enumerate(chosen, start=1):
         start = ranks.index(rows[0].ranks)
@@ -198,6 +196,8 @@ def make_plan(config: PlanConfig) -> int | None:
 @recipe(config=PlanConfig, looks_at="recipes", single_training=False, alone=make_plan)
 def train(run: Run[PlanConfig]) -> None:
     from lockstep.config.compose import overrides
+    from lockstep.plan.check import check_plan, check_table, unrest  # which load all that ranks do
+    from lockstep.plan.here import measure_hardware
 
     if not run.config.check and run.config.hardware != MEASURED:
         raise UserError("recipes.plan: is one process; start it with python, or add check=true or hardware=here")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -26,7 +26,7 @@ class TrafficCounter(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(each, DTensor) for each in types):
+        if takes_dtensors(types):
             return NotImplemented  # it makes operations on local tensors of it, which come by here once more
         result = func(*args, **(kwargs or {}))
         if func.namespace in COLLECTIVES and func._opname not in SEND_NOTHING:
@@ -41,6 +41,12 @@ class TrafficCounter(TorchDispatchMode):
     def sent(self) -> int:
         """All of them but what was only received, by whoever waits for another rank's message."""
         return sum(size for name, size in self.bytes.items() if not name.startswith("recv"))
+
+
+def takes_dtensors(types: Any) -> bool:
+    """Whether one of an operation's argument types is DTensor, without loading it where nobody has: that takes a second."""
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and any(issubclass(each, loaded.DTensor) for each in types)
 
 
 def nbytes(value: Any) -> int:

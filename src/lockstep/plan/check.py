@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.copies import with_values
 from lockstep.distributed.collectives import gather_numbers, gather_objects
-from lockstep.distributed.traffic import COLLECTIVES, SEND_NOTHING
+from lockstep.distributed.traffic import COLLECTIVES, SEND_NOTHING, takes_dtensors
 from lockstep.plan.clock import StepTimes
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.dry_run import STEPS
@@ -93,7 +93,7 @@ class RealWatch(StepWatch):
     """Counts the collectives of real steps, and changes nothing."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(issubclass(each, torch.distributed.tensor.DTensor) for each in types):
+        if takes_dtensors(types):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         if func.namespace in COLLECTIVES and func._opname not in SEND_NOTHING:

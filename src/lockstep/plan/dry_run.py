@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.optim import Optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -199,6 +198,9 @@ class DryTraining(Run[Any]):
 @contextlib.contextmanager
 def fake_ranks(rank: int, world_size: int) -> Iterator[World]:
     """Within it this process is a rank of a world whose others are not there."""
+    # Brings torch._dynamo, which takes seconds: not before the first line is on the screen.
+    from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
     dist.init_process_group(dist.Backend.FAKE, store=FakeStore(), rank=rank, world_size=world_size)
     try:
         yield World(rank, world_size, 0, ["plan"] * world_size, torch.device("cpu"), "fake", 1)

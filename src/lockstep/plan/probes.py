@@ -15,13 +15,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lockstep.distributed.process_group import World
+from lockstep.distributed.traffic import takes_dtensors
 from lockstep.plan.measured_seconds import HEAD_DIMS
 
 RESULT_NUMBERS = (16, 2**14, 2**17, 2**19, 2**21, 2**23)  # float32 numbers of an operation's result
@@ -213,7 +213,7 @@ class CountedOperations(TorchDispatchMode):
         self.ways = {"operation": 0, "dtensor": 0, "fsdp": 0, "collective": 0}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if any(issubclass(each, DTensor) for each in types):
+        if takes_dtensors(types):
             self.ways["dtensor"] += 1
             return NotImplemented
         names = {"fsdp": "fsdp", "c10d": "collective", "_c10d_functional": "collective"}

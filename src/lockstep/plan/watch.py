@@ -11,11 +11,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import _create_work_from_future
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
-from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from lockstep.distributed.traffic import COLLECTIVES, SEND_NOTHING
+from lockstep.distributed.traffic import COLLECTIVES, SEND_NOTHING, takes_dtensors
 from lockstep.plan.clock import ClockEvent, DeviceClock, StepTimes
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.known_numbers import KnownNumbers
@@ -99,7 +98,7 @@ class StepWatch(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if any(issubclass(each, DTensor) for each in types):
+        if takes_dtensors(types):
             if self._step:
                 self.clock.host("dtensor")
             return NotImplemented  # it makes operations on local tensors of it, which come by here once more

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import sys
@@ -35,6 +36,7 @@ def planned_beside(plan: Callable[[int], Any], numbers: list[int]) -> Iterator[t
         yield from ((number, plan(number)) for number in numbers)
         return
     _plan_row = plan
+    importlib.import_module("torch.distributed.tensor.debug")  # for all processes once; each row needs it
     try:
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(processes, fork, initializer=torch.set_num_threads, initargs=(1,)) as pool:
