@@ -88,7 +88,7 @@ class Run(Generic[ConfigT]):
         self._context = CallbackContext(
             recipe, config, world, out, quiet, self.report, self.started, self.steps_per_epoch, total_steps
         )
-        self._callbacks = build_callbacks(config, world, dims, self.data.workers, self.task, first=callbacks)
+        self._callbacks = build_callbacks(config, world, dims, self.data, first=callbacks)
         self.loop = TrainingLoop(
             self._context,
             dims,

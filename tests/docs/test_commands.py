@@ -42,6 +42,10 @@ QUICK = {"python -m recipes.ddp", "python -m recipes.ddp +cluster=lightning"}
 # What goes together, or is minutes of work: other tests in tests/ranks run the very same.
 ELSEWHERE = {
     "python -m recipes.verify",  # test_verify.py
+    "python -m mlperf_logging.compliance_checker --ruleset 4.0.0 outputs/mine/mllog.txt",  # test_mllog.py
+    "python -m recipes.ddp out=outputs/mine logger=mllog logger.mlperf.submission_benchmark=resnet "
+    "logger.mlperf.submission_division=open logger.mlperf.submission_status=research "
+    "logger.mlperf.submission_org=us logger.mlperf.submission_platform=laptop",  # test_mllog.py
     "python -m recipes.verify against=archive/verify.json",  # test_verify.py
     "python -m recipes.verify task=examples/tabular.py:Diabetes",  # test_own_tasks_in_tools.py
     "python -m recipes.verify 'recipes=[my_recipe.py]'",  # test_own_tasks_in_tools.py

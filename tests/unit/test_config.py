@@ -62,7 +62,7 @@ def test_every_recipe_composes_with_every_option(name: str, options: list[str]) 
         elif group == "tune":
             assert config.tune.space
         elif group == "logger":  # which may be several
-            chosen = [kind for kind in ("csv", "tensorboard", "wandb") if getattr(config.logger, kind)]
+            chosen = [kind for kind in ("csv", "mllog", "tensorboard", "wandb") if getattr(config.logger, kind)]
             assert chosen == [choice]
         elif group != "debug":
             assert getattr(config, group).name == choice

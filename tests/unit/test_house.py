@@ -12,7 +12,9 @@ import pytest
 from tests.conftest import NO_SUCH_CASE
 from tests.helpers.harness import ROOT, command
 
-HEAVY = set("deepspeed hydra lightning matplotlib ray sklearn tensorboard torchmetrics torchvision wandb".split())
+HEAVY = set(
+    "deepspeed hydra lightning matplotlib mlperf_logging ray sklearn tensorboard torchmetrics torchvision wandb".split()
+)
 LOOP = [
     "for micro in micro_batches(batch, run.config.accumulate, model):",
     "scaler.scale(loss * micro.weight).backward()",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from lockstep.callbacks.base import Callback, CallbackList
 from lockstep.callbacks.clipping_check import ClippingCheck
@@ -16,6 +15,7 @@ from lockstep.callbacks.nan_guard import NanGuard
 from lockstep.callbacks.step_time import StepTimeMonitor
 from lockstep.callbacks.unused_parameters import UnusedParameters
 from lockstep.config.schema import Config
+from lockstep.data.batches import BatchSource
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
 from lockstep.training.clip import clips
@@ -25,8 +25,7 @@ def build_callbacks(
     config: Config,
     world: World,
     dims: ParallelDims,
-    workers: int,
-    task: Any,
+    source: BatchSource,
     *,
     first: Sequence[Callback] = (),
 ) -> CallbackList:
@@ -34,11 +33,10 @@ def build_callbacks(
 
     Args:
         dims: how the ranks share the work.
-        workers: processes that read this rank's samples.
-        task: what is trained.
+        source: what is trained on.
         first: further ones, such as a tool's, which come before all others.
     """
-    step_time = StepTimeMonitor(world.heartbeat, workers)
+    step_time = StepTimeMonitor(world.heartbeat, source.workers)
     found: list[Callback] = [*first, step_time]
     if config.profile:
         from lockstep.callbacks.profiler import ProfileSteps  # torch.profiler: only who asks for it imports it
@@ -61,4 +59,8 @@ def build_callbacks(
         found.append(NanGuard(config))
     if world.rank == 0:
         found.append(DeviceStats(world.device))
-    return CallbackList([*found, MetricsLogger(task)])
+        if config.logger.mllog:
+            from lockstep.callbacks.mlperf_log import MlperfLog
+
+            found.append(MlperfLog(source))
+    return CallbackList([*found, MetricsLogger(source.task)])

@@ -122,6 +122,10 @@ class LoggerConfig:
     csv: bool = key(False, "metrics.csv, for spreadsheets (logger=csv)", free=True)
     tensorboard: bool = key(False, "event files for TensorBoard (logger=tensorboard)", free=True)
     wandb: bool = key(False, "Weights & Biases, offline unless you are logged in (logger=wandb)", free=True)
+    mllog: bool = key(False, "MLPerf's log of the run, mllog.txt (logger=mllog)", free=True)
+    mlperf: dict[str, Any] = key(
+        {}, "mllog: further lines, such as {submission_benchmark: resnet}", open=True, free=True
+    )
     project: str = key("lockstep", "wandb: the project that the run belongs to", free=True)
     histograms: int = key(
         0, "histograms of weights and gradients, at every so many logged steps (0: none)", minimum=0, free=True

@@ -59,6 +59,8 @@ def validate(config: Config, recipe: Recipe, world_size: int, counted: tuple[int
     refuse_auto(config)
     if config.logger.wandb:
         require("wandb", "logger=wandb")
+    if config.logger.mllog:
+        require("mlperf_logging", "logger=mllog", "mllog")
     if config.loss_scale != Config().loss_scale and config.precision != "fp16":
         raise UserError(
             f"loss_scale={config.loss_scale:g}: precision={config.precision} scales no loss; "
