@@ -1,5 +1,5 @@
 """`python -m lockstep recipes` lists the recipes; `python -m lockstep new NAME` copies one to start from; `export` and
-`import` exchange a GPT with Hugging Face's transformers."""
+`import` exchange a GPT with Hugging Face's transformers; `completion` has the shell complete a recipe's keys."""
 
 from __future__ import annotations
 
@@ -14,6 +14,25 @@ from lockstep.errors import UserError
 from lockstep.registry import first_lines
 from lockstep.utils.places import as_installed, folder
 from lockstep.utils.standard_streams import protect
+
+# Hydra completes `python FILE.py`; of `python -m recipes.NAME` it is handed the part that it knows.
+# https://hydra.cc/docs/tutorials/basic/running_your_app/tab_completion
+COMPLETION = r"""
+_lockstep_complete() {
+    local words=($COMP_LINE) choices word=""
+    [[ $COMP_LINE == *" " ]] || word=${words[-1]}
+    if [[ ${words[1]} != -m || ${words[2]} != *recipes* ]]; then
+        return
+    elif (( ${#words[@]} == 3 )) && [[ -n $word ]]; then
+        choices="%s"
+    else
+        choices=$(COMP_LINE="lockstep${COMP_LINE#*"${words[2]}"}" "${words[0]}" -m "${words[2]}" -sc query=bash 2>/dev/null)
+    fi
+    COMPREPLY=($(compgen -W "$choices" -- "$word"))
+}
+COMP_WORDBREAKS=${COMP_WORDBREAKS//=}
+complete -o nospace -o default -F _lockstep_complete python python3
+"""
 
 
 class Parser(argparse.ArgumentParser):
@@ -64,6 +83,9 @@ def main() -> None:
     parser = Parser("python -m lockstep", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=Parser)
     commands.add_parser("recipes", help="list the recipes")
+    commands.add_parser(
+        "completion", help='Tab completes recipes and keys in bash: eval "$(python -m lockstep completion)"'
+    )
     new = commands.add_parser("new", help="copy a recipe to NAME.py in the current folder, to start from")
     new.add_argument("name", metavar="NAME")
     new.add_argument("--from", dest="source", metavar="RECIPE", default="ddp", help="the recipe to copy (ddp)")
@@ -80,6 +102,9 @@ def main() -> None:
         asked = parser.parse_args()
         if asked.command == "recipes":
             show_recipes()
+        elif asked.command == "completion":
+            names = [as_installed(f"python -m recipes.{name}").rpartition(" ")[2] for name in first_lines()]
+            print(COMPLETION % " ".join(names))
         elif asked.command == "new":
             copy_recipe(asked.name, asked.source)
         else:  # seconds to import

@@ -46,6 +46,7 @@ ELSEWHERE = {
     "python -m recipes.ddp out=outputs/mine logger=mllog logger.mlperf.submission_benchmark=resnet "
     "logger.mlperf.submission_division=open logger.mlperf.submission_status=research "
     "logger.mlperf.submission_org=us logger.mlperf.submission_platform=laptop",  # test_mllog.py
+    "eval '$(python -m lockstep completion)'",  # unit/test_completion.py
     "python -m recipes.verify against=archive/verify.json",  # test_verify.py
     "python -m recipes.verify task=examples/tabular.py:Diabetes",  # test_own_tasks_in_tools.py
     "python -m recipes.verify 'recipes=[my_recipe.py]'",  # test_own_tasks_in_tools.py

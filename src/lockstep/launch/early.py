@@ -1,4 +1,5 @@
-"""What a recipe's command can answer before torch is loaded, which takes seconds: `--help`, a misspelt key, a wrong type.
+"""What a recipe's command can answer before torch is loaded, which takes seconds: `--help`, a misspelt key, a wrong type,
+what the shell completes.
 
 `python -m recipes.ddp` imports the package `recipes` first, and that calls `answer`. What it lets pass is composed again
 by the recipe's own `main`, which knows everything else.
@@ -31,7 +32,7 @@ def answer(folder: Path) -> None:
     if not name or not file.is_file() or any(variable in os.environ for variable in RANKS):
         return
     words = sys.argv[1:]
-    if any(word.startswith("-") and not word.startswith(("--help", "-h", "--config-dir")) for word in words):
+    if any(word.startswith("-") and not word.startswith(("--help", "-h", "--config-dir", "-sc")) for word in words):
         return  # Hydra's own
     recipe = declared(file)
     if recipe is None or (named_task(words) or own_task(recipe)) not in (None, IMAGES):
@@ -48,6 +49,9 @@ def answer(folder: Path) -> None:
         leave(error.exit_code)
     except SystemExit:
         leave(0)
+    else:
+        if "-sc" in words:  # the shell waits for what it can complete a word to
+            leave(0)
     finally:
         sys.argv[1:] = words
 
