@@ -208,5 +208,7 @@ def command(
 def clean_environment() -> dict[str, str]:
     """This process's environment without what would make a rank of a child."""
     mine = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCKSTEP_RUN_DIR"}
-    mine |= {"LOCKSTEP_LAUNCHER_PID", "TORCHELASTIC_RUN_ID"}
-    return {name: value for name, value in os.environ.items() if name not in mine}
+    mine |= {"LOCKSTEP_LAUNCHER_PID"}
+    return {
+        name: value for name, value in os.environ.items() if name not in mine and not name.startswith("TORCHELASTIC_")
+    }
