@@ -78,13 +78,13 @@ from lockstep.parallel.fully_sharded import (
     refuse_tied,
     sum_embeddings_in_fp32,
 )
+from lockstep.parallel.partition import wanted_cut
 from lockstep.parallel.stages import (
     STAGES_A_RANK,
     Pipeline,
     agreed_parts,
     check_stages,
     refuse_gloo_between_gpus,
-    wanted_cut,
 )
 from lockstep.parallel.tensor import layer_styles, share_layers
 from lockstep.parallel.tensor_plan import tensor_parallel_plan

@@ -41,7 +41,7 @@ from lockstep.config.schema import Config
 from lockstep.data.batch import pieces, tree_tensors, with_tensors
 from lockstep.distributed.collectives import gather_numbers
 from lockstep.parallel.in_turn import PartsInTurn
-from lockstep.parallel.partition import Part, crossings, join
+from lockstep.parallel.partition import Part, crossings, join, wanted_cut
 from lockstep.parallel.replicas import average_gradients
 from lockstep.parallel.stages import (
     STAGES_A_RANK,
@@ -51,7 +51,6 @@ from lockstep.parallel.stages import (
     check_stages,
     gather_model,
     refuse_gloo_between_gpus,
-    wanted_cut,
 )
 from lockstep.training.accumulate import MicroBatch, micro_batch
 from lockstep.training.clip import clip_gradients

@@ -16,8 +16,7 @@ from lockstep.memory.tracker import KINDS
 from lockstep.models.lora import adapt, adaptable
 from lockstep.models.parameters import NO_HEAD, head_of
 from lockstep.parallel.expert_plan import expert_modules
-from lockstep.parallel.partition import choose_cuts, split
-from lockstep.parallel.stages import wanted_cut
+from lockstep.parallel.partition import choose_cuts, split, wanted_cut
 from lockstep.parallel.tensor_plan import local_shape, tensor_parallel_plan
 from lockstep.tasks.build import blocks_of_task, known_task
 from lockstep.training.optim import build_optimizer

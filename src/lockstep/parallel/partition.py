@@ -100,6 +100,11 @@ def split(model: nn.Module, firsts: Sequence[str], names: Names = None) -> list[
     return _Cutter(model, names).split(list(firsts))
 
 
+def wanted_cut(cut: Any, parts: int) -> Any:
+    """The cut that is asked for; more than two parts are balanced by default."""
+    return "balanced" if cut == AUTO and parts > 2 else cut
+
+
 def choose_cuts(model: nn.Module, cut: Any, parts: int, inputs: Any, names: Names = None) -> list[str]:
     """The first block of each part but the first.
 

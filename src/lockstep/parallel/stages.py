@@ -13,14 +13,13 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 
-from lockstep.config.keys import AUTO
 from lockstep.data.batch import Batch, pieces, tree_tensors, with_tensors
 from lockstep.distributed.collectives import broadcast_object
 from lockstep.distributed.dtensor import full_tensor
 from lockstep.errors import UserError
 from lockstep.parallel.context import ContextShare, entered, left
 from lockstep.parallel.in_turn import PartsInTurn
-from lockstep.parallel.partition import Names, Part, check_cut, choose_cuts, join, split
+from lockstep.parallel.partition import Names, Part, check_cut, choose_cuts, join, split, wanted_cut
 from lockstep.tasks.build import blocks_of_task, known_task, sketch
 from lockstep.training.accumulate import micro_batch
 from lockstep.training.precision import Scaler
@@ -252,8 +251,3 @@ def refuse_gloo_between_gpus(device: str, backend: str) -> None:
             "backend=gloo: cannot send activations from one GPU to another; set backend=nccl, with a GPU for each rank, "
             "or device=cpu"
         )
-
-
-def wanted_cut(cut: Any, parts: int) -> Any:
-    """The cut that is asked for; more than two parts are balanced by default."""
-    return "balanced" if cut == AUTO and parts > 2 else cut
