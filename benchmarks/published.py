@@ -1,8 +1,8 @@
 """What recipes.plan predicts of trainings that others have published, from published hardware figures alone.
 
-    python -m benchmarks.published [--json FILE]
+    python -m benchmarks.published [--json FILE] [--only NAME]
 
-The rows are all of four tables that plan can express, chosen by a rule and not by their outcome:
+The rows are all of seven sources that plan can express, chosen by a rule and not by their outcome:
 - MosaicML's MPT models under FSDP on H100 in bf16, every row that takes one micro-batch per step (9 rows).
   https://github.com/mosaicml/llm-foundry/blob/main/scripts/train/benchmarking/README.md
 - NVIDIA's ResNet-50 v1.5 under DDP on a DGX A100, 256 images per GPU, TF32 and mixed precision, without and with seven more
@@ -13,6 +13,14 @@ The rows are all of four tables that plan can express, chosen by a rule and not 
   https://github.com/pytorch/torchtitan/blob/041336434916bdc0f88c1f89fda176fd3c2092e4/docs/performance.md
 - torchtitan's Llama 3.1 8B under FSDP in bf16 without torch.compile (2 rows), with memory.
   https://github.com/pytorch/torchtitan/blob/main/benchmarks/llama3_h100_202412_torchtitan.md
+- Megatron-LM's weak scaling (Table 1), every row without a pipeline: DDP, and 2, 4 and 8 ranks that share each layer, on
+  A100. Its operations per second are turned back into tokens by its own formula (3), which counts recomputed ones. Its
+  micro-batch is not in the table; a rank takes its share as one. https://arxiv.org/abs/2104.04473
+- PyTorch's FSDP paper, GPT-175B with 1 and 2 samples per GPU, which it gives for 128 to 512 GPUs alike; here 256. It does not
+  say whether recomputed operations count; they are taken to. https://arxiv.org/abs/2304.11277, section 5.4
+- Goyal et al., ResNet-50 on P100, 32 images per GPU in fp32: an epoch of 1.28 million images "over 16 minutes" on 8 GPUs, so
+  that speed is an upper bound; 90 epochs in an hour on 256; an epoch in 30 seconds on 352 (profile benchmarks/p100.yaml).
+  https://arxiv.org/abs/1706.02677
 
 Nothing is tuned to a row. Differences that are known: MPT ties its first and last layer, which recipes.fsdp does not; torchtitan's
 H100s have 96 GB with 2.4 TB/s, which is taken into account, and a limit of 500 W, which is not.
@@ -74,10 +82,12 @@ class MptBlock(nn.Module):
 class Mpt(nn.Module):
     """Its first and last layer are not tied."""
 
-    def __init__(self, width: int, layers: int, heads: int, vocabulary: int, length: int) -> None:
+    def __init__(
+        self, width: int, layers: int, heads: int, vocabulary: int, length: int, block: type[nn.Module] = MptBlock
+    ) -> None:
         super().__init__()
         self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
-        self.blocks = nn.ModuleList(MptBlock(width, heads) for _ in range(layers))
+        self.blocks = nn.ModuleList(block(width, heads) for _ in range(layers))
         self.norm, self.output = nn.LayerNorm(width, bias=False), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -85,6 +95,51 @@ class Mpt(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.output(self.norm(x))
+
+
+class SplitAttention(nn.Module):
+    """Attention of all heads, whose projections ranks may share by heads."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.head_width = width // heads
+        self.query, self.key, self.value, self.out = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (
+            layer(x).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        return self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+
+
+class MegatronBlock(nn.Module):
+    """MptBlock with biases, in two parts that ranks may share."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.norm_1, self.norm_2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = SplitAttention(width, heads)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm_1(x))
+        return x + self.mlp(self.norm_2(x))
+
+
+MEGATRON_PLAN = {
+    "embedding": "embedding",
+    **{f"blocks.*.attention.{name}": "columns" for name in ("query", "key", "value")},
+    "blocks.*.attention.out": "rows",
+    "blocks.*.mlp.0": "columns",
+    "blocks.*.mlp.2": "rows",
+    "blocks.*.attention": "gather",
+    "blocks.*.mlp": "gather",
+    "blocks.*.norm_1": "whole",
+    "blocks.*.norm_2": "whole",
+    "norm": "whole",
+    "output": "output",
+}
 
 
 @dataclass
@@ -104,9 +159,13 @@ class Published:
         self.train_set, self.tokens_per_sample = NoTokens(self.length), self.length
 
     def build_model(self) -> nn.Module:
-        if self.family == "mpt":
-            return Mpt(self.width, self.layers, self.heads, self.vocabulary, self.length)
+        if self.family != "llama":
+            block = MptBlock if self.family == "mpt" else MegatronBlock
+            return Mpt(self.width, self.layers, self.heads, self.vocabulary, self.length, block)
         return GPT(GPTConfig(self.layers, self.width, self.heads, self.kv_heads, self.hidden, self.vocabulary))
+
+    def tensor_parallel_plan(self, model: nn.Module) -> dict[str, str]:
+        return MEGATRON_PLAN
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(outputs.float().flatten(0, 1), targets.flatten())
@@ -132,6 +191,11 @@ LLAMA_2_70B = LLAMA_70B | {"vocabulary": 32000, "length": 4096}
 LLAMA_2_13B = LLAMA_2_70B | {"width": 5120, "layers": 40, "heads": 40, "kv_heads": 40, "hidden": 13824}
 
 
+def gpt_tokens(rate: float, layers: int, width: int, vocabulary: int, length: int = 2048) -> float:
+    """Tokens per second of a GPU that does so many operations per second, by formula (3) of Megatron-LM's paper."""
+    return rate / (96 * layers * width**2 * (1 + length / (6 * width) + vocabulary / (16 * layers * width)))
+
+
 @dataclass(frozen=True)
 class PublishedRow:
     """A training that somebody measured.
@@ -140,6 +204,7 @@ class PublishedRow:
         shape: keys of the task Published; none: ResNet-50.
         samples: of each GPU.
         tokens: per second and GPU; of ResNet-50, images.
+        hardware: a profile, or a file beside this one.
         memory: of a GPU at the peak, in bytes, where it was published.
     """
 
@@ -209,12 +274,56 @@ ROWS = [
             ("Llama-2-70B", LLAMA_2_70B, 2, "full", 353),
         )
     ),
+    *(
+        PublishedRow(
+            f"Megatron {name}, A100",
+            {"family": "megatron", "width": width, "layers": layers, "heads": heads, "vocabulary": 51200},
+            gpus,
+            batch // gpus,
+            gpt_tokens(rate, layers, width, 51200),
+            words=("checkpoint_activations=full", *shared),
+            recipe="tensor_parallel" if shared else "ddp",
+            hardware="a100",
+        )
+        for name, width, layers, heads, shared, gpus, batch, rate in (
+            ("1.7B", 2304, 24, 24, (), 32, 512, 137e12),
+            ("3.6B", 3072, 30, 32, ("tensor=2",), 64, 512, 138e12),
+            ("7.5B", 4096, 36, 32, ("tensor=4",), 128, 512, 142e12),
+            ("18.4B", 6144, 40, 48, ("tensor=8",), 256, 1024, 135e12),
+        )
+    ),
+    *(
+        PublishedRow(
+            f"GPT-175B, A100, {samples} per GPU",
+            {"width": 12288, "layers": 96, "heads": 96, "vocabulary": 50000},
+            256,
+            samples,
+            gpt_tokens(rate, 96, 12288, 50000),
+            words=("checkpoint_activations=full",),
+            hardware="a100",
+        )
+        for samples, rate in ((1, 173e12), (2, 186e12))
+    ),
+    *(
+        PublishedRow(
+            "ResNet-50, P100",
+            {},
+            gpus,
+            32,
+            1.28e6 * epochs / seconds / gpus,
+            words=(*IMAGES, "precision=fp32"),
+            recipe="ddp",
+            hardware="p100.yaml",
+        )
+        for gpus, epochs, seconds in ((8, 1, 16 * 60), (256, 90, 3600), (352, 1, 30))
+    ),
 ]
 
 
 def predict(row: PublishedRow) -> dict[str, Any]:
     """A row's published and predicted figures."""
-    recipe, hardware = get_recipe(row.recipe), load_hardware(row.hardware)
+    beside = Path(__file__).with_name(row.hardware)
+    recipe, hardware = get_recipe(row.recipe), load_hardware(str(beside) if beside.is_file() else row.hardware)
     if row.bandwidth:
         hardware = replace(hardware, memory=96e9, memory_bandwidth=row.bandwidth)
     shape = [f"task.{key}={value}" for key, value in row.shape.items()]
@@ -238,9 +347,11 @@ def predict(row: PublishedRow) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--json", type=Path, help="also write the rows into this file")
+    parser.add_argument("--only", default="", help="rows whose name has this in it")
     arguments = parser.parse_args()
     rows: dict[int, dict[str, Any]] = {}
-    for number, made in planned_beside(lambda number: predict(ROWS[number]), list(range(len(ROWS)))):
+    asked = [number for number, row in enumerate(ROWS) if arguments.only in row.name]
+    for number, made in planned_beside(lambda number: predict(ROWS[number]), asked):
         row, rows[number] = ROWS[number], made
         assert made, f"{row.name}: its process was ended; is there enough memory on this machine?"
         speed = made["predicted_tokens"] / row.tokens - 1

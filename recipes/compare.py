@@ -17,6 +17,7 @@ verdicts.py, plots.py and html_report.py show them.
 
     python -m recipes.compare recipes=[single,data_parallel,ddp] max_steps=30
     python -m recipes.compare nproc=1,2,4 rounds=5 model=resnet50 data=synthetic data.image_size=64 max_steps=20
+    python -m recipes.compare recipes=[single,ddp,fsdp] hardware=here   with what recipes.plan predicts of each, beside it
     python -m recipes.compare recipes=[single,ddp,fsdp] verify=true     with recipes.verify's table of the same recipes
 
     python -m recipes.compare outputs/ddp/A outputs/fsdp/B               finished runs side by side: nothing is run
@@ -40,6 +41,7 @@ from lockstep.compare.figures import comparison_rows
 from lockstep.compare.finished_runs import compare_runs
 from lockstep.compare.html_report import html_report
 from lockstep.compare.measure import measure_all, run_verify
+from lockstep.compare.planned import predict_cases
 from lockstep.compare.report import ComparisonReport, describe_work, repeat_command
 from lockstep.compare.tables import comparison_tables
 from lockstep.compare.verdicts import verdicts
@@ -48,6 +50,7 @@ from lockstep.config.schema import MOST_RANKS, to_yaml
 from lockstep.config.tasks import IMAGES, metric_of, unit_of
 from lockstep.errors import CheckFailed
 from lockstep.loggers.console import described
+from lockstep.plan.hardware import MEASURED, load_hardware
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils import files
 from lockstep.utils.system import system_info
@@ -65,6 +68,8 @@ def check(config: CompareConfig, share: int) -> None:
     if wrong or config.nprocs == []:
         asked = ",".join(map(str, config.nprocs or []))
         raise UserError(f"nproc={asked}: allowed are numbers from 1 up to {MOST_RANKS}, as nproc=1,2")
+    if config.hardware not in (None, MEASURED):
+        load_hardware(config.hardware)
     before = run_directory.found_in(config, "compare")
     if before and before[1].max_steps != config.max_steps:
         raise UserError(
@@ -105,12 +110,18 @@ def train(run: Run[CompareConfig]) -> None:
             case_name(each) for each in recipes if (each.proofs or is_file(each.target)) and each.name in compared
         ]
         verified, problem = run_verify(run, train, proven, max(case.number for case in cases))
+    rows = comparison_rows(results, metric_of(config), unit_of(config))
+    if config.hardware:
+        planned, unknown = predict_cases(run, [case for case, found in results.items() if found])
+        left_out += [f"plan of {line}" for line in unknown]
+        for case, row in zip(filter(results.get, results), rows, strict=True):
+            row.planned = planned.get(case)
     trained = described(run.task, run.config)
     work = f"{config.model.name} on {config.data.name}" if config.task.name == IMAGES else " on ".join(trained)
     report = ComparisonReport(
         title=f"{work}: {count(len(compared), 'recipe')}",
         about=describe_work(run.config, run.device.type, trained),
-        rows=comparison_rows(results, metric_of(config), unit_of(config)),
+        rows=rows,
         environment=system_info(run.world.hosts, str(run.device), run.world.backend),
         config=to_yaml(replace(config, out=None)),
         command=repeat_command(config, train),

@@ -12,8 +12,8 @@ formula, inside a node or between nodes. It hides behind whatever does not need 
 Of a pipeline every rank is planned and their steps are played together: so it has the bubble of its schedule, and the memory
 of the stage that holds most. Experts get equally many tokens. DeepSpeed's own engine is run like any other recipe.
 
-Efficiency is that of so many devices against one that has a rank's share alone. What is not planned: offloading,
-torch.compile, the wait for data. docs/plan.md says how far to trust it.
+Efficiency is that of so many devices against one that has a rank's share alone. What is not planned: offloading, what
+torch.compile gains, the wait for data. docs/plan.md says how far to trust it.
 
 How: lockstep/plan/dry_run.py takes the steps, watch.py counts, clock.py and links.py tell the time, pipeline.py plays
 stages together, allocator.py says what a GPU's allocator takes, rows.py lists strategies.
@@ -55,7 +55,7 @@ from lockstep.plan.report import (
     speed_table,
     traffic_table,
 )
-from lockstep.plan.rows import INSTEAD, NOT_PLANNED, PLANNED, USUAL, beyond_the_table, plan_rows, why_not
+from lockstep.plan.rows import AS_ISSUED, INSTEAD, NOT_PLANNED, PLANNED, USUAL, beyond_the_table, plan_rows, why_not
 from lockstep.plan.scaling import TAKEN_NODES, ScalingCurve, curve_ranks, scaled, scaling_curve, strategies
 from lockstep.plan.scaling_report import check_picture, curve_table, draw_curves
 from lockstep.plan.workers import planned_beside
@@ -180,6 +180,7 @@ def make_plan(config: PlanConfig) -> int | None:
     beyond = [] if config.recipes else beyond_the_table()
     if config.json:
         about = {"hardware": hardware.name, "gpus": config.gpus, "precision": config.precision, "not_planned": beyond}
+        about |= {"note": AS_ISSUED} if config.compile else {}
         print(json.dumps(plan_facts(found, left_out, about), indent=1))
         return 0
     unit = unit_of(config)
@@ -187,7 +188,8 @@ def make_plan(config: PlanConfig) -> int | None:
     console = Console(width=80)
     for tables in (speed_table(found, title, unit), memory_parts_table(found), traffic_table(found)):
         console.print(*tables, sep="\n")
-    for line in [formula_line(found), *advice(found), *(f"left out: {each}" for each in left_out), *beyond]:
+    compiled = AS_ISSUED if config.compile else ""
+    for line in [formula_line(found), *advice(found), compiled, *(f"left out: {each}" for each in left_out), *beyond]:
         if line:
             print(line)
     return 0

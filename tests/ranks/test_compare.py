@@ -21,7 +21,7 @@ import pytest
 from lockstep import UserError
 from lockstep.compare import plots, tables
 from lockstep.compare.cases import Case, common_words, plan_cases
-from lockstep.compare.figures import ComparisonRow, comparison_rows
+from lockstep.compare.figures import ComparisonRow, RunPlan, comparison_rows
 from lockstep.compare.html_report import html_report
 from lockstep.compare.measure import run_to_end
 from lockstep.compare.report import ComparisonReport
@@ -177,6 +177,38 @@ def test_the_work_of_others_is_what_is_neither_this_process_s_nor_its_children_s
     assert busy_seconds() - mine.all > 1.4
     stranger.own = own_seconds()  # as one to whom these processes are not known
     assert (stranger.cores() - mine.cores()) * seconds == pytest.approx(1.5, abs=0.2)
+
+
+def test_what_is_planned_stands_beside_what_was_measured() -> None:
+    single, ddp = comparison_rows(
+        {case: [run | {"sent_bytes_by_rank": [4e6]} for run in FOUND[case]] for case in (SINGLE, DDP)}
+    )
+    single.planned = RunPlan(0.48, 0, 300 * MIB, 128 * MIB, "cpu")
+    ddp.planned = RunPlan(96 / 180, 4_000_000, 350 * MIB, 64 * MIB, "cuda")
+    assert single.planned_ratios == {"seconds": pytest.approx(0.5), "state": 1}, "a CPU's peak is the whole process's"
+    assert ddp.planned_ratios == {"seconds": pytest.approx(1), "sent": 1, "state": 0.5, "peak": 0.5}
+    cells = tables.text_columns(tables.PLAN, [single, ddp])
+    assert (cells["plan ms"], cells["of step"], cells["of peak"]) == (["480", "533"], ["0.50", "1.00"], ["", "0.50"])
+    said = verdicts([single, ddp])[-1]
+    assert said == "recipes.plan predicts 0.50 to 1.00 of the steps' time, and the bytes sent of 1 of 1."
+    assert tables.text_columns(tables.PLAN, made()) == {}, "nothing was planned"
+
+
+@pytest.mark.soak
+def test_real_runs_send_and_hold_what_is_planned(tmp_path: Path) -> None:
+    words = ["recipes=[ddp,fsdp,data_parallel]", "task=language", "max_steps=8", "nproc=2", "rounds=1", "hardware=h100"]
+    done = command("-m", "recipes.compare", *words, "out=run", cwd=tmp_path, timeout=500)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "run" / "compare.json").read_text())
+    rows = {row["recipe"]: row for row in found["rows"]}
+    for name in ("ddp", "fsdp"):
+        row = rows[name]
+        assert row["planned"]["sent"] == pytest.approx(row["sent_bytes"], rel=1e-3), name
+        assert row["planned"]["state"] == max(row["state_bytes"]), name
+        assert row["planned"]["seconds"] > 0
+    assert rows["data_parallel"]["planned"] is None
+    assert "plan of data_parallel with 2 replicas: has no ranks, and a plan is made of a rank" in found["left_out"]
+    assert "plan ms" in (tmp_path / "run" / "report.html").read_text()
 
 
 def test_columns_that_say_nothing_are_left_out() -> None:

@@ -231,8 +231,26 @@ def test_nothing_that_a_recipe_can_do_is_left_out_silently() -> None:
     said = "\n".join(beyond_the_table())
     for name in list_recipes():
         assert name in USUAL or name in said, name
-    for word in ("offload=true", "compile=true", "local_sgd"):
+    for word in ("offload=true", "local_sgd"):
         assert word in said
+
+
+def test_replicas_that_meet_in_one_step_of_many_send_a_share_of_their_weights() -> None:
+    """As many bytes as the formula says; the more seldom they meet, the less a step waits."""
+    (often, each_step), (seldom, share) = (
+        planned("local_sgd", 16, *words) for words in (("period=1",), ("period=8", "fragments=3"))
+    )
+    assert bytes_by_kind(often) == each_step == {"all-reduce": WEIGHTS + 8}
+    assert bytes_by_kind(seldom) == share == {"all-reduce": WEIGHTS / 8 + 8}
+    assert seldom.step.times.exposed < often.step.times.exposed / 2
+    assert seldom.peak_bytes < often.peak_bytes, "a third is sent at once"
+    assert seldom.peak["optimizer"] == pytest.approx(3 * WEIGHTS, rel=0.01), "two moments, and what they last agreed on"
+
+
+def test_a_compiled_model_is_planned_as_it_is_issued() -> None:
+    plain, compiled = (planned("ddp", 4, *words)[0] for words in ((), ("compile=true",)))
+    assert bytes_by_kind(compiled) == bytes_by_kind(plain)
+    assert compiled.peak == plain.peak
 
 
 def test_a_storage_that_is_made_smaller_without_an_operation_is_seen() -> None:

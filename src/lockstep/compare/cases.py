@@ -28,6 +28,7 @@ COMPARE_KEYS = {
     "nprocs",
     "rounds",
     "verify",
+    "hardware",
     "profile",
     "out",
     "nproc",

@@ -19,4 +19,8 @@ class CompareConfig(ToolConfig):
     nprocs: list[int] | None = key(
         None, "ranks that each recipe is run on, typed as nproc=1,2,4 (null: one per GPU, else 2)"
     )
+    hardware: str | None = key(
+        None,
+        "also say what recipes.plan predicts for it: here (measured), a profile of conf/plan, or a FILE.yaml of yours",
+    )
     verify: bool = key(False, "also hold the recipes to recipes.single, with recipes.verify")

@@ -25,6 +25,25 @@ from lockstep.compare.cases import Case
 Result = dict[str, Any]  # a run's result.json, `start_seconds` and `folder`
 
 
+@dataclass(frozen=True)
+class RunPlan:
+    """What recipes.plan predicts of a run.
+
+    Attributes:
+        seconds: of a step.
+        sent: bytes that the rank that sends most hands to its collectives per step.
+        peak: bytes of torch's tensors on the rank that holds most.
+        state: of them weights, gradients and optimizer; 0: not known.
+        device: what torch calls the hardware.
+    """
+
+    seconds: float
+    sent: int
+    peak: int
+    state: int
+    device: str
+
+
 @dataclass
 class ComparisonRow:
     """A case's figures; None, or nothing, where none of its runs has them. Lists are in rank order."""
@@ -66,6 +85,22 @@ class ComparisonRow:
     start_seconds: float | None = None
     cores_of_others: float | None = None  # of this machine's, that other work had meanwhile
     folders: list[str] = field(default_factory=list)
+    planned: RunPlan | None = None
+
+    @property
+    def planned_ratios(self) -> dict[str, float]:
+        """What is planned over what was measured: seconds of a step, bytes sent, state, peak. A peak was measured of
+        torch's tensors on GPUs alone: on a CPU it is the process's, with interpreter and libraries."""
+        if not self.planned:
+            return {}
+        state, peak = (max(sizes, default=0.0) for sizes in (self.state_bytes, self.memory_bytes))
+        pairs = {
+            "seconds": (self.planned.seconds, self.step_seconds),
+            "sent": (self.planned.sent, self.sent_bytes),
+            "state": (self.planned.state, state),
+            "peak": (self.planned.peak if self.planned.device == "cuda" else 0, peak),
+        }
+        return {name: plan / measured for name, (plan, measured) in pairs.items() if plan and measured}
 
 
 def comparison_rows(

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lockstep.compare.figures import ComparisonRow
+from lockstep.compare.figures import ComparisonRow, RunPlan
 from lockstep.utils.tables import terminal_tables
 from lockstep.utils.text import mebibytes
 
@@ -139,7 +139,39 @@ MEMORY = {
         "by rank: weights, gradients and optimizer",
     ),
 }
-COLUMN_GROUPS = {"Speed": SPEED, "Where a step goes": STEP_TIME, "Memory": MEMORY}
+
+
+def planned_cell(cell: Callable[[RunPlan], str]) -> Callable[[ComparisonRow], str]:
+    return lambda row: cell(row.planned) if row.planned else ""
+
+
+def planned_ratio(name: str) -> Callable[[ComparisonRow], str]:
+    return lambda row: figure(row.planned_ratios.get(name), ".2f")
+
+
+PLAN = {
+    "plan ms": Column(planned_cell(lambda plan: milliseconds(plan.seconds)), "a step as recipes.plan predicts it"),
+    "of step": Column(
+        planned_ratio("seconds"), "planned over the median step that was measured, with loading and bookkeeping"
+    ),
+    "plan MB": Column(
+        planned_cell(lambda plan: f"{plan.sent / 1e6:,.3g}" if plan.sent else ""),
+        "what a rank is planned to hand to its collectives per step, in millions of bytes",
+    ),
+    "of sent": Column(planned_ratio("sent"), "planned over counted"),
+    "plan state": Column(
+        planned_cell(lambda plan: mebibytes(plan.state, 0) if plan.state else ""),
+        "weights, gradients and optimizer of the rank that holds most, planned, in MiB",
+    ),
+    "of state": Column(planned_ratio("state"), "planned over counted"),
+    "plan peak": Column(
+        planned_cell(lambda plan: mebibytes(plan.peak, 0)),
+        "all of torch's tensors at the peak of a step, planned, in MiB; a process holds its interpreter and libraries "
+        "besides",
+    ),
+    "of peak": Column(planned_ratio("peak"), "planned over measured, on GPUs, where both are of torch's tensors"),
+}
+COLUMN_GROUPS = {"Speed": SPEED, "Where a step goes": STEP_TIME, "Memory": MEMORY, "Plan": PLAN}
 MEANINGS = {
     name: each.meaning for group in (NAMES, *COLUMN_GROUPS.values()) for name, each in group.items() if each.meaning
 }

@@ -9,6 +9,7 @@ from lockstep.compare.tables import percent, score, shares
 from lockstep.utils.text import count, mebibytes
 
 NOTABLE_SHARE = 0.05  # of a step
+SAME_BYTES = 1e-3  # difference of what a step sends that is a message of a run's own, such as its logs
 BUSY_SHARE = 0.1  # of the machine's cores, from which other work spoils a comparison
 
 
@@ -26,7 +27,11 @@ def verdicts(rows: list[ComparisonRow]) -> list[str]:
     # One rank of what several can do is in the table.
     said += [sentence(row) for row in rows if row.ranks > 1 or largest[row.recipe] == 1]
     busy = busy_sentence(rows, len(os.sched_getaffinity(0)))
-    return list(filter(None, [busy, *said, data_sentence(rows), memory_sentence(rows), score_sentence(rows)]))
+    return list(
+        filter(
+            None, [busy, *said, data_sentence(rows), memory_sentence(rows), score_sentence(rows), plan_sentence(rows)]
+        )
+    )
 
 
 def busy_sentence(rows: list[ComparisonRow], cores: int) -> str:
@@ -108,3 +113,16 @@ def score_sentence(rows: list[ComparisonRow]) -> str:
         return f"All of them reach {'an' if name[0] in 'aeiou' else 'a'} {name} of {score(low, 2)}."
     words = "Accuracies go" if name == "accuracy" else f"Their {name} goes"
     return f"{words} from {score(low, 2)} ({low.label}) to {score(high, 2)} ({high.label})."
+
+
+def plan_sentence(rows: list[ComparisonRow]) -> str:
+    """How far recipes.plan is off."""
+    ratios = [row.planned_ratios for row in rows if row.planned]
+    if not ratios:
+        return ""
+    steps, sent = ([each[name] for each in ratios if name in each] for name in ("seconds", "sent"))
+    words = f"recipes.plan predicts {min(steps):.2f} to {max(steps):.2f} of the steps' time"
+    if sent:
+        same = sum(abs(each - 1) < SAME_BYTES for each in sent)
+        words += f", and the bytes sent of {same} of {len(sent)}"
+    return f"{words}."

@@ -252,7 +252,11 @@ def checked_rows(config: PlanConfig, ranks: int, hardware: Hardware) -> tuple[li
     names = config.recipes or list(USUAL)
     config = replace(config, precision="fp32") if config.precision == "auto" else config
     rows, left_out = plan_rows(config, get_recipe("plan"), [get_recipe(name) for name in names], ranks, hardware)
-    return [row for row in rows if row.ranks == ranks], left_out
+    taken = [row for row in rows if row.ranks == ranks and row.config.steps_between_exchanges == 1]
+    left_out += [
+        f"{row.label}: its ranks meet in one step of many" for row in rows if row not in taken and row.ranks == ranks
+    ]
+    return taken, left_out
 
 
 def check_plan(run: Run[PlanConfig], words: list[str]) -> list[CheckRow]:

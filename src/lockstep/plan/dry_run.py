@@ -29,6 +29,8 @@ from lockstep.data.batch import Batch, map_tensors
 from lockstep.data.batches import items_of
 from lockstep.distributed.parallel_dims import ParallelDims
 from lockstep.distributed.process_group import World
+from lockstep.memory.tracker import state_bytes
+from lockstep.plan.exchanges import mean_step, shortened
 from lockstep.plan.hardware import Hardware
 from lockstep.plan.memory import StorageLedger
 from lockstep.plan.watch import StepTrace, StepWatch
@@ -46,10 +48,11 @@ class DryRun:
     """What a rank would do and hold.
 
     Attributes:
-        step: the last one.
+        step: the last one; where ranks meet in one of many, the mean of these.
         peak: bytes by part when most was there, over the last two.
         samples: of a rank's share of the global batch.
         slack: bytes that a GPU's allocator takes beyond them.
+        state: bytes of parameters, gradients and optimizer; 0: not known, as of an engine's.
         config: with which the steps were taken.
         where: the rank that this is, where ranks differ.
     """
@@ -58,6 +61,7 @@ class DryRun:
     peak: dict[str, int]
     samples: int
     slack: int
+    state: int
     config: Any
     where: str = ""
 
@@ -101,7 +105,7 @@ class DryTraining(Run[Any]):
         self.data = SimpleNamespace(train_size=10**9, example=self._batch)  # type: ignore[assignment]
         self.loop = SimpleNamespace(backbone_only=False)  # type: ignore[assignment]
         self.peak: dict[str, int] = {}
-        self.slack = 0
+        self.slack = self.state = 0
 
     @property
     def samples(self) -> int:
@@ -142,23 +146,24 @@ class DryTraining(Run[Any]):
                     if group.get("foreach", 0) is None:  # what torch chooses on a GPU
                         group["foreach"] = True
         ledger.call([*model.parameters(), *model.buffers()], "parameters")
-        kept = (value for thing in (keep or {}).values() for value in thing.state_dict().values())
-        ledger.call((value for value in kept if isinstance(value, torch.Tensor)), "optimizer")
         model.train()
-        for number in range(STEPS):
+        for number in range(STEPS - 1 + self.config.steps_between_exchanges):
             if number == 1:
                 ledger.begin()
-            last = number == STEPS - 1  # the others are for what they leave behind
-            if last:
+            watched = number >= STEPS - 1  # the others are for what they leave behind
+            if watched:
                 self._watch.begin()
             yield self._weighted(self._batch(self.samples))
-            if last:
+            if watched:
                 self._watch.end()
+            kept = (value for thing in (keep or {}).values() for value in thing.state_dict().values())
+            ledger.call((value for value in kept if isinstance(value, torch.Tensor)), "optimizer")
             for each in optimizers:
                 states = (value for state in each.state.values() for value in state.values())
                 ledger.call((value for value in states if isinstance(value, torch.Tensor)), "optimizer")
             self._context.step += 1
         self.peak = ledger.peak()
+        self.state = 0 if engine else sum(state_bytes(each)[0] for each in optimizers)
         self.slack = ledger.slack() if self._watch.clock.hardware.device != "cpu" else 0
         raise Enough
 
@@ -261,8 +266,8 @@ def dry_world(
 
 
 def as_planned(config: Any) -> Any:
-    """A config without what is decided only on the hardware."""
-    return replace(config, channels_last=config.channels_last is True)
+    """A config without what is decided only on the hardware, and without torch.compile, whose kernels no plan knows."""
+    return replace(config, channels_last=config.channels_last is True, compile=False)
 
 
 def dry_steps(recipe: Recipe, config: Config, world_size: int, hardware: Hardware, rank: int = 0) -> DryRun:
@@ -276,9 +281,9 @@ def dry_steps(recipe: Recipe, config: Config, world_size: int, hardware: Hardwar
     """
     config = as_planned(config)
     with dry_world(config, world_size, hardware, rank) as (world, watch, example):
-        run = DryTraining(recipe, config, world, watch, example)
+        run = DryTraining(recipe, shortened(config), world, watch, example)
         with contextlib.suppress(Enough):
             recipe.train(run)
     if not watch.steps:
         raise NotImplementedError("it never asked run.steps for a batch")
-    return DryRun(watch.steps[-1], run.peak, run.samples, run.slack, config)
+    return DryRun(mean_step(watch.steps, config), run.peak, run.samples, run.slack, run.state, config)

@@ -4,6 +4,7 @@ Of W bytes of weights, on n ranks:
 
 - ddp: an all-reduce of the gradients, W; and a broadcast of the model's buffers, in their own precisions.
 - zero1: the same, and a broadcast of the weights that each rank has updated, W in all.
+- local_sgd: W in one of `period` steps, so W / period.
 - fsdp: every block's weights are gathered for its forward and again for its backward; what is in no block once. Their
   gradients are reduced and scattered. Each tensor's first dim is filled up to a multiple of n. Several copies of the
   model (replicate=R) are n / R ranks each, and all-reduce their gradients' parts.
@@ -75,6 +76,8 @@ def technique_traffic(name: str, config: Any, ranks: int) -> dict[str, int] | No
         return sent
     if name == "comm_hooks":
         return compressed_traffic(model, config, item)
+    if name == "local_sgd":
+        return {"all-reduce": round(item * sum(each.numel() for each in model.parameters()) / config.period)}
     if name == "fsdp":
         return sharded_traffic(model, config, ranks // config.replicate, item)
     if name == "pipeline_parallel":

@@ -31,15 +31,18 @@ USUAL = (  # where none is named
     "expert_parallel",
     "comm_hooks",
 )
-WHEN_NAMED = ("sync_batchnorm", "lightning_fabric")
+WHEN_NAMED = ("sync_batchnorm", "lightning_fabric", "local_sgd")
 PLANNED = (*USUAL, *WHEN_NAMED)
 NOT_PLANNED = {
     "lora": "it begins with a trained model, of which a plan has no weights",
     "transfer_learning": "it begins with a trained model, of which a plan has no weights",
     "fsdp, deepspeed_zero offload=true": "a plan does not reckon with the link between host and device",
     "parallel_mesh pipeline=N": "a plan has stages of one rank each; plan recipes.pipeline_parallel",
-    "compile=true": "a plan reckons with operations as they are issued, and compiling melts them",
 }
+AS_ISSUED = (
+    "compile=true: planned as without it; the bytes that are sent are the same. Compiled, a step is shorter; by how much, "
+    "and what it holds, is not known"
+)
 INSTEAD = {  # recipes that run several trainings, or a plain one by another name
     "grad_accumulation": "ddp with accumulate=N",
     "activation_checkpointing": "ddp with checkpoint_activations=full",
@@ -47,7 +50,6 @@ INSTEAD = {  # recipes that run several trainings, or a plain one by another nam
     "data_parallel": "ddp",
     "lightning_trainer": "ddp",
     "model_parallel": "pipeline_parallel",
-    "local_sgd": "ddp, which communicates in every step and not in one of `period`",
 }
 PLAN_KEYS = {
     "recipes",
@@ -146,11 +148,8 @@ def plan_rows(
                     base = base_config(config, recipe, words, hardware)
                 if any(value == own_value(base, key) or is_set(base, recipe, key) for key, value in own.items()):
                     continue
-                each = with_values(base, own)
-                refuse_unplanned(each)
                 number = recipe.ranks or ranks
-                each.global_batch_size = whole_batch(each, number)
-                validate(each, recipe, number, (each.data.num_classes or 10, PLENTY))
+                each = made_valid(with_values(base, own), recipe, number)
                 told = tuple(typed(*pair) for pair in own.items())
                 rows.append(PlanRow(recipe, each, number, (*words, *told), told))
             except UserError as error:
@@ -192,12 +191,41 @@ def base_config(config: PlanConfig, recipe: Recipe, words: list[str], hardware: 
     base = compose_another(recipe, words)
     if base.task.name != config.task.name:
         raise UserError(f"trains a task of its own; set task={base.task.name.rpartition('/')[2]} for all rows")
-    base = replace(
-        base, nproc=None, cluster=None, device="cpu", backend="auto", global_batch_size=config.global_batch_size
-    )
-    if base.precision == AUTO:
-        base.precision = "bf16" if hardware.device != "cpu" else "fp32"
-    return base
+    return replace(on_hardware(base, hardware), global_batch_size=config.global_batch_size)
+
+
+def on_hardware(config: Config, hardware: Hardware) -> Config:
+    """The same without what says how real ranks are started, in the precision that it would have on this hardware."""
+    config = replace(config, nproc=None, cluster=None, device="cpu", backend="auto")
+    if config.precision == AUTO:
+        config.precision = "bf16" if hardware.device != "cpu" else "fp32"
+    return config
+
+
+def planned_config(recipe: Recipe, words: list[str], ranks: int, hardware: Hardware) -> Config:
+    """The config of one command, as a plan takes its steps.
+
+    Raises:
+        UserError: it cannot be planned.
+    """
+    from lockstep.config.compose import compose_another
+
+    if recipe.name not in PLANNED and not is_file(recipe.target):
+        raise UserError(f"is not planned: {NOT_PLANNED.get(recipe.name) or f'plan {INSTEAD[recipe.name]}'}")
+    config = on_hardware(compose_another(recipe, words), hardware)
+    return made_valid(config, recipe, ranks)
+
+
+def made_valid(config: Config, recipe: Recipe, ranks: int) -> Config:
+    """The same, held to what its command would be held to, with a batch that the ranks can share.
+
+    Raises:
+        UserError: it cannot be run, or not be planned.
+    """
+    refuse_unplanned(config)
+    config.global_batch_size = whole_batch(config, ranks)
+    validate(config, recipe, ranks, (config.data.num_classes or 10, PLENTY))
+    return config
 
 
 def whole_batch(config: Config, ranks: int) -> int:
@@ -218,8 +246,6 @@ def why_not(error: Exception) -> str:
 
 def refuse_unplanned(config: Config) -> None:
     """What a plan does not reckon with."""
-    if config.compile:
-        raise UserError(f"compile=true: {NOT_PLANNED['compile=true']}")
     if config.shares_activations and config.pipeline_stages > 1:
         raise UserError(
             f"pipeline={config.pipeline_stages}: a plan has stages of one rank each; plan recipes.pipeline_parallel, or a "
