@@ -264,7 +264,15 @@ ROWS = [
         for gpus, tokens, memory in ((8, 5762, 82.4), (128, 5605, 67.0))
     ),
     *(
-        PublishedRow(name, shape, 64, samples, tokens, words=(f"checkpoint_activations={how}",), hardware="a100")
+        PublishedRow(
+            f"{name}, A100{'' if how == 'none' else f', {how} checkpointing'}",
+            shape,
+            64,
+            samples,
+            tokens,
+            words=(f"checkpoint_activations={how}",),
+            hardware="a100",
+        )
         for name, shape, samples, how, tokens in (
             ("Llama-3-8B", LLAMA, 1, "selective", 2973),
             ("Llama-3-70B", LLAMA_70B, 1, "full", 331),
@@ -337,6 +345,7 @@ def predict(row: PublishedRow) -> dict[str, Any]:
     return {
         "model": row.name,
         "gpus": row.gpus,
+        "unit": row.unit,
         "published_tokens": row.tokens,
         "predicted_tokens": row.samples * length / found.step.times.step,
         "published_memory": row.memory,

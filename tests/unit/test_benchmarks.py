@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from benchmarks import common
+from benchmarks import common, plan_tables
 
 PROGRAM = """
 import sys, time, torch
@@ -106,3 +106,30 @@ def test_a_row_is_judged_by_its_median(tmp_path: Path, capsys: pytest.CaptureFix
     common.write(rows, tmp_path / "bench.json")
     assert common.read(tmp_path / "bench.json") == rows
     assert json.loads((tmp_path / "bench.json").read_text())[0]["median"] == 2
+
+
+def test_a_page_has_the_tables_that_were_measured() -> None:
+    row = {
+        "label": "ddp",
+        "bytes_predicted": {"all-reduce": 8},
+        "bytes_measured": {"all-reduce": 8},
+        "peak_measured": 4e7,
+    }
+    row |= {
+        "memory_error": -0.001,
+        "seconds_measured": 0.06,
+        "time_error": 0.2,
+        "work_measured": 0.05,
+        "work_error": -0.07,
+    }
+    lines = plan_tables.check_lines(
+        [row, row | {"bytes_measured": {}, "work_error": None, "work_measured": 0.0}], "2 ranks"
+    )
+    assert "| ddp | equal | 40 MB | −0.1 % | 60.0 ms | +20 % | 50.0 ms | −7 % |" in lines
+    assert "| ddp | differ | 40 MB | −0.1 % | 60.0 ms | +20 % |  |  |" in lines
+    assert lines[-1].endswith("in 2, the step by the clock within 15 % in 0, and the processor's time in it in 1.")
+    page = plan_tables.put("a\n<!-- check -->\nold\n<!-- end of check -->\nb\n", "check", ["new"])
+    assert page == "a\n<!-- check -->\n\nnew\n\n<!-- end of check -->\nb\n"
+    assert plan_tables.put(page, "check", ["new"]) == page
+    found = plan_tables.PAGE.read_text(encoding="utf-8")
+    assert all(f"<!-- {name} -->" in found for name in ("check", "published")), "their places"

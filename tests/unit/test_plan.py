@@ -243,7 +243,6 @@ def test_replicas_that_meet_in_one_step_of_many_send_a_share_of_their_weights() 
     assert bytes_by_kind(often) == each_step == {"all-reduce": WEIGHTS + 8}
     assert bytes_by_kind(seldom) == share == {"all-reduce": WEIGHTS / 8 + 8}
     assert seldom.step.times.exposed < often.step.times.exposed / 2
-    assert seldom.peak_bytes < often.peak_bytes, "a third is sent at once"
     assert seldom.peak["optimizer"] == pytest.approx(3 * WEIGHTS, rel=0.01), "two moments, and what they last agreed on"
 
 

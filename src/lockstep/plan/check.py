@@ -276,6 +276,7 @@ def check_plan(run: Run[PlanConfig], words: list[str]) -> list[CheckRow]:
         run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * measured[-1].seconds:,.1f} ms per step")
     found: list[CheckRow] = []
     hardware = probes.hardware()
+    run.report.line(f"planning {len(rows)} rows")
     if run.world.rank == 0:
         file.write_text(hardware.as_yaml(), encoding="utf-8")
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # no rank: that has a group already
