@@ -80,18 +80,21 @@ class MptBlock(nn.Module):
 
 
 class Mpt(nn.Module):
-    """Its first and last layer are not tied."""
+    """Its first and last layer are not tied. Of Megatron's blocks, it has no table of positions."""
 
     def __init__(
         self, width: int, layers: int, heads: int, vocabulary: int, length: int, block: type[nn.Module] = MptBlock
     ) -> None:
         super().__init__()
-        self.embedding, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.positions = nn.Embedding(length, width) if block is MptBlock else None  # ranks that share layers share all
         self.blocks = nn.ModuleList(block(width, heads) for _ in range(layers))
         self.norm, self.output = nn.LayerNorm(width, bias=False), nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = self.embedding(tokens) + self.positions.weight[: tokens.shape[1]]
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
         return self.output(self.norm(x))

@@ -25,7 +25,9 @@ def memory_cell_of(row: Estimate) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """`12.3 GB`, `45 MB`."""
+    """`12.3 GB`, `45 MB`, `8 bytes`."""
+    if size < 1e4:
+        return f"{size:,.0f} bytes"
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.3g} MB"
 
 
@@ -55,11 +57,12 @@ PART_HEADINGS = dict(
 
 
 def memory_parts_table(rows: Sequence[Estimate]) -> list[Table]:
-    """Where the memory goes."""
+    """Where the memory goes; one unit for all, so that the parts fit beside each other."""
+    unit, name = (1e9, "GB") if max(max(row.memory.values()) for row in rows) >= 1e9 else (1e6, "MB")
     columns = {"strategy": [row.label.replace(" ", "\n  ") for row in rows]}
     for part, heading in (PART_HEADINGS | {ALLOCATOR: "slack"}).items():
-        columns[heading] = [gigabytes(row.memory[part]) if row.memory[part] else "" for row in rows]
-    return terminal_tables("memory of a rank at the peak of a step, by part", columns, ("strategy",))
+        columns[heading] = [f"{row.memory[part] / unit:,.3g}" if row.memory[part] else "" for row in rows]
+    return terminal_tables(f"memory of a rank at the peak of a step, by part, in {name}", columns, ("strategy",))
 
 
 def traffic_table(rows: Sequence[Estimate]) -> list[Table]:
@@ -67,11 +70,15 @@ def traffic_table(rows: Sequence[Estimate]) -> list[Table]:
     columns = {
         "strategy": [row.label.replace(" ", "\n  ") for row in rows],
         "collectives per step": [
-            "\n".join(f"{kind} {gigabytes(size)} {link}" for kind, link, size in row.traffic) or "none" for row in rows
+            "\n".join(
+                [f"{kind} {gigabytes(size)} {link}" for kind, link, size in row.traffic]
+                + ([f"bubble {millisecond_cell(row.bubble)} ms"] if row.bubble else [])
+            )
+            or "none"
+            for row in rows
         ],
         "a rank sends": [gigabytes(row.sent) if row.sent else "" for row in rows],
         "not hidden ms": [millisecond_cell(row.exposed) if row.exposed else "" for row in rows],
-        "bubble ms": [millisecond_cell(row.bubble) if row.bubble else "" for row in rows],
     }
     return terminal_tables(
         "bytes per step inside a node or between nodes; time that nothing hides",
