@@ -238,7 +238,7 @@ IMAGES = (
 ROWS = [
     *(
         PublishedRow(
-            f"ResNet-50, {precision}",
+            f"ResNet-50, A100, {'mixed precision, channels last' if layout else 'TF32'}",
             {},
             gpus,
             256,

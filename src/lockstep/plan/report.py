@@ -101,7 +101,7 @@ def advice(rows: Sequence[Estimate]) -> list[str]:
     for row in fitting[1:3]:
         slower = row.seconds / row.global_batch_size / (best.seconds / best.global_batch_size) - 1
         memory = row.needed - best.needed
-        trade = f"{gigabytes(abs(memory))} {'more' if memory > 0 else 'less'} memory"
+        trade = f"{gigabytes(abs(memory))} {'more' if memory > 0 else 'less'} memory" if memory else "as much memory"
         lines.append(f"next: {row.label}, {slower:.0%} slower, {trade}{cost_of(row)}")
     return lines
 
