@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from lockstep.verify.trace import difference
-from recipes import expert_parallel, single
+from recipes import expert_parallel, single, verify
 from tests.helpers import expert_task
-from tests.helpers.harness import lines, result, train
+from tests.helpers.changed_recipe import put_changed_recipe
+from tests.helpers.harness import execute, lines, result, train, verify_rows
 from tests.helpers.traffic import count_traffic
 from tests.ranks.test_resume import assert_meshes_share, assert_same_in_two_parts
 
@@ -68,6 +69,33 @@ def test_biases_balance_alike_on_any_ranks_and_are_resumed(words: tuple[str, ...
         train(single.train, tmp_path / "single", 1, *words[:-6], f"resume={tmp_path / 'parts'}", "max_steps=5")
     by_loss = train(expert_parallel.train, tmp_path / "loss", 1, *words, "balance=loss", "expert=1", "max_steps=4")
     assert difference({name: whole[name] for name in by_loss}, by_loss) > 1e-6, "the biases do choose"
+
+
+WRONG = {  # by the mistake: what it does to the line that moves the biases
+    "never": "",
+    "the wrong way": "update_biases(mixtures, -run.config.bias_rate)",
+    "by its own choices": "[each.chosen.mul_(run.world.rank == 0) for each in mixtures]; "
+    "update_biases(mixtures, run.config.bias_rate)",
+}
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("mistake", WRONG)
+def test_verify_sees_biases_that_are_moved_wrongly(
+    mistake: str, words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put_changed_recipe(
+        monkeypatch,
+        "expert_parallel",
+        "update_biases(mixtures, run.config.bias_rate)",
+        WRONG[mistake] or "pass",
+        count=1,
+    )
+    with pytest.raises(AssertionError, match=r"not the training that recipes\.single computes: expert_parallel"):
+        execute(verify.train, tmp_path / "run", 2, *words, "recipes=[expert_parallel]", "max_steps=5", timeout=200)
+    verdicts = {row["variant"]: row["verdict"] for row in verify_rows(tmp_path / "run")}
+    assert verdicts["balance=loss"] == "equal"
+    assert verdicts["balance=bias bias_rate=0.03"].startswith("OFF")
 
 
 @pytest.mark.slow

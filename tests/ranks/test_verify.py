@@ -40,6 +40,7 @@ PROVEN = [
     "ddp",
     "deepspeed_zero",
     "expert_parallel",
+    "expert_parallel balance=bias",
     "fsdp",
     "grad_accumulation",
     "lightning_fabric",
@@ -85,6 +86,7 @@ def check_rows(out: Path) -> None:
     proofs = [row for row in rows if not row["verdict"].startswith("differs")]
     second = (
         "context_parallel by=ulysses",
+        "expert_parallel balance=bias",
         "parallel_mesh tensor=1 context=2",
         "tensor_parallel sequence_parallel=true",
     )
