@@ -15,6 +15,7 @@ from tests.helpers.changed_recipe import put_changed_recipe
 from tests.helpers.harness import execute, verify_rows
 
 TASK = f"task={unusual_task.__file__}:Unusual"
+TEXT = "the quick brown fox jumps over the lazy dog, and over it again. " * 16  # of 29 different characters
 SHARED = "are one tensor"
 WITHIN = "which are one parameter, would be in parts 0 and 1"
 COPIES = (
@@ -62,7 +63,7 @@ def _narrow_gpt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def verified(folder: Path, case: str, recipes: list[str], *more: str) -> list[dict[str, Any]]:
     words, ranks, _, _ = CASES[case]
-    (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog, and over it again. " * 16)
+    (folder / "text.txt").write_text(TEXT)
     common = (TASK, "task.data=text", f"task.text={folder}/text.txt", "task.samples=0", "task.kv_heads=2", "threads=1")
     common += ("precision=fp64", "max_steps=2", f"global_batch_size={12 if ranks < 5 else 15}")
     common += ("task.sequence_length=16",) if not any("length" in word for word in words) else ()
@@ -90,6 +91,67 @@ def test_they_are_equal_to_one_process_or_refused(case: str, tmp_path: Path) -> 
         assert not any(verdict.startswith("OFF") for verdict in found[name]), (name, found[name])
     for name, why in refused.items():
         assert all(verdict.startswith("not run") and why in verdict for verdict in found[name]), (name, found[name])
+
+
+# By what does not divide by the ranks: the model, ranks, words, recipes that are equal, {recipe and variant: why not}.
+UNEVEN: dict[str, tuple[GPTConfig | None, int, str, str, dict[str, str]]] = {
+    "11 classes": (
+        None,
+        4,
+        "data=synthetic data.size=64 data.image_size=8 model.num_classes=11 model.norm=group global_batch_size=16",
+        "ddp fsdp zero1 local_sgd model_parallel pipeline_parallel lora data_parallel transfer_learning",
+        {},
+    ),
+    "vocabulary": (
+        GPTConfig(layers=3, width=36, heads=6, kv_heads=3, hidden=30),
+        3,
+        "task=language task.sequence_length=18 task.kv_heads=3 tensor=3 context=3",
+        "ddp fsdp zero1 lora tensor_parallel context_parallel",
+        {},
+    ),
+    "heads": (
+        GPTConfig(layers=2, width=40, heads=5, kv_heads=5, hidden=30),
+        2,
+        "task=language task.sequence_length=16 task.kv_heads=5",
+        "fsdp parallel_mesh context_parallel",
+        {
+            "tensor_parallel": "tensor=2: does not divide heads=5; allowed for this model are 1, 5",
+            "parallel_mesh": "tensor=2: does not divide heads=5; allowed for this model are 1, 5",
+            "context_parallel by=ulysses": "context=2: by=ulysses gives each rank equally many heads, and the 5 heads do not "
+            "divide; allowed for this model are 1, 5; or set by=ring",
+        },
+    ),
+    "experts": (
+        GPTConfig(layers=2, width=36, heads=3, kv_heads=3, hidden=30),
+        3,
+        "task=language task.sequence_length=16 task.kv_heads=3 expert=3",
+        "",
+        {"expert_parallel": "expert=3: does not divide the 4 experts of blocks.0.mlp.experts; allowed are 1, 2, 4"},
+    ),
+}
+
+
+@pytest.mark.usefixtures("narrow")
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.soak] * (case != "experts")) for case in UNEVEN]
+)
+def test_what_does_not_divide_by_the_ranks_is_equal_or_refused(
+    case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ranks, words, equal, refused = UNEVEN[case]
+    common = ["precision=fp64", "max_steps=2", "threads=1", *words.split()]
+    if model:
+        monkeypatch.setitem(GPT_SIZES, "nano", model)
+        (tmp_path / "text.txt").write_text(TEXT)
+        common += ["task.data=text", f"task.text={tmp_path}/text.txt", "task.samples=0", "global_batch_size=12"]
+    names = dict.fromkeys([*equal.split(), *(each.split()[0] for each in refused)])
+    execute(verify.train, tmp_path / "run", ranks, *common, f"recipes=[{','.join(names)}]", timeout=300)
+    rows = verify_rows(tmp_path / "run")
+    for row in rows:
+        whys = [why for label, why in refused.items() if label in (row["recipe"], f"{row['recipe']} {row['variant']}")]
+        assert row["verdict"] == "equal" or any(f"not run: {why}" in row["verdict"] for why in whys), row
+    assert {row["recipe"] for row in rows if row["verdict"] == "equal"} == set(equal.split())
+    assert {row["recipe"] for row in rows if row["verdict"] != "equal"} == {each.split()[0] for each in refused}
 
 
 WRAPS = "    model = DistributedDataParallel(model, device_ids"
