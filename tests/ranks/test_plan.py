@@ -76,15 +76,18 @@ def test_the_table_ends_with_a_command(tmp_path: Path) -> None:
         (("curve=true", "gpus=64", "plot=curve.txt"), "plot=curve.txt: the name must end with .png"),
         (("network=nvlink4",), "network=nvlink4: no such link; allowed are 100gbe"),
         (
-            ("recipes=[local_sgd]",),
-            "local_sgd]: is not planned yet; plan ddp, which communicates in every step and not in one of `period`; allowed",
+            ("recipes=[grad_accumulation]",),
+            "grad_accumulation]: is not planned yet; plan ddp with accumulate=N; allowed are single, ddp",
         ),
         (
             ("task=language", "recipes=[parallel_mesh]", "replicate=3"),
             "replicate=3: pipeline=1 × context=1 × tensor=2 leave 4 groups",
         ),
         (("task=language", "recipes=[parallel_mesh]", "pipeline=2"), "pipeline=2: a plan has stages of one rank each"),
-        (("recipes=[ddp]", "compile=true"), "compile=true: a plan reckons with operations as they are issued"),
+        (
+            ("recipes=[fsdp]", "offload=true"),
+            "offload=true: the host makes the update then, and no profile knows how fast",
+        ),
         (("task=language", "recipes=[tensor_parallel]", "tensor=3"), "tensor=3: 3 ranks share"),
     ],
 )

@@ -36,7 +36,7 @@ PLANNED = (*USUAL, *WHEN_NAMED)
 NOT_PLANNED = {
     "lora": "it begins with a trained model, of which a plan has no weights",
     "transfer_learning": "it begins with a trained model, of which a plan has no weights",
-    "fsdp, deepspeed_zero offload=true": "a plan does not reckon with the link between host and device",
+    "fsdp, deepspeed_zero offload=true": "the host makes the update then, and no profile knows how fast",
     "parallel_mesh pipeline=N": "a plan has stages of one rank each; plan recipes.pipeline_parallel",
 }
 AS_ISSUED = (
