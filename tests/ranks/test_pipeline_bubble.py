@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B, ScheduleInterleavedZeroBubble
 
 from lockstep.distributed.process_group import World
@@ -78,5 +81,38 @@ def test_the_bubble_is_the_one_of_torch_s_schedule(name: str, ranks: int, pieces
     assert idle_shares(order, stages) == pytest.approx([bubble_share(name, ranks, pieces)] * ranks)
 
 
-def test_one_forward_one_backward_waits_as_long_as_gpipe() -> None:
-    assert bubble_share("1f1b", 2, 4) == bubble_share("gpipe", 2, 4) == 1 / 5
+def order_run(world: World, name: str, pieces: int) -> list[tuple[int, str, int]]:
+    """What this rank's stage really does in a step: torch's table of 1F1B names micro-batches that there are not."""
+    ranks, found = world.world_size, []
+    stage = PipelineStage(nn.Linear(2, 2), world.rank, ranks, torch.device("cpu"))
+
+    def noted(what: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def call(piece: int, *args: Any, **options: Any) -> Any:
+            found.append((world.rank, what, piece))
+            return run(piece, *args, **options)
+
+        return call
+
+    stage.forward_one_chunk = noted("F", stage.forward_one_chunk)  # type: ignore[method-assign]
+    stage.backward_one_chunk = noted("B", stage.backward_one_chunk)  # type: ignore[method-assign]
+    schedule = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[name](stage, pieces, loss_fn=nn.MSELoss())
+    batch = torch.ones(2 * pieces, 2)
+    schedule.step(*[batch] * (world.rank == 0), **({"target": batch} if world.rank == ranks - 1 else {}))
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "pieces"), [(2, 4), (3, 6)])
+def test_one_forward_one_backward_runs_in_turns_and_waits_as_long_as_gpipe(ranks: int, pieces: int) -> None:
+    orders = {name: dict(enumerate(run_ranks(order_run, ranks, name, pieces))) for name in ("gpipe", "1f1b")}
+    for name, order in orders.items():
+        assert all(
+            sorted(work) == sorted((rank, what, n) for what in "FB" for n in range(pieces))
+            for rank, work in order.items()
+        )
+        assert idle_shares(order, ranks) == pytest.approx([bubble_share(name, ranks, pieces)] * ranks)
+    held = {name: most_held(order[0]) for name, order in orders.items()}
+    assert held == {"gpipe": pieces, "1f1b": ranks}, "micro-batches whose activations the first stage keeps"
+
+
+def most_held(work: list[tuple[int, str, int]]) -> int:
+    return max(accumulate(1 if what == "F" else -1 for _, what, _ in work))
