@@ -25,13 +25,14 @@ trains correctly on it.
     python -m recipes.verify program='torchrun --nproc-per-node=2 train.py' against='python train.py'
                                                                       a program of your own (docs/your_program.md)
 
-Expect: a line per row, then a table with every row green and exit code 0, in about three minutes on two CPU cores;
-exit code 1 if a row is off.
+Expect: a line per row, then a table with every row green and exit code 0, in about two minutes on two CPU cores;
+exit code 1 if a row is off. Images are trained by a narrow ResNet-18; `model=resnet18` is the real one.
 Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 """
 
 from __future__ import annotations
 
+import gc
 import sys
 import time
 from dataclasses import asdict, replace
@@ -45,6 +46,7 @@ from rich.table import Table
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
 from lockstep.config.keys import AUTO
+from lockstep.config.schema import NARROW
 from lockstep.config.tasks import IMAGES
 from lockstep.errors import CheckFailed
 from lockstep.loggers.console import described
@@ -223,8 +225,11 @@ def train(run: Run[VerifyConfig]) -> None:
     model, data = described(run.task, run.config)
     what = "" if run.config.task.name == IMAGES else f" of {model} on {data}"
     run.report.line(f"verify: {count(len(cases), 'row')}{what}, on {count(run.world.world_size, 'rank')}")
+    if run.config.task.name == IMAGES and run.config.model.name == NARROW:
+        run.report.line(f"images: {NARROW}, a quarter of the channels; the real one: model=resnet18")
     references = References()
     rows: list[VerifyRow] = []
+    gc.freeze()  # what is loaded stays: what follows looks for a row's own leftovers alone
     for number, case in enumerate(cases, start=1):
         began = time.perf_counter()
         try:
@@ -233,6 +238,7 @@ def train(run: Run[VerifyConfig]) -> None:
             if bug is None:
                 raise
             raise CheckFailed(f"museum={bug.name}: is stopped by an error: {error}; {bug.told}") from None
+        gc.collect()  # models and their wrappers are in cycles; those of many rows would be gigabytes
         rows[-1].seconds = round(time.perf_counter() - began, 3)
         if run.world.rank == 0:  # the other ranks have no numbers
             run.report.line(progress_line(rows[-1], number, len(cases), rows[-1].seconds))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import json
 import multiprocessing
 import time
+import weakref
 from collections.abc import Callable
 from itertools import combinations, pairwise
 from typing import Any
@@ -25,7 +27,7 @@ from lockstep.config.schema import ModelConfig
 from lockstep.data.batch import Batch
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
-from lockstep.memory.tracker import saved_bytes
+from lockstep.memory.tracker import MemoryTracker, saved_bytes
 from lockstep.models.resnet import build_model
 from lockstep.parallel import partition
 from lockstep.parallel.partition import balance, blocks, check_cut, choose_cuts, measure_units, split, units
@@ -383,6 +385,17 @@ def test_a_micro_batch_keeps_its_share_of_the_batch_s_activations(norm: str) -> 
     assert whole > images.numel() * 4 * 20, "more than a few tensors: 20 layers keep their inputs"
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_counting_what_is_kept_keeps_nothing() -> None:
+    """A tensor that autograd is handed back by a hook leads to its graph, and the graph to the hook."""
+    model = make_model("batch")
+    left = weakref.ref(model)
+    with MemoryTracker(model):
+        model(make_batch(2).inputs.float())
+    del model
+    gc.collect()
+    assert left() is None
 
 
 # DataParallel -----------------------------------------------------------------------------------------------------

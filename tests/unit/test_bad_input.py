@@ -319,6 +319,7 @@ TRANSFER = {
     "": ["resume=auto and weights=null", "nothing to transfer from", "weights=imagenet"],
     "weights=resnet": ["weights=resnet", "imagenet, IMAGENET1K_V1, IMAGENET1K_V2, random"],
     "weights=imagenet": ["weights=imagenet", "7 × 7 there and 3 × 3 here", "set model.image_size=224"],
+    "weights=imagenet model=narrow_resnet18": ["weights=imagenet", "none for narrow_resnet18", "set model=resnet18"],
     "weights=IMAGENET1K_V2 model.image_size=224": ["torchvision has none for resnet18", "IMAGENET1K_V1"],
     "weights=imagenet model.image_size=224 model.norm=group": ["model.norm=group has none", "model.norm=batch"],
     "resume=nowhere": ["resume=nowhere", "no such file or folder"],

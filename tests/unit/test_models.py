@@ -30,6 +30,18 @@ def test_at_imagenet_size_the_state_dict_is_torchvision_s(name: str) -> None:
     assert count_parameters(ours)[0] == sum(p.numel() for p in theirs.parameters())
 
 
+def test_the_narrow_one_has_the_modules_of_the_whole_one() -> None:
+    for size in (8, 96):
+        narrow, whole = (model(name=name, image_size=size, norm="group") for name in ("narrow_resnet18", "resnet18"))
+        assert [*narrow.state_dict()] == [*whole.state_dict()]
+        assert narrow(torch.zeros(1, 3, size, size)).shape == (1, 10)
+        for mine, theirs in zip(narrow.modules(), whole.modules(), strict=True):
+            if isinstance(theirs, nn.GroupNorm):
+                assert isinstance(mine, nn.GroupNorm)
+                assert mine.num_channels * 4 == theirs.num_channels
+                assert mine.num_channels // mine.num_groups == theirs.num_channels // theirs.num_groups
+
+
 @pytest.mark.parametrize(("size", "pixels"), [(8, 8), (32, 32), (64, 64), (96, 24), (224, 56)])
 def test_the_stem_keeps_the_pixels_of_small_images(size: int, pixels: int) -> None:
     net = model(image_size=size)

@@ -287,11 +287,12 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
     """
     skip, default = {"cluster", *without}, Config()  # where the tool runs, its recipes run too
     skip |= {entry.name for entry in fields(config)} - {entry.name for entry in fields(recipe.config)}
+    plainest = compose_another(tool, [])
     names = {"model": config.model.name, "data": config.data.name, "optim": config.optim.name}
     groups = [
         f"model.name={name}" if group == "model" and name not in RESNETS else f"{group}={name}"
         for group, name in names.items()
-        if name != getattr(default, group).name and not {group, f"{group}.name"} & skip
+        if name != getattr(plainest, group).name and not {group, f"{group}.name"} & skip
     ]
     task = [typed("task.name", config.task.name)] if config.task.name != default.task.name else []
     # Keys of the recipes that a tool looks at have their defaults in its own config class, whatever each recipe's are.

@@ -110,7 +110,7 @@ class MemoryTracker:
         storage = local_shard(tensor).untyped_storage()
         key = storage._cdata
         if key in self._own or key in self._now:
-            return _Kept(tensor, None)
+            return _Kept(tensor.detach(), None)
         if key in self._kept:
             self._kept[key][0] += 1
         else:
@@ -120,7 +120,7 @@ class MemoryTracker:
             self._total += storage.nbytes()
             if self._total > self._most:
                 self._most, self.peak = self._total, dict(self._sizes)
-        return _Kept(tensor, lambda: self._let_go(key))
+        return _Kept(tensor.detach(), lambda: self._let_go(key))
 
     def _let_go(self, key: int) -> None:
         entry = self._kept[key]

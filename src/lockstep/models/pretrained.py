@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from lockstep.config.schema import RESNETS, Config
+from lockstep.config.schema import NARROW, RESNETS, Config
 from lockstep.errors import UserError
 from lockstep.models.resnet import SMALL_IMAGE
 from lockstep.utils.downloads import answers_awaited
@@ -22,6 +22,8 @@ def torchvision_file(config: Config, name: str) -> Path:
     from torchvision.models import get_model_weights
 
     model = config.model
+    if model.name == NARROW:
+        raise UserError(f"weights={name}: there are none for {NARROW}; set model=resnet18, or weights=random")
     every = get_model_weights(model.name)
     known = {"imagenet": every.DEFAULT} | dict(every.__members__)
     if name not in known:

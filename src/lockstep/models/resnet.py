@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from lockstep.config.schema import RESNETS, ModelConfig
+from lockstep.config.schema import NARROW, RESNETS, ModelConfig
 from lockstep.models.torchvision_models import build_torchvision_model
 
 SMALL_IMAGE = 64  # up to this side, the ImageNet stem (stride 4 in all) would leave almost no pixels
@@ -31,24 +31,27 @@ def build_model(config: ModelConfig) -> nn.Module:
 
     assert config.num_classes is not None, "the app fills in what the data set says"
     assert config.image_size is not None, "the app fills in what the data set says"
-    model = getattr(resnet, config.name)(
+    from lockstep.models.narrow_resnet import GROUPS, NarrowResNet18
+
+    narrow = config.name == NARROW
+    model = (NarrowResNet18 if narrow else getattr(resnet, config.name))(
         num_classes=config.num_classes,
         zero_init_residual=config.init == "zero_residual",
-        norm_layer=norm_layer(config.norm),
+        norm_layer=norm_layer(config.norm, GROUPS if narrow else 32),
     )
     if config.image_size <= SMALL_IMAGE:
-        model.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
         model.maxpool = nn.Identity()
     model.apply(partial(init_weights, scheme=config.init))
     return model
 
 
-def norm_layer(name: str) -> Callable[[int], nn.Module]:
+def norm_layer(name: str, groups: int = 32) -> Callable[[int], nn.Module]:
     """The layer torchvision calls with a channel count: BatchNorm, or GroupNorm, which no other sample can influence.
 
     GroupNorm(32) is Wu & He's (https://arxiv.org/abs/1803.08494); every ResNet width is a multiple of 32.
     """
-    return partial(nn.GroupNorm, 32) if name == "group" else nn.BatchNorm2d
+    return partial(nn.GroupNorm, groups) if name == "group" else nn.BatchNorm2d
 
 
 def init_weights(module: nn.Module, scheme: str) -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from lockstep.config.keys import AUTO, key
-from lockstep.config.schema import ToolConfig
+from lockstep.config.schema import NARROW, ModelConfig, ToolConfig
 
 OF_PROGRAMS = ("steps", "tolerance", "limit_seconds")  # keys that go with program=…
 
@@ -18,6 +18,7 @@ class VerifyConfig(ToolConfig):
     global_batch_size: Any = key(
         AUTO, "samples of a step, over all ranks; auto: 14 for each rank, or fewer where there are fewer", minimum=1
     )
+    model: ModelConfig = field(default_factory=lambda: ModelConfig(NARROW))  # as in conf/verify.yaml
     recipes: list[str] | None = key(None, "recipes that are proven, also FILE.py (null: all of lockstep's)")
     against: str | None = key(
         None,
