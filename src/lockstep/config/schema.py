@@ -25,7 +25,7 @@ NO_SOURCE = ("auto", LAST, "never")  # the words that `resume` may be; anything 
 LONGEST_WAIT = 31_536_000  # a year in seconds; what waits counts in nanoseconds, and would overflow
 
 
-NARROW = "narrow_resnet18"  # a quarter of the channels: what recipes.verify trains
+NARROW = "narrow_resnet18"  # with a quarter of the channels, for proofs
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", NARROW)
 
 
