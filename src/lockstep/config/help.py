@@ -116,7 +116,10 @@ def shown(value: Any) -> str:
 def entry(left: str, right: str) -> str:
     """`key=default   what it does`, wrapped."""
     start = f"  {left}".ljust(INDENT - 1)
-    wrapped = textwrap.wrap(right, WIDTH - INDENT, break_long_words=False, break_on_hyphens=False) or [""]
+    room = WIDTH - INDENT
+    words = " ".join(word if len(word) <= room else word.replace("|", "| ") for word in right.split())
+    lines = textwrap.wrap(words, room, break_long_words=False, break_on_hyphens=False)
+    wrapped = [line.replace("| ", "|") for line in lines] or [""]
     if len(start) >= INDENT:
         return "\n".join([start, *(" " * INDENT + line for line in wrapped)])
     return "\n".join([f"{start} {wrapped[0]}".rstrip(), *(" " * INDENT + line for line in wrapped[1:])])
