@@ -30,7 +30,7 @@ from lockstep.config.declared import CommandLine, listed, schema_of
 from lockstep.config.explain import BELOW_A_VALUE, check_names, explain, unknown_key
 from lockstep.config.keys import typed, walk
 from lockstep.config.schema import LAST, RESNETS, ClusterConfig, Config
-from lockstep.config.tasks import BUILT_IN, TASKS, absolute, check_group_words, named_task, with_defaults
+from lockstep.config.tasks import BUILT_IN, IMAGES, TASKS, absolute, check_group_words, named_task, with_defaults
 from lockstep.config.words import check_groups, check_options, in_plural, spelled_out, text_keys, verbatim
 from lockstep.errors import UserError
 from lockstep.utils.places import folder
@@ -285,19 +285,18 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
         recipe: whose command it is; keys that it does not have are left out.
         without: further keys that are left out, and groups of them.
     """
-    skip, default = {"cluster", *without}, Config()  # where the tool runs, its recipes run too
+    skip, default = {"cluster", *without}, compose_another(tool, [])  # where the tool runs, its recipes run too
     skip |= {entry.name for entry in fields(config)} - {entry.name for entry in fields(recipe.config)}
-    plainest = compose_another(tool, [])
     names = {"model": config.model.name, "data": config.data.name, "optim": config.optim.name}
     groups = [
         f"model.name={name}" if group == "model" and name not in RESNETS else f"{group}={name}"
         for group, name in names.items()
-        if name != getattr(plainest, group).name and not {group, f"{group}.name"} & skip
+        if name != getattr(default, group).name and not {group, f"{group}.name"} & skip
     ]
-    task = [typed("task.name", config.task.name)] if config.task.name != default.task.name else []
+    task = [typed("task.name", config.task.name)] if config.task.name != IMAGES else []
     # Keys of the recipes that a tool looks at have their defaults in its own config class, whatever each recipe's are.
     plain = {name: value for name, value, _ in [*walk(type(config)()), *walk(compose_another(tool, [*task, *groups]))]}
-    plain["task.name"] = default.task.name
+    plain["task.name"] = IMAGES
     follows = {  # what `complete` fills in, and will fill in again
         "data.num_classes": config.data.name != "synthetic" or config.data.num_classes == 10,
         "model.num_classes": config.model.num_classes == config.data.num_classes,

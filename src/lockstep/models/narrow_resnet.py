@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 SHARE = 4  # of the channels, one of so many is left
-GROUPS = 32 // SHARE  # of GroupNorm: as many channels per group as the whole model has
+NARROW_GROUPS = 32 // SHARE  # of GroupNorm: as many channels per group as the whole model has
 
 
 class NarrowResNet18(ResNet):

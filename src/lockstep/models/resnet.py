@@ -31,13 +31,13 @@ def build_model(config: ModelConfig) -> nn.Module:
 
     assert config.num_classes is not None, "the app fills in what the data set says"
     assert config.image_size is not None, "the app fills in what the data set says"
-    from lockstep.models.narrow_resnet import GROUPS, NarrowResNet18
+    from lockstep.models.narrow_resnet import NARROW_GROUPS, NarrowResNet18
 
     narrow = config.name == NARROW
     model = (NarrowResNet18 if narrow else getattr(resnet, config.name))(
         num_classes=config.num_classes,
         zero_init_residual=config.init == "zero_residual",
-        norm_layer=norm_layer(config.norm, GROUPS if narrow else 32),
+        norm_layer=norm_layer(config.norm, NARROW_GROUPS if narrow else 32),
     )
     if config.image_size <= SMALL_IMAGE:
         model.conv1 = nn.Conv2d(3, model.conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
