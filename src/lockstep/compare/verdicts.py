@@ -121,7 +121,8 @@ def plan_sentence(rows: list[ComparisonRow]) -> str:
     if not ratios:
         return ""
     steps, sent = ([each[name] for each in ratios if name in each] for name in ("seconds", "sent"))
-    words = f"recipes.plan predicts {min(steps):.2f} to {max(steps):.2f} of the steps' time"
+    ends = dict.fromkeys(f"{share:.2f}" for share in (min(steps), max(steps)))
+    words = f"recipes.plan predicts {' to '.join(ends)} of the steps' time"
     if sent:
         same = sum(abs(each - 1) < SAME_BYTES for each in sent)
         words += f", and the bytes sent of {same} of {len(sent)}"
