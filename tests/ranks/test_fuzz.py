@@ -50,6 +50,29 @@ def test_nothing_is_lost() -> None:
     assert all(counts[what] for what in ("kills", "preemptions", "damages", "resumes")), counts
 
 
+def test_an_undisturbed_run_that_hangs_is_none_to_compare_with(monkeypatch: Patch) -> None:
+    """Seed 200005, on a machine that was busy: it was cut off in step 14, and its kills were said to differ from it."""
+    monkeypatch.setattr(starts, "START_SECONDS", 1)
+    monkeypatch.setattr(Agreement, "ask", lambda *_: time.sleep(60))
+    with pytest.raises(AssertionError, match=r"ranks \[0\] hung"):
+        results.reference(Setup("single", 1, SIZE))
+
+
+@pytest.mark.soak
+def test_a_run_that_is_slow_and_not_hanging_is_waited_for(tmp_path: Path, monkeypatch: Patch) -> None:
+    ask = Agreement.ask
+
+    def slowly(self: Agreement, *given: Any) -> Any:
+        time.sleep(1.5)
+        return ask(self, *given)
+
+    monkeypatch.setattr(starts, "START_SECONDS", 15)
+    monkeypatch.setattr(Agreement, "ask", slowly)
+    ended = starts.start(Setup("single", 1, SIZE), tmp_path / "out")
+    assert (ended.codes, ended.hung) == ([0], "")
+    assert ended.seconds > starts.START_SECONDS
+
+
 @pytest.mark.soak
 @pytest.mark.timeout(1200)
 def test_nothing_is_lost_in_many_runs() -> None:

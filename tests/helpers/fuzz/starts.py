@@ -37,7 +37,7 @@ from tests.helpers.fuzz.strikes import strike_at_call
 from tests.helpers.harness import compose_config, preload, renew_threads
 from tests.helpers.narrow_resnet import NarrowResNet
 
-START_SECONDS = 90  # a start that takes longer hangs; an undisturbed one takes one or two
+START_SECONDS = 90  # a start that logs nothing for longer hangs; an undisturbed one takes one or two
 UNDISTURBED = Fault()
 LEAVE_SECONDS = 15  # so long a rank may go on after another one has died and it was told to stop
 
@@ -123,7 +123,7 @@ def start_ranks(recipe: Recipe, ranks: int, out: Path, scratch: Path, fault: Fau
         process.start()
     ended = Ended([0] * ranks)
     strike = began + fault.share * typical_seconds if fault.sign and fault.share is not None else math.inf
-    stop, kill = math.inf, began + START_SECONDS
+    stop, kill, told = math.inf, began + START_SECONDS, False
     running = dict(enumerate(processes))
     while running:
         pause = min(strike, stop, kill) - time.monotonic()
@@ -145,7 +145,9 @@ def start_ranks(recipe: Recipe, ranks: int, out: Path, scratch: Path, fault: Fau
         if running and now >= stop:
             for process in running.values():
                 os.kill(process.pid, signal.SIGTERM)
-            stop, kill = math.inf, min(kill, now + LEAVE_SECONDS)
+            stop, kill, told = math.inf, min(kill, now + LEAVE_SECONDS), True
+        if running and now >= kill and not told:  # on a busy machine it may only be slow
+            kill = now + max(0.0, START_SECONDS - seconds_since_a_step(out))
         if running and now >= kill:
             ended.hung = end(running, console)
             running = {}
@@ -157,6 +159,12 @@ def start_ranks(recipe: Recipe, ranks: int, out: Path, scratch: Path, fault: Fau
         process.close()
     ended.said = console.read_text(errors="replace")
     return ended
+
+
+def seconds_since_a_step(out: Path) -> float:
+    """How long ago the last step was logged; infinite where none was."""
+    log = out / "metrics.jsonl"
+    return time.time() - log.stat().st_mtime if log.exists() else math.inf
 
 
 def end(running: dict[int, Any], console: Path) -> str:
