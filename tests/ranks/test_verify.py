@@ -238,7 +238,9 @@ def test_16_bits_may_differ_by_what_rounding_explains(precision: str, replace: A
     (sound,), (broken,) = (verify_rows(tmp_path / name) for name in ("sound", "broken"))
     assert sound["verdict"] == "equal"
     assert sound["weights"] <= sound["allowed"]["weights"] <= 0.4
-    assert broken["verdict"].startswith("OFF: gradients, weights")
+    verdict, _, numbers = broken["verdict"].partition(": ")
+    assert verdict == "OFF"
+    assert {"gradients", "weights"} <= set(numbers.split(", "))
 
 
 def test_a_model_that_cannot_compute_in_fp64_is_held_to_a_fixed_bound() -> None:
