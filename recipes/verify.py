@@ -25,7 +25,7 @@ trains correctly on it.
     python -m recipes.verify program='torchrun --nproc-per-node=2 train.py' against='python train.py'
                                                                       a program of your own (docs/your_program.md)
 
-Expect: a line per row, then a table with every row green and exit code 0, in about three minutes on two CPU cores;
+Expect: a line per row, then a table with every row green and exit code 0, in about two minutes on two CPU cores;
 exit code 1 if a row is off. Images are trained by a narrow ResNet-18; `model=resnet18` is the real one.
 Source: https://docs.pytorch.org/docs/stable/notes/numerical_accuracy.html
 """
