@@ -285,15 +285,15 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
         recipe: whose command it is; keys that it does not have are left out.
         without: further keys that are left out, and groups of them.
     """
-    skip, default = {"cluster", *without}, compose_another(tool, [])  # where the tool runs, its recipes run too
+    task = [typed("task.name", config.task.name)] if config.task.name != IMAGES else []
+    # Where the tool runs, its recipes run too; a task builds its own model, whatever a tool's model of images is.
+    skip, default = {"cluster", *(["model"] if task else []), *without}, compose_another(tool, [])
     skip |= {entry.name for entry in fields(config)} - {entry.name for entry in fields(recipe.config)}
-    names = {"model": config.model.name, "data": config.data.name, "optim": config.optim.name}
     groups = [
         f"model.name={name}" if group == "model" and name not in RESNETS else f"{group}={name}"
-        for group, name in names.items()
-        if name != getattr(default, group).name and not {group, f"{group}.name"} & skip
+        for group in ("model", "data", "optim")
+        if (name := getattr(config, group).name) != getattr(default, group).name and not {group, f"{group}.name"} & skip
     ]
-    task = [typed("task.name", config.task.name)] if config.task.name != IMAGES else []
     # Keys of the recipes that a tool looks at have their defaults in its own config class, whatever each recipe's are.
     plain = {name: value for name, value, _ in [*walk(type(config)()), *walk(compose_another(tool, [*task, *groups]))]}
     plain["task.name"] = IMAGES
