@@ -287,7 +287,7 @@ def overrides(tool: CommandLine, config: Config, recipe: CommandLine, without: C
     """
     task = [typed("task.name", config.task.name)] if config.task.name != IMAGES else []
     # Where the tool runs, its recipes run too; a task builds its own model, whatever a tool's model of images is.
-    skip, default = {"cluster", *(["model"] if task else []), *without}, compose_another(tool, [])
+    skip, default = {"cluster", *(["model"] if task else []), *without}, tool.config()
     skip |= {entry.name for entry in fields(config)} - {entry.name for entry in fields(recipe.config)}
     groups = [
         f"model.name={name}" if group == "model" and name not in RESNETS else f"{group}={name}"
