@@ -117,10 +117,10 @@ def score_sentence(rows: list[ComparisonRow]) -> str:
 
 def plan_sentence(rows: list[ComparisonRow]) -> str:
     """How far recipes.plan is off."""
-    ratios = [row.planned_ratios for row in rows if row.planned]
-    if not ratios:
-        return ""
+    ratios = [row.planned_ratios for row in rows]
     steps, sent = ([each[name] for each in ratios if name in each] for name in ("seconds", "sent"))
+    if not steps:
+        return ""
     ends = dict.fromkeys(f"{share:.2f}" for share in (min(steps), max(steps)))
     words = f"recipes.plan predicts {' to '.join(ends)} of the steps' time"
     if sent:
