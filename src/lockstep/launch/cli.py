@@ -36,8 +36,8 @@ from lockstep.launch.validate import validate
 from lockstep.recipe import Recipe
 from lockstep.run import Run
 from lockstep.utils.places import as_installed
-from lockstep.utils.standard_streams import protect
-from lockstep.utils.text import short
+from lockstep.utils.standard_streams import protect, show_meanwhile
+from lockstep.utils.text import count, short
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,7 @@ class Command(Recipe):
                 f"{self.name}: is defined in a notebook's cell, and has no file; start it with {self.name}.run()"
             )
         protect()
+        show_meanwhile("")
         signal.signal(signal.SIGINT, signal.default_int_handler)  # recipes/__init__.py had it end the process at once
         try:
             cluster.adopt(self)
@@ -151,7 +152,9 @@ def launch_recipe(recipe: Recipe) -> int:
 
         def warm() -> None:  # what is refused before does not wait for it
             if how.get("start") == "fork":
+                show_meanwhile(f"{recipe.name}: starting {count(nproc, 'rank')} …")
                 worker.preload()
+                show_meanwhile("")
 
         def start(out: Path, variables: dict[str, str], target: str) -> int:
             variables = {environment.RUN_DIRECTORY: str(out), environment.LAUNCHER: str(os.getpid()), **variables}

@@ -17,6 +17,7 @@ from lockstep.config.tasks import IMAGES, named_task
 from lockstep.distributed.environment import MPI
 from lockstep.errors import UserError
 from lockstep.utils.places import as_installed
+from lockstep.utils.standard_streams import show_meanwhile
 
 # Variables of a process that is a rank, or might be one.
 RANKS = ("RANK", "LOCKSTEP_LAUNCHER_PID", "SLURM_STEP_ID", *(mpi.rank for mpi in MPI))
@@ -25,13 +26,20 @@ RANKS = ("RANK", "LOCKSTEP_LAUNCHER_PID", "SLURM_STEP_ID", *(mpi.rank for mpi in
 def answer(folder: Path) -> None:
     """Answer the command line, if `python -m PACKAGE.NAME` is running one of the recipes in this folder.
 
-    Exits with 0 after `--help`, and with 2 after a mistake in the command.
+    Exits with 0 after `--help`, and with 2 after a mistake in the command. Otherwise a terminal shows what now takes
+    seconds.
     """
     name = recipe_of(sys.orig_argv)
     file = folder / f"{name}.py"
     if not name or not file.is_file() or any(variable in os.environ for variable in RANKS):
         return
-    words = sys.argv[1:]
+    answer_command(file, sys.argv[1:])
+    if "-sc" not in sys.argv:
+        show_meanwhile(f"{name}: loading torch …")
+
+
+def answer_command(file: Path, words: list[str]) -> None:
+    """Exit with 0 after `--help`, and with 2 after a mistake that can be seen in these words of the recipe in `file`."""
     if any(word.startswith("-") and not word.startswith(("--help", "-h", "--config-dir", "-sc")) for word in words):
         return  # Hydra's own
     recipe = declared(file)

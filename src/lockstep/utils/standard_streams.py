@@ -19,6 +19,8 @@ WAIT_SECONDS = 5.0  # for a reader whose pipe is full and does not block
 # What our own texts are written with, for a console whose encoding lacks it: LC_ALL=POSIX, a Latin-1 locale.
 PLAIN = {"…": "...", "×": "x", "−": "-", "–": "-", "—": "-", "→": "->", "≥": ">=", "≤": "<=", "·": "*", "µ": "u"}
 PLAIN |= {"▸": ">", "█": "M", "└": "+", "│": "|", "─": "-", "²": "^2", "ᵏ": "^k", "θ": "theta", "α": "alpha"}
+ERASE_LINE = "\r\x1b[K"
+_MEANWHILE: list[str] = []  # what `show_meanwhile` shows now
 SPELLED = "lockstep.spelled"  # the name of `spell`, as an encoder's `errors`
 
 
@@ -94,3 +96,15 @@ def write_to(descriptor: int, text: str) -> None:
     """Write to a descriptor of a console, which may have gone."""
     with contextlib.suppress(OSError):
         os.write(descriptor, text.encode(errors="backslashreplace"))
+
+
+def show_meanwhile(words: str) -> None:
+    """Show on stderr, where it is a terminal, what is waited for; empty takes it away again.
+
+    It has no line of its own: whatever is printed next is written over it.
+    """
+    if not (words or _MEANWHILE) or not sys.stderr.isatty() or os.environ.get("TERM", "dumb") == "dumb":
+        return
+    sys.stderr.write(f"{ERASE_LINE}{words}\r" if words else ERASE_LINE)
+    sys.stderr.flush()
+    _MEANWHILE[:] = [words] if words else []
