@@ -46,6 +46,7 @@ from lockstep.compare.report import ComparisonReport, describe_work, repeat_comm
 from lockstep.compare.tables import comparison_tables
 from lockstep.compare.verdicts import verdicts
 from lockstep.config import run_directory
+from lockstep.config.copies import refuse_others
 from lockstep.config.schema import MOST_RANKS, to_yaml
 from lockstep.config.tasks import IMAGES, metric_of, unit_of
 from lockstep.errors import CheckFailed
@@ -81,6 +82,13 @@ def check(config: CompareConfig, share: int) -> None:
         raise UserError(f"nothing is left to compare: {left_out[0]}")
 
 
+def compare_finished(config: CompareConfig) -> int | None:
+    """With folders of runs, their tables; nothing is run then."""
+    if config.runs is not None:
+        refuse_others(config, train, {"runs"}, f"runs=[{','.join(config.runs)}]")
+    return compare_runs(config)
+
+
 @recipe(
     config=CompareConfig,
     looks_at="recipes",
@@ -89,7 +97,7 @@ def check(config: CompareConfig, share: int) -> None:
     ranks=1,
     check=check,
     several="nproc",
-    alone=compare_runs,
+    alone=compare_finished,
 )
 def train(run: Run[CompareConfig]) -> None:
     config = run.asked

@@ -31,7 +31,7 @@ from rich.console import Console
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.callbacks.base import Callback
 from lockstep.config.check import check_values
-from lockstep.config.copies import convert, with_values
+from lockstep.config.copies import convert, refuse_others, with_values
 from lockstep.config.schema import Config
 from lockstep.errors import CheckFailed
 from lockstep.launch.validate import check_batch, check_package
@@ -76,6 +76,7 @@ def diff_folders(config: DiffConfig) -> int | None:
             f"runs=[{','.join(runs)}]: {recipes[0]} is a recipe, and the other is not; name two of one kind, "
             f"a folder of that name as ./{recipes[0]}"
         )
+    refuse_others(config, train, {"runs", "tolerance"}, f"runs=[{','.join(runs)}]")
     pairs, shown = tee(recorded_pairs(runs))
     parting = find_parting(pairs, config.tolerance)
     _, mine, theirs = next(shown)

@@ -39,12 +39,15 @@ https://arxiv.org/abs/1910.02054 (ZeRO)
 
 import shlex
 from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
-from lockstep.config.copies import convert, with_values
+from lockstep.config.copies import convert, refuse_others, with_values
 from lockstep.config.schema import Config, from_yaml
-from lockstep.config.tasks import IMAGES
+from lockstep.config.tasks import IMAGES, task_of_content, with_task
 from lockstep.diagnose.config import DoctorConfig
 from lockstep.diagnose.findings import Finding
 from lockstep.diagnose.memory_account import account_memory
@@ -119,18 +122,25 @@ def read_run(config: DoctorConfig) -> int | None:
     if config.cluster or config.check != DoctorConfig().check:
         more = "+cluster" if config.cluster else f"check={config.check}"
         raise UserError(f"run={config.run}: is read here, and nothing is run; leave {more} out")
+    refuse_others(config, train, {"run"}, f"run={config.run}")
     explain_run(Path(config.run).expanduser(), resume_command)
     return 0
 
 
 def resume_command(name: str, config: str, out: Path) -> str:
     """The command that resumes a run; `config`: what its config.yaml says."""
+    unknown = f"the command that started {name}, with out={short(out)}"
     if not Path(__file__).with_name(f"{name}.py").is_file():
-        return f"the command that started {name}, with out={short(out)}"
+        return unknown
     from lockstep.config.compose import overrides  # Hydra, which no rank needs
 
     found = get_recipe(name)
-    words = [*overrides(found, from_yaml(config, found.config), found, without=["out"]), f"out={short(out)}"]
+    task = task_of_content(cast(Any, OmegaConf.to_container(OmegaConf.create(config))))
+    try:
+        trained = from_yaml(config, with_task(found.config, task))
+    except UserError:  # its task's file is not there any more
+        return unknown
+    words = [*overrides(found, trained, found, without=["out"]), f"out={short(out)}"]
     return as_installed(f"python -m recipes.{name} {shlex.join(words)}")
 
 

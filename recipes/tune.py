@@ -43,7 +43,7 @@ from lockstep.registry import check_name, get_recipe
 from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import SearchSpace
 from lockstep.tune.standings import Standings, read_trials, standings_tables, tuned_name, write_search_results
-from lockstep.tune.trial import SAME_FOR_ALL, TUNE_KEYS, check_draws, plan_trials, trial_words
+from lockstep.tune.trial import SAME_FOR_ALL, TUNE_KEYS, check_draws, plan_trials, trial_words, unused_words
 from lockstep.tune.tuner import make_tuner, wait_for_trials
 from lockstep.utils.text import count
 
@@ -107,6 +107,8 @@ def train(run: Run[TuneConfig]) -> None:
         f"tune: {count(run.config.tune.trials, 'trial')} of {tuned_name(run.config)}, {many}, each "
         f"{count(plan.ranks, 'rank')} with {count(plan.threads, 'thread')}"
     )
+    for line in unused_words(run.asked, train, each):
+        run.report.line(line)
     at_once = plan.concurrent or 1
     with ray_session(at_once * plan.ranks * plan.threads, at_once * plan.gpus, run.config.tune.address):
         if run.listener:

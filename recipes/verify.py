@@ -45,6 +45,7 @@ from rich.table import Table
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
+from lockstep.config.copies import refuse_others
 from lockstep.config.keys import AUTO
 from lockstep.config.schema import NARROW
 from lockstep.config.tasks import IMAGES
@@ -169,17 +170,12 @@ def verify_programs(config: VerifyConfig) -> int:
         UserError: one of them cannot be run, or says nothing.
         CheckFailed: they do not.
     """
-    from lockstep.config.compose import overrides
     from lockstep.verify.judge import judge_programs, program_tables
     from lockstep.verify.programs import find_program, run_program
 
     check_values(config)
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
-    others = overrides(train, config, train, {"program", "against", "precision", *OF_PROGRAMS})
-    if others or config.cluster:
-        raise UserError(
-            f"{others[0] if others else '+cluster'}: means nothing to program={config.program}; leave it out"
-        )
+    refuse_others(config, train, {"program", "against", "precision", *OF_PROGRAMS}, f"program={config.program}")
     if config.against is None:
         raise UserError(f"program={config.program}: lacks what it must equal; set against='python train.py'")
     programs = [find_program("program", str(config.program)), find_program("against", config.against)]

@@ -32,6 +32,7 @@ from recipes import ddp, doctor, fsdp
 from tests.helpers.command_line import run_main
 from tests.helpers.harness import command, compose_config, execute, result, run_ranks
 from tests.helpers.processes import wait_until
+from tests.helpers.warm_interpreter import ROOT
 from tests.ranks.test_failures import CRASHING
 
 SHORT = ["global_batch_size=24", "max_steps=4", "log_every=1", "eval_every=0", "eval_batch_size=360"]
@@ -375,6 +376,14 @@ def test_the_way_to_go_on_is_the_command(out: Path, monkeypatch: pytest.MonkeyPa
     (out / "config.yaml").write_text(f"# recipe: fsdp\n{to_yaml(own)}")
     assert run_main(doctor.train, [f"run={out}"], monkeypatch) == 0
     assert "recipes.fsdp max_steps=50 replicate=2" in json.loads((out / "postmortem.json").read_text())["next"]
+    own_task = to_yaml(compose_config(ddp.train, f"task={ROOT / 'examples' / 'tabular.py'}:Diabetes", "task.hidden=8"))
+    for text, words in (
+        (own_task, "task.hidden=8 "),
+        (own_task.replace("tabular.py", "gone.py"), "the command that started ddp, with out="),
+    ):
+        (out / "config.yaml").write_text(f"# recipe: ddp\n{text}")
+        assert run_main(doctor.train, [f"run={out}"], monkeypatch) == 0
+        assert words in json.loads((out / "postmortem.json").read_text())["next"]
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:

@@ -27,7 +27,7 @@ from lockstep.config.schema import Config
 from lockstep.launch import recipe_process
 from lockstep.tune.config import TuneConfig
 from lockstep.tune.search_space import SearchSpace
-from lockstep.tune.trial import make_trainable, plan_trials, trial_words
+from lockstep.tune.trial import make_trainable, plan_trials, trial_words, unused_words
 from lockstep.tune.tuner import make_scheduler
 from recipes import ddp, pipeline_parallel, tune
 from tests.helpers.harness import clean_environment, command, compose_config, result, validate
@@ -158,6 +158,10 @@ def test_a_trial_s_command_composes_what_was_typed() -> None:
         for each in (config, there)
     )
     assert mine | {"nproc": 1} == theirs
+    assert unused_words(config, tune.train, ddp.train) == [
+        "warning: global_batch_size=24 is not used: each trial draws its own, choice(12, 24); "
+        "~tune.space.global_batch_size has it for all trials"
+    ]
 
 
 # A trial ----------------------------------------------------------------------------------------------------------
@@ -228,6 +232,17 @@ def test_a_trial_that_is_stopped_is_asked_to_leave(fake: Any, tmp_path: Path) ->
     assert (tmp_path / "trials" / "0" / "left").exists()
     assert made.process.process.returncode == 75
     assert record(tmp_path)["state"] == "stopped"
+
+
+def test_a_trial_that_had_ended_before_it_was_stopped_is_not_lost(fake: Any, tmp_path: Path) -> None:
+    for word, state, problem in (
+        ("sleep=0", "finished", ""),
+        ("fail=1", "failed", "error: fail=1: allowed is nothing"),
+    ):
+        made = fake(word)
+        made.process.process.wait(20)
+        made.stop()
+        assert (record(tmp_path)["state"], record(tmp_path)["problem"]) == (state, problem)
 
 
 def test_a_trial_that_is_refused_ends_with_its_line(fake: Any, tmp_path: Path) -> None:

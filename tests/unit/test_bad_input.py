@@ -239,6 +239,8 @@ DDP = {
 if NO_GPU:
     DDP["device=cuda"] = ["device=cuda", "no CUDA device", "device=cpu"]
 DOCTOR = {
+    "run=nowhere optim.lr=0.3": ["optim.lr=0.3: means nothing to run=nowhere; leave it out"],
+    "run=nowhere task=language": ["task=language: means nothing to run=nowhere; leave it out"],
     "memroy": ["check=memroy", "allowed are preflight, memory"],
     "global_batch_size=33": ["global_batch_size=33", "32, 34"],
     "recipes=[]": ["recipes=[]: names none; allowed are", "ddp"],
@@ -345,6 +347,7 @@ LORA = {
     "weights=imagenet": ["weights=imagenet", "7 × 7 there and 3 × 3 here"],
 }
 DIFF = {
+    "one two seed=3": ["seed=3: means nothing to runs=[one,two]; leave it out"],
     "": ["runs=null: name two: python -m recipes.diff A B"],
     "ddp": ["runs=[ddp]: name two"],
     "ddp fsdp single": ["runs=[ddp,fsdp,single]: name two"],
@@ -356,6 +359,8 @@ DIFF = {
     "ddp pipeline_parallel global_batch_size=6": ["global_batch_size=6: the global batch must divide by"],
 }
 COMPARE = {
+    "one two max_steps=3": ["max_steps=3: means nothing to runs=[one,two]; leave it out"],
+    "one two nproc=1,2": ["means nothing to runs=[one,two]; leave it out"],
     "nprocs.x=1": ["nprocs.x=1", "has no keys below it"],
     "global_batch_size=auto": ["is no single training; set a number"],
     "recipes=[ddp,nope]": ["recipes=[nope]", "no such recipe", "pipeline_parallel"],
@@ -421,6 +426,8 @@ def test_a_directory_that_holds_something_is_never_written_to(tmp_path, monkeypa
     (tmp_path / "kept").write_text("mine")
     assert run_main(ddp.train, [f"out={tmp_path}"], monkeypatch) == 2
     assert f"out={tmp_path}: not empty" in capfd.readouterr().err
+    assert run_main(ddp.train, [f"out={tmp_path / 'kept'}"], monkeypatch) == 2
+    assert "kept: is a file; name a folder" in capfd.readouterr().err
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("kept", "mine")]
 
 

@@ -73,6 +73,22 @@ class Misfit(Fine):
         return mse_loss(outputs @ outputs, targets)
 
 
+class NoModel(Fine):
+    def build_model(self):
+        return list(super().build_model())
+
+
+class NoGradient(Fine):
+    def loss(self, outputs, targets):
+        return mse_loss(outputs.detach(), targets)
+
+
+class TooLate(Fine):
+    def __post_init__(self):
+        super().__post_init__()
+        self.best, self.lower_is_better = "mae", ("mae",)
+
+
 class Ragged(Fine):
     def __post_init__(self):
         self.train_set = [(torch.zeros(n % 3 + 1), torch.zeros(1)) for n in range(16)]
@@ -197,6 +213,10 @@ BEFORE: dict[str, tuple[list[str], list[str]]] = {
         ["task=FILE:PicturesOfNothing"],
         ["mistakes(outputs, targets) found, but it has no mistakes"],
     ),
+    "said by the instance": (
+        ["task=FILE:TooLate"],
+        ["task=TooLate: self.best = 'mae' comes too late; write it into the class", "best = 'mae'"],
+    ),
     "too few weights": (
         ["task=FILE:Weights", "task.weights=[1,2]"],
         ["task=Weights: sample_weights is float32 [2] for 16 samples; allowed is a tensor with one number from 0 up"],
@@ -242,6 +262,8 @@ AT_FIRST: dict[str, tuple[str, list[str]]] = {
         "nproc=2",
         ["loss(outputs, targets) failed: RuntimeError", "outputs float32 [2, 1], targets float32 [2, 1]"],
     ),
+    "NoModel": ("nproc=2", ["build_model() gave [Linear, Linear]", "allowed is a torch.nn.Module"]),
+    "NoGradient": ("nproc=2", ["gave a number without a gradient", "without detach", "outputs float32 [2, 1]"]),
     "Ragged": ("nproc=2", ["these samples cannot be stacked into a batch", "collate(samples)"]),
     "NoTensor": ("nproc=2", ["the inputs hold no tensor"]),
     "OtherNames": ("eval_batch_size=4", ["rank 1's metrics are of_1 []", "rank 0's of_0 []", "the same on all ranks"]),

@@ -1,12 +1,15 @@
-"""Copies of a config: with other values, or as another recipe's."""
+"""Copies of a config, with other values or as another recipe's; and what of it a tool does not heed."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
+from lockstep.config.declared import CommandLine
 from lockstep.config.schema import Config, ConfigT
+from lockstep.errors import UserError
 
 
 def with_values(config: ConfigT, values: dict[str, Any]) -> ConfigT:
@@ -20,6 +23,25 @@ def with_values(config: ConfigT, values: dict[str, Any]) -> ConfigT:
         assert hasattr(node, last), f"no key {name}"
         setattr(node, last, value)
     return config
+
+
+def refuse_others(config: Config, tool: CommandLine, heeded: Collection[str], what: str) -> None:
+    """Refuse keys that mean nothing where a tool trains nothing.
+
+    Args:
+        heeded: keys, and groups of them, that mean something.
+        what: the words that have the tool train nothing.
+
+    Raises:
+        UserError: it names the first one.
+    """
+    from lockstep.config.compose import overrides  # Hydra, which no rank needs
+
+    others = overrides(tool, config, tool, heeded)
+    task = [word for word in others if word.startswith("task.name=")]  # the others may be that task's own
+    shown = f"task={config.task.name}" if task else others[0] if others else "+cluster" if config.cluster else ""
+    if shown:
+        raise UserError(f"{shown}: means nothing to {what}; leave it out")
 
 
 def convert(config: Config, schema: type[ConfigT]) -> ConfigT:

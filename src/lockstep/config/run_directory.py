@@ -15,7 +15,7 @@ from typing import Any
 from omegaconf.errors import OmegaConfBaseException
 
 from lockstep.config import own_files
-from lockstep.config.keys import walk
+from lockstep.config.keys import typed, typed_value, walk
 from lockstep.config.schema import Config, from_yaml, shared_part, to_yaml
 from lockstep.errors import Busy, UserError
 from lockstep.utils import files
@@ -121,7 +121,9 @@ def found_in(config: Config, recipe: str) -> tuple[Path, Config] | None:
     if other.keys() == {"epochs"} and config.epochs > there.epochs:
         refuse_other_plan(config, there, out)
     elif other:
-        changed = ", ".join(f"{name}={now} (there: {before})" for name, (now, before) in other.items())
+        changed = ", ".join(
+            f"{typed(name, now)} (there: {typed_value(before)})" for name, (now, before) in other.items()
+        )
         raise UserError(
             f"out={config.out}: holds a run with other settings: {changed}; set them as they were to continue it, "
             "or name a new out"
@@ -247,7 +249,9 @@ def wanted_directory(out: str | None, recipe: str) -> Path:
     if any(len(os.fsencode(part)) > longest for part in wanted.parts):
         raise UserError(f"out={out}: a name in it is too long; allowed are {longest} bytes")
     try:
-        if out and wanted.exists() and (not wanted.is_dir() or any(wanted.iterdir())):
+        if out and wanted.exists() and not wanted.is_dir():
+            raise UserError(f"out={out}: is a file; name a folder")
+        if out and wanted.exists() and any(wanted.iterdir()):
             raise UserError(f"out={out}: not empty; name a new folder, or empty it")
     except OSError as error:
         raise UserError(f"out={out}: cannot be read ({error.strerror}); name a folder you can write to") from None

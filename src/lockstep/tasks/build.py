@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lockstep.config.schema import Config, to_yaml
 from lockstep.config.tasks import IMAGES, find_class, short_name, where
-from lockstep.data.batch import describe
+from lockstep.data.batch import describe, tree_tensors
 from lockstep.data.loader import Samples, default_pair
 from lockstep.data.streams import Stream, is_stream
 from lockstep.errors import UserError
@@ -25,6 +25,8 @@ from lockstep.models.blocks import default_blocks
 from lockstep.task import option
 from lockstep.tasks.images import Images
 from lockstep.training.handed_metrics import handed_in
+
+OF_THE_CLASS = ("best", "lower_is_better", "unit", "defaults")
 
 
 def build_task(config: Config) -> Any:
@@ -47,10 +49,45 @@ def build_task(config: Config) -> Any:
         file = Path(str(getattr(sys.modules[found.__module__], "__file__", "")))
         raise UserError(f"task={short_name(name)}: cannot be made: {where(error, file.resolve())}") from None
     if name != IMAGES:
+        check_class_attributes(task, short_name(name))
         check_data_sets(task, short_name(name))
         handed_in(task)  # refuses here what no evaluation could take
+        check_first_model(task, short_name(name))
         check_first_loss(task, short_name(name))
     return task
+
+
+def check_class_attributes(task: Any, name: str) -> None:
+    """Hold what a task says of itself to its class, which is asked before there is a task.
+
+    Raises:
+        UserError: the task has another value than its class, which nobody would see.
+    """
+    for attribute in OF_THE_CLASS:
+        there = getattr(type(task), attribute, None)
+        if (here := getattr(task, attribute, there)) != there:
+            raise UserError(
+                f"task={name}: self.{attribute} = {here!r} comes too late; write it into the class, beside the methods: "
+                f"{attribute} = {here!r}"
+            )
+
+
+def check_first_model(task: Any, name: str) -> None:
+    """Have the first call of a task's `build_model` refuse what is no model.
+
+    Raises:
+        UserError: from that call.
+    """
+
+    def first() -> Any:
+        del task.build_model
+        found = task.build_model()
+        if not isinstance(found, nn.Module):
+            raise UserError(f"task={name}: build_model() gave {describe(found)}; allowed is a torch.nn.Module")
+        return found
+
+    with contextlib.suppress(AttributeError, TypeError):  # a class with slots has no place for it
+        task.build_model = first
 
 
 def check_first_loss(task: Any, name: str) -> None:
@@ -75,6 +112,15 @@ def check_first_loss(task: Any, name: str) -> None:
             raise UserError(
                 f"task={name}: loss(outputs, targets) gave {describe(found)}, and a loss is one number, a tensor "
                 f"without dims: take its mean; {shapes}"
+            )
+        if (
+            torch.is_grad_enabled()
+            and not found.requires_grad
+            and any(tensor.requires_grad for tensor in tree_tensors(outputs))
+        ):
+            raise UserError(
+                f"task={name}: loss(outputs, targets) gave a number without a gradient; compute it from the outputs, "
+                f"without detach, item, numpy or no_grad; {shapes}"
             )
         return found
 

@@ -65,6 +65,19 @@ def trial_words(config: TuneConfig, tool: Recipe, recipe: Recipe, plan: TrialPla
     return [*rest, *numbers]
 
 
+def unused_words(config: TuneConfig, tool: Recipe, recipe: Recipe) -> list[str]:
+    """A line for each key that has a value although each trial draws its own."""
+    from lockstep.config.compose import overrides  # Hydra
+
+    drawn = SearchSpace(config.tune.space, recipe, config.task.name).texts
+    given = [(word, word.partition("=")[0]) for word in overrides(tool, config, recipe, TUNE_KEYS)]
+    return [
+        f"warning: {word} is not used: each trial draws its own, {drawn[key]}; ~tune.space.{key} has it for all trials"
+        for word, key in given
+        if key in drawn
+    ]
+
+
 def check_draws(space: SearchSpace, base: Config, recipe: Recipe, ranks: int, counted: tuple[int, int] | None) -> None:
     """Hold whatever can be drawn to what the recipe takes.
 
@@ -129,7 +142,15 @@ def make_trainable(run: Run[TuneConfig], recipe: Recipe) -> Any:
             return bool(self.pending) and all(self.pending[0][name] != end for name, end in ends.items())
 
         def cleanup(self) -> None:
-            if self.process and self.process.stop():
+            if self.process is None or self.record.content["state"] != "running":
+                return
+            if self.process.stop():
                 self.record.change(state="stopped" if self.process.process.returncode else "finished")
+                return
+            try:  # it had ended by itself, which no step has seen yet
+                self.process.ended(seconds=0)
+                self.record.change(state="finished")
+            except RecipeFailed as error:
+                self.record.change(state="failed", problem=str(error))
 
     return Trial
