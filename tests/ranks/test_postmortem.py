@@ -386,6 +386,13 @@ def test_the_way_to_go_on_is_the_command(out: Path, monkeypatch: pytest.MonkeyPa
         assert words in json.loads((out / "postmortem.json").read_text())["next"]
 
 
+def test_saves_that_failed_are_said(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"# recipe: ddp\n{to_yaml(compose_config(ddp.train))}")
+    (tmp_path / "result.json").write_text(json.dumps({"status": "finished", "steps": 9, "checkpoints_failed": 6}))
+    found = read(tmp_path)["checkpoints"]
+    assert (found.verdict, found.figure) == ("warning", "none; 6 saves failed")
+
+
 def test_what_is_no_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("ddp/one", "empty"):

@@ -13,6 +13,7 @@ import pytest
 from lockstep.config.compose import compose
 from lockstep.config.schema import Config
 from lockstep.launch.cli import again
+from lockstep.loggers.console import suggested_for
 from lockstep.utils.text import interpreter
 from recipes import ddp
 
@@ -72,3 +73,15 @@ def test_a_program_and_an_interpreter_with_spaces(tmp_path: Path, monkeypatch: p
         ["bash", "-c", f"{interpreter()} -m recipes.compare"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "-m recipes.compare\n"
+
+
+def test_what_a_run_suggests_next_trains_the_same_task() -> None:
+    single, experts = (
+        "python -m recipes.single     to compare",
+        "python -m recipes.ddp task=language task.experts=8     why",
+    )
+    assert suggested_for("images", single) == single
+    assert suggested_for("language", single) == "python -m recipes.single task=language     to compare"
+    assert suggested_for("language", experts) == experts
+    mine = str(Path("mine.py").resolve())
+    assert suggested_for(f"{mine}:Task", experts) == "python -m recipes.ddp task=mine.py:Task     why"

@@ -272,7 +272,11 @@ def judge_checkpoints(facts: Facts) -> Finding:
     wrong = "; ".join(f"{name}: {why}" for name, why in there["wrong"].items())
     left = f"; {count(len(there['unfinished']), 'save')} was under way" if there["unfinished"] else ""
     intact = there["intact"]
+    if failed := facts["result"].get("checkpoints_failed"):
+        left += f"; {count(failed, 'save')} failed"
     if intact is None and not wrong:
+        if failed:
+            return Finding("checkpoints", "warning", f"none{left}", "look for `not saved` in ranks/0.log")
         done = facts["result"].get("status") == "finished" or facts["running"] or facts["report"]
         return warning_if("checkpoints", not done, f"none{left}", "set checkpoint.every, or checkpoint.minutes")
     if intact is None:
@@ -282,7 +286,7 @@ def judge_checkpoints(facts: Facts) -> Finding:
     figure = f"{intact['name']} is intact, {format_time(intact['saved'])}{left}"
     figure += f"; {count(lost, 'step')} will be repeated" if lost > 0 and not facts["running"] else ""
     figure += f"; skipped: {wrong}" if wrong else ""
-    return warning_if("checkpoints", bool(wrong), figure, "check the disk")
+    return warning_if("checkpoints", bool(wrong or failed), figure, "check the disk")
 
 
 def next_command(facts: Facts, command: str) -> str:

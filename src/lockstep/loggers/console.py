@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.text import Text
 from lockstep.config.keys import walk
 from lockstep.config.own_files import open_own
 from lockstep.config.schema import Config
-from lockstep.config.tasks import short_name
+from lockstep.config.tasks import IMAGES, short_name
 from lockstep.distributed.host_logs import kept_on_hosts, own_log
 from lockstep.distributed.process_group import World
 from lockstep.task import option
@@ -155,11 +156,14 @@ class ConsoleReport:
             "state": state,
             "written": f"{short(self.out)}/: {', '.join(name for name in FILES if (self.out / name).exists())}, ranks/",
         }
+        if result.get("checkpoints_failed"):
+            rows["not saved"] = f"{count(result['checkpoints_failed'], 'checkpoint')}, each named in ranks/0.log"
         for note in self.notes:
             name, _, text = note.partition(": ")
             rows[name] = text
         if self.next_command:
-            rows["next"] = as_installed(self.next_command.replace("python", interpreter(), 1))
+            command = suggested_for(self.config.task.name, self.next_command)
+            rows["next"] = as_installed(command.replace("python", interpreter(), 1))
         with contextlib.suppress(OSError):
             self.log.write("".join(f"{name:9} {text}\n" for name, text in rows.items()))
         if self.console.is_terminal:
@@ -181,3 +185,14 @@ def described(task: Any, config: Config) -> tuple[str, str]:
     own = {name: value for name, value, _ in walk(config.task) if name != "name"}
     keys = ", ".join(f"{name}={value}" for name, value in own.items())
     return short_name(config.task.name) + (f" ({keys})" if keys else ""), type(task.train_set).__name__
+
+
+def suggested_for(task: str, suggested: str) -> str:
+    """A recipe's `next_command` for the task that was trained: as it is written, it trains images or task=language."""
+    command, gap, why = suggested.partition("     ")
+    if task == IMAGES or f"task={task}" in command or "demonstrate=" in command or "<" in task:
+        return suggested
+    file, _, name = task.rpartition(":")
+    mine = f"{short(Path(file))}:{name}" if file.endswith(".py") else task
+    words = [word for word in command.split() if not word.startswith(("task=", "task."))]
+    return f"{' '.join(words)} task={shlex.quote(mine)}{gap}{why}"
