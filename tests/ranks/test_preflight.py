@@ -661,6 +661,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.soak), 2])  # it measures: on a quiet machine
 def test_this_machine_passes(ranks: int, tmp_path: Path) -> None:
     execute(doctor.train, tmp_path / "run", ranks)
+    assert "run/preflight.json\n" in (tmp_path / "run" / "ranks" / "0.log").read_text()
     report = json.loads((tmp_path / "run" / "preflight.json").read_text())
     rows = {each["check"]: each for each in report["findings"]}
     assert "fails" not in {each["verdict"] for each in report["findings"]}

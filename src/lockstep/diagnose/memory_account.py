@@ -23,7 +23,7 @@ from lockstep.run import Run
 from lockstep.task import option
 from lockstep.utils.files import write_json
 from lockstep.utils.tables import terminal_tables
-from lockstep.utils.text import by_rank, count, mebibytes
+from lockstep.utils.text import by_rank, count, mebibytes, short
 
 if TYPE_CHECKING:
     from lockstep.recipe import Recipe
@@ -69,6 +69,7 @@ def account_memory(run: Run[Any], recipe: Recipe, config: Config) -> None:
     free, who = free_bytes(run.device)
     line(f"free now, MiB        {mebibytes(free)}, says {who}")
     run.report.console.print(*sharding_tables(shards | mine, len(peaks)), sep="\n")
+    line(f"all of it: {short(run.out / 'memory.json')}")
 
 
 def samples_at_once(config: Config, shards: int) -> int:

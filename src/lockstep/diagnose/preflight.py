@@ -36,7 +36,7 @@ from lockstep.errors import CheckFailed
 from lockstep.memory.predict import sharded_state_bytes
 from lockstep.run import Run
 from lockstep.utils.files import write_json
-from lockstep.utils.text import count
+from lockstep.utils.text import count, short
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,7 @@ def run_preflight(run: Run[Any], prove: Callable[[], Finding]) -> None:
             console.print(*bandwidth_tables(links["collectives"], world.world_size), sep="\n")
             console.print("", bandwidth_plot(links["collectives"]), "", sep="\n", markup=False)
         console.print(findings_table(summarized(found, "preflight.json"), f"{where}: would a run work here?"))
+        run.report.line(f"all of it: {short(run.out / 'preflight.json')}")
     if broken:  # the ranks may be at different places, so nothing more can be agreed
         raise CheckFailed(f"preflight: {broken}; see preflight.json")
     failed = broadcast_object(failed_checks(found), world.control)
