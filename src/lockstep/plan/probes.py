@@ -13,16 +13,22 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.experimental import implicit_replication
+from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lockstep.distributed.dtensor import full_tensor
 from lockstep.distributed.process_group import World
 from lockstep.distributed.traffic import takes_dtensors
+from lockstep.models.gpt import GPT, GPTConfig
+from lockstep.parallel.tensor import layer_styles, share_layers
+from lockstep.parallel.tensor_plan import tensor_parallel_plan
 from lockstep.plan.measured_seconds import HEAD_DIMS
+from lockstep.tasks.language import Language
 
 RESULT_NUMBERS = (16, 2**14, 2**17, 2**19, 2**21, 2**23)  # float32 numbers of an operation's result
 MATRIX_SIDES = (4, 32, 64, 128, 256, 512)  # widths of linear layers
@@ -252,26 +258,29 @@ def host_costs(probes: list[Probe], seconds: Callable[[Probe], float], least: fl
 
 
 def tiny_step(world: World, way: str) -> tuple[Callable[[], None], dict[str, int]]:
-    """(a training step of layers that compute nearly nothing, how many operations it issues by way)."""
-    width = 8 * world.world_size
-    model = nn.Sequential(
-        *(layer for _ in range(8) for layer in (nn.Linear(width, width, bias=False), nn.SiLU(), nn.SiLU()))
-    )
-    model.to(world.device)
-    inputs: Tensor = torch.ones(8, width, device=world.device)
+    """(a training step of a GPT that computes nearly nothing, how many operations it issues by way).
+
+    Its blocks are those of a large one: norms, heads, residual sums, and what ranks do to each.
+    """
+    ranks, device = world.world_size, world.device
+    shape = GPTConfig(2, 8 * ranks, heads=2 * ranks, kv_heads=ranks, hidden=16 * ranks, vocabulary=8 * ranks)
+    model: nn.Module = GPT(shape).to(device)
+    tokens = torch.zeros(1, 8, dtype=torch.int64, device=device)
+    task = Language()
     if way != "operation":
-        mesh = init_device_mesh(world.device.type, (world.world_size,))
+        mesh = init_device_mesh(device.type, (ranks,))
         if way == "dtensor":
-            plan: dict[str, ParallelStyle] = {
-                str(number): ColwiseParallel() if number % 6 == 0 else RowwiseParallel() for number in range(0, 24, 3)
-            }
-            parallelize_module(model, mesh, plan)
+            plan = tensor_parallel_plan(task, "language", model, ranks, False)
+            model = share_layers(model, plan, layer_styles(False), mesh, False)
         else:
-            sharded(model, mesh)
+            for block in model.blocks:  # type: ignore[union-attr]
+                fully_shard(block, mesh=mesh)
+            fully_shard(model, mesh=mesh)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
     def step() -> None:
-        model(inputs).sum().backward()
+        with loss_parallel(), implicit_replication():
+            full_tensor(task.loss(model(tokens), tokens), device).backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -279,10 +288,3 @@ def tiny_step(world: World, way: str) -> tuple[Callable[[], None], dict[str, int
     with CountedOperations() as counted:
         step()
     return step, counted.ways
-
-
-def sharded(model: nn.Sequential, mesh: DeviceMesh) -> None:
-    """Each layer with weights is a group."""
-    for layer in model[::3]:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
