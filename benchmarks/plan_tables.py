@@ -1,7 +1,7 @@
 """Tables of docs/plan.md, from what was measured: nothing in them is written by hand.
 
     python -m recipes.plan check=true nproc=2 task=language threads=1 out=outputs/check
-    python -m benchmarks.plan_tables check outputs/check                               a table of that run
+    python -m benchmarks.plan_tables check outputs/check                               a table of that run, or of several
     python -m benchmarks.published --json published.json
     python -m benchmarks.plan_tables published published.json                          a table of published trainings
 
@@ -17,8 +17,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from benchmarks.common import ROOT
 from lockstep.plan.report import gigabytes
+from lockstep.utils.text import count
 
 PAGE = ROOT / "docs" / "plan.md"
 WITHIN = {"memory_error": 0.05, "time_error": 0.15, "work_error": 0.15}  # what a plan is to be held to
@@ -44,16 +47,32 @@ def check_lines(rows: list[dict[str, Any]], about: str) -> list[str]:
             error(row["work_error"], 0),
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, "", verdict(rows)]
+
+
+def verdict(rows: list[dict[str, Any]], of: str = "Of") -> str:
+    """In how many cells the plan is as near as it should be."""
     within = {
         name: sum(row[name] is not None and abs(row[name]) <= most for row in rows) for name, most in WITHIN.items()
     }
     equal = sum(row["bytes_predicted"] == row["bytes_measured"] for row in rows)
-    return [
-        *lines,
-        "",
-        f"Of {len(rows)} cells, bytes are equal in {equal}. The peak is planned within 5 % in {within['memory_error']}, the "
-        f"step by the clock within 15 % in {within['time_error']}, and the processor's time in it in {within['work_error']}.",
-    ]
+    return (
+        f"{of} {len(rows)} cells, bytes are equal in {equal}. The peak is planned within 5 % in {within['memory_error']}, the "
+        f"step by the clock within 15 % in {within['time_error']}, and the processor's time in it in {within['work_error']}."
+    )
+
+
+def about_run(folder: Path) -> str:
+    """What was trained, and where."""
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    machine = json.loads((folder / "environment.json").read_text(encoding="utf-8"))
+    day = datetime.date.fromtimestamp((folder / "check.json").stat().st_mtime)
+    task = config["task"]
+    trained = f"task={task['name']}" + (f" task.size={task['size']}" if "size" in task else "")
+    return (
+        f"`{trained} global_batch_size={config['global_batch_size']}`, {count(len(machine['hosts']), 'rank')} on "
+        f"{machine['cores']} cores of {machine['cpu']}, torch {machine['versions']['torch']}, {day}"
+    )
 
 
 def published_lines(rows: list[dict[str, Any]]) -> list[str]:
@@ -93,17 +112,15 @@ def put(page: str, name: str, lines: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("name", choices=("check", "published"))
-    parser.add_argument("source", type=Path, help="check: the run's folder; published: the JSON file")
+    parser.add_argument("source", type=Path, nargs="+", help="check: folders of runs; published: the JSON file")
     arguments = parser.parse_args()
     if arguments.name == "check":
-        file = arguments.source / "check.json"
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        machine = json.loads((arguments.source / "environment.json").read_text(encoding="utf-8"))
-        day = datetime.date.fromtimestamp(file.stat().st_mtime)
-        about = f"{rows[0]['ranks']} ranks on {machine['cores']} cores of {machine['cpu']}, torch "
-        lines = check_lines(rows, f"{about}{machine['versions']['torch']}, {day}")
+        runs = {each: json.loads((each / "check.json").read_text(encoding="utf-8")) for each in arguments.source}
+        lines = [line for folder, rows in runs.items() for line in [*check_lines(rows, about_run(folder)), ""]][:-1]
+        if len(runs) > 1:
+            lines += ["", verdict([row for rows in runs.values() for row in rows], "Of all")]
     else:
-        lines = published_lines(json.loads(arguments.source.read_text(encoding="utf-8")))
+        lines = published_lines(json.loads(arguments.source[0].read_text(encoding="utf-8")))
     PAGE.write_text(put(PAGE.read_text(encoding="utf-8"), arguments.name, lines), encoding="utf-8")
 
 

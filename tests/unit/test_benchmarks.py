@@ -128,8 +128,18 @@ def test_a_page_has_the_tables_that_were_measured() -> None:
     assert "| ddp | equal | 40 MB | −0.1 % | 60.0 ms | +20 % | 50.0 ms | −7 % |" in lines
     assert "| ddp | differ | 40 MB | −0.1 % | 60.0 ms | +20 % |  |  |" in lines
     assert lines[-1].endswith("in 2, the step by the clock within 15 % in 0, and the processor's time in it in 1.")
+    assert plan_tables.verdict([row, row], "Of all").startswith("Of all 2 cells, bytes are equal in 2. The peak")
     page = plan_tables.put("a\n<!-- check -->\nold\n<!-- end of check -->\nb\n", "check", ["new"])
     assert page == "a\n<!-- check -->\n\nnew\n\n<!-- end of check -->\nb\n"
     assert plan_tables.put(page, "check", ["new"]) == page
     found = plan_tables.PAGE.read_text(encoding="utf-8")
     assert all(f"<!-- {name} -->" in found for name in ("check", "published")), "their places"
+
+
+def test_a_table_says_what_was_trained_and_where(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("task: {name: language, size: tiny}\nglobal_batch_size: 8\n")
+    machine = {"hosts": ["a", "a"], "cores": 2, "cpu": "a processor", "versions": {"torch": "2.15"}}
+    (tmp_path / "environment.json").write_text(json.dumps(machine))
+    (tmp_path / "check.json").write_text("[]")
+    said = "`task=language task.size=tiny global_batch_size=8`, 2 ranks on 2 cores of a processor, torch 2.15, "
+    assert plan_tables.about_run(tmp_path).startswith(said)

@@ -228,7 +228,7 @@ class CountedOperations(TorchDispatchMode):
 
 
 def host_probes(world: World) -> list[Probe]:
-    """Steps of tiny layers: plain ones, and on several ranks layers cut by tensor parallel, and FSDP's."""
+    """Steps of a tiny GPT: a plain one, and on several ranks one cut by tensor parallel, and FSDP's."""
     made = []
     for way in ("operation", "dtensor", "fsdp")[: 3 if world.world_size > 1 else 1]:
         step, counted = tiny_step(world, way)
@@ -237,7 +237,7 @@ def host_probes(world: World) -> list[Probe]:
 
 
 def host_costs(probes: list[Probe], seconds: Callable[[Probe], float], least: float) -> dict[str, float]:
-    """Seconds of the host, by how an operation is issued; each is what steps of tiny layers take, less what is known.
+    """Seconds of the host, by how an operation is issued; each is what a tiny GPT's steps take, less what is known.
 
     Args:
         least: seconds of the processor for a collective that sends nearly nothing.
