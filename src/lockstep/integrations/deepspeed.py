@@ -205,6 +205,23 @@ class ZeroEngine:
         }
         return {part: [each for each in given if isinstance(each, Tensor)] for part, given in named.items()}
 
+    def offloaded_tensors(self) -> list[Tensor]:
+        """What offload=true keeps in the host's memory now, but for the optimizer's states."""
+        zero, masters = self.engine.optimizer, self._masters()
+        buffers = [
+            *getattr(zero, "param_buffer_of_bit16_for_cpu_offload_groups", []),
+            *getattr(zero, "accumulated_grads_in_cpu", {}).values(),
+            getattr(zero, "temp_grad_buffer_for_cpu_offload", None),
+            getattr(zero, "grad_partitions_flat_buffer", None),
+        ]
+        found = [*masters, *(each.grad for each in masters), *buffers]
+        return [each for each in found if isinstance(each, Tensor)]
+
+    @property
+    def copies_hide(self) -> bool:
+        """Whether gradients are copied to the host beside backward."""
+        return bool(self.engine.zero_overlap_comm())
+
     def _masters(self) -> list[Tensor]:
         """The fp32 weights that the update is made in."""
         zero = self.engine.optimizer

@@ -5,6 +5,9 @@ writes, whichever is more, and never less than a launch. Collectives wait in a q
 begins when what it sends has been computed and the one before is done. An operation that needs what a collective brings
 waits for it; that is communication which nothing hides. Where hardware cannot do both at once, as CPUs cannot that copy
 the messages themselves, each collective is waited for.
+
+What is offloaded lies in the host's memory. Copies to the device and from it have a queue per direction, where the engine has
+streams for them. What the host computes takes as long as its bytes, and the device waits for it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from lockstep.plan.hardware import Hardware
 from lockstep.plan.links import Collective
 from lockstep.plan.measured_seconds import seconds_at
 
+HOST_UPDATE = "host update"  # the class of operations that a host makes on what is offloaded
 ClockEvent = tuple[str, tuple[Any, ...]]  # a method of DeviceClock, and what it was given
 
 
@@ -31,6 +35,7 @@ class StepTimes:
         bubble: in which it waits for the other ranks of its pipeline.
         kinds: of `compute`, by class of operation.
         work: of the processor, in computing and in collectives; of a measured CPU alone.
+        copies: of all copies between host and device, hidden or not.
     """
 
     compute: float = 0.0
@@ -39,6 +44,7 @@ class StepTimes:
     bubble: float = 0.0
     kinds: dict[str, float] = field(default_factory=dict)
     work: float = 0.0
+    copies: float = 0.0
 
     @property
     def step(self) -> float:
@@ -55,6 +61,7 @@ class DeviceClock:
     def begin(self) -> None:
         """Start a step: both queues are empty."""
         self._now = self._link = 0.0
+        self._copied = {True: 0.0, False: 0.0}  # when the queue of copies to the device, and of those from it, is free
         self._written: dict[int, float] = {}  # when a storage is ready, by its key
         self.times = StepTimes()
         self.events: list[ClockEvent] = []
@@ -119,6 +126,32 @@ class DeviceClock:
         if not self.hardware.overlaps:
             self._wait_until(self._link)
 
+    def on_host(self, size: float, reads: Iterable[int], writes: Iterable[int]) -> None:
+        """An operation of the host that reads and writes so many bytes. The device waits: the same thread issues its work."""
+        reads, writes, host = tuple(reads), tuple(writes), self.hardware.offload
+        assert host
+        self.events.append(("on_host", (size, reads, writes)))
+        start = max([self._now, *(self._written.get(key, 0.0) for key in reads)])
+        self._compute(HOST_UPDATE, max(size / host.update_rate, self.hardware.launch), start, writes)
+
+    def copy(self, size: float, to_device: bool, hides: bool, reads: Iterable[int], writes: Iterable[int]) -> None:
+        """A copy between host and device.
+
+        Args:
+            hides: whether it has a queue of its own; else the device computes nothing meanwhile.
+        """
+        reads, writes, host = tuple(reads), tuple(writes), self.hardware.offload
+        assert host
+        self.events.append(("copy", (size, to_device, hides, reads, writes)))
+        seconds = max(size / host.copy_rate, self.hardware.launch)
+        start = max([self._copied[to_device], *(self._written.get(key, 0.0) for key in reads)])
+        self._copied[to_device] = ready = (start if hides else max(start, self._now)) + seconds
+        self.times.copies += seconds
+        for key in writes:
+            self._written[key] = ready
+        if not hides:
+            self._wait_until(ready)
+
     def passed_on(self, reads: Iterable[int], writes: Iterable[int]) -> None:
         """A copy on the collectives' own queue: its output is ready as soon as its input."""
         reads, writes = tuple(reads), tuple(writes)
@@ -142,8 +175,8 @@ class DeviceClock:
         return self.end()
 
     def end(self) -> StepTimes:
-        """The step is over when both queues are."""
-        self._wait_until(self._link)
+        """The step is over when all queues are."""
+        self._wait_until(max(self._link, *self._copied.values()))
         return self.times
 
     def _wait_until(self, moment: float) -> None:

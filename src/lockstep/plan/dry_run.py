@@ -55,6 +55,7 @@ class DryRun:
         state: bytes of parameters, gradients and optimizer; 0: not known, as of an engine's.
         config: with which the steps were taken.
         where: the rank that this is, where ranks differ.
+        host_peak: bytes that the rank holds in the host's memory when most is there, of what is offloaded.
     """
 
     step: StepTrace
@@ -64,6 +65,7 @@ class DryRun:
     state: int
     config: Any
     where: str = ""
+    host_peak: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -136,12 +138,15 @@ class DryTraining(Run[Any]):
         ledger = self._watch.ledger
         mine = {id(each) for each in [*model.parameters(), *model.buffers()]}
         ledger.leave_out(each for each in self._on_host if id(each) not in mine)
+        if self._watch.offloads:
+            ledger.move_to_host(engine.offloaded_tensors() if engine else model.parameters())
+            self._watch.copies_hide = engine.copies_hide if engine else True  # FSDP copies in streams of its own
         if hasattr(engine, "held_tensors"):
             engine.before_update(lambda: self._name_held(engine))
         optimizers: list[Optimizer] = list(optimizer) if isinstance(optimizer, list | tuple) else [optimizer]
         for each in optimizers:
             each.register_step_pre_hook(lambda *_: self._name_gradients(model))
-            if self._watch.clock.hardware.device != "cpu":
+            if self._watch.clock.hardware.device != "cpu" and not self._watch.offloads:
                 for group in each.param_groups:
                     if group.get("foreach", 0) is None:  # what torch chooses on a GPU
                         group["foreach"] = True
@@ -168,6 +173,8 @@ class DryTraining(Run[Any]):
         raise Enough
 
     def _name_held(self, engine: Any) -> None:
+        if self._watch.offloads:
+            self._watch.ledger.move_to_host(engine.offloaded_tensors())
         for part, tensors in engine.held_tensors().items():
             self._watch.ledger.call(tensors, part)
 
@@ -249,6 +256,25 @@ def resizes_are_seen(ledger: StorageLedger) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def copies_are_made(watch: StepWatch) -> Iterator[None]:
+    """Within it `tensor.to(…, non_blocking=…)` makes a copy on the other side; host and device are both the CPU here.
+
+    So FSDP brings its shards to the device and gradients back, and DeepSpeed brings to the device what the host holds.
+    """
+    move = torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *to: Any, **how: Any) -> torch.Tensor:
+        leaves = watch.ledger.is_hosted(tensor) or any(isinstance(each, torch.device) for each in to)
+        return watch.cross(tensor) if leaves and "non_blocking" in how else move(tensor, *to, **how)
+
+    torch.Tensor.to = to  # type: ignore[assignment,method-assign]
+    try:
+        yield
+    finally:
+        torch.Tensor.to = move  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def dry_world(
     config: Config, world_size: int, hardware: Hardware, rank: int = 0
 ) -> Iterator[tuple[World, StepWatch, Any]]:
@@ -282,8 +308,10 @@ def dry_steps(recipe: Recipe, config: Config, world_size: int, hardware: Hardwar
     config = as_planned(config)
     with dry_world(config, world_size, hardware, rank) as (world, watch, example):
         run = DryTraining(recipe, shortened(config), world, watch, example)
-        with contextlib.suppress(Enough):
+        watch.offloads = hardware.offload is not None and getattr(config, "offload", False)
+        with contextlib.suppress(Enough), copies_are_made(watch) if watch.offloads else contextlib.nullcontext():
             recipe.train(run)
     if not watch.steps:
         raise NotImplementedError("it never asked run.steps for a batch")
-    return DryRun(mean_step(watch.steps, config), run.peak, run.samples, run.slack, run.state, config)
+    step, host = mean_step(watch.steps, config), watch.ledger.host_peak
+    return DryRun(step, run.peak, run.samples, run.slack, run.state, config, host_peak=host)

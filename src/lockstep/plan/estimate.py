@@ -31,6 +31,8 @@ class Estimate:
         memory: {part: bytes of the rank} at the peak of a step; of the rank that holds most.
         where: which rank that is, where they differ.
         room: bytes that torch can have on a device.
+        host_memory: bytes of the rank in the host's memory, of what is offloaded.
+        host_room: a rank's part of that memory; None: not known.
         traffic: bytes per step that are reduced, gathered, scattered or sent, as [kind, link, bytes].
         sent: bytes that a rank sends per step.
         as_formula: whether these are the bytes of lockstep.plan.formulas; None without a formula.
@@ -50,6 +52,8 @@ class Estimate:
     memory: dict[str, int]
     where: str
     room: float
+    host_memory: int
+    host_room: float | None
     traffic: list[tuple[str, str, int]]
     sent: float
     as_formula: bool | None
@@ -72,7 +76,12 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        return self.needed <= self.room
+        return self.needed <= self.room and self.host_over <= 0
+
+    @property
+    def host_over(self) -> float:
+        """Bytes that the host lacks."""
+        return 0.0 if self.host_room is None else max(0.0, self.host_memory - self.host_room)
 
     def facts(self) -> dict[str, Any]:
         """For JSON."""
@@ -98,6 +107,8 @@ def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware) -> Estimate:
         memory=found.peak | {ALLOCATOR: found.slack},
         where=found.where,
         room=hardware.memory - hardware.reserved,
+        host_memory=found.host_peak,
+        host_room=hardware.offload and hardware.offload.memory,
         traffic=[(*which, size) for which, size in found.step.traffic().items()],
         sent=sum(each.sent for each in found.step.collectives),
         as_formula=agrees(row, found),
@@ -157,7 +168,8 @@ def limit_of(found: DryRun) -> str:
     """What most of a step goes into: arithmetic, the device's memory, or links that nothing hides."""
     kinds = dict(found.step.times.kinds)
     across = any(each.link == BETWEEN for each in found.step.collectives)
-    kinds["node links" if across else "inner links"] = found.step.times.exposed
+    links = "node links" if across else "inner links"
+    kinds["host link" if found.step.times.copies > found.step.times.communication else links] = found.step.times.exposed
     kinds["bubble"] = found.step.times.bubble
     return max(kinds, key=lambda kind: kinds[kind])
 

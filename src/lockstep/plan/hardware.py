@@ -42,6 +42,35 @@ class Link:
 
 
 @dataclass(frozen=True)
+class OffloadHost:
+    """A device's part of the host that it shares with the others of its node, for `offload=true`.
+
+    Attributes:
+        memory: bytes of the host's memory.
+        memory_bandwidth: bytes per second between the host's processors and it.
+        memory_achieved: the share of it that an optimizer's update achieves.
+        bandwidth: bytes per second between host and device in one direction, as published.
+        achieved: the share of it that a copy from or to pinned memory achieves.
+    """
+
+    memory: float
+    memory_bandwidth: float
+    memory_achieved: float
+    bandwidth: float
+    achieved: float
+
+    @property
+    def update_rate(self) -> float:
+        """Bytes per second that are read and written in an update."""
+        return self.memory_bandwidth * self.memory_achieved
+
+    @property
+    def copy_rate(self) -> float:
+        """Bytes per second of a copy to the device, or from it."""
+        return self.bandwidth * self.achieved
+
+
+@dataclass(frozen=True)
 class Hardware:
     """One kind of device, and how many of them are linked.
 
@@ -62,6 +91,7 @@ class Hardware:
         measured: {class of operation, or kind of collective: points of (work, seconds)}, in place of a rate for all sizes.
         ranks_per_core: ranks that share a processor's core; more than 1 where there are fewer cores than threads.
         host: {way in which an operation is issued: seconds of the host}; on a CPU they add to its work.
+        offload: the host, for what is kept and updated there; None: not known.
     """
 
     name: str
@@ -81,6 +111,7 @@ class Hardware:
     measured: dict[str, Any] = field(default_factory=dict)
     ranks_per_core: float = 1.0
     host: dict[str, float] = field(default_factory=dict)
+    offload: OffloadHost | None = None
 
     def rate(self, dtype: str) -> float:
         """Operations per second that matrix products of this precision achieve."""
@@ -122,7 +153,10 @@ def load_hardware(name: str) -> Hardware:
         content["measured"] = read_curves(content["measured"], f"hardware={name}")
     if "host" in content:
         content["host"] = numbers(content["host"] or {}, f"hardware={name}: host")
-    plain = {"name", "flops", "inside", "between", "overlaps", "device", "measured", "host"}
+    if content.get("offload") is not None:
+        where = f"hardware={name}: offload"
+        content["offload"] = OffloadHost(**numbers(checked(content["offload"], OffloadHost, where), where))
+    plain = {"name", "flops", "inside", "between", "overlaps", "device", "measured", "host", "offload"}
     content |= numbers({key: value for key, value in content.items() if key not in plain}, f"hardware={name}")
     content["per_node"] = int(content["per_node"])
     return Hardware(**content)

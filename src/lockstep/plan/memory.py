@@ -29,10 +29,15 @@ class StorageLedger:
         self._events: list[tuple[int, int]] = []  # (number, change of its bytes)
         self._parts: dict[int, str] = {}
         self._left_out: set[int] = set()
-        self._count = self._now = self._most = self._at = 0
+        self._hosted: set[int] = set()
+        self._count = self._now = self._most = self._at = self._host_now = self.host_peak = 0
 
-    def see(self, tensors: Iterable[Tensor]) -> None:
-        """Take note of these tensors' storages."""
+    def see(self, tensors: Iterable[Tensor], hosted: bool = False) -> None:
+        """Take note of these tensors' storages.
+
+        Args:
+            hosted: whether those that are new lie in the host's memory, and not in the device's.
+        """
         for tensor in tensors:
             storage = tensor.untyped_storage()
             key = storage._cdata
@@ -40,6 +45,8 @@ class StorageLedger:
                 self._count += 1
                 self._names[key] = number = self._count
                 self._alive[key] = weakref.ref(storage, partial(self._gone, key, number))
+                if hosted:
+                    self._hosted.add(number)
             self._resize(self._names[key], storage.nbytes())
 
     def resized(self, storage: UntypedStorage) -> None:
@@ -55,6 +62,20 @@ class StorageLedger:
                 self._resize(number, 0)
                 self._left_out.add(number)
 
+    def move_to_host(self, tensors: Iterable[Tensor]) -> None:
+        """Count these as the host's from now on."""
+        for tensor in tensors:
+            number = self._names.get(local_shard(tensor).untyped_storage()._cdata)
+            if number is not None and number not in self._hosted:
+                size = self._sizes.get(number, 0)
+                self._resize(number, 0)
+                self._hosted.add(number)
+                self._resize(number, size)
+
+    def is_hosted(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in the host's memory."""
+        return self._names.get(tensor.untyped_storage()._cdata) in self._hosted
+
     def call(self, tensors: Iterable[Tensor | None], part: str) -> None:
         """Say what storages are for; of several parts the first in PARTS counts: a bucket of gradients is gradients."""
         for tensor in tensors:
@@ -65,8 +86,9 @@ class StorageLedger:
 
     def begin(self) -> None:
         """Find the peak from now on."""
-        self._events, self._most = [(number, size) for number, size in self._sizes.items() if size], self._now
-        self._at = len(self._events)
+        on_device = ((number, size) for number, size in self._sizes.items() if number not in self._hosted)
+        self._events, self._most = [(number, size) for number, size in on_device if size], self._now
+        self._at, self.host_peak = len(self._events), self._host_now
 
     def peak(self) -> dict[str, int]:
         """Bytes by part when most was there."""
@@ -85,7 +107,11 @@ class StorageLedger:
     def _resize(self, number: int, size: int) -> None:
         size = 0 if number in self._left_out else size
         change = size - self._sizes.get(number, 0)
-        if change:
+        if change and number in self._hosted:
+            self._sizes[number] = size
+            self._host_now += change
+            self.host_peak = max(self.host_peak, self._host_now)
+        elif change:
             self._sizes[number] = size
             self._events.append((number, change))
             self._now += change
@@ -95,4 +121,5 @@ class StorageLedger:
     def _gone(self, key: int, number: int, reference: Any) -> None:
         self._resize(number, 0)
         self._sizes.pop(number, None)
+        self._hosted.discard(number)
         del self._names[key], self._alive[key]

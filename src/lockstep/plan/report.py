@@ -21,7 +21,9 @@ def ranked(rows: Sequence[Estimate]) -> list[Estimate]:
 def memory_cell_of(row: Estimate) -> str:
     """What a rank needs, and by how much that is too much."""
     lines = gigabytes(row.needed) + (f"\n{row.where}" if row.where else "")
-    return lines + ("" if row.fits else f"\n{gigabytes(row.needed - row.room)}\nover")
+    lines += f"\n{gigabytes(row.needed - row.room)}\nover" if row.needed > row.room else ""
+    lines += f"\nhost:\n{gigabytes(row.host_memory)}" if row.host_memory else ""
+    return lines + (f"\n{gigabytes(row.host_over)}\nover" if row.host_over else "")
 
 
 def gigabytes(size: float) -> str:
@@ -92,6 +94,9 @@ def advice(rows: Sequence[Estimate]) -> list[str]:
     fitting = [row for row in rows if row.fits]
     if not fitting:
         least = rows[0]
+        if least.host_over and least.host_room:
+            host = f"{gigabytes(least.host_memory)} of {gigabytes(least.host_room)}"
+            return [f"nothing fits: {least.label} needs {host} of the host's memory per device; set more gpus"]
         return [
             f"nothing fits: {least.label} needs {gigabytes(least.needed)} of {gigabytes(least.room)}; set more gpus, a "
             "smaller global_batch_size, accumulate, or checkpoint_activations=full"

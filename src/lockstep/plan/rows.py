@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
@@ -14,7 +14,7 @@ from lockstep.config.schema import Config
 from lockstep.errors import UserError
 from lockstep.launch.validate import validate
 from lockstep.plan.config import PlanConfig
-from lockstep.plan.hardware import Hardware
+from lockstep.plan.hardware import Hardware, OffloadHost
 from lockstep.recipe import Recipe
 from lockstep.registry import is_file
 
@@ -36,9 +36,9 @@ PLANNED = (*USUAL, *WHEN_NAMED)
 NOT_PLANNED = {
     "lora": "it begins with a trained model, of which a plan has no weights",
     "transfer_learning": "it begins with a trained model, of which a plan has no weights",
-    "fsdp, deepspeed_zero offload=true": "the host makes the update then, and no profile knows how fast",
     "parallel_mesh pipeline=N": "a plan has stages of one rank each; plan recipes.pipeline_parallel",
 }
+OFFLOADING = ("fsdp", "deepspeed_zero")
 AS_ISSUED = (
     "compile=true: planned as without it; the bytes that are sent are the same. Compiled, a step is shorter; by how much, "
     "and what it holds, is not known"
@@ -149,7 +149,7 @@ def plan_rows(
                 if any(value == own_value(base, key) or is_set(base, recipe, key) for key, value in own.items()):
                     continue
                 number = recipe.ranks or ranks
-                each = made_valid(with_values(base, own), recipe, number)
+                each = made_valid(with_values(base, own), recipe, number, hardware)
                 told = tuple(typed(*pair) for pair in own.items())
                 rows.append(PlanRow(recipe, each, number, (*words, *told), told))
             except UserError as error:
@@ -213,16 +213,16 @@ def planned_config(recipe: Recipe, words: list[str], ranks: int, hardware: Hardw
     if recipe.name not in PLANNED and not is_file(recipe.target):
         raise UserError(f"is not planned: {NOT_PLANNED.get(recipe.name) or f'plan {INSTEAD[recipe.name]}'}")
     config = on_hardware(compose_another(recipe, words), hardware)
-    return made_valid(config, recipe, ranks)
+    return made_valid(config, recipe, ranks, hardware)
 
 
-def made_valid(config: Config, recipe: Recipe, ranks: int) -> Config:
+def made_valid(config: Config, recipe: Recipe, ranks: int, hardware: Hardware) -> Config:
     """The same, held to what its command would be held to, with a batch that the ranks can share.
 
     Raises:
         UserError: it cannot be run, or not be planned.
     """
-    refuse_unplanned(config)
+    refuse_unplanned(config, recipe, hardware)
     config.global_batch_size = whole_batch(config, ranks)
     validate(config, recipe, ranks, (config.data.num_classes or 10, PLENTY))
     return config
@@ -244,14 +244,17 @@ def why_not(error: Exception) -> str:
     return said if isinstance(error, UserError) else f"{type(error).__name__}: {said}"
 
 
-def refuse_unplanned(config: Config) -> None:
+def refuse_unplanned(config: Config, recipe: Recipe, hardware: Hardware) -> None:
     """What a plan does not reckon with."""
     if config.shares_activations and config.pipeline_stages > 1:
         raise UserError(
             f"pipeline={config.pipeline_stages}: a plan has stages of one rank each; plan recipes.pipeline_parallel, or a "
             "mesh with pipeline=1"
         )
-    if getattr(config, "offload", False):
-        raise UserError(f"offload=true: {NOT_PLANNED['fsdp, deepspeed_zero offload=true']}")
+    if getattr(config, "offload", False) and recipe.name not in OFFLOADING:
+        raise UserError(f"offload=true: is planned of {' and '.join(OFFLOADING)} alone")
+    if getattr(config, "offload", False) and hardware.device != "cpu" and hardware.offload is None:
+        keys = ", ".join(each.name for each in fields(OffloadHost))
+        raise UserError(f"offload=true: {hardware.name}: its profile does not know the host; give it offload: {{{keys}}}")
     if config.memory:
         raise UserError("memory=report: is for real steps")

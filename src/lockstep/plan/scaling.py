@@ -207,6 +207,8 @@ def further(
         elif name == "collective":
             each, reads, writes = now
             events.append((name, (grown(before[0], each, doublings, hardware, formula), reads, writes)))
+        elif name in ("on_host", "copy"):
+            events.append((name, (onward(before[0], now[0], doublings), *now[1:])))
         else:
             events.append((name, now))
     memory = sum(onward(half.peak[part], size, doublings) for part, size in last.peak.items())

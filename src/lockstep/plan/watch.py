@@ -85,6 +85,9 @@ class StepWatch(TorchDispatchMode):
         self.steps: list[StepTrace] = []
         self.known = KnownNumbers()
         self._step: StepTrace | None = None
+        self.offloads = self.copies_hide = False  # whether a host holds something, and has streams of its own for copies
+        self._crossing: bool | None = None  # whether what is copied now goes to the device, or from it
+        self._brought: set[int] = set()  # storages on the device that were copied there
 
     def begin(self) -> None:
         self.clock.begin()
@@ -121,13 +124,50 @@ class StepWatch(TorchDispatchMode):
             self.known.learn(func, args, kwargs, given, made)
         elif collective_kind(func._opname) in ("all-gather", "all-to-all", "receive"):
             self.known.forget([*given, *made])
-        self.ledger.see(each for each in [*given, *made] if isinstance(each, FakeTensor))
+        self.ledger.see(each for each in given if isinstance(each, FakeTensor))
+        on_host = self.offloads and func.namespace not in COLLECTIVES and self._is_on_host(func, given)
+        self.ledger.see((each for each in made if isinstance(each, FakeTensor)), on_host)
         if func.namespace in COLLECTIVES:
             if func._opname not in SEND_NOTHING:
                 self._collective(func, args, given, made)
+        elif self.offloads and self._crosses(func, given):
+            self._copy(given, made)
+        elif self._step and on_host:
+            reads, writes = set(keys_of(given)), set(keys_of(made))
+            if not is_free(func, reads, writes):
+                given = given[1:] if func._opname == "copy_" else given  # what it writes over, it does not read
+                self.clock.on_host(sum_of_bytes(given) + sum_of_bytes(made), reads, writes)
         elif self._step:
             self._operation(func, args, kwargs, given, made, result)
         return result
+
+    def cross(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor on the other side: on the device what the host holds, and the reverse."""
+        self._crossing = self.ledger.is_hosted(tensor)
+        try:
+            with torch.no_grad():
+                return tensor.clone()
+        finally:
+            self._crossing = None
+
+    def _is_on_host(self, func: Any, given: list[Tensor]) -> bool:
+        """Whether an operation is the host's, and what it makes: where its largest tensor is, or the one it copies to."""
+        if self._crossing is not None:
+            return not self._crossing
+        largest = given[:1] if func._opname == "copy_" else sorted(given, key=lambda each: -each.nbytes)[:1]
+        return any(self.ledger.is_hosted(each) for each in largest)
+
+    def _crosses(self, func: Any, given: list[Tensor]) -> bool:
+        """Whether it copies from the host to the device, or from the device to the host."""
+        if self._crossing is not None:
+            return func._opname == "clone"
+        return func._opname == "copy_" and self.ledger.is_hosted(given[0]) != self.ledger.is_hosted(given[1])
+
+    def _copy(self, given: list[Tensor], made: list[Tensor]) -> None:
+        to_device = not self.ledger.is_hosted(made[0])
+        self._brought.update(keys_of(made) if to_device else ())
+        if self._step:
+            self.clock.copy(given[-1].nbytes, to_device, self.copies_hide, keys_of(given[-1:]), keys_of(made))
 
     def _collective(self, func: Any, args: Any, given: list[Tensor], made: list[Tensor]) -> None:
         sizes = [sum(each.nbytes for each in tensors_in(side)) for side in args]
@@ -158,16 +198,19 @@ class StepWatch(TorchDispatchMode):
             if name == "all_gather_copy_in":
                 self.ledger.call(made, "communication")
                 return self.clock.passed_on(reads, writes)
-        if name in FREE or (writes <= reads and not func._schema.is_mutable):
+        if name == "_to_copy" and reads and reads <= self._brought:
+            return self.clock.passed_on(reads, writes)  # FSDP's cast of what came from the host: on its queue, too
+        self._brought -= writes - reads  # new memory, which may have an old address
+        if is_free(func, reads, writes):
             if func.namespace == "aten":
                 self.clock.host("view")
             self.clock.forget(writes - reads)
-            return None  # a view, or memory that nothing is written to
+            return None
         assert self._step
         formula = flop_registry.get(func.overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         self._step.flops += flops
-        size = sum({id(each): each.nbytes for each in [*given, *made]}.values())
+        size = sum_of_bytes([*given, *made])
         dtype = PRECISIONS.get(next((each.dtype for each in given if each.is_floating_point()), torch.float32), "fp32")
         kind = "matmul" if flops else "memory"
         self.clock.operation(
@@ -180,6 +223,11 @@ class StepWatch(TorchDispatchMode):
             operation_class(name, flops, given[0].shape[-1] if given and given[0].dim() else 0),
         )
         return None
+
+
+def is_free(func: Any, reads: set[int], writes: set[int]) -> bool:
+    """Whether an operation moves no bytes: it makes a view, or memory that nothing is written to."""
+    return func._opname in FREE or (writes <= reads and not func._schema.is_mutable)
 
 
 def makes_whole_numbers(func: Any, kwargs: dict[str, Any]) -> bool:
@@ -198,6 +246,11 @@ def tensors_in(given: Any) -> Iterator[Tensor]:
     elif isinstance(given, dict):
         for each in given.values():
             yield from tensors_in(each)
+
+
+def sum_of_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of tensors, each counted once."""
+    return sum({id(each): each.nbytes for each in tensors}.values())
 
 
 def keys_of(tensors: list[Tensor]) -> Iterator[int]:
