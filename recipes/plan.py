@@ -12,8 +12,11 @@ formula, inside a node or between nodes. It hides behind whatever does not need 
 Of a pipeline every rank is planned and their steps are played together: so it has the bubble of its schedule, and the memory
 of the stage that holds most. Experts get equally many tokens. DeepSpeed's own engine is run like any other recipe.
 
-Efficiency is that of so many devices against one that has a rank's share alone. What is not planned: offloading, what
-torch.compile gains, the wait for data. docs/plan.md says how far to trust it.
+With offload=true the host keeps what it keeps in a real run, and updates it: copies travel on a link of their own, the
+device waits for the update, and the table says what a rank needs of the host's memory.
+
+Efficiency is that of so many devices against one that has a rank's share alone. What is not planned: what torch.compile
+gains, the wait for data. docs/plan.md says how far to trust it.
 
 How: lockstep/plan/dry_run.py takes the steps, watch.py counts, clock.py and links.py tell the time, pipeline.py plays
 stages together, allocator.py says what a GPU's allocator takes, rows.py lists strategies.
@@ -23,6 +26,7 @@ stages together, allocator.py says what a GPU's allocator takes, rows.py lists s
     python -m recipes.plan task=my_task.py:MyTask recipes=[ddp,my_recipe.py] gpus=16     your model, your loop
     python -m recipes.plan hardware=my_cluster.yaml json=true                            your devices; for programs
     python -m recipes.plan curve=true gpus=16384 plot=curve.svg      from one node to 16,384 devices, and where each stops
+    python -m recipes.plan recipes=[fsdp] offload=true task=language model=8b gpus=8 precision=bf16     on the host's memory
     python -m recipes.plan gpus=64 network=hdr interconnect=pcie4    other links than the profile's
     python -m recipes.plan check=true nproc=2        real steps on this machine, and by how much the plan is off
 

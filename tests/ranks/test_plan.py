@@ -85,8 +85,8 @@ def test_the_table_ends_with_a_command(tmp_path: Path) -> None:
         ),
         (("task=language", "recipes=[parallel_mesh]", "pipeline=2"), "pipeline=2: a plan has stages of one rank each"),
         (
-            ("recipes=[fsdp]", "offload=true"),
-            "offload=true: the host makes the update then, and no profile knows how fast",
+            ("recipes=[fsdp]", "offload=true", f"hardware={Path(__file__).parents[2] / 'benchmarks' / 'p100.yaml'}"),
+            "its profile does not know the host; give it offload: {memory, memory_bandwidth, memory_achieved, bandwidth,",
         ),
         (("task=language", "recipes=[tensor_parallel]", "tensor=3"), "tensor=3: 3 ranks share"),
     ],

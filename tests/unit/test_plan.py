@@ -231,7 +231,7 @@ def test_nothing_that_a_recipe_can_do_is_left_out_silently() -> None:
     said = "\n".join(beyond_the_table())
     for name in list_recipes():
         assert name in USUAL or name in said, name
-    for word in ("offload=true", "local_sgd"):
+    for word in ("parallel_mesh pipeline=N", "local_sgd"):
         assert word in said
 
 

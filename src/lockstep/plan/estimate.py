@@ -108,7 +108,7 @@ def estimate(row: PlanRow, config: PlanConfig, hardware: Hardware) -> Estimate:
         where=found.where,
         room=hardware.memory - hardware.reserved,
         host_memory=found.host_peak,
-        host_room=hardware.offload and hardware.offload.memory,
+        host_room=hardware.offload.memory if hardware.offload else None,
         traffic=[(*which, size) for which, size in found.step.traffic().items()],
         sent=sum(each.sent for each in found.step.collectives),
         as_formula=agrees(row, found),

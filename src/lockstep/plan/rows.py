@@ -255,6 +255,8 @@ def refuse_unplanned(config: Config, recipe: Recipe, hardware: Hardware) -> None
         raise UserError(f"offload=true: is planned of {' and '.join(OFFLOADING)} alone")
     if getattr(config, "offload", False) and hardware.device != "cpu" and hardware.offload is None:
         keys = ", ".join(each.name for each in fields(OffloadHost))
-        raise UserError(f"offload=true: {hardware.name}: its profile does not know the host; give it offload: {{{keys}}}")
+        raise UserError(
+            f"offload=true: {hardware.name}: its profile does not know the host; give it offload: {{{keys}}}"
+        )
     if config.memory:
         raise UserError("memory=report: is for real steps")

@@ -85,7 +85,9 @@ class StepWatch(TorchDispatchMode):
         self.steps: list[StepTrace] = []
         self.known = KnownNumbers()
         self._step: StepTrace | None = None
-        self.offloads = self.copies_hide = False  # whether a host holds something, and has streams of its own for copies
+        self.offloads = self.copies_hide = (
+            False  # whether a host holds something, and has streams of its own for copies
+        )
         self._crossing: bool | None = None  # whether what is copied now goes to the device, or from it
         self._brought: set[int] = set()  # storages on the device that were copied there
 
