@@ -150,6 +150,8 @@ def test_a_mesh_over_nodes_keeps_the_gathers_inside() -> None:
     assert expected is not None
     assert counted["all-gather", "inside"] == expected["all-gather"]
     assert counted["all-reduce", "between"] == expected["all-reduce"]
+    whole, expected = planned("fsdp", 4, "replicate=4")
+    assert bytes_by_kind(whole) == expected, "with a copy on each rank nothing is gathered"
 
 
 @pytest.mark.slow

@@ -223,7 +223,9 @@ def sharded_traffic(
         return sum(padded_size((sizes or {}).get(id(each), tuple(each.shape)), shards) for each in parameters)
 
     within, beside = padded(inside), padded(outside)
-    found = {"all-gather": gathered * (again * within + beside), "reduce-scatter": averaged * (within + beside)}
+    found: dict[str, int] = {}
+    if shards > 1:
+        found = {"all-gather": gathered * (again * within + beside), "reduce-scatter": averaged * (within + beside)}
     if config.replicate > 1:
         found["all-reduce"] = averaged * (within + beside) // shards
     return found
