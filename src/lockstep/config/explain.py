@@ -79,7 +79,9 @@ def explain(error: Exception, recipe: CommandLine, schema: type[Config]) -> User
     unresolved = re.search(r"full_key: (\S+)", text)
     if isinstance(error, OverrideParseException):
         if "missing EQUAL" in str(error):
-            return UserError(f"{error.override}: is no setting; write KEY=VALUE, as in epochs=3 (--help shows the keys)")
+            return UserError(
+                f"{error.override}: is no setting; write KEY=VALUE, as in epochs=3 (--help shows the keys)"
+            )
         said = str(error).partition("See https")[0].replace(f"Error parsing override '{error.override}'", "")
         said = "a sign in it is not Hydra's" if "LexerNoViable" in said else " ".join(said.split())
         return UserError(f"{error.override.lstrip('+')}: cannot be read: {said}; texts with such signs stand in quotes")
