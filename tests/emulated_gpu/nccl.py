@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,22 +71,31 @@ def flat_host_view(x: Any) -> Any:
     return host_view(x)
 
 
-def recorded(dump: Any) -> Any:
-    """torch's flight recorder as it is with NCCL: its groups' collectives are not among gloo's."""
+def recorded(c10d: Any) -> dict[str, Any]:
+    """torch's flight recorder as it is with NCCL: its groups' collectives are not among gloo's.
 
-    def dump_of(*args: Any, backend: str = "gloo", **kwargs: Any) -> bytes:
-        found = json.loads(dump(*args, backend="gloo", **kwargs))
+    One function with a backend or, in earlier versions of torch, one for each.
+    """
+    dump = c10d._dump_fr_trace_json
+
+    def of_groups(nccl: bool | None, *args: Any, **kwargs: Any) -> bytes:
+        found = json.loads(dump(*args, **kwargs))
         entries = found.get("entries", [])
-        wanted = {"gloo": False, "nccl2": True}.get(backend)
-        found["entries"] = [entry for entry in entries if (entry["process_group"][0] in NCCL) == wanted]
+        found["entries"] = [entry for entry in entries if (entry["process_group"][0] in NCCL) == nccl]
         return json.dumps(found).encode()
 
-    return dump_of
+    def of_backend(*args: Any, backend: str = "gloo", **kwargs: Any) -> bytes:
+        return of_groups({"gloo": False, "nccl2": True}.get(backend), *args, backend="gloo", **kwargs)
+
+    if "backend" in str(dump.__doc__):  # its signature
+        return {"_dump_fr_trace_json": of_backend}
+    return {"_dump_fr_trace_json": partial(of_groups, False), "_dump_nccl_trace_json": partial(of_groups, True)}
 
 
 def install() -> None:
     c10d: Any = torch._C._distributed_c10d
-    c10d._dump_fr_trace_json = recorded(c10d._dump_fr_trace_json)
+    for name, dump in recorded(c10d).items():
+        setattr(c10d, name, dump)
     init, new, told = dist.init_process_group, dist.new_group, dist.get_backend
 
     def is_nccl(group: Any) -> bool:

@@ -18,6 +18,8 @@ from lockstep.verify.simulated import verify_simulated
 from recipes import verify
 from tests.helpers.harness import command
 
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
 
 def asked(monkeypatch: pytest.MonkeyPatch, *words: str) -> Any:
     found: list[Any] = []

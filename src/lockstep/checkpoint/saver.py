@@ -147,7 +147,6 @@ class HostCopy:
     """The state in host memory, always in the same buffers, pinned where a GPU is the source."""
 
     def __init__(self) -> None:
-        self._stager: DefaultStager | None = None
         self._layout: list[Any] = []
         self._held: dict[str, Tensor] = {}
 
@@ -157,10 +156,11 @@ class HostCopy:
         cuda = bool(gpus)
         layout = [(name, t.shape, t.stride(), t.dtype, t.device) for name, t in tensors.items()]
         if layout != self._layout:  # the first copy, or the optimizer has come to hold more
-            self._stager = self._stager or DefaultStager(
+            self._held = {}
+            stager = DefaultStager(  # a new one, for up to torch 2.11 it closes itself when it has staged
                 StagingOptions(cuda, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=cuda)
             )
-            self._held, self._layout = cast(dict[str, Tensor], self._stager.stage(tensors)), layout
+            self._held, self._layout = cast(dict[str, Tensor], stager.stage(tensors)), layout
         else:  # one call instead of a walk over all objects, which takes as long as the copy
             with torch.no_grad():
                 mine = [local_shard(tensor) for tensor in self._held.values()]

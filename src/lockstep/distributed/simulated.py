@@ -221,8 +221,10 @@ def threads_for_ranks(simulation: Simulation, threaded: Any) -> Iterator[None]:
     group, isolate = threaded.ProcessLocalGroup, internals._set_thread_isolation_mode
     arrival = partial(Arrival, simulation, threaded.ret_work)
     before, excepthook = state_of_process(), sys.excepthook
+    comms = getattr(threaded.ThreadLocalWorld, "comms", [])  # which torch 2.11 asks it for, and does not give it
     with (
         shapes_in_common(),
+        mock.patch.object(threaded.ThreadLocalWorld, "comms", comms, create=True),
         mock.patch.object(threaded, "Collective", arrival),
         mock.patch.object(threaded, "AllToAllBase", AllToAll),
         mock.patch.object(threaded, "_store_based_barrier"),  # groups are made in turns
