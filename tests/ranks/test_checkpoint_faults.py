@@ -490,10 +490,11 @@ def size_of(folder: Path) -> int:
 
 def fill(disk: Path, out: Path, setup: Setup, whole: Result, kilobytes: int) -> None:
     ended = again(out, setup)
-    failed = [line for line in ended.said.splitlines() if "not saved" in line]
+    failed = [line for line in ended.said.splitlines() if "not saved (" in line]
     said = "not saved ([Errno 28] No space left on device); training continues, the one before is kept"
     assert failed == [f"checkpoint of step {step} {said}" for step in (8, 12, 16)]
     assert "Traceback" not in ended.said
+    assert "not saved 3 checkpoints, each named in ranks/0.log" in ended.said, "the summary has it, too"
     assert read_result(out)["checkpoints_failed"] == 3
     folder = out / "checkpoints"
     assert sorted(os.listdir(folder)) == ["LATEST", "step-00000004"]
