@@ -7,11 +7,12 @@ import argparse
 import difflib
 import importlib.util
 import sys
+import textwrap
 from pathlib import Path
 from typing import NoReturn
 
 from lockstep.errors import UserError
-from lockstep.registry import first_lines
+from lockstep.registry import first_lines, grouped_lines
 from lockstep.utils.places import as_installed, folder
 from lockstep.utils.standard_streams import protect
 
@@ -43,14 +44,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def show_recipes() -> None:
-    """Every recipe with the first line of its docstring."""
-    print(
-        as_installed(
-            "Run one with `python -m recipes.NAME`; `python -m recipes.NAME --help` explains it and lists its keys.\n"
-        )
-    )
-    for name, line in first_lines().items():
-        print(f"  {name:18} {line}")
+    """Every recipe with the first line of its docstring, by what it is."""
+    from lockstep.utils.tables import terminal_width
+
+    width, wide = terminal_width(), max(map(len, first_lines())) + 4
+    how = "Run one with `python -m recipes.NAME`; `python -m recipes.NAME --help` explains it and lists its keys."
+    print(textwrap.fill(as_installed(how), width))
+    for group, lines in grouped_lines().items():
+        print(f"\n{group}:")
+        for name, line in lines.items():
+            start = f"  {name}".ljust(wide)
+            print(
+                textwrap.fill(line, width, initial_indent=start, subsequent_indent=" " * wide, break_on_hyphens=False)
+            )
 
 
 def copy_recipe(name: str, source: str) -> None:

@@ -21,6 +21,17 @@ def first_lines() -> dict[str, str]:
     return {name: (ast.get_docstring(tree) or "").partition("\n")[0] for name, tree in sources("recipes").items()}
 
 
+def grouped_lines() -> dict[str, dict[str, str]]:
+    """The same by what they are: techniques, techniques in another library's engine, and tools."""
+    groups: dict[str, dict[str, str]] = {"Techniques": {}, "Techniques by another library's engine": {}, "Tools": {}}
+    techniques, engines, tools = groups.values()
+    lines = first_lines()
+    for name, tree in sources("recipes").items():
+        said = decorator_words(tree)
+        (tools if "looks_at" in said else engines if "needs" in said else techniques)[name] = lines[name]
+    return groups
+
+
 def list_recipes() -> list[str]:
     """The names of the techniques; tools that run recipes, and demonstrations, are left out."""
     return [name for name, tree in sources("recipes").items() if is_technique(tree)]
@@ -28,6 +39,12 @@ def list_recipes() -> list[str]:
 
 def is_technique(tree: ast.Module) -> bool:
     """Whether a recipe is a training to be compared with others: it says neither `looks_at` nor single_training=False."""
+    said = decorator_words(tree)
+    return "looks_at" not in said and said.get("single_training") != "False"
+
+
+def decorator_words(tree: ast.Module) -> dict[str | None, str]:
+    """{key: value} that `@recipe(…)` of a recipe's file is given, as they are written."""
     calls = [
         decorator
         for node in tree.body
@@ -35,8 +52,7 @@ def is_technique(tree: ast.Module) -> bool:
         for decorator in node.decorator_list
         if isinstance(decorator, ast.Call)
     ]
-    said = {word.arg: ast.unparse(word.value) for call in calls for word in call.keywords}
-    return "looks_at" not in said and said.get("single_training") != "False"
+    return {word.arg: ast.unparse(word.value) for call in calls for word in call.keywords}
 
 
 def choose(names: list[str] | None) -> list[str]:

@@ -195,10 +195,16 @@ def test_cfg_prints_the_composed_config(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_list_of_recipes_has_a_line_for_each() -> None:
-    said = command("-m", "recipes")
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_list_of_recipes_has_each_in_its_group(width: int) -> None:
+    said = command("-m", "recipes", COLUMNS=str(width))
     for name in RECIPES:
         assert any(line.split(maxsplit=1)[0] == name and len(line) > 30 for line in said.stdout.splitlines() if line)
+    assert max(map(len, said.stdout.splitlines())) <= width
+    groups = {text.partition(":\n")[0]: text.split() for text in said.stdout.split("\n\n")[1:]}
+    some = {"Techniques": "ddp", "Techniques by another library's engine": "deepspeed_zero", "Tools": "tune"}
+    assert all(name in groups[group] for group, name in some.items())
+    assert list(groups) == list(some)
 
 
 TWO_TASKS = """
