@@ -36,11 +36,11 @@ the weights. precision=fp16 is refused: its gradients are scaled by a number tha
 Expect: the accuracy of recipes.ddp, 0.97 or more on the digits, in about a minute on two CPU cores. Measured there, of
 ResNet-18 after the same 210 steps:
 
-    recipes.ddp                   44.7 MB per step    loss 0.051    accuracy 98.3 %
-    compress=bf16                 22.3 MB                  0.055             98.3 %
-    r=4                           0.62 MB                  0.042             98.9 %
-    r=1 start_step=20             0.18 MB                  0.33              92.2 %
-    r=1                           0.18 MB                  0.56              83.1 %    not yet done after so few steps
+    recipes.ddp          44.7 MB per step    loss 0.051    accuracy 98.3 %
+    compress=bf16        22.3 MB                  0.055             98.3 %
+    r=4                  0.62 MB                  0.042             98.9 %
+    r=1 start_step=20    0.18 MB                  0.33              92.2 %
+    r=1                  0.18 MB                  0.56              83.1 %, so far
 
 Source: https://arxiv.org/abs/1905.13727 (PowerSGD), https://arxiv.org/abs/1901.09847 (error feedback),
 https://docs.pytorch.org/docs/stable/ddp_comm_hooks.html

@@ -13,6 +13,7 @@ from lockstep.config.keys import walk
 from lockstep.config.schema import ClusterConfig, Config
 from lockstep.config.tasks import IMAGES, short_name, with_defaults
 from lockstep.utils.places import as_installed
+from lockstep.utils.reflow import reflow
 
 WIDTH = 80
 INDENT = 30  # where the help of a key begins
@@ -65,7 +66,7 @@ def text(recipe: CommandLine, schema: type[Config], folders: list[Path], everyth
             head: [name for name in names if (name in keys or name in groups) and name not in images]
             for head, names in FIRST.items()
         }
-    lines = [as_installed(recipe.doc.strip()), ""]
+    lines = [reflow(as_installed(recipe.doc.strip()), WIDTH), ""]
     if everything:
         lines += [
             "Groups, GROUP=OPTION:",

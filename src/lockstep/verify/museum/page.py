@@ -46,7 +46,7 @@ def museum_list() -> str:
     """The names, with the recipe that each bug breaks and the number that it is seen by."""
     width = max(len(bug.name) for bug in BUGS)
     lines = [f"{bug.name:{width}}  {bug.recipe}: {seen_by(bug)}" for bug in BUGS]
-    return "\n".join([*lines, "python -m recipes.verify museum=NAME shows one; docs/museum.md tells their stories"])
+    return "\n".join([*lines, "python -m recipes.verify museum=NAME shows one; docs/museum.md tells of all"])
 
 
 def seen_by(bug: Bug) -> str:
