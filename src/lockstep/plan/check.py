@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -172,6 +173,7 @@ def measure_row(run: Run[Any], row: PlanRow, hardware: Hardware) -> RealSteps:
     out = run.out / row.label.replace(" ", "-").replace("=", "-")
     config = with_values(row.config, QUIET | {"max_steps": STEPS})
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says when it begins, and that there is no GPU
+    gc.collect()  # what the row before has left would be freed among this one's steps
     with_memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     probe = StepProbe(hardware, with_memory)
     train_quietly(run, row.recipe, config, out / "memory", [probe], with_memory.start)
