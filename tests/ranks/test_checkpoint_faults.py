@@ -1,35 +1,30 @@
-"""What a checkpoint survives: full and read-only disks, damaged files, kills at every call, hostile files, two starts.
+"""What a checkpoint survives: damaged files, kills at every call, two starts.
 
 A damaged checkpoint is passed over, and said so; what follows is in any case the run that nothing befell, bit by bit.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import sys
-import time
 import traceback
 from collections.abc import Callable, Iterator
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from lockstep.checkpoint.dcp import load_tensors, read_metadata
+from lockstep.checkpoint.dcp import load_tensors
 from lockstep.checkpoint.directory import (
     UNFINISHED,
     find_newest,
-    fingerprint,
     folder_name,
     list_checkpoints,
     read_pointer,
@@ -37,21 +32,26 @@ from lockstep.checkpoint.directory import (
     seal_manifest,
 )
 from lockstep.checkpoint.saver import CheckpointSaver
-from lockstep.config.run_directory import freeze, read_result
+from lockstep.config.run_directory import read_result
 from lockstep.distributed.process_group import join_process_group
 from lockstep.errors import UserError
-from lockstep.launch.validate import validate
-from recipes import single
-from tests.helpers.fuzz.damage import flipped, state_of
+from tests.helpers.checkpointed_run import (
+    NUMBERS,
+    RUN,
+    again,
+    contents,
+    cut_off_run,
+    finished_run,
+    resumed_from,
+    undisturbed,
+)
+from tests.helpers.fuzz.damage import flipped
 from tests.helpers.fuzz.plans import SIZE, STEPS, Fault, Setup
-from tests.helpers.fuzz.results import Result, compare, first_difference, reference, result_of
-from tests.helpers.fuzz.starts import Ended, start, start_ranks, warm
+from tests.helpers.fuzz.results import Result, compare, first_difference, result_of
+from tests.helpers.fuzz.starts import start, start_ranks, warm
 from tests.helpers.fuzz.strikes import strike_at_call
-from tests.helpers.harness import compose_config, tensors_of
+from tests.helpers.harness import tensors_of
 from tests.helpers.processes import wait_until
-
-NUMBERS = (*SIZE, "optim=adamw")
-RUN = Setup("ddp", 2, NUMBERS, ("checkpoint.every=4", "checkpoint.keep=4"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -62,42 +62,17 @@ def _warm() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def whole() -> Result:
-    """What the undisturbed run leaves."""
-    return reference(Setup(RUN.recipe, RUN.ranks, RUN.words))
+    return undisturbed()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints of steps 4, 8, 12 and 16."""
-    out = tmp_path_factory.mktemp("finished") / "out"
-    assert start(RUN, out).codes == [0, 0]
-    assert [path.name for path in list_checkpoints(out / "checkpoints")] == [
-        folder_name(step) for step in (16, 12, 8, 4)
-    ]
-    return out
+    return finished_run(tmp_path_factory.mktemp("finished") / "out")
 
 
 @pytest.fixture
 def cut_off(finished: Path, tmp_path: Path) -> Path:
-    """The same run, killed when its last checkpoint was complete and before it said so."""
-    out = tmp_path / "out"
-    shutil.copytree(finished, out)
-    (out / "result.json").unlink()
-    (out / "model.pt").unlink()
-    return out
-
-
-def again(out: Path, setup: Setup = RUN) -> Ended:
-    """Start a run once more, and to its end."""
-    ended = start(setup, out)
-    assert ended.codes == [0] * setup.ranks, ended.said or ended.hung
-    return ended
-
-
-def resumed_from(out: Path) -> str | None:
-    """The step, or nothing where the run started anew."""
-    path = read_result(out)["resumed_from"]
-    return path and path.removeprefix("checkpoints/")
+    return cut_off_run(finished, tmp_path / "out")
 
 
 # Damaged files ----------------------------------------------------------------------------------------------------
@@ -178,13 +153,6 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(cut_off: Path, whole: Resul
     assert contents(folder, (4, 8, 12)) == intact, "a checkpoint that is intact is never written again"
     assert (folder / "broken-step-00000016").is_dir(), "what is broken is set aside, not deleted"
     assert read_pointer(folder, "LATEST") == folder / folder_name(16), "written anew"
-
-
-def contents(folder: Path, steps: tuple[int, ...]) -> dict[str, tuple[str, int, int]]:
-    """SHA-256, modification time and inode of every file of some checkpoints."""
-    files = [file for step in steps for file in sorted((folder / folder_name(step)).iterdir())]
-    facts = [(sha256(file.read_bytes()).hexdigest(), file.stat().st_mtime_ns, file.stat().st_ino) for file in files]
-    return {str(file): found for file, found in zip(files, facts, strict=True)}
 
 
 @pytest.mark.slow
@@ -424,288 +392,3 @@ def test_two_starts_on_one_run_do_not_meet(tmp_path: Path) -> None:
     finally:
         first.kill()  # and the kernel its ranks
         first.join()
-
-
-# Disks ------------------------------------------------------------------------------------------------------------
-
-MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 1 << 14, 1 << 18  # linux/mount.h
-CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # linux/sched.h
-libc = ctypes.CDLL(None, use_errno=True)
-
-
-class NoMount(Exception):
-    """This machine lets nobody mount anything."""
-
-
-def own_mounts() -> None:
-    """Mounts of this process alone, which end with it; as a user who is root in here where the real one is not."""
-    user, group = os.getuid(), os.getgid()
-    if libc.unshare(CLONE_NEWNS) != 0:
-        if libc.unshare(CLONE_NEWNS | CLONE_NEWUSER) != 0:
-            raise NoMount(os.strerror(ctypes.get_errno()))
-        Path("/proc/self/setgroups").write_text("deny")
-        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
-        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    mount(None, Path("/"), MS_REC | MS_PRIVATE)
-
-
-def mount(kind: str | None, where: Path, flags: int = 0, options: str = "") -> None:
-    names = [kind and kind.encode(), os.fsencode(where), kind and kind.encode()]
-    if libc.mount(names[0], names[1], names[2], ctypes.c_ulong(flags), options.encode()) != 0:
-        code = ctypes.get_errno()
-        raise (NoMount if code in (1, 13) else OSError)(f"mount {where}: {os.strerror(code)}")
-
-
-def on_a_disk(body: Callable[..., None], disk: Path, kilobytes: int, *args: Any) -> None:
-    """Call `body(disk, *args)` in a process of its own, in which `disk` is a file system of that size."""
-    context = multiprocessing.get_context("fork")
-    reader, writer = context.Pipe(duplex=False)
-
-    def within() -> None:
-        try:
-            own_mounts()
-            disk.mkdir()
-            mount("tmpfs", disk, 0, f"size={kilobytes}k")
-            body(disk, *args)
-            writer.send("")
-        except NoMount as error:
-            writer.send(f"NoMount {error}")
-        except BaseException:
-            writer.send(traceback.format_exc())
-        os._exit(0)
-
-    process = context.Process(target=within)
-    process.start()
-    writer.close()
-    said = reader.recv()
-    process.join()
-    if said.startswith("NoMount"):
-        pytest.skip(said)
-    assert not said, said
-
-
-def size_of(folder: Path) -> int:
-    return sum(file.stat().st_blocks * 512 for file in folder.rglob("*")) // 1024
-
-
-def fill(disk: Path, out: Path, setup: Setup, whole: Result, kilobytes: int) -> None:
-    ended = again(out, setup)
-    failed = [line for line in ended.said.splitlines() if "not saved (" in line]
-    said = "not saved ([Errno 28] No space left on device); training continues, the one before is kept"
-    assert failed == [f"checkpoint of step {step} {said}" for step in (8, 12, 16)]
-    assert "Traceback" not in ended.said
-    assert "not saved 3 checkpoints, each named in ranks/0.log" in ended.said, "the summary has it, too"
-    assert read_result(out)["checkpoints_failed"] == 3
-    folder = out / "checkpoints"
-    assert sorted(os.listdir(folder)) == ["LATEST", "step-00000004"]
-    assert first_difference(torch.load(out / "model.pt", weights_only=True), whole.weights) == ""
-    assert result_of(out).log == whole.log
-    # And when there is room again it is a checkpoint to go on from.
-    before = contents(folder, (4,))
-    mount("tmpfs", disk, MS_REMOUNT, f"size={8 * kilobytes}k")
-    (out / "result.json").unlink()
-    ended = again(out, setup)
-    assert "not saved" not in ended.said
-    assert resumed_from(out) == folder_name(4)
-    assert compare(result_of(out), whole, best=False) == ""
-    assert contents(folder, (4,)) == before
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("asynchronous", "share"), [("true", 0.5), ("false", 0.9), ("true", 0.99)])
-def test_a_full_disk_costs_checkpoints_and_not_the_run(
-    asynchronous: str, share: float, finished: Path, tmp_path: Path, whole: Result
-) -> None:
-    """Room for one checkpoint and a share of another: it breaks off in the tensors, or at the very end."""
-    room = size_of(finished / "checkpoints" / folder_name(4))
-    setup = Setup(
-        "ddp", 2, NUMBERS, ("checkpoint.every=4", "checkpoint.keep=4", f"checkpoint.asynchronous={asynchronous}")
-    )
-
-    def body(disk: Path) -> None:
-        out = tmp_path / "out"
-        lay_out(out, setup)
-        (out / "checkpoints").symlink_to(disk)
-        fill(disk, out, setup, whole, room)
-
-    on_a_disk(body, tmp_path / "disk", int(room * (1 + share)))
-
-
-def lay_out(out: Path, setup: Setup) -> None:
-    """The run directory as a launcher makes it, for a start that finds its checkpoints elsewhere."""
-    config = compose_config(setup.target, f"out={out}", *setup.words, *setup.saving)
-    validate(config, setup.target, setup.ranks)
-    freeze(config, setup.recipe)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("asynchronous", ["true", "false"])
-def test_a_run_that_lies_on_the_full_disk_goes_on_too(
-    asynchronous: str, finished: Path, tmp_path: Path, whole: Result
-) -> None:
-    """A save that fails must not take the room that the log and the weights need."""
-    room = size_of(finished / "checkpoints" / folder_name(4))
-    rest = size_of(finished) - size_of(finished / "checkpoints")
-    setup = Setup(
-        "ddp", 2, NUMBERS, ("checkpoint.every=4", "checkpoint.keep=4", f"checkpoint.asynchronous={asynchronous}")
-    )
-    assert room > rest, "or the room for weights and log were room for a checkpoint"
-
-    def body(disk: Path) -> None:
-        fill(disk, disk / "out", setup, whole, room + rest)
-
-    on_a_disk(body, tmp_path / "disk", int(1.1 * room) + rest)
-
-
-@pytest.mark.slow
-def test_a_disk_that_becomes_read_only_costs_checkpoints_and_not_the_run(
-    tmp_path: Path, whole: Result, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    setup = Setup("ddp", 2, NUMBERS, ("checkpoint.every=2", "checkpoint.keep=2"))
-    save = CheckpointSaver.save
-
-    def body(disk: Path) -> None:
-        out = tmp_path / "out"
-        lay_out(out, setup)
-        (out / "checkpoints").symlink_to(disk)
-
-        def close_and_save(self: CheckpointSaver, tensors: Any, facts: Any, **more: Any) -> None:
-            if facts["step"] == 6 and dist.get_rank() == 0:
-                self.wait()
-                while True:
-                    try:
-                        mount("tmpfs", disk, MS_REMOUNT | MS_RDONLY)
-                        break
-                    except OSError:  # the other rank has not closed its file yet
-                        time.sleep(0.002)
-            save(self, tensors, facts, **more)
-
-        monkeypatch.setattr(CheckpointSaver, "save", close_and_save)
-        ended = again(out, setup)
-        assert "not saved ([Errno 30] Read-only file system" in ended.said
-        assert "Traceback" not in ended.said
-        assert read_result(out)["checkpoints_failed"] > 0
-        assert first_difference(torch.load(out / "model.pt", weights_only=True), whole.weights) == ""
-        left = list_checkpoints(disk)
-        assert left
-        assert left[0].name < folder_name(STEPS)
-        before = state_of(disk, set())
-        # Still read-only, it can be read from.
-        (out / "result.json").unlink()
-        again(out, setup)
-        assert resumed_from(out) == left[0].name
-        assert state_of(disk, set()) == before
-        assert result_of(out).log == whole.log
-        assert first_difference(torch.load(out / "model.pt", weights_only=True), whole.weights) == ""
-
-    on_a_disk(body, tmp_path / "disk", 64 * 1024)
-
-
-# Hostile files ----------------------------------------------------------------------------------------------------
-
-
-class Runs:
-    """An object whose pickle runs a shell command when it is loaded."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (self.command,)
-
-
-def by_name(module: str, name: str, argument: str) -> bytes:
-    """A protocol-4 pickle that calls `module.name(argument)`; there a name may have dots, which reach into modules."""
-
-    def text(value: str) -> bytes:
-        return pickle.SHORT_BINUNICODE + bytes([len(value.encode())]) + value.encode()
-
-    return (
-        pickle.PROTO
-        + b"\x04"
-        + text(module)
-        + text(name)
-        + pickle.STACK_GLOBAL
-        + text(argument)
-        + pickle.TUPLE1
-        + pickle.REDUCE
-        + pickle.STOP
-    )
-
-
-def with_payload(metadata: bytes, payload: Any) -> bytes:
-    """The real description of the tensors, which has something else in its planner's data."""
-    real = pickle.loads(metadata)
-    real.planner_data = payload
-    return pickle.dumps(real)
-
-
-HOSTILE: dict[str, Callable[[bytes, str], bytes]] = {
-    "a reduce": lambda _, command: pickle.dumps(Runs(command)),
-    "within real metadata": lambda real, command: with_payload(real, Runs(command)),
-    "os in torch's metadata module": lambda _, command: by_name(
-        "torch.distributed.checkpoint.metadata", "os.system", command
-    ),
-    "os in torch": lambda _, command: by_name("torch.distributed.checkpoint.metadata", "torch.os.system", command),
-    "a dtype's neighbour": lambda _, command: by_name("torch", "os.system", command),
-    "eval": lambda _, command: by_name("builtins", "eval", f"__import__('os').system({command!r})"),
-}
-
-
-def rewrite(checkpoint: Path, content: bytes) -> None:
-    """Put a .metadata into a checkpoint, and its hash into the manifest: nothing looks damaged."""
-    (checkpoint / ".metadata").write_bytes(content)
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    manifest["files"][".metadata"] = fingerprint(checkpoint / ".metadata")
-    del manifest["seal"]
-    (checkpoint / "manifest.json").write_text(seal_manifest(manifest))
-
-
-@pytest.mark.parametrize("how", HOSTILE)
-def test_metadata_that_would_run_code_does_not(how: str, finished: Path, tmp_path: Path) -> None:
-    checkpoint, mark = tmp_path / folder_name(16), tmp_path / "mark"
-    shutil.copytree(finished / "checkpoints" / folder_name(16), checkpoint)
-    content = HOSTILE[how]((checkpoint / ".metadata").read_bytes(), f"touch {mark}")
-    rewrite(checkpoint, content)
-    with pytest.raises(UserError, match="refused"):
-        read_metadata(checkpoint)
-    assert not mark.exists()
-    if how != "a dtype's neighbour":  # torch has no such name, so this one is harmless anywhere
-        pickle.loads(content)
-        assert mark.exists(), "or this would not have been a danger"
-
-
-def test_a_run_whose_metadata_would_run_code_is_refused_in_one_line(cut_off: Path, tmp_path: Path) -> None:
-    newest_one, mark = cut_off / "checkpoints" / folder_name(16), tmp_path / "mark"
-    rewrite(newest_one, HOSTILE["within real metadata"]((newest_one / ".metadata").read_bytes(), f"touch {mark}"))
-    ended = start(RUN, cut_off)
-    assert ended.codes == [2, 2], ended.said
-    errors = [line for line in ended.said.splitlines() if line]
-    assert all(line.startswith("error: ") and "refused" in line and folder_name(16) in line for line in errors), errors
-    assert not mark.exists()
-
-
-@pytest.mark.parametrize("kind", ["pickle", "zip", "whole model", "list", "text"])
-def test_weights_that_would_run_code_are_refused_before_anything_starts(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """resume=FILE; a whole model's pickle is no attack, but to load it is to run what it names."""
-    file, mark = tmp_path / "weights.pt", tmp_path / "mark"
-    runs = Runs(f"touch {mark}")
-    if kind == "pickle":
-        file.write_bytes(pickle.dumps({"fc.weight": runs}))
-    elif kind == "text":
-        file.write_text("these are no weights")
-    else:
-        torch.save({"zip": {"fc.weight": runs}, "whole model": nn.Linear(2, 2), "list": [torch.zeros(1)]}[kind], file)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["single", f"resume={file}", "out=run"])
-    with pytest.raises(SystemExit) as leaving:
-        single.train.main()
-    said = capfd.readouterr()
-    assert leaving.value.code == 2
-    assert said.err.startswith(f"error: resume={file}: ")
-    assert said.err.count("\n") == 1, said.err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["weights.pt"], (
-        "nothing is created, least of all the mark"
-    )
