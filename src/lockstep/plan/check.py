@@ -6,6 +6,8 @@ import gc
 import multiprocessing
 import os
 import time
+from bisect import bisect
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.table import Table
+from torch._C._profiler import _EventType as EventType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from lockstep.callbacks.base import Callback, CallbackContext
@@ -211,15 +214,38 @@ def train_quietly(
 
 
 def peak_of(profiler: Any) -> int:
-    """Bytes that torch's allocator had given out at most since the mark, of those since the profiler's start."""
-    events = profiler.profiler.kineto_results.events()
-    mark = next(each.start_ns() for each in events if each.name() == MARK)
+    """Bytes that torch's allocator had given out at most since the mark, of those since the profiler's start.
+
+    What gloo's threads free is not recorded. It is seen to be free when its address is given out again.
+    """
+    events = list(all_events(profiler.profiler.kineto_results.experimental_event_tree()))
+    mark = next(each.start_time_ns for each in events if each.name == MARK)
+    starts: list[int] = []  # addresses of what is held, in order
+    sizes: dict[int, int] = {}
     held = most = 0
-    for each in sorted((each for each in events if each.name() == "[memory]"), key=lambda each: each.start_ns()):
-        held += each.nbytes()
-        if each.start_ns() >= mark:
+    allocations = [each for each in events if each.tag == EventType.Allocation]
+    for each in sorted(allocations, key=lambda each: int(each.start_time_ns)):
+        begin, size = each.extra_fields.ptr, each.extra_fields.alloc_size
+        place = bisect(starts, begin)
+        if place and starts[place - 1] + sizes[starts[place - 1]] > begin:
+            place -= 1
+        while place < len(starts) and starts[place] < begin + abs(size):
+            held -= sizes.pop(starts.pop(place))
+        if size > 0:
+            starts.insert(place, begin)
+            sizes[begin] = size
+            held += size
+        if each.start_time_ns >= mark:
             most = max(most, held)
     return most
+
+
+def all_events(events: list[Any]) -> Iterator[Any]:
+    """The events of a profiler's tree."""
+    waiting = list(events)
+    while waiting:
+        yield (each := waiting.pop())
+        waiting += each.children
 
 
 Prediction = tuple[dict[str, int], int, StepTimes]  # bytes by kind, peak, times
