@@ -1,6 +1,6 @@
 """Tables of docs/plan.md, from what was measured: nothing in them is written by hand.
 
-    python -m recipes.plan check=true nproc=2 task=language threads=1 out=outputs/check
+    python -m recipes.plan check=true nproc=2 task=language task.size=tiny global_batch_size=24 threads=1 out=outputs/check
     python -m benchmarks.plan_tables check outputs/check                               a table of that run, or of several
     python -m benchmarks.published --json published.json
     python -m benchmarks.plan_tables published published.json                          a table of published trainings
