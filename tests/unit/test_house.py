@@ -325,7 +325,7 @@ EVERYTHING = {
     "resuming on other ranks": "ranks/test_resume.py::test_one_four_two_three_ranks_train_as_one",
     "a kill and a restart": "ranks/test_preemption.py::test_a_rank_that_dies_is_started_again_from_the_last_checkpoint",
     "kills in a save": "ranks/test_fuzz.py::test_nothing_is_lost",
-    "a damaged checkpoint": "ranks/test_checkpoint_faults.py::test_a_damaged_checkpoint_is_passed_over_by_name",
+    "a damaged checkpoint": "ranks/checkpoints/test_checkpoint_faults.py::test_a_damaged_checkpoint_is_passed_over_by_name",
     "a hang": "ranks/test_hang.py::test_one_message_says_who_and_where",
     "a crash": "ranks/test_failures.py::test_an_exception_is_shown_once_from_the_rank_that_raised_it",
     "the doctor before a run": "ranks/test_preflight.py::test_this_machine_passes",

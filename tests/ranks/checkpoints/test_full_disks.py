@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,32 +26,12 @@ from tests.helpers.checkpointed_run import (
     NUMBERS,
     again,
     contents,
-    finished_run,
     resumed_from,
-    undisturbed,
 )
 from tests.helpers.fuzz.damage import state_of
 from tests.helpers.fuzz.plans import STEPS, Setup
 from tests.helpers.fuzz.results import Result, compare, first_difference, result_of
-from tests.helpers.fuzz.starts import warm
 from tests.helpers.harness import compose_config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm() -> Iterator[None]:
-    with warm():
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole() -> Result:
-    return undisturbed()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(tmp_path_factory.mktemp("finished") / "out")
-
 
 MS_RDONLY, MS_REMOUNT, MS_REC, MS_PRIVATE = 1, 32, 1 << 14, 1 << 18  # linux/mount.h
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000  # linux/sched.h

@@ -12,7 +12,7 @@ import pickle
 import shutil
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,40 +40,15 @@ from tests.helpers.checkpointed_run import (
     RUN,
     again,
     contents,
-    cut_off_run,
-    finished_run,
     resumed_from,
-    undisturbed,
 )
 from tests.helpers.fuzz.damage import flipped
 from tests.helpers.fuzz.plans import SIZE, STEPS, Fault, Setup
 from tests.helpers.fuzz.results import Result, compare, first_difference, result_of
-from tests.helpers.fuzz.starts import start, start_ranks, warm
+from tests.helpers.fuzz.starts import start, start_ranks
 from tests.helpers.fuzz.strikes import strike_at_call
 from tests.helpers.harness import tensors_of
 from tests.helpers.processes import wait_until
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm() -> Iterator[None]:
-    with warm():
-        yield
-
-
-@pytest.fixture(scope="module")
-def whole() -> Result:
-    return undisturbed()
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(tmp_path_factory.mktemp("finished") / "out")
-
-
-@pytest.fixture
-def cut_off(finished: Path, tmp_path: Path) -> Path:
-    return cut_off_run(finished, tmp_path / "out")
-
 
 # Damaged files ----------------------------------------------------------------------------------------------------
 

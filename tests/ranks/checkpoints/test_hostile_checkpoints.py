@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +25,8 @@ from lockstep.errors import UserError
 from recipes import single
 from tests.helpers.checkpointed_run import (
     RUN,
-    cut_off_run,
-    finished_run,
 )
-from tests.helpers.fuzz.starts import start, warm
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _warm() -> Iterator[None]:
-    with warm():
-        yield
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished_run(tmp_path_factory.mktemp("finished") / "out")
-
-
-@pytest.fixture
-def cut_off(finished: Path, tmp_path: Path) -> Path:
-    return cut_off_run(finished, tmp_path / "out")
+from tests.helpers.fuzz.starts import start
 
 
 class Runs:
