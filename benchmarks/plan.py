@@ -17,13 +17,15 @@ from typing import Any
 from benchmarks import common, published
 from lockstep.plan.workers import planned_beside
 
-CHECKED = ("-m", "recipes.plan", "check=true", "nproc=2", "threads=1", "task=language", "task.size=tiny")
-SAMPLES = "global_batch_size=24"
+CHECKED = (
+    *("-m", "recipes.plan", "check=true", "nproc=2", "threads=1"),
+    *("task=language", "task.size=tiny", "global_batch_size=24"),
+)
 
 
 def rows(arguments: argparse.Namespace) -> list[common.Row]:
     with tempfile.TemporaryDirectory() as folder:
-        common.run([*CHECKED, SAMPLES, f"out={folder}/run"])
+        common.run([*CHECKED, f"out={folder}/run"])
         checked = json.loads(Path(folder, "run", "check.json").read_text(encoding="utf-8"))
     found = list(here_rows(checked))
     predicted = planned_beside(

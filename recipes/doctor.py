@@ -39,15 +39,13 @@ https://arxiv.org/abs/1910.02054 (ZeRO)
 
 import shlex
 from pathlib import Path
-from typing import Any, cast
-
-from omegaconf import OmegaConf
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
 from lockstep.config.copies import convert, refuse_others, with_values
-from lockstep.config.schema import Config, from_yaml
-from lockstep.config.tasks import IMAGES, task_of_content, with_task
+from lockstep.config.declared import read_config
+from lockstep.config.schema import Config
+from lockstep.config.tasks import IMAGES
 from lockstep.diagnose.config import DoctorConfig
 from lockstep.diagnose.findings import Finding
 from lockstep.diagnose.memory_account import account_memory
@@ -135,9 +133,8 @@ def resume_command(name: str, config: str, out: Path) -> str:
     from lockstep.config.compose import overrides  # Hydra, which no rank needs
 
     found = get_recipe(name)
-    task = task_of_content(cast(Any, OmegaConf.to_container(OmegaConf.create(config))))
     try:
-        trained = from_yaml(config, with_task(found.config, task))
+        trained = read_config(found, config)
     except UserError:  # its task's file is not there any more
         return unknown
     words = [*overrides(found, trained, found, without=["out"]), f"out={short(out)}"]

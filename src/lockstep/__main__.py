@@ -7,13 +7,13 @@ import argparse
 import difflib
 import importlib.util
 import sys
-import textwrap
 from pathlib import Path
 from typing import NoReturn
 
 from lockstep.errors import UserError
 from lockstep.registry import first_lines, grouped_lines
 from lockstep.utils.places import as_installed, folder
+from lockstep.utils.reflow import filled_lines
 from lockstep.utils.standard_streams import protect
 
 # Hydra completes `python FILE.py`; of `python -m recipes.NAME` it is handed the part that it knows.
@@ -49,14 +49,11 @@ def show_recipes() -> None:
 
     width, wide = terminal_width(), max(map(len, first_lines())) + 4
     how = "Run one with `python -m recipes.NAME`; `python -m recipes.NAME --help` explains it and lists its keys."
-    print(textwrap.fill(as_installed(how), width))
+    print(*filled_lines(as_installed(how), width), sep="\n")
     for group, lines in grouped_lines().items():
         print(f"\n{group}:")
         for name, line in lines.items():
-            start = f"  {name}".ljust(wide)
-            print(
-                textwrap.fill(line, width, initial_indent=start, subsequent_indent=" " * wide, break_on_hyphens=False)
-            )
+            print(*filled_lines(line, width, f"  {name}".ljust(wide), " " * wide), sep="\n")
 
 
 def copy_recipe(name: str, source: str) -> None:

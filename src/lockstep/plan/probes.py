@@ -229,9 +229,9 @@ class CountedOperations(TorchDispatchMode):
 
 def host_probes(world: World) -> list[Probe]:
     """Steps of a tiny GPT: a plain one, and on several ranks one cut by tensor parallel, and FSDP's."""
-    made = []
+    made, task = [], Language()
     for way in ("operation", "dtensor", "fsdp")[: 3 if world.world_size > 1 else 1]:
-        step, counted = tiny_step(world, way)
+        step, counted = tiny_step(world, way, task)
         made.append(Probe(f"host, {way}", 1.0, step, counted=counted))
     return made
 
@@ -257,7 +257,7 @@ def host_costs(probes: list[Probe], seconds: Callable[[Probe], float], least: fl
     return costs
 
 
-def tiny_step(world: World, way: str) -> tuple[Callable[[], None], dict[str, int]]:
+def tiny_step(world: World, way: str, task: Language) -> tuple[Callable[[], None], dict[str, int]]:
     """(a training step of a GPT that computes nearly nothing, how many operations it issues by way).
 
     Its blocks are those of a large one: norms, heads, residual sums, and what ranks do to each.
@@ -266,7 +266,6 @@ def tiny_step(world: World, way: str) -> tuple[Callable[[], None], dict[str, int
     shape = GPTConfig(2, 8 * ranks, heads=2 * ranks, kv_heads=ranks, hidden=16 * ranks, vocabulary=8 * ranks)
     model: nn.Module = GPT(shape).to(device)
     tokens = torch.zeros(1, 8, dtype=torch.int64, device=device)
-    task = Language()
     if way != "operation":
         mesh = init_device_mesh(device.type, (ranks,))
         if way == "dtensor":

@@ -85,9 +85,8 @@ class StepWatch(TorchDispatchMode):
         self.steps: list[StepTrace] = []
         self.known = KnownNumbers()
         self._step: StepTrace | None = None
-        self.offloads = self.copies_hide = (
-            False  # whether a host holds something, and has streams of its own for copies
-        )
+        self.offloads = False  # whether a host holds something
+        self.copies_hide = False  # whether copies have streams of their own
         self._crossing: bool | None = None  # whether what is copied now goes to the device, or from it
         self._brought: set[int] = set()  # storages on the device that were copied there
 

@@ -48,7 +48,7 @@ def joined_pieces(lines: list[str]) -> Iterator[str]:
         if piece and (begins or (piece.startswith("- ") and not indent)):
             yield piece
             piece = ""
-        joint = "" if piece.endswith("  ") or not piece else "   " if before and not has_gap(piece) else " "
+        joint = "   " if before and not has_gap(piece) else " "
         piece = f"{piece}{joint}{line.strip()}" if piece else line
     yield piece
 
@@ -58,7 +58,7 @@ def has_gap(piece: str) -> bool:
     return re.search(r"\S\s{2,}\S", piece) is not None
 
 
-def filled_lines(text: str, width: int, first: str, others: str) -> list[str]:
+def filled_lines(text: str, width: int, first: str = "", others: str = "") -> list[str]:
     """Lines of so many columns; a fraction such as 1 / t is not broken."""
     lines = textwrap.wrap(
         text.replace(" / ", "\0/\0"),
