@@ -22,7 +22,7 @@ from lockstep.plan.hardware import hardware_names, load_hardware
 from lockstep.plan.links import Collective, collective_kind
 from lockstep.plan.pipeline import dry_training, played
 from lockstep.plan.rows import USUAL, beyond_the_table, why_not
-from lockstep.plan.watch import StageMessage, StepTrace
+from lockstep.plan.watch import StageMessage, StepTrace, bytes_moved
 from lockstep.plan.workers import planned_beside
 from lockstep.recipe import Recipe
 from lockstep.registry import get_recipe, list_recipes
@@ -174,8 +174,32 @@ def test_a_mesh_sends_what_its_formula_says(name: str, ranks: int, words: tuple[
         assert 0 < found.step.times.bubble < 0.5 * found.step.times.step
 
 
+@pytest.mark.parametrize(
+    ("name", "tensors"),  # of 16 bytes each
+    [("add.Tensor", 3), ("add_.Tensor", 3), ("mul_.Scalar", 2), ("copy_", 2), ("zero_", 1), ("zeros_like", 1)],
+)
+def test_what_is_updated_is_read_and_written_and_what_is_written_over_is_not_read(name: str, tensors: int) -> None:
+    packet, _, overload = name.partition(".")
+    func = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    x, y = torch.zeros(4), torch.zeros(4)
+    given = [x, y][: 2 if overload == "Tensor" or packet == "copy_" else 1]
+    made = [x if packet.endswith("_") else torch.zeros(4)]
+    assert bytes_moved(func, (*given,), {}, given, made) == 16 * tensors
+
+
+def test_a_list_that_is_updated_counts_as_its_tensors_do() -> None:
+    x, y = [torch.zeros(4), torch.zeros(2)], [torch.zeros(4), torch.zeros(2)]
+    assert bytes_moved(torch.ops.aten._foreach_add_.List, (x, y), {}, [*x, *y], []) == 3 * 24
+    gathered = torch.zeros(6)
+    assert bytes_moved(torch.ops.aten.split_with_sizes_copy.out, (gathered, [4, 2]), {"out": x}, [gathered, *x], []) == 48
+
+
 @pytest.mark.slow
 def test_deepspeed_is_planned_by_its_own_engine() -> None:
+    found, _ = planned("deepspeed_zero", 2, "stage=2")
+    expected, _ = planned("ddp", 2)
+    assert found.peak["parameters"] == pytest.approx(WEIGHTS, rel=0.05)
+    assert found.peak["activations"] == pytest.approx(expected.peak["activations"], rel=0.05)  # and no copy of the model
     found, _ = planned("deepspeed_zero", 2, "stage=3")
     assert found.peak["optimizer"] == pytest.approx(3 * WEIGHTS / 2, rel=0.05)  # two moments, and fp32 weights
     assert bytes_by_kind(found)["reduce-scatter"] == pytest.approx(WEIGHTS, rel=0.01)

@@ -38,8 +38,8 @@ from lockstep.registry import get_recipe
 from lockstep.run import Run
 from lockstep.utils.tables import terminal_tables
 
-TIMED = 30  # steps that are timed, after as many as a plan takes
-BETWEEN_ROWS = 2  # rounds in which the machine is measured, before and after each row
+MEASURED_EVERY = 8  # steps that are timed: the machine is measured among them
+TIMED = 4 * MEASURED_EVERY - 1  # steps, after as many as a plan takes
 MARK = "second step"
 ALL_TO_ALL = "all-to-all"
 QUIET_LOAD = 0.5  # processes that run or wait, on average over the last minute
@@ -131,11 +131,16 @@ class StepProbe(Callback):
 
 
 class StepClock(Callback):
-    """Times each step, by the clock and by the processor."""
+    """Times each step, by the clock and by the processor, and measures the machine every few steps.
 
-    def __init__(self) -> None:
+    A step after that is not timed: the probes have had the caches.
+    """
+
+    def __init__(self, probes: MachineProbes) -> None:
         self.seconds: list[float] = []
         self.work: list[float] = []
+        self.rounds = 0
+        self._probes = probes
 
     def on_step_begin(self, context: CallbackContext) -> None:
         self._began, self._worked = time.perf_counter(), time.process_time()
@@ -143,8 +148,13 @@ class StepClock(Callback):
     def on_step_end(self, context: CallbackContext) -> None:
         if context.device.type == "cuda":
             torch.cuda.synchronize(context.device)
-        self.seconds.append(time.perf_counter() - self._began)
-        self.work.append(time.process_time() - self._worked if context.device.type == "cpu" else 0.0)
+        number = context.step - STEPS
+        if number > 0 and number % MEASURED_EVERY != 1:
+            self.seconds.append(time.perf_counter() - self._began)
+            self.work.append(time.process_time() - self._worked if context.device.type == "cpu" else 0.0)
+        if number > 0 and number % MEASURED_EVERY == 0:
+            self._probes.take_rounds(1)
+            self.rounds += 1
 
 
 def by_kind(traffic: dict[tuple[str, str], int]) -> dict[str, int]:
@@ -171,22 +181,23 @@ class RealSteps:
     work: float
 
 
-def measure_row(run: Run[Any], row: PlanRow, hardware: Hardware) -> RealSteps:
-    """Take real steps; all ranks call it together."""
+def measure_row(run: Run[Any], row: PlanRow, probes: MachineProbes) -> tuple[RealSteps, Hardware]:
+    """Take real steps, and measure the machine among and after them; all ranks call it together."""
     out = run.out / row.label.replace(" ", "-").replace("=", "-")
     config = with_values(row.config, QUIET | {"max_steps": STEPS})
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says when it begins, and that there is no GPU
     gc.collect()  # what the row before has left would be freed among this one's steps
     with_memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    probe = StepProbe(hardware, with_memory)
+    probe = StepProbe(probes.hardware(), with_memory)
     train_quietly(run, row.recipe, config, out / "memory", [probe], with_memory.start)
-    clock = StepClock()
+    clock = StepClock(probes)
     train_quietly(run, row.recipe, with_values(config, {"max_steps": STEPS + TIMED}), out / "time", [clock])
-    seconds, work = (max(gather_numbers(median(each[STEPS:]), run.device)) for each in (clock.seconds, clock.work))
+    probes.take_rounds(1)
+    seconds, work = (max(gather_numbers(median(each), run.device)) for each in (clock.seconds, clock.work))
     everyone = gather_objects((probe.traffic, peak_of(with_memory)), run.world.control)
     sent, peaks = most_sent([sent for sent, _ in everyone]), [peak for _, peak in everyone]
     peak = sum(peaks) // len(peaks) if ALL_TO_ALL in sent else max(peaks)
-    return RealSteps(sent, peak, seconds, work)
+    return RealSteps(sent, peak, seconds, work), probes.hardware(last=clock.rounds + 2)
 
 
 def most_sent(by_rank: list[dict[str, int]]) -> dict[str, int]:
@@ -290,18 +301,18 @@ def checked_rows(config: PlanConfig, ranks: int, hardware: Hardware) -> tuple[li
 def check_plan(run: Run[PlanConfig], words: list[str]) -> list[CheckRow]:
     """Measure and predict each strategy; all ranks call it together, rank 0 has the rows.
 
-    The machine is measured before and after each strategy, and its steps are planned for what it was then: a processor that
-    others use too is faster now and slower then.
+    The machine is measured before, among and after the steps of each strategy, and they are planned for what it was then: a
+    processor that others use too is faster now and slower then.
     """
     ranks, file, probes = run.world.world_size, run.out / "hardware.yaml", MachineProbes(run.world)
-    probes.take_rounds(BETWEEN_ROWS)
+    probes.take_rounds(1)
     rows, left_out = checked_rows(run.asked, ranks, probes.hardware())
     measured, machines = [], []
     for number, row in enumerate(rows, start=1):
-        measured.append(measure_row(run, row, probes.hardware()))
-        probes.take_rounds(BETWEEN_ROWS)
-        machines.append(probes.hardware(last=2 * BETWEEN_ROWS))
-        run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * measured[-1].seconds:,.1f} ms per step")
+        real, machine = measure_row(run, row, probes)
+        measured.append(real)
+        machines.append(machine)
+        run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * real.seconds:,.1f} ms per step")
     found: list[CheckRow] = []
     hardware = probes.hardware()
     run.report.line(f"planning {len(rows)} rows")

@@ -85,13 +85,17 @@ class MachineProbes:
             self._rounds.append([window(self._world, *each) for each in pairs])
 
     def _taken(self, last: int) -> dict[tuple[str, float], Taken]:
-        """What each probe's call takes on the slowest rank: the medians of the last rounds; 0: of all."""
+        """What each probe's call takes on the slowest rank, by the medians of the last rounds; 0: of all.
+
+        A rank that was kept waiting once is not the slowest: ranks of a step wait for each other far more seldom.
+        """
         ranks = gather_objects(self._rounds[-last:], self._world.control)
         found = {}
         for number, probe in enumerate(self._probes):
-            turns = list(zip(*([row[number] for row in rows] for rows in ranks), strict=True))
-            clock = statistics.median(max(each.clock for each in turn) for turn in turns)
-            work = statistics.median(max(each.work for each in turn) for turn in turns)
+            clock, work = (
+                max(statistics.median(getattr(row[number], each) for row in rows) for rows in ranks)
+                for each in ("clock", "work")
+            )
             found[probe.name, probe.work] = Taken(clock, work)
         return found
 

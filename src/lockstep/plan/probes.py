@@ -34,6 +34,7 @@ RESULT_NUMBERS = (16, 2**14, 2**17, 2**19, 2**21, 2**23)  # float32 numbers of a
 MATRIX_SIDES = (4, 32, 64, 128, 256, 512)  # widths of linear layers
 TOKENS_PER_WIDTH = 8  # rows of what these layers are given, for each column
 IN_TURN, MOST_IN_TURN = 2**25, 63  # bytes of the tensors that an operation takes in turn, and at most so many more
+UPDATED_IN_TURN = 2**27  # of those that are updated in place: an optimizer's state was last touched a step before
 BETWEEN_MESSAGES = 256  # side of the matrices that are multiplied between two collectives: about a layer's work
 MESSAGES = (2**10, 2**14, 2**17, 2**20, 2**23)  # bytes of a collective
 
@@ -81,15 +82,15 @@ class InTurn:
     Its tensors are made when it is first called, and once more after `release`: not all probes' are there at once.
     """
 
-    def __init__(self, make: Callable[[], tuple[Any, ...]], run: Callable[..., Any]) -> None:
-        self._make, self._run = make, run
+    def __init__(self, make: Callable[[], tuple[Any, ...]], run: Callable[..., Any], most: int = IN_TURN) -> None:
+        self._make, self._run, self._most = make, run, most
         self._turns: Iterator[tuple[Any, ...]] | None = None
 
     def __call__(self) -> None:
         if self._turns is None:
             first = self._make()
             size = sum(each.nbytes for each in first if isinstance(each, Tensor))
-            others = (self._make() for _ in range(min(MOST_IN_TURN, IN_TURN // max(1, size))))
+            others = (self._make() for _ in range(min(MOST_IN_TURN, self._most // max(1, size))))
             self._turns = cycle([first, *others])
         PROBE_RESULTS.keep(self._run(*next(self._turns)))
 
@@ -111,12 +112,13 @@ def operation_probes() -> list[Probe]:
             "function": (2, 1, F.silu),
             "root": (2, 1, torch.sqrt),
             "reduction": (1, 1, lambda x, wide=wide: x.view(-1, wide).sum(1)),
-            "copy": (2, 1, lambda x, wide=wide: x.view(-1, wide).t().contiguous()),
+            "copy": (2, 1, torch.clone),
             "lookup": (2, 1, lambda x, index=index: F.embedding(index, x.view(-1, 16))),
         }
         for name, (moved, given, call) in runs.items():
             make = partial(vectors, number, given)
-            made.append(Probe(name, moved * size, InTurn(make, call)))
+            most = UPDATED_IN_TURN if name == "update" else IN_TURN
+            made.append(Probe(name, moved * size, InTurn(make, call, most)))
     for dim in HEAD_DIMS:
         for length in (4, 64, 256, 512):
             made += attention_probes(dim, length)

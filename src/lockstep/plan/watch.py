@@ -24,6 +24,15 @@ from lockstep.plan.memory import StorageLedger
 
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+OVERWRITING = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_", "split_with_sizes_copy", "chunk_cat")
+MAKING = (
+    "zeros_like",
+    "ones_like",
+    "full_like",
+    "new_zeros",
+    "new_ones",
+    "new_full",
+)  # what they are given is not read
 FREE = ("empty", "new_empty", "empty_like", "new_empty_strided", "empty_strided", "lift_fresh", "detach")
 
 
@@ -125,9 +134,9 @@ class StepWatch(TorchDispatchMode):
             self.known.learn(func, args, kwargs, given, made)
         elif collective_kind(func._opname) in ("all-gather", "all-to-all", "receive"):
             self.known.forget([*given, *made])
-        self.ledger.see(each for each in given if isinstance(each, FakeTensor))
+        self.ledger.see(each for each in given if takes_memory(each))
         on_host = self.offloads and func.namespace not in COLLECTIVES and self._is_on_host(func, given)
-        self.ledger.see((each for each in made if isinstance(each, FakeTensor)), on_host)
+        self.ledger.see((each for each in made if takes_memory(each)), on_host)
         if func.namespace in COLLECTIVES:
             if func._opname not in SEND_NOTHING:
                 self._collective(func, args, given, made)
@@ -136,8 +145,7 @@ class StepWatch(TorchDispatchMode):
         elif self._step and on_host:
             reads, writes = set(keys_of(given)), set(keys_of(made))
             if not is_free(func, reads, writes):
-                given = given[1:] if func._opname == "copy_" else given  # what it writes over, it does not read
-                self.clock.on_host(sum_of_bytes(given) + sum_of_bytes(made), reads, writes)
+                self.clock.on_host(bytes_moved(func, args, kwargs, given, made), reads, writes)
         elif self._step:
             self._operation(func, args, kwargs, given, made, result)
         return result
@@ -211,7 +219,7 @@ class StepWatch(TorchDispatchMode):
         formula = flop_registry.get(func.overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula else 0
         self._step.flops += flops
-        size = sum_of_bytes([*given, *made])
+        size = bytes_moved(func, args, kwargs, given, made)
         dtype = PRECISIONS.get(next((each.dtype for each in given if each.is_floating_point()), torch.float32), "fp32")
         kind = "matmul" if flops else "memory"
         self.clock.operation(
@@ -226,9 +234,28 @@ class StepWatch(TorchDispatchMode):
         return None
 
 
+def takes_memory(tensor: Tensor) -> bool:
+    """Whether a device holds it: it stands for numbers, and is not one of shapes alone, as DeepSpeed keeps them."""
+    return isinstance(tensor, FakeTensor) and tensor.fake_device.type != "meta"
+
+
 def is_free(func: Any, reads: set[int], writes: set[int]) -> bool:
     """Whether an operation moves no bytes: it makes a view, or memory that nothing is written to."""
     return func._opname in FREE or (writes <= reads and not func._schema.is_mutable)
+
+
+def bytes_moved(func: Any, args: Any, kwargs: dict[str, Any], given: list[Tensor], made: list[Tensor]) -> int:
+    """Bytes that an operation reads and writes; what it updates in place is both, and what it writes over is not read."""
+    written = list(made)
+    if func._schema.is_mutable:
+        for number, argument in enumerate(func._schema.arguments):
+            if argument.alias_info and argument.alias_info.is_write:
+                written += tensors_in(args[number] if number < len(args) else kwargs.get(argument.name))
+    read = [] if func._opname in MAKING else given
+    if func._opname in OVERWRITING:
+        over = {id(each) for each in written}
+        read = [each for each in given if id(each) not in over]
+    return sum_of_bytes(read) + sum_of_bytes(written)
 
 
 def makes_whole_numbers(func: Any, kwargs: dict[str, Any]) -> bool:
