@@ -191,7 +191,9 @@ def test_a_list_that_is_updated_counts_as_its_tensors_do() -> None:
     x, y = [torch.zeros(4), torch.zeros(2)], [torch.zeros(4), torch.zeros(2)]
     assert bytes_moved(torch.ops.aten._foreach_add_.List, (x, y), {}, [*x, *y], []) == 3 * 24
     gathered = torch.zeros(6)
-    assert bytes_moved(torch.ops.aten.split_with_sizes_copy.out, (gathered, [4, 2]), {"out": x}, [gathered, *x], []) == 48
+    assert (
+        bytes_moved(torch.ops.aten.split_with_sizes_copy.out, (gathered, [4, 2]), {"out": x}, [gathered, *x], []) == 48
+    )
 
 
 @pytest.mark.slow
@@ -199,7 +201,9 @@ def test_deepspeed_is_planned_by_its_own_engine() -> None:
     found, _ = planned("deepspeed_zero", 2, "stage=2")
     expected, _ = planned("ddp", 2)
     assert found.peak["parameters"] == pytest.approx(WEIGHTS, rel=0.05)
-    assert found.peak["activations"] == pytest.approx(expected.peak["activations"], rel=0.05)  # and no copy of the model
+    assert found.peak["activations"] == pytest.approx(
+        expected.peak["activations"], rel=0.05
+    )  # and no copy of the model
     found, _ = planned("deepspeed_zero", 2, "stage=3")
     assert found.peak["optimizer"] == pytest.approx(3 * WEIGHTS / 2, rel=0.05)  # two moments, and fp32 weights
     assert bytes_by_kind(found)["reduce-scatter"] == pytest.approx(WEIGHTS, rel=0.01)

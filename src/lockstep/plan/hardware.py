@@ -18,7 +18,7 @@ from lockstep.plan.measured_seconds import read_curves
 from lockstep.utils.places import folder
 
 MEASURED = "here"  # what is measured on this machine
-MAY_BE_NOTHING = ("reserved", "latency", "launch", "collective", "dtensor", "fsdp")
+MAY_BE_NOTHING = ("reserved", "latency", "launch", "collective", "dtensor", "fsdp", "functional")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.experimental import implicit_replication
 from torch.distributed.tensor.parallel import loss_parallel
@@ -187,8 +188,7 @@ def convolution_probes(side: int) -> list[Probe]:
 
 def collective_probes(ranks: int, where: torch.device) -> list[Probe]:
     """Every kind of collective among all ranks, at several sizes."""
-    sides = (BETWEEN_MESSAGES, BETWEEN_MESSAGES)
-    made, between = [], InTurn(lambda: tuple(each.to(where) for each in matrices(*sides)), torch.mm)
+    made, between = [], product_between(where)
     for size in MESSAGES:
         piece = max(1, size // 4 // ranks)
         whole, other = (torch.zeros(ranks * piece, device=where) for _ in range(2))
@@ -203,6 +203,12 @@ def collective_probes(ranks: int, where: torch.device) -> list[Probe]:
         }
         made += [Probe(kind, whole.nbytes, run, between) for kind, run in runs.items()]
     return made
+
+
+def product_between(where: torch.device) -> InTurn:
+    """What a rank computes before a collective."""
+    sides = (BETWEEN_MESSAGES, BETWEEN_MESSAGES)
+    return InTurn(lambda: tuple(each.to(where) for each in matrices(*sides)), torch.mm)
 
 
 def pass_round(given: Tensor, taken: Tensor) -> None:
@@ -230,58 +236,92 @@ class CountedOperations(TorchDispatchMode):
 
 
 def host_probes(world: World) -> list[Probe]:
-    """Steps of a tiny GPT: a plain one, and on several ranks one cut by tensor parallel, and FSDP's."""
-    made, task = [], Language()
-    for way in ("operation", "dtensor", "fsdp")[: 3 if world.world_size > 1 else 1]:
-        step, counted = tiny_step(world, way, task)
-        made.append(Probe(f"host, {way}", 1.0, step, counted=counted))
+    """Steps of a tiny GPT: a plain one, and on several ranks one cut by tensor parallel, and FSDP's.
+
+    An operation on DTensors takes the host longer where kernels have had the caches in between, half as long again or more.
+    So it is measured on a GPT whose tensors fill a core's cache, against the same one without DTensors. It is cut for a mesh
+    of one rank: no message is waited for.
+    """
+    ranks, device, task = world.world_size, world.device, Language()
+    tiny = GPTConfig(2, 8 * ranks, heads=2 * ranks, kv_heads=ranks, hidden=16 * ranks, vocabulary=8 * ranks)
+    wide = GPTConfig(2, 256, heads=4, kv_heads=2, hidden=512, vocabulary=64)
+
+    def step(name: str, shape: GPTConfig, tokens: int, cut: Callable[[GPT], nn.Module]) -> Probe:
+        run, counted = training_step(cut(GPT(shape).to(device)), tokens, task, device)
+        return Probe(f"host, {name}", 1.0, run, counted=counted)
+
+    made = [step("operation", tiny, 8, lambda model: model)]
+    if ranks == 1:
+        return made
+    everyone = init_device_mesh(device.type, (ranks,))
+    alone = init_device_mesh(device.type, (ranks, 1), mesh_dim_names=("each", "alone"))["alone"]
+
+    def shared(mesh: DeviceMesh) -> Callable[[GPT], nn.Module]:
+        def cut(model: GPT) -> nn.Module:
+            plan = tensor_parallel_plan(task, "language", model, mesh.size(), False)
+            return share_layers(model, plan, layer_styles(False), mesh, False)
+
+        return cut
+
+    def sharded(model: GPT) -> nn.Module:
+        for block in model.blocks:
+            fully_shard(block, mesh=everyone)
+        fully_shard(model, mesh=everyone)
+        return model
+
+    def reduce_number() -> None:
+        wait_tensor(all_reduce(torch.zeros(1, device=device), "sum", everyone))
+
+    made += [
+        step("dtensor, tiny", tiny, 8, shared(everyone)),
+        step("fsdp", tiny, 8, sharded),
+        step("plain", wide, 512, lambda model: model),
+        step("dtensor", wide, 512, shared(alone)),
+        Probe("host, functional", 1.0, reduce_number, product_between(device)),
+    ]
     return made
 
 
 def host_costs(probes: list[Probe], seconds: Callable[[Probe], float], least: float) -> dict[str, float]:
-    """Seconds of the host, by how an operation is issued; each is what a tiny GPT's steps take, less what is known.
+    """Seconds of the host, by how an operation is issued; each is what a GPT's steps take, less what is known.
 
     Args:
         least: seconds of the processor for a collective that sends nearly nothing.
 
     Returns:
-        `operation`; `view`, the same; and besides them what `dtensor`, operations on DTensors, and `fsdp`, FSDP's own, take.
+        `operation`; `view`, the same; and besides them what `dtensor`, operations on DTensors, `fsdp`, FSDP's own, and
+        `functional`, collectives that torch issues by way of its functional ones, take.
     """
-    plain, *others = probes
-    costs = {"operation": seconds(plain) / plain.counted["operation"]}
-    costs["view"] = costs["operation"]
-    for probe in others:
-        way, counted = probe.name.removeprefix("host, "), probe.counted
-        known = counted["operation"] * costs["operation"] + counted["collective"] * least
-        if way == "fsdp":
-            known += counted["dtensor"] * costs["dtensor"]
-        costs[way] = max(0.0, seconds(probe) - known) / max(1, counted[way])
+    found = {probe.name.removeprefix("host, "): probe for probe in probes}
+    operation = seconds(found["operation"]) / found["operation"].counted["operation"]
+    costs = {"operation": operation, "view": operation}
+    if len(found) == 1:
+        return costs
+
+    def each(way: str, issued: str, known: dict[str, float], without: float = 0.0) -> float:
+        counted = found[way].counted
+        rest = seconds(found[way]) - without - sum(counted[name] * cost for name, cost in known.items())
+        return max(0.0, rest) / max(1, counted[issued])
+
+    known = {"operation": operation, "collective": least}
+    in_tiny = each("dtensor, tiny", "dtensor", known)
+    costs["fsdp"] = each("fsdp", "fsdp", known | {"dtensor": in_tiny})
+    costs["functional"] = max(0.0, seconds(found["functional"]) - least)
+    plain = seconds(found["plain"]) - found["plain"].counted["operation"] * operation
+    costs["dtensor"] = each("dtensor", "dtensor", {"operation": operation, "collective": costs["functional"]}, plain)
     return costs
 
 
-def tiny_step(world: World, way: str, task: Language) -> tuple[Callable[[], None], dict[str, int]]:
-    """(a training step of a GPT that computes nearly nothing, how many operations it issues by way).
-
-    Its blocks are those of a large one: norms, heads, residual sums, and what ranks do to each.
-    """
-    ranks, device = world.world_size, world.device
-    shape = GPTConfig(2, 8 * ranks, heads=2 * ranks, kv_heads=ranks, hidden=16 * ranks, vocabulary=8 * ranks)
-    model: nn.Module = GPT(shape).to(device)
-    tokens = torch.zeros(1, 8, dtype=torch.int64, device=device)
-    if way != "operation":
-        mesh = init_device_mesh(device.type, (ranks,))
-        if way == "dtensor":
-            plan = tensor_parallel_plan(task, "language", model, ranks, False)
-            model = share_layers(model, plan, layer_styles(False), mesh, False)
-        else:
-            for block in model.blocks:  # type: ignore[union-attr]
-                fully_shard(block, mesh=mesh)
-            fully_shard(model, mesh=mesh)
+def training_step(
+    model: nn.Module, tokens: int, task: Language, device: torch.device
+) -> tuple[Callable[[], None], dict[str, int]]:
+    """(a training step of a GPT on so many tokens, how many operations it issues by way)."""
+    text = torch.zeros(1, tokens, dtype=torch.int64, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
 
     def step() -> None:
         with loss_parallel(), implicit_replication():
-            full_tensor(task.loss(model(tokens), tokens), device).backward()
+            full_tensor(task.loss(model(text), text), device).backward()
         optimizer.step()
         optimizer.zero_grad()
 

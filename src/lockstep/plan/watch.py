@@ -190,6 +190,8 @@ class StepWatch(TorchDispatchMode):
         self.ledger.call([*given, *made], "communication")
         if self._step:
             self._step.collectives.append(each)
+            if func.namespace == "_c10d_functional":
+                self.clock.host("functional")
             began = self.clock.times.step
             self.clock.collective(each, keys_of(given), keys_of([*given, *made]))
             if kind in ("send", "receive"):
