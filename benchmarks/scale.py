@@ -143,6 +143,12 @@ class Writes:
         sys.addaudithook(heard)
 
 
+def tell(rank: int, size: int, what: str) -> None:
+    """Rank 0 says how far all are."""
+    if rank == 0:
+        print(f"{size:,} ranks: {what}", file=sys.stderr, flush=True)
+
+
 def be_rank(rank: int, size: int, port: int, folder: Path, seconds: float, all_here: Any, go: Any) -> Measured:
     """One emulated rank, from its first connection to its end."""
     mine, cost = Measured(rank), Cost()
@@ -161,6 +167,7 @@ def be_rank(rank: int, size: int, port: int, folder: Path, seconds: float, all_h
 
     watchdog = Watchdog(heartbeat, folder, store, size, TIMEOUT, end=end, say=print)
     all_here.wait()
+    tell(rank, size, "all have met, and take steps")
     for step in range(round(seconds / STEP_SECONDS)):
         heartbeat.enter(WAITING, step)
         heartbeat.enter(TRAINING)
@@ -170,6 +177,7 @@ def be_rank(rank: int, size: int, port: int, folder: Path, seconds: float, all_h
         watchdog.close("")  # from here on nothing answers for it, as where a host is lost
         told.set()
     all_here.wait()
+    tell(rank, size, "the last one stands still")
     if rank == 1:
         asked = time.monotonic()
         verdicts.append(watchdog.ask(RuntimeError("Timed out waiting 300000ms for recv operation to complete")))
@@ -179,6 +187,7 @@ def be_rank(rank: int, size: int, port: int, folder: Path, seconds: float, all_h
     mine.left, mine.ended = time.monotonic(), Cost(**vars(cost))
     mine.verdict = str(verdicts[0]) if verdicts else ""
     watchdog.close("")
+    tell(rank, size, "the verdict is there")
     all_here.wait()  # rank 0 serves the store
     heartbeat.close()
     return mine

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from rich.table import Table
 from torch._C._profiler import _EventType as EventType
 from torch.profiler import ProfilerActivity, profile, record_function
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lockstep.callbacks.base import Callback, CallbackContext
 from lockstep.config.copies import with_values
@@ -38,7 +39,7 @@ from lockstep.registry import get_recipe
 from lockstep.run import Run
 from lockstep.utils.tables import terminal_tables
 
-PROFILED = 2  # trainings whose memory is recorded: what is freed unseen only adds, so the least peak is the nearest
+SETTLES = 1e-3  # seconds after which gloo's thread has let go of what was sent
 MEASURED_EVERY = 8  # steps that are timed: the machine is measured among them
 TIMED = 4 * MEASURED_EVERY - 1  # steps, after as many as a plan takes
 MARK = "second step"
@@ -106,6 +107,37 @@ class RealWatch(StepWatch):
             given = [each for each in tensors if isinstance(each, torch.Tensor)]
             made = [each for each in torch.utils._pytree.tree_leaves(result) if isinstance(each, torch.Tensor)]
             self._collective(func, args, given, made)
+        return result
+
+
+class SettledCollectives(TorchDispatchMode):
+    """Within it a rank goes on a moment after a collective has ended: gloo's thread has let go of its tensors by then.
+
+    Else that thread may be the last to hold one, and torch's profiler, which looks at this thread, misses that it is freed.
+    """
+
+    def __enter__(self) -> SettledCollectives:
+        self._wait = wait = dist.Work.wait
+
+        def settled(work: dist.Work, *timeout: Any) -> bool:
+            done = wait(work, *timeout)
+            time.sleep(SETTLES)
+            return done
+
+        dist.Work.wait = settled  # type: ignore[method-assign,assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        dist.Work.wait = self._wait  # type: ignore[method-assign]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if takes_dtensors(types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        if func._opname == "wait_tensor":
+            time.sleep(SETTLES)
         return result
 
 
@@ -187,18 +219,16 @@ def measure_row(run: Run[Any], row: PlanRow, probes: MachineProbes) -> tuple[Rea
     out = run.out / row.label.replace(" ", "-").replace("=", "-")
     config = with_values(row.config, QUIET | {"max_steps": STEPS})
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says when it begins, and that there is no GPU
-    hardware, held = probes.hardware(), []
-    for number in range(PROFILED):
-        gc.collect()  # what another training has left would be freed among this one's steps
-        with_memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-        probe = StepProbe(hardware, with_memory)
-        train_quietly(run, row.recipe, config, out / f"memory-{number}", [probe], with_memory.start)
-        held.append(peak_of(with_memory))
+    gc.collect()  # what another training has left would be freed among this one's steps
+    with_memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    probe = StepProbe(probes.hardware(), with_memory)
+    with SettledCollectives():
+        train_quietly(run, row.recipe, config, out / "memory", [probe], with_memory.start)
     clock = StepClock(probes)
     train_quietly(run, row.recipe, with_values(config, {"max_steps": STEPS + TIMED}), out / "time", [clock])
     probes.take_rounds(1)
     seconds, work = (max(gather_numbers(median(each), run.device)) for each in (clock.seconds, clock.work))
-    everyone = gather_objects((probe.traffic, min(held)), run.world.control)
+    everyone = gather_objects((probe.traffic, peak_of(with_memory)), run.world.control)
     sent, peaks = most_sent([sent for sent, _ in everyone]), [peak for _, peak in everyone]
     peak = sum(peaks) // len(peaks) if ALL_TO_ALL in sent else max(peaks)
     return RealSteps(sent, peak, seconds, work), probes.hardware(last=clock.rounds + 2)
