@@ -10,15 +10,18 @@ import pytest
 import torch
 
 from lockstep.errors import UserError
+from lockstep.models.gpt import GPT
+from lockstep.parallel.tensor_plan import tensor_parallel_plan
 from lockstep.plan.check import unrest
 from lockstep.plan.clock import DeviceClock
 from lockstep.plan.dry_run import dry_steps
 from lockstep.plan.hardware import load_hardware, with_links
 from lockstep.plan.links import Collective
 from lockstep.plan.measured_seconds import operation_class, seconds_at
-from lockstep.plan.probes import IN_TURN, ProbeResults, operation_probes
+from lockstep.plan.probes import IN_TURN, ProbeResults, operation_probes, tiny_gpt
 from lockstep.plan.rows import PlanRow
 from lockstep.plan.scaling import CurvePoint, ScalingCurve, curve_ranks, formula_of, further
+from lockstep.tasks.language import Language
 from tests.unit.test_plan import H100, planned_config
 
 TWO_A_NODE = replace(H100, per_node=2)
@@ -84,6 +87,13 @@ def test_what_a_probe_makes_is_kept_for_a_while_and_no_longer() -> None:
     while made:
         kept.keep(made.pop(0))
     assert [each() is not None for each in alive] == [False] * 5 + [True] * 4
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 6, 16])
+def test_any_number_of_ranks_can_share_the_gpt_that_is_timed(ranks: int) -> None:
+    with torch.device("meta"):
+        model = GPT(tiny_gpt(ranks))
+    assert tensor_parallel_plan(Language(), "language", model, ranks, False)
 
 
 def test_every_class_is_probed_from_the_host_alone_to_much_work() -> None:

@@ -235,6 +235,11 @@ class CountedOperations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def tiny_gpt(ranks: int) -> GPTConfig:
+    """Of a GPT that computes nearly nothing, and that so many ranks can share."""
+    return GPTConfig(2, 8 * ranks, heads=2 * ranks, kv_heads=ranks, hidden=16 * ranks, vocabulary=8 * ranks)
+
+
 def host_probes(world: World) -> list[Probe]:
     """Steps of a tiny GPT: a plain one, and on several ranks one cut by tensor parallel, and FSDP's.
 
@@ -242,8 +247,7 @@ def host_probes(world: World) -> list[Probe]:
     So it is measured on a GPT whose tensors fill a core's cache, against the same one without DTensors. It is cut for a mesh
     of one rank: no message is waited for.
     """
-    ranks, device, task = world.world_size, world.device, Language()
-    tiny = GPTConfig(2, 8 * ranks, heads=2 * ranks, kv_heads=ranks, hidden=16 * ranks, vocabulary=8 * ranks)
+    ranks, device, task, tiny = world.world_size, world.device, Language(), tiny_gpt(world.world_size)
     wide = GPTConfig(2, 256, heads=4, kv_heads=2, hidden=512, vocabulary=64)
 
     def step(name: str, shape: GPTConfig, tokens: int, cut: Callable[[GPT], nn.Module]) -> Probe:

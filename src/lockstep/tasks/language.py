@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -216,7 +216,7 @@ class Language:
 
     def tensor_parallel_counts(self, model: nn.Module) -> dict[str, int]:
         """What each rank must have an equal share of."""
-        shape = self._shape()
+        shape = cast(GPT, model).config
         return {"heads": shape.heads, "kv_heads": shape.kv_heads, "hidden": shape.hidden}
 
     def context_parallel_modules(self, model: nn.Module) -> list[str]:
