@@ -257,6 +257,23 @@ def test_whoever_cannot_answer_is_the_cause_and_not_who_is_behind(tmp_path: Path
     assert rows[-1] == "  rank 3: left no heartbeat"
 
 
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (
+            "silent",
+            "do not answer, last heartbeat in step 3 (training): their host or their network is lost, or they are",
+        ),
+        ("stopped", "are stopped in step 3 (training): by"),
+        ("finished", "ended in step 3 (training), while the others continue: they took fewer steps"),
+    ],
+)
+def test_of_several_ranks_it_speaks_in_the_plural(state: str, said: str, tmp_path: Path) -> None:
+    everyone = [facts(rank) for rank in range(4)]
+    head, *_ = verdict(everyone, tmp_path, r1=state, r3=state)
+    assert head.startswith(f"ranks 1 (node0), 3 (node0) {said}")
+
+
 def test_ranks_in_the_same_place_are_said_to_be(tmp_path: Path) -> None:
     head, row = verdict([facts(0), facts(1)], tmp_path)
     assert head.endswith("though all ranks are in the same place: look at their network")

@@ -59,10 +59,11 @@ def missing_ranks(everyone: list[Beat], states: list[str]) -> list[str]:
     words = {
         FAILED: "{who} failed{where}: {end}",
         "gone": "{who} ended without an error message{where}",
-        FINISHED: "{who} ended{where}, while the others continue: it took fewer steps, or returned early",
-        "stopped": "{who} is stopped{where}: by SIGSTOP, Ctrl-Z or a debugger",
-        "silent": "{who} does not answer{last}: its host or its network is lost, or it is stopped",
+        FINISHED: "{who} ended{where}, while the others continue: {it} took fewer steps, or returned early",
+        "stopped": "{who} {be} stopped{where}: by SIGSTOP, Ctrl-Z or a debugger",
+        "silent": "{who} {do} not answer{last}: {its} host or {its} network is lost, or {it} {be} stopped",
     }
+    one, several = ("it", "its", "is", "does"), ("they", "their", "are", "do")
     found = []
     for kind, phrase in words.items():
         ranks = [facts for facts, what in zip(everyone, states, strict=True) if what == kind]
@@ -70,7 +71,9 @@ def missing_ranks(everyone: list[Beat], states: list[str]) -> list[str]:
             first = ranks[0]
             last = f", last heartbeat{at_step(first)}" if at_step(first) else ""
             who, end = list_ranks(ranks), first.get("end", "")
-            found.append(phrase.format(who=who, where=at_step(first), last=last, end=end))
+            it, its, be, do = one if len(ranks) == 1 else several
+            said = phrase.format(who=who, where=at_step(first), last=last, end=end, it=it, its=its, be=be, do=do)
+            found.append(said)
     return found
 
 
