@@ -25,14 +25,7 @@ from lockstep.plan.memory import StorageLedger
 WHOLE = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.bool)
 PRECISIONS = {torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 OVERWRITING = ("copy_", "zero_", "fill_", "_foreach_copy_", "_foreach_zero_", "split_with_sizes_copy", "chunk_cat")
-MAKING = (
-    "zeros_like",
-    "ones_like",
-    "full_like",
-    "new_zeros",
-    "new_ones",
-    "new_full",
-)  # what they are given is not read
+MAKING = ("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full")  # what is given is not read
 FREE = ("empty", "new_empty", "empty_like", "new_empty_strided", "empty_strided", "lift_fresh", "detach")
 
 
