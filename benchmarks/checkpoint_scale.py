@@ -7,8 +7,8 @@ two moments as FSDP does, on the meta device, and makes the plan that torch.dist
 Rank 0's part is done with all of them: it makes the global plan, and the description that is written as `.metadata`.
 Nothing of this is a copy: planner, writer and the names of the files are those that a run saves with.
 
-`plan kB` is what each rank sends to rank 0, and `back kB` what rank 0 sends to each; `plan s` how long rank 0 takes for
-the global plan and the description, on one core; `files` are there while the checkpoint is written, a hash beside each
+`plan kB` is what each rank sends to rank 0, and `back kB` what rank 0 sends to each; `plan s` the seconds of its core that
+rank 0 takes for the global plan and the description; `files` are there while the checkpoint is written, a hash beside each
 rank's file, and `at last` when it is sealed. The last line says by what factor each has grown.
 """
 
@@ -76,13 +76,13 @@ def measure(size: int, shapes: dict[str, torch.Size]) -> Figures:
     with tempfile.TemporaryDirectory() as folder:
         writer = Writer(Path(folder), {}, {}, {"step": 1}, keep=1, best=False)
         writer.set_up_storage_writer(True)
-        began = time.perf_counter()
+        began = time.process_time()
         everywhere, metadata = planner[0].create_global_plan(list(plans))
         everywhere = writer.prepare_global_plan(everywhere)
         results = [written(plan) for plan in everywhere]
         metadata.storage_data = {one.index: one.storage_data for part in results for one in part}
         described = len(pickle.dumps(metadata))
-        seconds = time.perf_counter() - began
+        seconds = time.process_time() - began
     of_ranks = sum(1 for part in results if part)
     back = sum(len(pickle.dumps(plan)) for plan in everywhere) / size
     # Beside the ranks' files: .metadata, and in the end the manifest.
