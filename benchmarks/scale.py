@@ -295,7 +295,7 @@ def main() -> None:
         found.append(measure(size, arguments.seconds))
         print(found[-1].verdict, file=sys.stderr)
         seconds = f"all have met after {found[-1].check_in:.1f} s, the lost one is named after {found[-1].hang:.1f} s"
-        print(f"{size:,} ranks: {seconds}", file=sys.stderr)
+        tell(0, size, seconds)
     Console(width=80, highlight=False).print(growth_table(found, COLUMNS))
 
 

@@ -35,30 +35,25 @@ def test_a_task_and_a_recipe_of_ones_own_are_planned(tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
-def test_a_machine_is_measured_with_more_ranks_than_cores(tmp_path: Path) -> None:
-    words = ("check=true", "nproc=4", "task=language", "recipes=[ddp]", "threads=1", f"out={tmp_path / 'run'}")
-    done = command("-m", "recipes.plan", *words, cwd=tmp_path, timeout=560)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "run" / "check.json").read_text(encoding="utf-8"))
-    assert [row["ranks"] for row in rows] == [4, 4]
-    assert all(abs(row["memory_error"]) < 0.05 for row in rows)
-
-
-@pytest.mark.soak
-def test_real_ranks_send_and_hold_what_is_planned(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "recipes"),
+    [(2, "fsdp,deepspeed_zero,pipeline_parallel"), pytest.param(4, "ddp", id="more ranks than cores")],
+)
+def test_real_ranks_send_and_hold_what_is_planned(ranks: int, recipes: str, tmp_path: Path) -> None:
     words = (
         "check=true",
-        "nproc=2",
+        f"nproc={ranks}",
         "task=language",
-        "recipes=[fsdp,deepspeed_zero,pipeline_parallel]",
+        f"recipes=[{recipes}]",
         "threads=1",
         f"out={tmp_path / 'run'}",
     )
     done = command("-m", "recipes.plan", *words, cwd=tmp_path, timeout=560)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "run" / "check.json").read_text(encoding="utf-8"))
-    assert {row["label"] for row in rows} >= {"fsdp", "deepspeed_zero", "pipeline_parallel"}
+    assert {row["label"] for row in rows} >= set(recipes.split(","))
     for row in rows:
+        assert row["ranks"] == ranks
         assert row["bytes_predicted"] == row["bytes_measured"], row["label"]
         assert abs(row["memory_error"]) < 0.05, row["label"]
         assert row["seconds_predicted"] > 0

@@ -40,8 +40,8 @@ from lockstep.run import Run
 from lockstep.utils.tables import terminal_tables
 
 SETTLES = 1e-3  # seconds after which gloo's thread has let go of what was sent
-MEASURED_EVERY = 8  # steps that are timed: the machine is measured among them
-TIMED = 4 * MEASURED_EVERY - 1  # steps, after as many as a plan takes
+AMONG_STEPS, MEASURED_EVERY = 3, 8  # rounds in which the machine is measured, and steps before each
+TIMED = (AMONG_STEPS + 1) * MEASURED_EVERY - 1  # steps, after as many as a plan takes
 MARK = "second step"
 ALL_TO_ALL = "all-to-all"
 QUIET_LOAD = 0.5  # processes that run or wait, on average over the last minute
@@ -172,7 +172,6 @@ class StepClock(Callback):
     def __init__(self, probes: MachineProbes) -> None:
         self.seconds: list[float] = []
         self.work: list[float] = []
-        self.rounds = 0
         self._probes = probes
 
     def on_step_begin(self, context: CallbackContext) -> None:
@@ -182,12 +181,13 @@ class StepClock(Callback):
         if context.device.type == "cuda":
             torch.cuda.synchronize(context.device)
         number = context.step - STEPS
-        if number > 0 and number % MEASURED_EVERY != 1:
+        if number < 1:
+            return
+        if number % MEASURED_EVERY != 1:
             self.seconds.append(time.perf_counter() - self._began)
             self.work.append(time.process_time() - self._worked if context.device.type == "cpu" else 0.0)
-        if number > 0 and number % MEASURED_EVERY == 0:
+        if number % MEASURED_EVERY == 0:
             self._probes.take_rounds(1)
-            self.rounds += 1
 
 
 def by_kind(traffic: dict[tuple[str, str], int]) -> dict[str, int]:
@@ -214,14 +214,21 @@ class RealSteps:
     work: float
 
 
-def measure_row(run: Run[Any], row: PlanRow, probes: MachineProbes) -> tuple[RealSteps, Hardware]:
-    """Take real steps, and measure the machine among and after them; all ranks call it together."""
+def measure_row(run: Run[Any], row: PlanRow, hardware: Hardware, probes: MachineProbes) -> tuple[RealSteps, Hardware]:
+    """Take real steps, and measure the machine among and after them; all ranks call it together.
+
+    Args:
+        hardware: any profile of this machine, by which collectives are counted.
+
+    Returns:
+        what was measured, and the machine as it was before, among and after these steps.
+    """
     out = run.out / row.label.replace(" ", "-").replace("=", "-")
     config = with_values(row.config, QUIET | {"max_steps": STEPS})
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it says when it begins, and that there is no GPU
     gc.collect()  # what another training has left would be freed among this one's steps
     with_memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
-    probe = StepProbe(probes.hardware(), with_memory)
+    probe = StepProbe(hardware, with_memory)
     with SettledCollectives():
         train_quietly(run, row.recipe, config, out / "memory", [probe], with_memory.start)
     clock = StepClock(probes)
@@ -231,7 +238,7 @@ def measure_row(run: Run[Any], row: PlanRow, probes: MachineProbes) -> tuple[Rea
     everyone = gather_objects((probe.traffic, peak_of(with_memory)), run.world.control)
     sent, peaks = most_sent([sent for sent, _ in everyone]), [peak for _, peak in everyone]
     peak = sum(peaks) // len(peaks) if ALL_TO_ALL in sent else max(peaks)
-    return RealSteps(sent, peak, seconds, work), probes.hardware(last=clock.rounds + 2)
+    return RealSteps(sent, peak, seconds, work), probes.hardware(last=1 + AMONG_STEPS + 1)
 
 
 def most_sent(by_rank: list[dict[str, int]]) -> dict[str, int]:
@@ -340,10 +347,11 @@ def check_plan(run: Run[PlanConfig], words: list[str]) -> list[CheckRow]:
     """
     ranks, file, probes = run.world.world_size, run.out / "hardware.yaml", MachineProbes(run.world)
     probes.take_rounds(1)
-    rows, left_out = checked_rows(run.asked, ranks, probes.hardware())
+    hardware = probes.hardware()
+    rows, left_out = checked_rows(run.asked, ranks, hardware)
     measured, machines = [], []
     for number, row in enumerate(rows, start=1):
-        real, machine = measure_row(run, row, probes)
+        real, machine = measure_row(run, row, hardware, probes)
         measured.append(real)
         machines.append(machine)
         run.report.line(f"{number} of {len(rows)}: {row.label}, {1e3 * real.seconds:,.1f} ms per step")

@@ -87,7 +87,7 @@ class MachineProbes:
     def _taken(self, last: int) -> dict[tuple[str, float], Taken]:
         """What each probe's call takes on the slowest rank, by the medians of the last rounds; 0: of all.
 
-        A rank that was kept waiting once is not the slowest: ranks of a step wait for each other far more seldom.
+        The medians are each rank's own: a rank that was kept waiting once is not the slowest one for that.
         """
         ranks = gather_objects(self._rounds[-last:], self._world.control)
         found = {}

@@ -302,17 +302,18 @@ def host_costs(probes: list[Probe], seconds: Callable[[Probe], float], least: fl
     if len(found) == 1:
         return costs
 
-    def each(way: str, issued: str, known: dict[str, float], without: float = 0.0) -> float:
+    def per_operation(way: str, issued: str, known: dict[str, float], without: float = 0.0) -> float:
         counted = found[way].counted
         rest = seconds(found[way]) - without - sum(counted[name] * cost for name, cost in known.items())
         return max(0.0, rest) / max(1, counted[issued])
 
     known = {"operation": operation, "collective": least}
-    in_tiny = each("dtensor, tiny", "dtensor", known)
-    costs["fsdp"] = each("fsdp", "fsdp", known | {"dtensor": in_tiny})
+    in_tiny = per_operation("dtensor, tiny", "dtensor", known)
+    costs["fsdp"] = per_operation("fsdp", "fsdp", known | {"dtensor": in_tiny})
     costs["functional"] = max(0.0, seconds(found["functional"]) - least)
     plain = seconds(found["plain"]) - found["plain"].counted["operation"] * operation
-    costs["dtensor"] = each("dtensor", "dtensor", {"operation": operation, "collective": costs["functional"]}, plain)
+    known = {"operation": operation, "collective": costs["functional"]}
+    costs["dtensor"] = per_operation("dtensor", "dtensor", known, plain)
     return costs
 
 
