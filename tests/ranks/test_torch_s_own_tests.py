@@ -83,8 +83,9 @@ def failure(world: World, name: str) -> str:
 
 @pytest.fixture(autouse=True, scope="module")
 def _imported() -> None:
-    """Once, and not in every forked rank."""
+    """Once, and not in every forked rank; without the import's ban on setting cuDNN's flags, which later tests do."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.backends, "disable_global_flags", lambda: None)
         patch.setenv("BACKEND", "gloo")
         patch.setenv("WORLD_SIZE", "2")
         importlib.import_module("torch.testing._internal.distributed.distributed_test")

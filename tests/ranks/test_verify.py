@@ -21,8 +21,8 @@ from lockstep.data import sampler
 from lockstep.distributed.sync_batchnorm import SyncBatchNorm
 from lockstep.verify.museum.of_tutorials import TUTORIALS
 from lockstep.verify.report import verify_tables
-from lockstep.verify.rows import VerifyRow
-from lockstep.verify.trace import angle, difference, smooth_relu
+from lockstep.verify.rows import VerifyRow, rounding_of
+from lockstep.verify.trace import Trace, angle, difference, smooth_relu
 from recipes import verify
 from tests.helpers.changed_recipe import put_changed_recipe
 from tests.helpers.harness import command, execute, preload, verify_rows
@@ -98,7 +98,9 @@ def check_rows(out: Path) -> None:
     assert all(row["verdict"] == "equal" for row in proofs)
     assert all(row["weights"] <= 1e-10 and row["loss"] <= 1e-10 for row in proofs if row["precision"] == "fp64")
     rounded = [row for row in proofs if row["precision"] == "fp32"]
-    assert all(row["loss"] <= 2e-6 and row["weights"] <= row["allowed"]["weights"] <= 2e-3 for row in rounded)
+    # How much depends on the processor's instructions: max pooling may choose another of two nearly equal numbers.
+    assert all(row["loss"] <= row["allowed"]["loss"] <= 1e-4 for row in rounded)
+    assert all(row["weights"] <= row["allowed"]["weights"] <= 1e-2 for row in rounded)
     assert [row["weights"] <= 1e-5 for row in rounded if row["recipe"] == "deepspeed_zero"] == [True]
     measured = [row for row in rows if row not in proofs]
     names = [
@@ -250,6 +252,17 @@ def test_a_model_that_cannot_compute_in_fp64_is_held_to_a_fixed_bound() -> None:
     row.allow_rounding({"loss": 0.0, "weights": 2e-5})
     assert row.allows("loss") == pytest.approx(4 * 2**-23), "the last bit of a number"
     assert row.allows("weights") == pytest.approx(8e-5)
+
+
+def test_a_loss_that_is_exact_by_chance_is_allowed_what_its_weights_explain() -> None:
+    start, whole = {"a": torch.zeros(2)}, {"a": torch.tensor([3.0, 4.0])}
+    exact = Trace([3.0, 2.0], {}, whole, {}, {"eval_loss": 1.5}, start)
+    rounded = Trace([3.0, 2.0], {}, {"a": whole["a"] + torch.tensor([0.0, 5e-3])}, {}, {"eval_loss": 1.5}, start)
+    found = rounding_of(rounded, exact)
+    assert found["weights"] == pytest.approx(1e-3, rel=1e-2)
+    assert found["loss"] == found["evaluation"] == pytest.approx(1e-3, rel=1e-2), "from 3 to 1.5, as much as is left"
+    found = rounding_of(rounded, Trace([3.0, 3.0], {}, whole, {}, {"eval_loss": 3.0}, start))
+    assert found["evaluation"] == 0.5, "what is measured, where it is more"
 
 
 def test_relu_is_smooth_within_and_itself_after() -> None:

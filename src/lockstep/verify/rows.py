@@ -122,8 +122,17 @@ def figures_between(mine: Trace, theirs: Trace, distance: Callable[[Tensors, Ten
 
 
 def rounding_of(rounded: Trace, exact: Trace) -> dict[str, float]:
-    """What rounding makes of a training: how far it is in a lower precision from the same in fp64, by COMPARED."""
-    return figures_between(rounded, exact, vector_distance)
+    """What rounding makes of a training: how far it is in a lower precision from the same in fp64, by COMPARED.
+
+    A loss is one number, and may be exact by chance. Weights that are off by a share of their way move it by about that
+    share of its own way, so no less is ascribed to rounding.
+    """
+    found = figures_between(rounded, exact, vector_distance)
+    losses = [*exact.losses, exact.result.get("eval_loss") or exact.losses[-1]]
+    way_of_loss = relative(max(losses), min(losses))
+    for name in found.keys() & {"loss", "evaluation"}:
+        found[name] = max(found[name], found["weights"] * way_of_loss)
+    return found
 
 
 def relative(mine: float, theirs: float) -> float:
