@@ -1,4 +1,4 @@
-"""Doctor: would a run work here, where does its memory go, and what became of a run that died?
+"""Doctor: would a run work here, where does its memory go, what does the hardware achieve, what became of a run that died?
 
 `preflight`, the default, starts the ranks as any recipe does, on this machine, by hand or as a job, and checks what
 breaks runs or slows them down: versions that do not fit, or differ between hosts; devices and their speed; threads
@@ -18,20 +18,25 @@ on a CPU the code that is loaded on the way. A last table says what DDP, ZeRO's 
 gradients and optimizer on these ranks, and, predicted and measured, this recipe. (Any recipe
 counts its own first step with `memory=report`, and trains on.)
 
-`recipes=[fsdp]` asks either about another recipe than ddp; with `global_batch_size=auto` the largest batch is found
+`hardware` measures what the ranks achieve while all of them are at work: matrix products, copies, on CPUs classes of
+operations by size, and six kinds of collectives by size, among the ranks of each node and among those of all nodes. What it
+writes, hardware.yaml, is a profile of these machines: `recipes.plan hardware=FILE` plans trainings on them, from anywhere.
+
+`recipes=[fsdp]` asks preflight or memory about another recipe than ddp; with `global_batch_size=auto` the largest batch is found
 first. `run=FOLDER` starts nothing: it reads what a run has left, however it ended.
 
 How: lockstep/diagnose/preflight.py lists the checks, probes/ has one file per subject, memory_account.py counts the
-memory, postmortem.py reads a run.
+memory, postmortem.py reads a run; lockstep/plan/here.py measures the hardware.
 
     python -m recipes.doctor                                        would a run work here? two ranks, or one per GPU
     python -m recipes.doctor +cluster=slurm cluster.nodes=2         and there?
     python -m recipes.doctor memory                                 ResNet-18 on the digits, two ranks
     python -m recipes.doctor memory model=resnet50 data=synthetic data.image_size=64 global_batch_size=16 precision=bf16
+    python -m recipes.doctor hardware +cluster=slurm cluster.nodes=2          a profile of that cluster, for recipes.plan
     python -m recipes.doctor run=outputs/ddp/2026-11-21_11-20-16    what became of it?
 
-Expect: the tables in less than half a minute on two CPU cores, and preflight.json or memory.json beside them; exit code
-1 if a run would fail.
+Expect: the tables in less than half a minute on two CPU cores, or a minute for the hardware, and preflight.json, memory.json or
+hardware.yaml beside them; exit code 1 if a run would fail.
 Source: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/troubleshooting.html,
 https://docs.pytorch.org/tutorials/intermediate/autograd_saved_tensors_hooks_tutorial.html,
 https://arxiv.org/abs/1910.02054 (ZeRO)
@@ -53,12 +58,14 @@ from lockstep.diagnose.postmortem import explain_run
 from lockstep.diagnose.preflight import run_preflight
 from lockstep.launch.batch_size import cut_short
 from lockstep.launch.validate import validate
+from lockstep.plan.hardware_report import LAUNCHING, make_profile
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, short
 from lockstep.verify.proofs import ProofCase, References, proof_batch, proofs_of, verify_case
 from lockstep.verify.reference import SINGLE, reference_of
 
+HARDWARE = "hardware"
 MEASURED_STEPS = 3
 PROVEN_STEPS = 5
 
@@ -145,6 +152,10 @@ def check(config: DoctorConfig, share: int) -> None:
     """A recipe that is examined must be able to run."""
     if config.run is not None:
         raise UserError(f"run={config.run}: is read by one process; start it with python, without torchrun or srun")
+    if config.check == HARDWARE:  # which trains nothing; a batch must divide by the ranks all the same
+        heeded = {"check", "global_batch_size", "cluster", *LAUNCHING}
+        refuse_others(config, train, heeded, f"recipes.doctor {HARDWARE}")
+        return
     steps = config.global_batch_size // share * config.model_parallel_size
     validate(measured_config(config), target_recipe(config), steps)
 
@@ -153,6 +164,9 @@ def check(config: DoctorConfig, share: int) -> None:
 def train(run: Run[DoctorConfig]) -> None:
     if run.config.check == "memory":
         account_memory(run, target_recipe(run.config), measured_config(run.asked))
+    elif run.config.check == HARDWARE:
+        run.report.line(f"doctor: what {count(run.world.world_size, 'rank')} achieve when all are at work …")
+        make_profile(run)
     else:
         run_preflight(run, lambda: prove(run))
 

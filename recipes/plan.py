@@ -49,7 +49,7 @@ from lockstep.config.check import check_values
 from lockstep.config.tasks import unit_of
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.estimate import Estimate, against_one, estimate, seconds_alone
-from lockstep.plan.hardware import MEASURED, Hardware, load_hardware, with_links
+from lockstep.plan.hardware import MEASURED, Hardware, doubt_of_links, load_hardware, with_links
 from lockstep.plan.report import (
     advice,
     formula_line,
@@ -171,6 +171,9 @@ def make_plan(config: PlanConfig) -> int | None:
     if config.check or config.hardware == MEASURED:
         return None
     hardware = with_links(load_hardware(config.hardware), config.network, config.interconnect)
+    doubt = doubt_of_links(hardware, config.gpus, config.network, config.hardware)
+    if doubt:
+        say(doubt)
     if config.curve:
         return print_curves(config, hardware)
     if config.gpus > MOST_TAKEN:
@@ -203,25 +206,23 @@ def make_plan(config: PlanConfig) -> int | None:
 def train(run: Run[PlanConfig]) -> None:
     from lockstep.config.compose import overrides
     from lockstep.plan.check import check_plan, check_table, unrest  # which load all that ranks do
-    from lockstep.plan.here import measure_hardware
+    from lockstep.plan.hardware_report import LAUNCHING, PROFILE, make_profile
 
     if not run.config.check and run.config.hardware != MEASURED:
         raise UserError("recipes.plan: is one process; start it with python, or add check=true or hardware=here")
+    words = overrides(train, run.asked, train, {*LAUNCHING, "check", "hardware"})
     load = os.getloadavg()[0]
     run.report.line(f"measuring this machine: {count(run.world.world_size, 'rank')}")
     if run.config.check:
-        words = overrides(train, run.asked, train, {"out", "nproc", "check", "hardware"})
         rows = check_plan(run, words)
         if run.world.rank == 0:
             write_json(run.out / "check.json", [row.facts() for row in rows])
             run.report.console.print(*check_table(rows), sep="\n")
             if warning := unrest(load):
                 run.report.line(warning)
+        run.report.line(f"hardware={short(run.out / PROFILE)} is this machine's profile")
     else:
-        hardware = measure_hardware(run.world)
-        if run.world.rank == 0:
-            (run.out / "hardware.yaml").write_text(hardware.as_yaml(), encoding="utf-8")
-    run.report.line(f"hardware={short(run.out / 'hardware.yaml')} is this machine's profile")
+        make_profile(run, words)
 
 
 if __name__ == "__main__":

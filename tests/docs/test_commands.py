@@ -30,6 +30,7 @@ def documented_commands() -> list[str]:
 
 
 TRAINS = "-m recipes."
+MEASURES = "recipes.doctor hardware"
 SHORT = [
     "max_steps=2",
     "data.augment=false",
@@ -42,6 +43,8 @@ QUICK = {"python -m recipes.ddp", "python -m recipes.ddp +cluster=lightning"}
 # What goes together, or is minutes of work: other tests in tests/ranks run the very same.
 ELSEWHERE = {
     "python -m recipes.verify",  # test_verify.py
+    f"python -m {MEASURES} +cluster=slurm cluster.nodes=2 cluster.tasks_per_node=8 out=ours",  # test_hardware_profile.py
+    "python -m recipes.plan hardware=ours/hardware.yaml gpus=64 task=language model=1b",  # test_hardware_profile.py
     "python -m mlperf_logging.compliance_checker --ruleset 4.0.0 outputs/mine/mllog.txt",  # test_mllog.py
     "python -m recipes.ddp out=outputs/mine logger=mllog logger.mlperf.submission_benchmark=resnet "
     "logger.mlperf.submission_division=open logger.mlperf.submission_status=research "
@@ -105,7 +108,7 @@ def test_every_command_of_the_documents_runs(line: str, tmp_path: Path) -> None:
     words = [word.replace("task=examples/", f"task={ROOT}/examples/") for word in shlex.split(line)]
     if "task=" in line:  # its data are its own
         words.append(SHORT[0])
-    elif TRAINS in line and "--help" not in words and "--cfg" not in words:
+    elif TRAINS in line and MEASURES not in line and "--help" not in words and "--cfg" not in words:
         words += SHORT[1:] if "profile=" in line else SHORT  # what is profiled must be less than the run
         words += ["tune.trials=2"] if "tune.trials=" in line else []  # each is a training
     if words[0] == "python":

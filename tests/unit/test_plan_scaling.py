@@ -15,7 +15,7 @@ from lockstep.parallel.tensor_plan import tensor_parallel_plan
 from lockstep.plan.check import unrest
 from lockstep.plan.clock import DeviceClock
 from lockstep.plan.dry_run import dry_steps
-from lockstep.plan.hardware import load_hardware, with_links
+from lockstep.plan.hardware import doubt_of_links, load_hardware, with_links
 from lockstep.plan.links import Collective
 from lockstep.plan.measured_seconds import operation_class, seconds_at
 from lockstep.plan.probes import IN_TURN, ProbeResults, operation_probes, tiny_gpt
@@ -131,6 +131,55 @@ def test_a_measured_profile_is_read_back_and_counts(tmp_path: Path) -> None:
     file.write_text(made.as_yaml().replace("- 1000000000.0", "- -1.0"), encoding="utf-8")
     with pytest.raises(UserError, match="measured: matmul: must be pairs"):
         load_hardware(str(file))
+
+
+BYTES = 10**6
+BETWEEN = {"all-reduce between nodes": [(1.0, 1e-3), (BYTES, 5e-3)], "all-reduce": [(1.0, 1e-4), (BYTES, 1e-3)]}
+MEASURED = replace(H100, per_node=2, nodes=2, measured=BETWEEN, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("ranks", "nodes", "milliseconds"),
+    [
+        (4, 2, 1 + 4),  # as it was measured
+        (2, 1, 1),  # inside a node
+        (8, 4, 3 + 4 * (7 / 8) / (3 / 4)),  # three hops between nodes, and a little more by each card
+        (2, 2, 1 + 4 * (1 / 2 * 2) / (3 / 4)),  # a rank per node, as two replicas exchange: each card carries all of it
+    ],
+)
+def test_what_was_measured_between_nodes_goes_on(ranks: int, nodes: int, milliseconds: float) -> None:
+    assert Collective("all-reduce", BYTES, ranks, nodes).seconds(MEASURED) == pytest.approx(milliseconds / 1e3)
+
+
+def test_a_gpu_s_all_reduce_goes_on_as_a_tree() -> None:
+    gpus, number = replace(MEASURED, device="cuda"), Collective("all-reduce", 1, 2048, 1024)
+    assert number.seconds(gpus) == pytest.approx(10 * 1e-3)
+    assert number.seconds(MEASURED) == pytest.approx(1023 * 1e-3), "a ring"
+
+
+def test_a_link_that_is_chosen_replaces_what_was_measured() -> None:
+    measured = MEASURED.measured | {"all-reduce, work": [(1.0, 1e-5)], "all-reduce between nodes, work": [(1.0, 1e-5)]}
+    assert with_links(replace(MEASURED, measured=measured), "ndr", None).measured.keys() == {
+        "all-reduce",
+        "all-reduce, work",
+    }
+    inside = with_links(replace(MEASURED, measured=measured), None, "nvlink4").measured
+    assert inside.keys() == {"all-reduce between nodes", "all-reduce between nodes, work"}
+
+
+def test_links_that_were_not_measured_are_said_or_refused() -> None:
+    assert not doubt_of_links(MEASURED, 64, None, "two.yaml"), "between nodes, too"
+    assert not doubt_of_links(H100, 64, None, "h100"), "published"
+    one_node = replace(MEASURED, nodes=1)
+    assert not doubt_of_links(one_node, 2, None, "one.yaml")
+    assert not doubt_of_links(one_node, 8, "ndr", "one.yaml")
+    assert doubt_of_links(one_node, 8, None, "one.yaml").startswith(
+        "hardware=one.yaml: was measured on one node of 2 ranks"
+    )
+    with pytest.raises(
+        UserError, match=r"hardware=one\.yaml: was measured with one rank, and knows no link for gpus=8"
+    ):
+        doubt_of_links(replace(one_node, per_node=1), 8, None, "one.yaml")
 
 
 def test_a_busy_machine_is_said() -> None:

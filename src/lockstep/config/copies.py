@@ -29,7 +29,7 @@ def refuse_others(config: Config, tool: CommandLine, heeded: Collection[str], wh
     """Refuse keys that mean nothing where a tool trains nothing.
 
     Args:
-        heeded: keys, and groups of them, that mean something.
+        heeded: keys, and groups of them, that mean something; `cluster` among them.
         what: the words that have the tool train nothing.
 
     Raises:
@@ -39,7 +39,9 @@ def refuse_others(config: Config, tool: CommandLine, heeded: Collection[str], wh
 
     others = overrides(tool, config, tool, heeded)
     task = [word for word in others if word.startswith("task.name=")]  # the others may be that task's own
-    shown = f"task={config.task.name}" if task else others[0] if others else "+cluster" if config.cluster else ""
+    if config.cluster and "cluster" not in heeded:
+        others.append("+cluster")
+    shown = f"task={config.task.name}" if task else others[0] if others else ""
     if shown:
         raise UserError(f"{shown}: means nothing to {what}; leave it out")
 

@@ -13,7 +13,7 @@ class DoctorConfig(Config):
     recipes: list[str] = key(("ddp",), "the recipe that is looked at")
     check: str = key(
         "preflight",
-        "what is looked at: whether a run would work here, or where its memory goes",
-        ("preflight", "memory"),
+        "what is looked at: whether a run would work here, where its memory goes, or what the hardware achieves",
+        ("preflight", "memory", "hardware"),
     )
     run: str | None = key(None, "a run's folder, which is read instead", free=True)

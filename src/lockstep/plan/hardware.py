@@ -18,7 +18,9 @@ from lockstep.plan.measured_seconds import read_curves
 from lockstep.utils.places import folder
 
 MEASURED = "here"  # what is measured on this machine
-MAY_BE_NOTHING = ("reserved", "latency", "launch", "collective", "dtensor", "fsdp", "functional")
+ACROSS = " between nodes"
+MEASURED_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "send")  # that are measured
+MAY_BE_NOTHING = ("nodes", "reserved", "latency", "launch", "collective", "dtensor", "fsdp", "functional")
 
 
 @dataclass(frozen=True)
@@ -89,9 +91,11 @@ class Hardware:
         overlaps: whether messages travel while the device computes.
         device: what torch calls it.
         measured: {class of operation, or kind of collective: points of (work, seconds)}, in place of a rate for all sizes.
+            Collectives have two curves, among the ranks of a node and, with ACROSS behind their kind, among those of all nodes.
         ranks_per_core: ranks that share a processor's core; more than 1 where there are fewer cores than threads.
         host: {way in which an operation is issued: seconds of the host}; on a CPU they add to its work.
         offload: the host, for what is kept and updated there; None: not known.
+        nodes: that it was measured on; 0: these are published figures.
     """
 
     name: str
@@ -112,6 +116,7 @@ class Hardware:
     ranks_per_core: float = 1.0
     host: dict[str, float] = field(default_factory=dict)
     offload: OffloadHost | None = None
+    nodes: int = 0
 
     def rate(self, dtype: str) -> float:
         """Operations per second that matrix products of this precision achieve."""
@@ -158,7 +163,8 @@ def load_hardware(name: str) -> Hardware:
         content["offload"] = OffloadHost(**numbers(checked(content["offload"], OffloadHost, where), where))
     plain = {"name", "flops", "inside", "between", "overlaps", "device", "measured", "host", "offload"}
     content |= numbers({key: value for key, value in content.items() if key not in plain}, f"hardware={name}")
-    content["per_node"] = int(content["per_node"])
+    for name in content.keys() & {"per_node", "nodes"}:
+        content[name] = int(content[name])
     return Hardware(**content)
 
 
@@ -174,7 +180,7 @@ def known_links() -> dict[str, dict[str, Any]]:
 
 
 def with_links(hardware: Hardware, network: str | None, interconnect: str | None) -> Hardware:
-    """The same devices, linked otherwise.
+    """The same devices, linked otherwise; what was measured of a link that is replaced is left out.
 
     Raises:
         UserError: there is no such link.
@@ -189,8 +195,34 @@ def with_links(hardware: Hardware, network: str | None, interconnect: str | None
         about = numbers({each: value for each, value in known[name].items() if each not in ("where", "shared")}, name)
         if known[name].get("shared"):  # one card per node
             about["bandwidth"] /= hardware.per_node
-        hardware = replace(hardware, name=f"{hardware.name}, {name}", **{place: Link(**about)})  # type: ignore[arg-type]
+        over = {kind + (ACROSS if place == "between" else "") for kind in MEASURED_KINDS}
+        measured = {curve: points for curve, points in hardware.measured.items() if curve.partition(",")[0] not in over}
+        changed: dict[str, Any] = {place: Link(**about), "measured": measured}
+        hardware = replace(hardware, name=f"{hardware.name}, {name}", **changed)
     return hardware
+
+
+def doubt_of_links(hardware: Hardware, ranks: int, network: str | None, shown: str) -> str:
+    """What a measured profile does not know of the links that so many devices need; empty where it knows them.
+
+    Args:
+        network: the link between nodes that was chosen.
+        shown: the profile, as typed.
+
+    Raises:
+        UserError: it knows no link at all.
+    """
+    if not hardware.nodes or network or ranks <= hardware.per_node or hardware.nodes > 1:
+        return ""
+    if hardware.per_node == 1:
+        raise UserError(
+            f"hardware={shown}: was measured with one rank, and knows no link for gpus={ranks}; set network=NAME, or "
+            "measure with more ranks"
+        )
+    return (
+        f"hardware={shown}: was measured on one node of {hardware.per_node} ranks; nodes are taken to be linked as these are "
+        "(network=NAME: otherwise)"
+    )
 
 
 def missing_of(content: dict[str, Any], names: tuple[str, ...]) -> list[str]:

@@ -1,29 +1,34 @@
-"""This machine as a profile: what its ranks achieve together, measured. All ranks call `measure_hardware` together.
+"""These machines as a profile: what their ranks achieve together, measured. All ranks call `measure_hardware` together.
 
 Everything is measured while all ranks do the same, each with the threads that it has: so a rank's share of a core, of the
 memory's rate and of the caches is in each figure, and where there are more ranks than cores, the scheduler too. Machines are
 seldom quiet, so nothing is measured in one go: all probes take their turn in several rounds, of which the medians count.
 On a CPU with a thread per rank it is the processor's time that counts, which other programs lengthen little: so a profile
 is that of the machine when nothing else is at work. What no processor works at, the wait for messages, is by the clock.
+On several nodes collectives are measured twice: among the ranks of each node, all nodes at once, and among all ranks.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby, islice
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
 from lockstep.diagnose.bandwidth import message_device, slowest_time, synchronize
 from lockstep.distributed.collectives import gather_objects
 from lockstep.distributed.cores import usable_cores
 from lockstep.distributed.process_group import World
+from lockstep.errors import UserError
 from lockstep.memory.usage import free_bytes
-from lockstep.plan.hardware import Hardware, Link
+from lockstep.plan.hardware import ACROSS, Hardware, Link
 from lockstep.plan.probes import (
     MOST_IN_TURN,
     InTurn,
@@ -34,10 +39,12 @@ from lockstep.plan.probes import (
     operation_probes,
 )
 from lockstep.training.precision import DTYPES
+from lockstep.utils.text import count
 
 MATRIX_SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrices that are multiplied
 COPIED = {"cpu": 2**26, "cuda": 2**30}  # bytes of a copy
 ROUNDS, WINDOW = 5, 0.02  # how often each probe takes its turn, and about so many seconds each time
+UNKNOWN = Link(1e12, 1.0, 0.0)  # of one rank; plan/hardware.py refuses to plan more with it
 
 
 @dataclass(frozen=True)
@@ -67,9 +74,14 @@ class MachineProbes:
         target = torch.empty_like(source)
         self._copy = Probe("copied", 2 * source.nbytes, lambda: target.copy_(source))
         self._operations = operation_probes() if kind == "cpu" else []
-        self._sent = collective_probes(world.world_size, message_device(world)) if world.world_size > 1 else []
+        self._nodes, where = ranks_by_node(world.hosts), message_device(world)
+        nodes, per_node = len(self._nodes), len(self._nodes[0])
+        mesh = init_device_mesh(where.type, (nodes, per_node), mesh_dim_names=("nodes", "node"))
+        self._inside = collective_probes(mesh.get_group("node"), where) if per_node > 1 else []
+        self._across = collective_probes(everyone(), where, ACROSS) if nodes > 1 else []
         self._host = host_probes(world)
-        self._probes = [*self._rates, self._copy, *self._operations, *self._sent, *self._host]
+        sent = [*self._inside, *self._across]
+        self._probes = [*self._rates, self._copy, *self._operations, *sent, *self._host]
         self._repeats: list[int] = []
         self._rounds: list[list[Taken]] = []
 
@@ -105,18 +117,23 @@ class MachineProbes:
         flops = {probe.name: probe.work / taken[probe.name, probe.work].own for probe in self._rates}
         if kind == "cpu":
             flops |= dict.fromkeys(("bf16", "fp16"), flops["fp32"])
-        measured = operation_curves(self._operations, taken) | collective_curves(self._sent, taken)
-        least, link = 0.0, Link(1e12, 1.0, 0.0)
-        if self._sent:
-            (_, least), *_, (size, large) = measured["all-reduce"]
-            share = 2 * (world.world_size - 1) / world.world_size
-            link = Link(share * size / max(1e-9, large - least), 1.0, 0.0)
+        nodes, per_node, ranks = len(self._nodes), len(self._nodes[0]), world.world_size
+        collectives = collective_curves([*self._inside, *self._across], taken)
+        least, inside = 0.0, UNKNOWN
+        if self._inside:
+            (_, least), *_ = collectives["all-reduce"]
+            inside = link_of(collectives["all-reduce"], 2 * (per_node - 1) / per_node, 0.0)
+        between = inside
+        if self._across:
+            hop = max(0.0, collectives["all-reduce" + ACROSS][0][1] - least) / (2 * math.log2(nodes))
+            between = link_of(collectives["all-reduce" + ACROSS], 2 * (ranks - 1) / ranks / per_node, hop)
         free, _ = free_bytes(world.device)
-        work = measured["all-reduce, work"][0][1] if self._sent else 0.0
+        whole = "all-reduce" + (ACROSS if self._across else "")
+        work = collectives[f"{whole}, work"][0][1] if ranks > 1 else 0.0
         costs = host_costs(self._host, lambda probe: taken[probe.name, probe.work].own, work)
         return Hardware(
-            name=f"this machine, {kind}, {world.threads} threads per rank",
-            memory=free / (world.world_size if kind == "cpu" else 1),
+            name=f"{'this machine' if nodes == 1 else 'these machines'}, {kind}, {count(world.threads, 'thread')} per rank",
+            memory=least_of(world, free / (per_node if kind == "cpu" else 1)),
             reserved=0.0,
             flops=flops,
             achieved=1.0,
@@ -124,22 +141,73 @@ class MachineProbes:
             memory_achieved=1.0,
             launch=costs["operation"],
             collective=least,
-            per_node=world.world_size,
-            inside=link,
-            between=link,
+            per_node=per_node,
+            inside=inside,
+            between=between,
             overlaps=kind == "cuda",
             device=kind,
-            measured=measured,
-            ranks_per_core=max(1.0, world.world_size * world.threads / usable_cores()) if kind == "cpu" else 1.0,
+            measured=operation_curves(self._operations, taken) | collectives,
+            ranks_per_core=max(1.0, per_node * world.threads / usable_cores()) if kind == "cpu" else 1.0,
             host=costs if kind == "cpu" else {},
+            nodes=nodes,
         )
 
 
-def measure_hardware(world: World) -> Hardware:
-    """A profile of so many ranks of this machine, all at work at once."""
+def measure_hardware(world: World, say: Callable[[str], None] = lambda _: None) -> Hardware:
+    """A profile of so many ranks of these machines, all at work at once; the same on every rank.
+
+    Args:
+        say: is told of the progress.
+
+    Raises:
+        UserError: the hosts have unequal numbers of ranks, or ranks that are not in a row.
+    """
     probes = MachineProbes(world)
-    probes.take_rounds(ROUNDS)
+    for number in range(1, ROUNDS + 1):
+        probes.take_rounds(1)
+        say(f"measured {number} of {ROUNDS} times")
     return probes.hardware()
+
+
+def ranks_by_node(hosts: list[str]) -> list[list[int]]:
+    """The ranks of each host, as many on each and in a row.
+
+    Args:
+        hosts: the host of each rank.
+
+    Raises:
+        UserError: they are not so, as no profile can say.
+    """
+    runs = [list(ranks) for _, ranks in groupby(range(len(hosts)), lambda rank: hosts[rank])]
+    names = [hosts[ranks[0]] for ranks in runs]
+    if len(set(names)) < len(names) or len({len(ranks) for ranks in runs}) > 1:
+        shown = ", ".join(f"{count(number, 'rank')} on {host}" for host, number in islice(Counter(hosts).items(), 4))
+        more = ", …" if len(set(hosts)) > 4 else ""
+        raise UserError(f"a profile needs as many ranks on each host, in a row; there are {shown}{more}")
+    return runs
+
+
+def everyone() -> dist.ProcessGroup:
+    """The group of all ranks."""
+    group = dist.group.WORLD
+    assert group
+    return group
+
+
+def least_of(world: World, number: float) -> float:
+    """The least of what all ranks have."""
+    return float(min(gather_objects(number, world.control)))
+
+
+def link_of(curve: list[tuple[float, float]], share: float, hop: float) -> Link:
+    """The rate of an all-reduce's large messages.
+
+    Args:
+        share: of its bytes that a device sends over this link.
+        hop: seconds of latency.
+    """
+    (_, least), *_, (size, large) = curve
+    return Link(share * size / max(1e-9, large - least), 1.0, hop)
 
 
 def rated(kind: str) -> dict[str, torch.dtype]:

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from lockstep.plan.hardware import Hardware
+from lockstep.plan.hardware import ACROSS, Hardware
 from lockstep.plan.measured_seconds import seconds_at
 
 INSIDE, BETWEEN = "inside", "between"
@@ -86,31 +86,60 @@ class Collective:
         """How long it takes when all ranks have come."""
         if self.ranks == 1 or not self.size or self.kind == "receive":  # whose time is the send's
             return 0.0
-        if self.kind in hardware.measured:
-            return self._measured(hardware, self.kind)
+        if self.curve in hardware.measured:
+            return self._measured(hardware, self.curve)
         inside, between = hardware.inside, hardware.between
         n, m = self.ranks, self.nodes
         if self.kind == "send":
             link = between if m > 1 else inside
             return hardware.collective + link.latency + self.size / link.rate
-        rounds = 2 if self.kind == "all-reduce" else 1
-        hops = rounds * ((n - m) * inside.latency + (m - 1) * between.latency)
+        hops = (2 if self.kind == "all-reduce" else 1) * ((n - m) * inside.latency + (m - 1) * between.latency)
         if self.kind == "all-reduce" and m > 1:
             hops = min(hops, 2 * ((n / m - 1) * inside.latency + math.log2(m) * between.latency))
         share = n / m  # ranks of a node, each with a network card
         within = self.sent / inside.rate if share > 1 else 0.0
-        # Of an all-to-all each rank's own bytes leave the node by its own card.
-        leaves = self.size * (m - 1) / m if self.kind == "all-to-all" else self.sent / share
-        across = leaves / between.rate
+        across = self.leaves / between.rate
         return hardware.collective + hops + max(within, across if m > 1 else 0.0)
+
+    @property
+    def curve(self) -> str:
+        """What its seconds are called in a profile that was measured."""
+        return self.kind if self.nodes == 1 else self.kind + ACROSS
+
+    @property
+    def leaves(self) -> float:
+        """Bytes that a rank's network card sends: of an all-to-all its own rank's, else its part of the node's."""
+        return (
+            self.size * (self.nodes - 1) / self.nodes
+            if self.kind == "all-to-all"
+            else self.sent * self.nodes / self.ranks
+        )
 
     def work(self, hardware: Hardware) -> float:
         """Seconds of a rank's processor, where that was measured."""
         if self.ranks == 1 or not self.size or self.kind == "receive":
             return 0.0
-        return self._measured(hardware, f"{self.kind}, work")
+        return self._measured(hardware, f"{self.curve}, work")
 
     def _measured(self, hardware: Hardware, curve: str) -> float:
-        """On a curve that was measured among all ranks of a node; a ring of fewer ranks has so many fewer hops."""
-        share = 1.0 if self.kind == "send" else (self.ranks - 1) / max(1, hardware.per_node - 1)
-        return share * seconds_at(hardware.measured[curve], self.size) if curve in hardware.measured else 0.0
+        """On a curve that was measured among all ranks, of a node or of all nodes.
+
+        A ring of fewer ranks in a node has so many fewer hops. Between nodes, a message of nearly nothing takes what its hops
+        between them take, and what a larger one takes besides follows the bytes that leave a node.
+        """
+        points = hardware.measured.get(curve)
+        if not points:
+            return 0.0
+        seconds = seconds_at(points, self.size)
+        if self.kind == "send":
+            return seconds
+        if self.nodes == 1:
+            return seconds * (self.ranks - 1) / max(1, hardware.per_node - 1)
+        everyone = replace(self, ranks=hardware.per_node * hardware.nodes, nodes=hardware.nodes)
+        hops, least = self._hops(hardware) / everyone._hops(hardware), points[0][1]
+        return least * hops + (seconds - least) * self.leaves / everyone.leaves
+
+    def _hops(self, hardware: Hardware) -> float:
+        """Between nodes, one after the other: of a ring, or of NCCL's tree."""
+        tree = self.kind == "all-reduce" and hardware.device == "cuda"
+        return math.log2(self.nodes) if tree else self.nodes - 1.0

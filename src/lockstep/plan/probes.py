@@ -28,6 +28,7 @@ from lockstep.distributed.traffic import takes_dtensors
 from lockstep.models.gpt import GPT, GPTConfig
 from lockstep.parallel.tensor import layer_styles, share_layers
 from lockstep.parallel.tensor_plan import tensor_parallel_plan
+from lockstep.plan.hardware import MEASURED_KINDS
 from lockstep.plan.measured_seconds import HEAD_DIMS
 from lockstep.tasks.language import Language
 
@@ -38,6 +39,7 @@ IN_TURN, MOST_IN_TURN = 2**25, 63  # bytes of the tensors that an operation take
 UPDATED_IN_TURN = 2**27  # of those that are updated in place: an optimizer's state was last touched a step before
 BETWEEN_MESSAGES = 256  # side of the matrices that are multiplied between two collectives: about a layer's work
 MESSAGES = (2**10, 2**14, 2**17, 2**20, 2**23)  # bytes of a collective
+GPU_MESSAGES = (*MESSAGES, 2**26, 2**28)
 
 
 @dataclass(frozen=True)
@@ -186,22 +188,26 @@ def convolution_probes(side: int) -> list[Probe]:
     ]
 
 
-def collective_probes(ranks: int, where: torch.device) -> list[Probe]:
-    """Every kind of collective among all ranks, at several sizes."""
-    made, between = [], product_between(where)
-    for size in MESSAGES:
+def collective_probes(group: dist.ProcessGroup, where: torch.device, place: str = "") -> list[Probe]:
+    """Every kind of collective of MEASURED_KINDS among a group's ranks, at several sizes.
+
+    Args:
+        place: what is put behind the kinds' names.
+    """
+    made, between, ranks = [], product_between(where), group.size()
+    for size in GPU_MESSAGES if where.type == "cuda" else MESSAGES:
         piece = max(1, size // 4 // ranks)
         whole, other = (torch.zeros(ranks * piece, device=where) for _ in range(2))
         mine = torch.zeros(piece, device=where)
         runs: dict[str, Callable[[], Any]] = {
-            "all-reduce": lambda whole=whole: dist.all_reduce(whole),  # type: ignore[misc]
-            "all-gather": lambda whole=whole, mine=mine: dist.all_gather_into_tensor(whole, mine),  # type: ignore[misc]
-            "reduce-scatter": lambda whole=whole, mine=mine: dist.reduce_scatter_tensor(mine, whole),  # type: ignore[misc]
-            "all-to-all": lambda whole=whole, other=other: dist.all_to_all_single(other, whole),  # type: ignore[misc]
-            "broadcast": lambda whole=whole: dist.broadcast(whole, 0),  # type: ignore[misc]
-            "send": lambda whole=whole, other=other: pass_round(whole, other),  # type: ignore[misc]
+            "all-reduce": partial(dist.all_reduce, whole, group=group),
+            "all-gather": partial(dist.all_gather_into_tensor, whole, mine, group=group),
+            "reduce-scatter": partial(dist.reduce_scatter_tensor, mine, whole, group=group),
+            "all-to-all": partial(dist.all_to_all_single, other, whole, group=group),
+            "broadcast": partial(dist.broadcast, whole, group=group, group_src=0),
+            "send": partial(pass_round, whole, other, group),
         }
-        made += [Probe(kind, whole.nbytes, run, between) for kind, run in runs.items()]
+        made += [Probe(kind + place, whole.nbytes, runs[kind], between) for kind in MEASURED_KINDS]
     return made
 
 
@@ -211,10 +217,13 @@ def product_between(where: torch.device) -> InTurn:
     return InTurn(lambda: tuple(each.to(where) for each in matrices(*sides)), torch.mm)
 
 
-def pass_round(given: Tensor, taken: Tensor) -> None:
+def pass_round(given: Tensor, taken: Tensor, group: dist.ProcessGroup) -> None:
     """Send to the next rank and receive from the one before."""
-    rank, ranks = dist.get_rank(), dist.get_world_size()
-    ways = [dist.P2POp(dist.isend, given, (rank + 1) % ranks), dist.P2POp(dist.irecv, taken, (rank - 1) % ranks)]
+    rank, ranks = group.rank(), group.size()
+    ways = [
+        dist.P2POp(dist.isend, given, group=group, group_peer=(rank + 1) % ranks),
+        dist.P2POp(dist.irecv, taken, group=group, group_peer=(rank - 1) % ranks),
+    ]
     for work in dist.batch_isend_irecv(ways):
         work.wait()
 
