@@ -177,7 +177,7 @@ def test_links_that_were_not_measured_are_said_or_refused() -> None:
         "hardware=one.yaml: was measured on one node of 2 ranks"
     )
     with pytest.raises(
-        UserError, match=r"hardware=one\.yaml: was measured with one rank, and knows no link for gpus=8"
+        UserError, match=r"hardware=one\.yaml: was measured with one rank, and knows no link between 8; measure"
     ):
         doubt_of_links(replace(one_node, per_node=1), 8, None, "one.yaml")
 

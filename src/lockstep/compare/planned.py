@@ -18,7 +18,7 @@ from lockstep.compare.measure import run_to_end
 from lockstep.config.keys import typed
 from lockstep.errors import UserError
 from lockstep.launch.recipe_process import RecipeFailed
-from lockstep.plan.hardware import MEASURED, Hardware, load_hardware
+from lockstep.plan.hardware import MEASURED, Hardware, doubt_of_links, load_hardware
 from lockstep.plan.rows import planned_config, why_not
 from lockstep.registry import get_recipe, is_file
 from lockstep.run import Run
@@ -69,7 +69,10 @@ def predict_cases(run: Run[CompareConfig], cases: Iterable[Case]) -> tuple[dict[
                     raise UserError("has no ranks, and a plan is made of a rank")
                 if case.number not in machines:
                     run.report.line(f"plan: hardware={run.config.hardware}, {count(case.number, 'rank')}")
-                    machines[case.number] = profile_of(run, case)
+                    machine = profile_of(run, case)
+                    if doubt := doubt_of_links(machine, case.number, None, str(run.config.hardware)):
+                        run.report.line(doubt)
+                    machines[case.number] = machine
                 name = case.target if is_file(case.target) else case.recipe
                 given = name, list(case.words), case.number, machines[case.number]
                 made: RunPlan | str = pool.submit(predict_run, *given).result()

@@ -216,8 +216,8 @@ def doubt_of_links(hardware: Hardware, ranks: int, network: str | None, shown: s
         return ""
     if hardware.per_node == 1:
         raise UserError(
-            f"hardware={shown}: was measured with one rank, and knows no link for gpus={ranks}; set network=NAME, or "
-            "measure with more ranks"
+            f"hardware={shown}: was measured with one rank, and knows no link between {ranks}; measure with "
+            "more, or set network=NAME in recipes.plan"
         )
     return (
         f"hardware={shown}: was measured on one node of {hardware.per_node} ranks; nodes are taken to be linked as these are "
