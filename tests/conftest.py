@@ -15,9 +15,9 @@ gpus.hide()
 
 # A file is one worker's: begun last, one of these would keep that worker busy long after the others have ended.
 LONGEST_FIRST = (
-    "test_slurm test_preemption test_commands test_resume test_start_paths test_tune test_lightning_launcher test_accuracy "
-    "test_fuzz test_checkpoint_faults test_full_disks test_verify test_examples test_activation_checkpointing test_precision "
-    "test_fsdp"
+    "test_slurm test_slurm_trouble test_preemption test_commands test_resume test_start_paths test_tune "
+    "test_lightning_launcher test_accuracy test_fuzz test_checkpoint_faults test_full_disks test_verify test_examples "
+    "test_activation_checkpointing test_precision test_fsdp"
 ).split()
 
 NO_SUCH_CASE = pytest.StashKey[

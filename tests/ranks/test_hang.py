@@ -364,7 +364,7 @@ def test_a_recipe_of_an_installed_wheel_is_the_user_s_code() -> None:
 
 
 def test_a_link_that_is_lost_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The box pulls a real one, in test_slurm."""
+    """The box pulls a real one, in test_slurm_trouble."""
     for name in ("lo", "nothing-there", "lo,eth0"):
         monkeypatch.setenv("GLOO_SOCKET_IFNAME", name)
         assert interfaces.lost_link() == ""
