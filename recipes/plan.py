@@ -67,6 +67,7 @@ from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, short
 
+OF_PLANS = ("gpus", "hardware", "tokens", "network", "interconnect", "curve", "scaling", "plot", "price", "json")
 MOST_TAKEN = 1024  # devices of a table, whose steps are all taken
 
 
@@ -165,6 +166,17 @@ def print_curves(config: PlanConfig, hardware: Hardware) -> int:
     return 0
 
 
+def check(config: PlanConfig, share: int) -> None:
+    """With check=true this machine is planned for, with the ranks that are there: keys of another plan mean nothing."""
+    for name in OF_PLANS if config.check else ():
+        value = getattr(config, name)
+        if value != getattr(PlanConfig(), name) and (name, value) != ("hardware", MEASURED):
+            shown = str(value).lower() if isinstance(value, bool) else value
+            raise UserError(
+                f"{name}={shown}: means nothing to check=true, which plans for the ranks here; leave it out"
+            )
+
+
 def make_plan(config: PlanConfig) -> int | None:
     """Plan all rows and print them; no rank is started, but to measure this machine."""
     check_values(config)
@@ -202,7 +214,7 @@ def make_plan(config: PlanConfig) -> int | None:
     return 0
 
 
-@recipe(config=PlanConfig, looks_at="recipes", single_training=False, alone=make_plan)
+@recipe(config=PlanConfig, looks_at="recipes", single_training=False, check=check, alone=make_plan)
 def train(run: Run[PlanConfig]) -> None:
     from lockstep.config.compose import overrides
     from lockstep.plan.check import check_plan, check_table, unrest  # which load all that ranks do

@@ -128,6 +128,7 @@ class MachineProbes:
             hop = max(0.0, collectives["all-reduce" + ACROSS][0][1] - least) / (2 * math.log2(nodes))
             between = link_of(collectives["all-reduce" + ACROSS], 2 * (ranks - 1) / ranks / per_node, hop)
         free, _ = free_bytes(world.device)
+        cores_of_a_rank = usable_cores() / (per_node * world.threads)
         whole = "all-reduce" + (ACROSS if self._across else "")
         work = collectives[f"{whole}, work"][0][1] if ranks > 1 else 0.0
         costs = host_costs(self._host, lambda probe: taken[probe.name, probe.work].own, work)
@@ -147,7 +148,7 @@ class MachineProbes:
             overlaps=kind == "cuda",
             device=kind,
             measured=operation_curves(self._operations, taken) | collectives,
-            ranks_per_core=max(1.0, per_node * world.threads / usable_cores()) if kind == "cpu" else 1.0,
+            ranks_per_core=1 / least_of(world, min(1.0, cores_of_a_rank)) if kind == "cpu" else 1.0,
             host=costs if kind == "cpu" else {},
             nodes=nodes,
         )
