@@ -75,7 +75,10 @@ def test_the_table_ends_with_a_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("check=true", "gpus=16"), "gpus=16: means nothing to check=true, which plans for the ranks here; leave it out"),
+        (
+            ("check=true", "gpus=16"),
+            "gpus=16: means nothing to check=true, which plans for the ranks here; leave it out",
+        ),
         (("check=true", "json=true"), "json=true: means nothing to check=true"),
         (("hardware=h101",), "hardware=h101: no such profile; allowed are"),
         (("gpus=0",), "gpus=0"),
