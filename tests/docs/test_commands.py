@@ -88,8 +88,8 @@ def test_the_korean_readme_shows_the_same() -> None:
 
 
 def is_long(line: str) -> bool:
-    """Whether it is a minute's work also with two steps: many runs, a plan of many rows, or a cluster's preflight."""
-    return any(f"recipes.{tool}" in line for tool in ("compare", "doctor +cluster", "plan", "tune"))
+    """Whether it is a minute's work also with two steps: many runs, a plan of many rows, a cluster's preflight, a profile."""
+    return any(f"recipes.{tool}" in line for tool in ("compare", "doctor +cluster", "doctor hardware", "plan", "tune"))
 
 
 def command_cases() -> list[Any]:
