@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -180,6 +181,25 @@ def test_links_that_were_not_measured_are_said_or_refused() -> None:
         UserError, match=r"hardware=one\.yaml: was measured with one rank, and knows no link between 8; measure"
     ):
         doubt_of_links(replace(one_node, per_node=1), 8, None, "one.yaml")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("nodes: 2", "nodes: 1", "nodes=1: has curves between nodes; set on how many they were measured"),
+        ("\nnodes: 2", "", "nodes=0: has curves between nodes"),
+        ("nodes: 2", "nodes: 2.5", "nodes=2.5: allowed are whole numbers"),
+        ("per_node: 2", "per_node: 1.5", "per_node=1.5: allowed are whole numbers"),
+    ],
+)
+def test_a_profile_says_on_how_many_nodes_it_was_measured(old: str, new: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "two.yaml"
+    file.write_text(MEASURED.as_yaml(), encoding="utf-8")
+    assert load_hardware(str(file)) == MEASURED
+    assert old in MEASURED.as_yaml()
+    file.write_text(MEASURED.as_yaml().replace(old, new), encoding="utf-8")
+    with pytest.raises(UserError, match=re.escape(f"{file}: {said}")):
+        load_hardware(str(file))
 
 
 def test_a_busy_machine_is_said() -> None:

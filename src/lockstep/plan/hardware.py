@@ -163,9 +163,14 @@ def load_hardware(name: str) -> Hardware:
         content["offload"] = OffloadHost(**numbers(checked(content["offload"], OffloadHost, where), where))
     plain = {"name", "flops", "inside", "between", "overlaps", "device", "measured", "host", "offload"}
     content |= numbers({key: value for key, value in content.items() if key not in plain}, f"hardware={name}")
-    for name in content.keys() & {"per_node", "nodes"}:
-        content[name] = int(content[name])
-    return Hardware(**content)
+    for whole in sorted(content.keys() & {"per_node", "nodes"}):
+        if content[whole] % 1:
+            raise UserError(f"hardware={name}: {whole}={content[whole]:g}: allowed are whole numbers")
+        content[whole] = int(content[whole])
+    found = Hardware(**content)
+    if found.nodes < 2 and any(ACROSS in curve for curve in found.measured):
+        raise UserError(f"hardware={name}: nodes={found.nodes}: has curves{ACROSS}; set on how many they were measured")
+    return found
 
 
 def link_names() -> list[str]:
