@@ -258,10 +258,12 @@ def test_a_loss_that_is_exact_by_chance_is_allowed_what_its_weights_explain() ->
     start, whole = {"a": torch.zeros(2)}, {"a": torch.tensor([3.0, 4.0])}
     exact = Trace([3.0, 2.0], {}, whole, {}, {"eval_loss": 1.5}, start)
     rounded = Trace([3.0, 2.0], {}, {"a": whole["a"] + torch.tensor([0.0, 5e-3])}, {}, {"eval_loss": 1.5}, start)
-    found = rounding_of(rounded, exact)
+    found = rounding_of(rounded, exact, "fp16")
     assert found["weights"] == pytest.approx(1e-3, rel=1e-2)
     assert found["loss"] == found["evaluation"] == pytest.approx(1e-3, rel=1e-2), "from 3 to 1.5, as much as is left"
-    found = rounding_of(rounded, Trace([3.0, 3.0], {}, whole, {}, {"eval_loss": 3.0}, start))
+    found = rounding_of(rounded, exact, "fp32")
+    assert found["loss"] == found["evaluation"] == 4 * 2**-23, "of what was not measured, so many bits at most"
+    found = rounding_of(rounded, Trace([3.0, 3.0], {}, whole, {}, {"eval_loss": 3.0}, start), "fp32")
     assert found["evaluation"] == 0.5, "what is measured, where it is more"
 
 

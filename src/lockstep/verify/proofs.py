@@ -205,7 +205,7 @@ def find_rounding(
     except Exception:  # on all ranks, each of which trains the same by itself
         run.report.log.write(traceback.format_exc())
         return {}
-    return rounding_of(rounded, exact) if rounded and exact else {}
+    return rounding_of(rounded, exact, config.precision) if rounded and exact else {}
 
 
 def verify_case(run: Run[Any], case: ProofCase, single: Recipe, references: References) -> VerifyRow:

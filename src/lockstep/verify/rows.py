@@ -11,6 +11,7 @@ from lockstep.verify.trace import Tensors, Trace, angle, difference, tensor_diff
 # By precision; below fp64 only where it is not known what rounding makes of the same training.
 TOLERANCES = {"fp64": 1e-10, "fp32": 1e-2, "bf16": 1e-1, "fp16": 1e-1}
 LAST_BIT = {"fp32": 2.0**-23, "bf16": 2.0**-7, "fp16": 2.0**-10}
+LOSS_BITS = 4  # so many of a loss's last bits may be off though they were right by chance
 ROUNDINGS = 4  # so many times what rounding makes of the reference may be between it and a recipe
 COMPARED = ("loss", "gradients", "weights", "buffers", "evaluation")
 
@@ -121,18 +122,17 @@ def figures_between(mine: Trace, theirs: Trace, distance: Callable[[Tensors, Ten
     return {name: found[name] for name in COMPARED if name in found}
 
 
-def rounding_of(rounded: Trace, exact: Trace) -> dict[str, float]:
+def rounding_of(rounded: Trace, exact: Trace, precision: str) -> dict[str, float]:
     """What rounding makes of a training: how far it is in a lower precision from the same in fp64, by COMPARED.
 
     A loss is one number, and may be exact by chance. Weights that are off by a share of their way move it by about that
-    share of its own way, so no less is ascribed to rounding.
+    share of its own way. So no less is ascribed to rounding, but for more than LOSS_BITS it has to be measured.
     """
     found = figures_between(rounded, exact, vector_distance)
     losses = [*exact.losses, exact.result.get("eval_loss") or exact.losses[-1]]
     way_of_loss = relative(max(losses), min(losses))
-    for name in found.keys() & {"loss", "evaluation"}:
-        found[name] = max(found[name], found["weights"] * way_of_loss)
-    return found
+    least = min(found["weights"] * way_of_loss, LOSS_BITS * LAST_BIT[precision])
+    return found | {name: max(found[name], least) for name in ("loss", "evaluation") if name in found}
 
 
 def relative(mine: float, theirs: float) -> float:
