@@ -222,7 +222,7 @@ def train(run: Run[PlanConfig]) -> None:
 
     if not run.config.check and run.config.hardware != MEASURED:
         raise UserError("recipes.plan: is one process; start it with python, or add check=true or hardware=here")
-    words = overrides(train, run.asked, train, {*LAUNCHING, "check", "hardware"})
+    words = overrides(train, run.asked, train, {*LAUNCHING, "check", "gpus", "hardware"})
     load = os.getloadavg()[0]
     run.report.line(f"measuring this machine: {count(run.world.world_size, 'rank')}")
     if run.config.check:
@@ -234,7 +234,7 @@ def train(run: Run[PlanConfig]) -> None:
                 run.report.line(warning)
         run.report.line(f"hardware={short(run.out / PROFILE)} is this machine's profile")
     else:
-        make_profile(run, words)
+        make_profile(run, [*words, f"gpus={run.asked.gpus}"])  # 8, too, which is no word of its own
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from lockstep.plan import here, probes
 from lockstep.plan.hardware import ACROSS, MEASURED_KINDS, Hardware, load_hardware
 from lockstep.plan.hardware_report import hardware_tables
 from lockstep.plan.here import measure_hardware, ranks_by_node
-from recipes import doctor
+from recipes import doctor, plan
 from tests.helpers.harness import command, execute, run_ranks
 from tests.helpers.slurm_box import Box
 
@@ -80,6 +80,15 @@ def test_the_doctor_writes_a_profile_and_what_to_type(tmp_path: Path) -> None:
     assert (profile.nodes, profile.per_node, profile.measured.keys()) == (1, 2, INSIDE)
     said = (tmp_path / "run" / "ranks" / "0.log").read_text()
     assert "python -m recipes.plan gpus=2 hardware=" in said
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_plan_of_this_machine_ends_with_all_that_was_typed(tmp_path: Path) -> None:
+    execute(plan.train, tmp_path / "run", 2, "hardware=here", "task=language", "gpus=8", "price=2", "json=true")
+    said = (tmp_path / "run" / "ranks" / "0.log").read_text()
+    (typed,) = [line for line in said.splitlines() if "python -m recipes.plan" in line]
+    for word in ("task.name=language", "gpus=8", "price=2.0", "json=true", "hardware="):
+        assert f" {word}" in typed
 
 
 def test_hosts_that_a_profile_cannot_describe_are_named() -> None:
