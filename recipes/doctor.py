@@ -47,7 +47,7 @@ from pathlib import Path
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
-from lockstep.config.copies import convert, refuse_others, with_values
+from lockstep.config.copies import LAUNCHING, convert, refuse_others, with_values
 from lockstep.config.declared import read_config
 from lockstep.config.schema import Config
 from lockstep.config.tasks import IMAGES
@@ -58,7 +58,6 @@ from lockstep.diagnose.postmortem import explain_run
 from lockstep.diagnose.preflight import run_preflight
 from lockstep.launch.batch_size import cut_short
 from lockstep.launch.validate import validate
-from lockstep.plan.hardware_report import LAUNCHING, make_profile
 from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.places import as_installed
 from lockstep.utils.text import count, short
@@ -165,6 +164,8 @@ def train(run: Run[DoctorConfig]) -> None:
     if run.config.check == "memory":
         account_memory(run, target_recipe(run.config), measured_config(run.asked))
     elif run.config.check == HARDWARE:
+        from lockstep.plan.hardware_report import make_profile  # which loads all of a plan
+
         run.report.line(f"doctor: what {count(run.world.world_size, 'rank')} achieve when all are at work …")
         make_profile(run)
     else:

@@ -46,10 +46,12 @@ from rich.console import Console
 
 from lockstep import Recipe, Run, UserError, recipe
 from lockstep.config.check import check_values
+from lockstep.config.copies import LAUNCHING
+from lockstep.config.keys import typed
 from lockstep.config.tasks import unit_of
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.estimate import Estimate, against_one, estimate, seconds_alone
-from lockstep.plan.hardware import MEASURED, Hardware, doubt_of_links, load_hardware, with_links
+from lockstep.plan.hardware import MEASURED, PROFILE, Hardware, doubt_of_links, load_hardware, with_links
 from lockstep.plan.report import (
     advice,
     formula_line,
@@ -59,7 +61,17 @@ from lockstep.plan.report import (
     speed_table,
     traffic_table,
 )
-from lockstep.plan.rows import AS_ISSUED, INSTEAD, NOT_PLANNED, PLANNED, USUAL, beyond_the_table, plan_rows, why_not
+from lockstep.plan.rows import (
+    AS_ISSUED,
+    INSTEAD,
+    NOT_PLANNED,
+    OF_PLANS,
+    PLANNED,
+    USUAL,
+    beyond_the_table,
+    plan_rows,
+    why_not,
+)
 from lockstep.plan.scaling import TAKEN_NODES, ScalingCurve, curve_ranks, scaled, scaling_curve, strategies
 from lockstep.plan.scaling_report import check_picture, curve_table, draw_curves
 from lockstep.plan.workers import planned_beside
@@ -67,7 +79,6 @@ from lockstep.registry import choose, get_recipe, is_file
 from lockstep.utils.files import write_json
 from lockstep.utils.text import count, short
 
-OF_PLANS = ("gpus", "hardware", "tokens", "network", "interconnect", "curve", "scaling", "plot", "price", "json")
 MOST_TAKEN = 1024  # devices of a table, whose steps are all taken
 
 
@@ -171,10 +182,8 @@ def check(config: PlanConfig, share: int) -> None:
     for name in OF_PLANS if config.check else ():
         value = getattr(config, name)
         if value != getattr(PlanConfig(), name) and (name, value) != ("hardware", MEASURED):
-            shown = str(value).lower() if isinstance(value, bool) else value
-            raise UserError(
-                f"{name}={shown}: means nothing to check=true, which plans for the ranks here; leave it out"
-            )
+            shown = typed(name, value)
+            raise UserError(f"{shown}: means nothing to check=true, which plans for the ranks here; leave it out")
 
 
 def make_plan(config: PlanConfig) -> int | None:
@@ -218,7 +227,7 @@ def make_plan(config: PlanConfig) -> int | None:
 def train(run: Run[PlanConfig]) -> None:
     from lockstep.config.compose import overrides
     from lockstep.plan.check import check_plan, check_table, unrest  # which load all that ranks do
-    from lockstep.plan.hardware_report import LAUNCHING, PROFILE, make_profile
+    from lockstep.plan.hardware_report import make_profile
 
     if not run.config.check and run.config.hardware != MEASURED:
         raise UserError("recipes.plan: is one process; start it with python, or add check=true or hardware=here")

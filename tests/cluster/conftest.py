@@ -11,10 +11,7 @@ import torch
 from recipes import ddp
 from tests.helpers.harness import ROOT, train
 from tests.helpers.slurm_box import Box
-from tests.helpers.slurm_jobs import (
-    HOOK,
-    LONG,
-)
+from tests.helpers.slurm_jobs import HOOK, LONG
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from lockstep.compare.measure import run_to_end
 from lockstep.config.keys import typed
 from lockstep.errors import UserError
 from lockstep.launch.recipe_process import RecipeFailed
-from lockstep.plan.hardware import MEASURED, Hardware, doubt_of_links, load_hardware
+from lockstep.plan.hardware import MEASURED, PROFILE, Hardware, doubt_of_links, load_hardware
 from lockstep.plan.rows import planned_config, why_not
 from lockstep.registry import get_recipe, is_file
 from lockstep.run import Run
@@ -53,7 +53,7 @@ def profile_of(run: Run[CompareConfig], case: Case) -> Hardware:
     words = [word for word in case.words if word.partition("=")[0] in MACHINE_KEYS]
     out = run.out / "runs" / f"hardware-{case.number}"
     run_to_end(run, "lockstep.recipes.plan", [f"hardware={MEASURED}", typed("nproc", case.number), *words], out)
-    return load_hardware(str(out / "hardware.yaml"))
+    return load_hardware(str(out / PROFILE))
 
 
 def predict_cases(run: Run[CompareConfig], cases: Iterable[Case]) -> tuple[dict[Case, RunPlan], list[str]]:

@@ -11,6 +11,11 @@ from lockstep.config.declared import CommandLine
 from lockstep.config.schema import Config, ConfigT
 from lockstep.errors import UserError
 
+# How ranks are started, whatever they do.
+LAUNCHING = (
+    "nproc", "device", "backend", "threads", "timeout_seconds", "max_restarts", "logs", "out", "launcher", "start",
+)  # fmt: skip
+
 
 def with_values(config: ConfigT, values: dict[str, Any]) -> ConfigT:
     """A copy of a config with some dotted keys set."""

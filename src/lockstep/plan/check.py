@@ -28,7 +28,7 @@ from lockstep.distributed.traffic import COLLECTIVES, SEND_NOTHING, takes_dtenso
 from lockstep.plan.clock import StepTimes
 from lockstep.plan.config import PlanConfig
 from lockstep.plan.dry_run import STEPS
-from lockstep.plan.hardware import Hardware
+from lockstep.plan.hardware import PROFILE, Hardware
 from lockstep.plan.here import MachineProbes
 from lockstep.plan.pipeline import dry_training
 from lockstep.plan.report import gigabytes, millisecond_cell
@@ -345,7 +345,7 @@ def check_plan(run: Run[PlanConfig], words: list[str]) -> list[CheckRow]:
     The machine is measured before, among and after the steps of each strategy, and they are planned for what it was then: a
     processor that others use too is faster now and slower then.
     """
-    ranks, file, probes = run.world.world_size, run.out / "hardware.yaml", MachineProbes(run.world)
+    ranks, file, probes = run.world.world_size, run.out / PROFILE, MachineProbes(run.world)
     probes.take_rounds(1)
     hardware = probes.hardware()
     rows, left_out = checked_rows(run.asked, ranks, hardware)

@@ -18,6 +18,7 @@ from lockstep.plan.measured_seconds import read_curves
 from lockstep.utils.places import folder
 
 MEASURED = "here"  # what is measured on this machine
+PROFILE = "hardware.yaml"  # the file of it, in a run's folder
 ACROSS = " between nodes"
 MEASURED_KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "send")  # that are measured
 MAY_BE_NOTHING = ("nodes", "reserved", "latency", "launch", "collective", "dtensor", "fsdp", "functional")

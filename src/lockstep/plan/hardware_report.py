@@ -9,24 +9,18 @@ from typing import Any
 
 from rich.table import Table
 
-from lockstep.plan.hardware import ACROSS, MEASURED_KINDS, Hardware
+from lockstep.plan.hardware import ACROSS, MEASURED_KINDS, PROFILE, Hardware
 from lockstep.plan.report import gigabytes, millisecond_cell
 from lockstep.run import Run
 from lockstep.utils.files import write_atomically
 from lockstep.utils.tables import terminal_tables
 from lockstep.utils.text import count, short
 
-PROFILE = "hardware.yaml"  # in a run's folder
-LAUNCHING = (
-    "nproc", "device", "backend", "threads", "timeout_seconds", "max_restarts", "logs", "out", "launcher", "start",
-)  # fmt: skip
-
 
 def hardware_tables(hardware: Hardware) -> list[Table]:
     """What a rank achieves while all are at work, and its collectives inside a node and between nodes."""
-    own = [
-        dtype for dtype in hardware.flops if hardware.device == "cuda" or dtype not in ("bf16", "fp16")
-    ]  # else as fp32
+    # On a CPU those of 16 bits are taken as fp32.
+    own = [dtype for dtype in hardware.flops if hardware.device == "cuda" or dtype not in ("bf16", "fp16")]
     rates = {f"matrix products, {dtype}": f"{hardware.flops[dtype] / 1e12:,.3g} TFLOP/s" for dtype in own}
     rates["copies, read and written"] = f"{gigabytes(hardware.memory_bandwidth)}/s"
     rates["free memory"] = gigabytes(hardware.memory)
@@ -39,7 +33,7 @@ def hardware_tables(hardware: Hardware) -> list[Table]:
     sizes = [int(size) for size, _ in curves[0]]
     links = {
         "collective": [
-            kind if number == 0 or found[number - 1][0] != kind else "" for number, (kind, _) in enumerate(found)
+            "" if number and found[number - 1][0] == kind else kind for number, (kind, _) in enumerate(found)
         ],
         "ranks of": ["all nodes" if place else "a node" for _, place in found],
     }

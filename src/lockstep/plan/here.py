@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from lockstep.diagnose.bandwidth import message_device, slowest_time, synchronize
-from lockstep.distributed.collectives import gather_objects
+from lockstep.distributed.collectives import gather_numbers, gather_objects
 from lockstep.distributed.cores import usable_cores
 from lockstep.distributed.process_group import World
 from lockstep.errors import UserError
@@ -74,8 +74,8 @@ class MachineProbes:
         target = torch.empty_like(source)
         self._copy = Probe("copied", 2 * source.nbytes, lambda: target.copy_(source))
         self._operations = operation_probes() if kind == "cpu" else []
-        self._nodes, where = ranks_by_node(world.hosts), message_device(world)
-        nodes, per_node = len(self._nodes), len(self._nodes[0])
+        by_node, where = ranks_by_node(world.hosts), message_device(world)
+        nodes, per_node = self._shape = len(by_node), len(by_node[0])
         mesh = init_device_mesh(where.type, (nodes, per_node), mesh_dim_names=("nodes", "node"))
         self._inside = collective_probes(mesh.get_group("node"), where) if per_node > 1 else []
         self._across = collective_probes(everyone(), where, ACROSS) if nodes > 1 else []
@@ -117,7 +117,7 @@ class MachineProbes:
         flops = {probe.name: probe.work / taken[probe.name, probe.work].own for probe in self._rates}
         if kind == "cpu":
             flops |= dict.fromkeys(("bf16", "fp16"), flops["fp32"])
-        nodes, per_node, ranks = len(self._nodes), len(self._nodes[0]), world.world_size
+        (nodes, per_node), ranks = self._shape, world.world_size
         collectives = collective_curves([*self._inside, *self._across], taken)
         least, inside = 0.0, UNKNOWN
         if self._inside:
@@ -128,13 +128,13 @@ class MachineProbes:
             hop = max(0.0, collectives["all-reduce" + ACROSS][0][1] - least) / (2 * math.log2(nodes))
             between = link_of(collectives["all-reduce" + ACROSS], 2 * (ranks - 1) / ranks / per_node, hop)
         free, _ = free_bytes(world.device)
-        cores_of_a_rank = usable_cores() / (per_node * world.threads)
+        cores_of_a_rank = min(gather_numbers(usable_cores() / (per_node * world.threads), world.device))
         whole = "all-reduce" + (ACROSS if self._across else "")
         work = collectives[f"{whole}, work"][0][1] if ranks > 1 else 0.0
         costs = host_costs(self._host, lambda probe: taken[probe.name, probe.work].own, work)
         return Hardware(
             name=f"{'this machine' if nodes == 1 else 'these machines'}, {kind}, {count(world.threads, 'thread')} per rank",
-            memory=least_of(world, free / (per_node if kind == "cpu" else 1)),
+            memory=min(gather_numbers(free / (per_node if kind == "cpu" else 1), world.device)),
             reserved=0.0,
             flops=flops,
             achieved=1.0,
@@ -148,7 +148,7 @@ class MachineProbes:
             overlaps=kind == "cuda",
             device=kind,
             measured=operation_curves(self._operations, taken) | collectives,
-            ranks_per_core=1 / least_of(world, min(1.0, cores_of_a_rank)) if kind == "cpu" else 1.0,
+            ranks_per_core=max(1.0, 1 / cores_of_a_rank) if kind == "cpu" else 1.0,
             host=costs if kind == "cpu" else {},
             nodes=nodes,
         )
@@ -193,11 +193,6 @@ def everyone() -> dist.ProcessGroup:
     group = dist.group.WORLD
     assert group
     return group
-
-
-def least_of(world: World, number: float) -> float:
-    """The least of what all ranks have."""
-    return float(min(gather_objects(number, world.control)))
 
 
 def link_of(curve: list[tuple[float, float]], share: float, hop: float) -> Link:

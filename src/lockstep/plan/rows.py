@@ -51,23 +51,9 @@ INSTEAD = {  # recipes that run several trainings, or a plain one by another nam
     "lightning_trainer": "ddp",
     "model_parallel": "pipeline_parallel",
 }
-PLAN_KEYS = {
-    "recipes",
-    "gpus",
-    "hardware",
-    "tokens",
-    "price",
-    "network",
-    "interconnect",
-    "curve",
-    "scaling",
-    "plot",
-    "check",
-    "json",
-    "nproc",
-    "out",
-    "global_batch_size",
-}
+# What is planned, in place of the ranks that are here.
+OF_PLANS = ("gpus", "hardware", "tokens", "price", "network", "interconnect", "curve", "scaling", "plot", "json")
+PLAN_KEYS = {"recipes", *OF_PLANS, "check", "nproc", "out", "global_batch_size"}
 PLENTY = 10**12  # samples: a plan asks no data set whether it has enough
 
 
